@@ -1,0 +1,66 @@
+# Every target sets up what it needs: an environment in VENV, with the versions in constraints.txt. It is made once.
+
+VENV ?= .venv
+# Pip options may follow, such as the index of another build of torch: see CONTRIBUTING.md.
+TORCH ?= torch==2.13.0
+# Test processes, one thread each.
+WORKERS ?= 2
+# Extra arguments for pytest or `sapo-trl demo`.
+ARGS ?=
+
+# The oldest Python that will do comes first: it is the one that CI runs.
+ifndef PYTHON
+PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+endif
+
+BIN := $(VENV)/bin
+# Written last, so an install that broke off leaves none. It holds the Python and the folder the environment was made
+# for: with others than these it is made anew, since neither its interpreter nor its editable install would be right.
+STAMP := $(VENV)/.installed
+MADE_FOR := $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print(sys.version.split()[0], sys.base_prefix)')) $(CURDIR)
+ifneq ($(MADE_FOR),$(shell cat $(STAMP) 2>/dev/null))
+.PHONY: $(STAMP)
+endif
+
+.PHONY: help venv demo test test-fast lint format bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP)  ## make the environment
+
+# --clear only where there is an environment to clear: VENV may name any folder.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with ensurepip found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test "$(MADE_FOR)" = "$$(cat $@ 2>/dev/null)" || \
+		$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
+	@rm -f $@
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@echo "$(MADE_FOR)" > $@
+
+demo: $(STAMP)  ## train the embedded vision-language model with SAPO and show what it learned
+	$(BIN)/sapo-trl demo $(ARGS)
+
+test: $(STAMP)  ## run every test that needs no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS) $(ARGS)
+
+test-fast: $(STAMP)  ## the same without the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow' -n $(WORKERS) $(ARGS)
+
+lint: $(STAMP)  ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(STAMP)  ## fix what lint can fix
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(STAMP)  ## time the segment operations against a loop
+	$(BIN)/python benchmarks/segment_ops.py
+
+clean:  ## remove the environment, caches and build output
+	$(if $(wildcard $(VENV)/pyvenv.cfg),rm -rf $(VENV))
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find sapo_trl tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
