@@ -1,0 +1,139 @@
+"""Advantages: generalized advantage estimation over segments, and their normalisation. Pure functions on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .segments import Segments, accumulation_dtype
+
+
+def discounted_suffix_sum(x: torch.Tensor, discount: float | torch.Tensor) -> torch.Tensor:
+    """
+    `y[:, m] = sum_{l >= 0} discount**l * x[:, m + l]`, in `ceil(log2(M))` vectorised steps.
+
+    After step `k`, `y[:, m]` sums the `2**k` terms from `m` on; two neighbouring windows make one of twice the length.
+    Only sums of products with powers of `discount` are formed, so no discount in `[0, 1]` can overflow or divide by an
+    underflowed power, as the closed form with a cumulative sum does.
+
+    Args:
+        x (`torch.Tensor`): float tensor of shape `(B, M)`.
+        discount (`float` or `torch.Tensor`): in `[0, 1]`; a tensor of shape `(B, 1)` discounts each row on its own.
+
+    Returns:
+        `torch.Tensor`: `(B, M)`.
+    """
+    window = 1
+    while window < x.size(1):
+        shifted = torch.nn.functional.pad(x[:, window:], (0, window))
+        x = x + discount * shifted
+        discount = discount * discount
+        window *= 2
+    return x
+
+
+def segment_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    segments: Segments,
+    gamma: float = 1.0,
+    lam: float = 0.99,
+    value_state: str = "start",
+    critic_lam: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Generalized advantage estimation with segments as the time steps (SAPO paper, Eqs. 6-9).
+
+    With `r_m` the summed token rewards of segment `m` and `V_m` the value of its state,
+    `delta_m = r_m + gamma * V_{m+1} - V_m` (0 for the value after the last segment), the advantage is
+    `A_m = sum_l (gamma * lam)**l * delta_{m+l}` with `l` counted in segments, and the return is `A_m + V_m`. One-token
+    segments make this the usual token-level GAE.
+
+    Args:
+        rewards (`torch.Tensor`): float tensor of shape `(B, T)`, per-token rewards.
+        values (`torch.Tensor`):
+            float tensor of shape `(B, T)`; `values[:, t]` is the value of the state *before* token `t`.
+        segments ([`Segments`]): the partition of the `(B, T)` tokens.
+        gamma (`float`, *optional*, defaults to `1.0`): discount per segment, in `[0, 1]`.
+        lam (`float`, *optional*, defaults to `0.99`): GAE's λ, in `[0, 1]`.
+        value_state (`str`, *optional*, defaults to `"start"`):
+            where a segment's value is read: `"start"` (the paper) or `"end"` (the official code), see
+            [`Segments.state_mask`].
+        critic_lam (`float`, *optional*):
+            λ of the return targets. `None` uses `lam`; `1.0` makes them Monte-Carlo returns (decoupled GAE of VC-PPO,
+            https://huggingface.co/papers/2503.01491).
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`:
+            advantages and returns, both of shape `(B, T)` in float32 or wider: each token carries its segment's number,
+            tokens of no segment carry 0.
+    """
+    for name, coefficient in (("gamma", gamma), ("lam", lam), ("critic_lam", critic_lam)):
+        if coefficient is not None and not 0.0 <= coefficient <= 1.0:
+            raise ValueError(f"`{name}` must lie in [0, 1], got {coefficient}.")
+    dtype = accumulation_dtype(rewards, values)
+    segment_rewards = segments.sum(rewards.to(dtype))
+    segment_values = segments.at_state(values.to(dtype), value_state)
+    # Beyond a row's last segment the values are 0, which is the value of the terminal state.
+    next_values = torch.nn.functional.pad(segment_values[:, 1:], (0, 1))[:, : segment_values.size(1)]
+    deltas = segment_rewards + gamma * next_values - segment_values
+    advantages = discounted_suffix_sum(deltas, gamma * lam)
+    if critic_lam is None or critic_lam == lam:
+        returns = advantages + segment_values
+    else:
+        returns = discounted_suffix_sum(deltas, gamma * critic_lam) + segment_values
+    return segments.expand(advantages), segments.expand(returns)
+
+
+def masked_moments(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean and unbiased variance over the masked entries, of all processes when `reduce` is given.
+
+    Args:
+        x (`torch.Tensor`): float tensor of any shape.
+        mask (`torch.Tensor`): bool tensor of the same shape.
+        reduce (`Callable`, *optional*):
+            sums a tensor over all processes, e.g. `partial(accelerator.reduce, reduction="sum")`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: two 0-dimensional tensors, both 0 without entries; the variance of a single
+        entry is 0.
+    """
+    x = torch.where(mask, x, 0).to(accumulation_dtype(x))
+    # Two passes: the mean first, then squared deviations from it. The one-pass formula cancels catastrophically when
+    # the mean is large against the spread.
+    totals = torch.stack([mask.sum().to(x.dtype), x.sum()])
+    count, total = reduce(totals) if reduce is not None else totals
+    mean = total / count.clamp(min=1)
+    squared_deviations = torch.where(mask, x - mean, 0).square().sum()
+    if reduce is not None:
+        squared_deviations = reduce(squared_deviations)
+    return mean, squared_deviations / (count - 1).clamp(min=1)
+
+
+def masked_whiten(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    eps: float = 1e-8,
+) -> torch.Tensor:
+    """
+    Shift and scale the masked entries to mean 0 and unbiased variance 1.
+
+    Args:
+        x (`torch.Tensor`): float tensor of any shape.
+        mask (`torch.Tensor`): bool tensor of the same shape.
+        reduce (`Callable`, *optional*): sums a tensor over all processes, see [`masked_moments`].
+        eps (`float`, *optional*, defaults to `1e-8`): added to the variance.
+
+    Returns:
+        `torch.Tensor`: same shape, float32 or wider, 0 outside the mask.
+    """
+    mask = mask.bool()
+    mean, variance = masked_moments(x, mask, reduce)
+    return torch.where(mask, (x.to(mean.dtype) - mean) * torch.rsqrt(variance + eps), 0)

@@ -1,0 +1,270 @@
+"""
+Segmenters: where to cut a response.
+
+A segmenter is any callable `(entropies, mask) -> Segments`. One that also names `logps`, `completion_ids` or
+`tokenizer` among its parameters gets those too; see [`Segmenter`]. Everything handed to a segmenter comes from the
+policy that produced the rollout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .segments import Segments
+
+
+__all__ = [
+    "EntropySegmenter",
+    "NewlineSegmenter",
+    "ProbabilitySegmenter",
+    "Segmenter",
+    "Segments",
+    "SequenceSegmenter",
+    "StepSegmenter",
+    "TokenSegmenter",
+    "entropy_segments",
+]
+
+
+class Segmenter(Protocol):
+    """
+    What the trainer calls once per rollout.
+
+    Args:
+        entropies (`torch.Tensor`): float32 tensor of shape `(B, T)`, entropy of the old policy at each token.
+        mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens to partition; holes are allowed.
+        logps (`torch.Tensor`): float32 tensor of shape `(B, T)`, log-probability of each sampled token. Optional.
+        completion_ids (`torch.Tensor`): int64 tensor of shape `(B, T)`. Optional.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): optional.
+
+    Returns:
+        [`Segments`]: must cover the mask exactly.
+    """
+
+    def __call__(self, entropies: torch.Tensor, mask: torch.Tensor) -> Segments: ...
+
+
+def entropy_segments(
+    entropies: torch.Tensor, mask: torch.Tensor, top_percent: float = 30.0, cut: str = "end"
+) -> Segments:
+    """
+    Cut each response at its own highest-entropy tokens (SAPO paper, Eq. 5).
+
+    A response of `n` tokens is cut at its `max(1, ceil(n * top_percent / 100))` highest-entropy tokens; of equal
+    entropies the earlier token is taken. Rows do not influence each other.
+
+    Args:
+        entropies (`torch.Tensor`): float tensor of shape `(B, T)`. Values outside the mask are ignored.
+        mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens to partition; holes are allowed.
+        top_percent (`float`, *optional*, defaults to `30.0`):
+            share of each response's tokens to cut at, in percent: in `(0, 100]`. `100` makes every token a segment.
+        cut (`str`, *optional*, defaults to `"end"`):
+            `"end"`: a selected token is the last of its segment (the paper); `"start"`: the first of its segment.
+
+    Returns:
+        [`Segments`]
+
+    Raises:
+        ValueError: if `top_percent` or `cut` is out of range.
+    """
+    check_top_percent(top_percent)
+    mask = mask.bool()
+    # In float64 with the product first, the quotient of exact integers is exact; the small offset keeps a percentage
+    # that has no exact representation (33.3) from being pushed over the next integer.
+    num_cuts = torch.ceil(mask.sum(dim=1).double() * top_percent / 100 - 1e-9).long().clamp(min=1)
+    return _cut_at_largest(entropies, mask, num_cuts, cut)
+
+
+def check_top_percent(top_percent: float) -> None:
+    """Raise a `ValueError` unless `top_percent` is in `(0, 100]`."""
+    if not 0.0 < top_percent <= 100.0:
+        raise ValueError(
+            f"`top_percent` is the share of tokens to cut at, in percent: it must lie in (0, 100], got {top_percent}."
+        )
+
+
+@dataclass(frozen=True)
+class EntropySegmenter:
+    """
+    [`entropy_segments`] as a segmenter.
+
+    Args:
+        top_percent (`float`, *optional*, defaults to `30.0`): share of tokens to cut at, in percent, in `(0, 100]`.
+        cut (`str`, *optional*, defaults to `"end"`): whether a selected token ends or starts its segment.
+    """
+
+    top_percent: float = 30.0
+    cut: str = "end"
+
+    def __post_init__(self):
+        check_top_percent(self.top_percent)
+        _check_cut(self.cut)
+
+    def __call__(self, entropies: torch.Tensor, mask: torch.Tensor) -> Segments:
+        return entropy_segments(entropies, mask, self.top_percent, self.cut)
+
+
+@dataclass(frozen=True)
+class ProbabilitySegmenter:
+    """
+    Cut at a fixed number of tokens per response: those the old policy found least probable (the paper's "prob"
+    ablation).
+
+    Args:
+        num_cuts (`int`, *optional*, defaults to `8`): number of tokens to cut at; a shorter response is cut everywhere.
+        cut (`str`, *optional*, defaults to `"end"`): whether a selected token ends or starts its segment.
+    """
+
+    num_cuts: int = 8
+    cut: str = "end"
+
+    def __post_init__(self):
+        if self.num_cuts < 1:
+            raise ValueError(f"`num_cuts` must be at least 1, got {self.num_cuts}.")
+        _check_cut(self.cut)
+
+    def __call__(self, entropies: torch.Tensor, mask: torch.Tensor, logps: torch.Tensor) -> Segments:
+        num_cuts = torch.full((mask.size(0),), self.num_cuts, device=mask.device)
+        return _cut_at_largest(-logps, mask.bool(), num_cuts, self.cut)
+
+
+@dataclass(frozen=True)
+class NewlineSegmenter:
+    """
+    One segment per line: a segment ends with the last token of a run of tokens that contain a line break.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            tokenizer of the completions; by default the one that the trainer passes with each call.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __call__(
+        self,
+        entropies: torch.Tensor,
+        mask: torch.Tensor,
+        completion_ids: torch.Tensor,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Segments:
+        mask = mask.bool()
+        texts = _token_texts(_given(self.tokenizer, tokenizer), int(completion_ids.max()))
+        has_newline = torch.tensor(["\n" in text for text in texts], device=completion_ids.device)
+        is_newline = has_newline[completion_ids] & mask
+        # Whether the next token of the row (across holes) is a newline too: then this one does not end the line.
+        next_newline = _next_in_mask(is_newline, mask)
+        return Segments.from_last_tokens(is_newline & ~next_newline, mask)
+
+
+@dataclass(frozen=True)
+class StepSegmenter:
+    """
+    One segment per announced step: a segment starts with the token in which a match of `pattern` starts.
+
+    Finding text in token sequences is the one thing here that works row by row on strings, once per rollout.
+
+    Args:
+        pattern (`str`, *optional*, defaults to `r"Step\\s*\\d+\\s*[:.]"`): regular expression of a step's announcement.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            tokenizer of the completions; by default the one that the trainer passes with each call.
+    """
+
+    pattern: str = r"Step\s*\d+\s*[:.]"
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"`pattern` is not a regular expression: {self.pattern!r} ({error}).") from error
+
+    def __call__(
+        self,
+        entropies: torch.Tensor,
+        mask: torch.Tensor,
+        completion_ids: torch.Tensor,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Segments:
+        mask = mask.bool()
+        texts = _token_texts(_given(self.tokenizer, tokenizer), int(completion_ids.max()))
+        is_first = torch.zeros_like(mask)
+        for row, (ids, keep) in enumerate(zip(completion_ids.tolist(), mask.tolist(), strict=True)):
+            positions = [position for position, kept in enumerate(keep) if kept]
+            pieces = [texts[ids[position]] for position in positions]
+            starts = torch.tensor([0, *accumulate(len(piece) for piece in pieces)])
+            offsets = torch.tensor([match.start() for match in re.finditer(self.pattern, "".join(pieces))])
+            # The token that covers a character is the last one that starts at or before it.
+            tokens = torch.searchsorted(starts, offsets, right=True) - 1
+            is_first[row, torch.tensor(positions, dtype=torch.long)[tokens.long()]] = True
+        return Segments.from_first_tokens(is_first, mask)
+
+
+@dataclass(frozen=True)
+class TokenSegmenter:
+    """Every token is a segment: token-level PPO."""
+
+    def __call__(self, entropies: torch.Tensor, mask: torch.Tensor) -> Segments:
+        return Segments.from_last_tokens(mask, mask)
+
+
+@dataclass(frozen=True)
+class SequenceSegmenter:
+    """Every response is one segment: the ratio is GSPO's."""
+
+    def __call__(self, entropies: torch.Tensor, mask: torch.Tensor) -> Segments:
+        return Segments.from_last_tokens(torch.zeros_like(mask), mask)
+
+
+def _check_cut(cut: str) -> Callable[[torch.Tensor, torch.Tensor], Segments]:
+    if cut == "end":
+        return Segments.from_last_tokens
+    if cut == "start":
+        return Segments.from_first_tokens
+    raise ValueError(f'`cut` must be "end" or "start", got {cut!r}.')
+
+
+def _cut_at_largest(scores: torch.Tensor, mask: torch.Tensor, num_cuts: torch.Tensor, cut: str) -> Segments:
+    """Cut each row at its `num_cuts` (`(B,)`) largest unmasked scores; the earlier of equal scores first."""
+    build = _check_cut(cut)
+    if scores.shape != mask.shape:
+        raise ValueError(f"scores {tuple(scores.shape)} and mask {tuple(mask.shape)} must have the same shape.")
+    order = torch.sort(scores.masked_fill(~mask, -torch.inf), dim=1, descending=True, stable=True).indices
+    rank = torch.arange(scores.size(1), device=scores.device)
+    selected = torch.zeros_like(mask).scatter(1, order, rank < num_cuts.unsqueeze(1))
+    return build(selected & mask, mask)
+
+
+def _next_in_mask(flags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """For each position, the flag of the nearest masked position to its right (`False` without one)."""
+    positions = torch.arange(mask.size(1), device=mask.device).expand_as(mask)
+    beyond = mask.size(1)
+    nearest = torch.cummin(positions.masked_fill(~mask, beyond).flip(1), dim=1).values.flip(1)
+    following = torch.cat([nearest[:, 1:], torch.full_like(nearest[:, :1], beyond)], dim=1)
+    return torch.cat([flags, torch.zeros_like(flags[:, :1])], dim=1).gather(1, following)
+
+
+def _given(own: PreTrainedTokenizerBase | None, passed: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    tokenizer = passed if own is None else own
+    if tokenizer is None:
+        raise ValueError("This segmenter reads text: give it a `tokenizer`.")
+    return tokenizer
+
+
+def _token_texts(tokenizer: PreTrainedTokenizerBase, largest_id: int) -> list[str]:
+    """The text of every token id up to `largest_id` at least; "" for ids beyond the tokenizer's (padded embeddings)."""
+    texts = _decoded_vocabulary(tokenizer)
+    return texts + [""] * (largest_id + 1 - len(texts))
+
+
+@lru_cache(maxsize=4)
+def _decoded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    # Decoded one by one, so that the texts of a response's tokens join to text whose offsets map back to tokens.
+    return tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])

@@ -1,0 +1,177 @@
+"""The critic: a scalar head on a transformer backbone without LM head."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import cached_file
+
+
+HEAD_WEIGHTS_NAME = "value_head.safetensors"
+HEAD_CONFIG_NAME = "value_head.json"
+MODES = ("separate", "shared")
+
+
+class SegmentValueHead(nn.Module):
+    """
+    Values of a policy's states.
+
+    A position's value is read from the hidden state after that position's token, so `values[:, p]` is the value of the
+    state *after* token `p`; the value of the state before token `p` is `values[:, p - 1]`. Values are per position:
+    which of them stand for a segment is decided by the partition, not here.
+
+    Args:
+        hidden_size (`int`): width of the hidden states.
+        backbone ([`~transformers.PreTrainedModel`], *optional*):
+            text or image-text model without LM head that returns `last_hidden_state`. `None` makes a `"shared"` critic,
+            which is given the policy's hidden states.
+
+    Example:
+
+    ```python
+    >>> critic = SegmentValueHead.from_policy(policy)  # its own copy of the policy's backbone
+    >>> values = critic(input_ids=input_ids, attention_mask=attention_mask)  # (batch, length), float32
+    >>> critic.save_pretrained("critic")
+    >>> critic = SegmentValueHead.from_pretrained("critic")
+    ```
+    """
+
+    def __init__(self, hidden_size: int, backbone: PreTrainedModel | None = None):
+        super().__init__()
+        self.backbone = backbone
+        # float32 whatever the backbone's dtype: values are regression targets, and bf16 has three digits.
+        self.head = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        # Values start close to 0 (std 0.1 on normalised hidden states) but not at 0, where the head would pass no
+        # gradient on to the backbone.
+        nn.init.normal_(self.head.weight, std=0.1 / hidden_size**0.5)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def mode(self) -> str:
+        """`"separate"`: with a backbone of its own; `"shared"`: on the policy's detached hidden states."""
+        return "shared" if self.backbone is None else "separate"
+
+    @classmethod
+    def from_policy(cls, policy: PreTrainedModel, mode: str = "separate") -> SegmentValueHead:
+        """
+        Make a critic for a policy, initialised from it.
+
+        Args:
+            policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                causal LM or image-text model. Adapters are merged into the critic's copy.
+            mode (`str`, *optional*, defaults to `"separate"`):
+                `"separate"`: copy the policy's backbone, frozen parameters staying frozen (the paper); `"shared"`: only
+                a head, on the policy's hidden states.
+
+        Returns:
+            [`SegmentValueHead`]
+        """
+        _check_mode(mode)
+        if mode == "shared":
+            return cls(hidden_size_of(backbone_of(policy)))
+        if getattr(policy, "is_quantized", False):
+            raise ValueError(
+                'A quantized policy cannot be copied into a trainable critic: use `critic="shared"`, or pass a '
+                "`value_model` loaded in a floating-point dtype."
+            )
+        if _is_peft_model(policy):
+            backbone = backbone_of(copy.deepcopy(policy).merge_and_unload()).requires_grad_(True)
+        else:
+            backbone = copy.deepcopy(backbone_of(policy))
+        return cls(hidden_size_of(backbone), backbone)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, mode: str | None = None, **kwargs) -> SegmentValueHead:
+        """
+        Load a saved critic, or make one from a policy's checkpoint.
+
+        Args:
+            path (`str` or `Path`):
+                folder or hub id: of a critic written by [`SegmentValueHead.save_pretrained`], or of any causal LM,
+                image-text model or backbone, in which case the head is new.
+            mode (`str`, *optional*):
+                `"separate"` or `"shared"`; by default the saved critic's, or `"separate"`. A saved critic of another
+                mode is an error.
+            kwargs: passed to [`~transformers.AutoModel.from_pretrained`], e.g. `dtype` or `attn_implementation`.
+
+        Returns:
+            [`SegmentValueHead`]
+        """
+        if mode is not None:
+            _check_mode(mode)
+        config_file = _resolve(path, HEAD_CONFIG_NAME)
+        if config_file is None:
+            backbone = AutoModel.from_pretrained(path, **kwargs)
+            return cls(hidden_size_of(backbone), None if mode == "shared" else backbone)
+        config = json.loads(Path(config_file).read_text())
+        if mode is not None and mode != config["mode"]:
+            raise ValueError(f"The critic in {str(path)!r} was saved in mode {config['mode']!r}, not {mode!r}.")
+        backbone = AutoModel.from_pretrained(path, **kwargs) if config["mode"] == "separate" else None
+        critic = cls(config["hidden_size"], backbone)
+        critic.head.load_state_dict(load_file(_resolve(path, HEAD_WEIGHTS_NAME)))
+        return critic
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """
+        Write the critic to a folder: the backbone as any transformers model, the head in safetensors beside it.
+
+        Args:
+            path (`str` or `Path`): folder, made if missing.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if self.backbone is not None:
+            self.backbone.save_pretrained(path)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
+        save_file(state, path / HEAD_WEIGHTS_NAME)
+        config = {"mode": self.mode, "hidden_size": self.head.in_features}
+        (path / HEAD_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+    def forward(self, *, hidden_states: torch.Tensor | None = None, **model_inputs) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor`, *optional*):
+                float tensor of shape `(B, S, H)` to read instead of running the backbone; required in `"shared"` mode.
+            model_inputs: `input_ids`, `attention_mask` and whatever else the backbone takes (images).
+
+        Returns:
+            `torch.Tensor`: float32 `(B, S)`, the value after each position.
+        """
+        if hidden_states is None:
+            if self.backbone is None:
+                raise ValueError('A "shared" critic has no backbone: pass the policy\'s `hidden_states`.')
+            hidden_states = self.backbone(**model_inputs, use_cache=False).last_hidden_state
+        # Out of autocast, which would run the head in half precision.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.head(hidden_states.float()).squeeze(-1)
+
+
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformer under a model's LM head; adapters, if any, are part of it."""
+    if _is_peft_model(model):
+        model = model.get_base_model()
+    return model.base_model
+
+
+def hidden_size_of(model: PreTrainedModel) -> int:
+    """Width of a text or image-text model's hidden states."""
+    return model.config.get_text_config().hidden_size
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+
+
+def _resolve(path: str | Path, filename: str) -> str | None:
+    return cached_file(path, filename, _raise_exceptions_for_missing_entries=False)
