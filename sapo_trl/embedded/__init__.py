@@ -1,0 +1,22 @@
+"""A vision-language task that needs no download: tiny Qwen2.5-VL, drawn geometry problems, warm start, evaluation."""
+
+from .model import build_config, build_model
+from .problems import Problem, all_problems, make_problems, sample_problems
+from .processor import Qwen2_5_VLImageTextProcessor, build_processor, load_processor
+from .solutions import reference_solution
+from .tokenizer import build_tokenizer
+
+
+__all__ = [
+    "Problem",
+    "Qwen2_5_VLImageTextProcessor",
+    "all_problems",
+    "build_config",
+    "build_model",
+    "build_processor",
+    "build_tokenizer",
+    "load_processor",
+    "make_problems",
+    "reference_solution",
+    "sample_problems",
+]
