@@ -1,1 +1,16 @@
-"""Segment-Aligned Policy Optimization (arXiv 2605.01327) for TRL. Not Qwen's *Soft Adaptive* Policy Optimization."""
+"""
+Segment-Aligned Policy Optimization (SAPO, https://huggingface.co/papers/2605.01327) as a TRL trainer.
+
+Not Qwen's *Soft Adaptive* Policy Optimization, which TRL calls `loss_type="sapo"`.
+"""
+
+from .callbacks import RolloutCallback, SegmentationCallback
+from .config import SAPOConfig
+from .segments import Segments
+from .trainer import SAPOTrainer
+from .value_head import SegmentValueHead
+
+
+__version__ = "0.1.0"
+
+__all__ = ["RolloutCallback", "SAPOConfig", "SAPOTrainer", "SegmentValueHead", "SegmentationCallback", "Segments"]

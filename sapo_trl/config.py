@@ -193,9 +193,7 @@ class SAPOConfig(GRPOConfig):
             "choices": list(_CHOICES["segment_cut"]),
         },
     )
-    num_cuts: int = field(
-        default=8, metadata={"help": "For 'probability': number of tokens to cut each response at."}
-    )
+    num_cuts: int = field(default=8, metadata={"help": "For 'probability': number of tokens to cut each response at."})
     step_pattern: str = field(
         default=r"Step\s*\d+\s*[:.]",
         metadata={"help": "For 'step': regular expression of a step's announcement."},
@@ -252,9 +250,7 @@ class SAPOConfig(GRPOConfig):
 
     # Parameters that control rewards and advantages
     gamma: float = field(default=1.0, metadata={"help": "Discount per segment."})
-    lam: float = field(
-        default=0.99, metadata={"help": "λ of the generalized advantage estimation over segments."}
-    )
+    lam: float = field(default=0.99, metadata={"help": "λ of the generalized advantage estimation over segments."})
     critic_lam: float | None = field(
         default=None,
         metadata={"help": "λ of the critic's targets. Defaults to `lam`; `1.0` regresses on Monte-Carlo returns."},

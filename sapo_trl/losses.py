@@ -27,7 +27,10 @@ class LossOutput:
 
 
 def aggregate(
-    x: torch.Tensor, mask: torch.Tensor, aggregation: str = "token-mean", normalizer: float | torch.Tensor | None = None
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    aggregation: str = "token-mean",
+    normalizer: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Reduce per-token losses to a scalar: a sum divided by `normalizer`.
@@ -74,7 +77,28 @@ def segment_log_ratio(
     Returns:
         `torch.Tensor`: `(B, T)`, float32 or wider, 0 outside the segments; the gradient flows through the mean.
     """
-    return segments.expand(segments.mean(_token_log_ratio(logps, old_logps, clamp)))
+    return segments.expand(segments.mean(log_ratio(logps, old_logps, clamp=clamp)))
+
+
+def log_ratio(
+    logps: torch.Tensor, old_logps: torch.Tensor, segments: Segments | None = None, clamp: float = 20.0
+) -> torch.Tensor:
+    """
+    Log importance ratio of each token: its own without `segments`, its segment's ([`segment_log_ratio`]) with them.
+
+    Args:
+        logps (`torch.Tensor`): float tensor of shape `(B, T)`.
+        old_logps (`torch.Tensor`): float tensor of shape `(B, T)`.
+        segments ([`Segments`], *optional*): the partition of the tokens.
+        clamp (`float`, *optional*, defaults to `20.0`): bound on each token's log-ratio.
+
+    Returns:
+        `torch.Tensor`: `(B, T)`, float32 or wider.
+    """
+    if segments is not None:
+        return segment_log_ratio(logps, old_logps, segments, clamp)
+    dtype = accumulation_dtype(logps, old_logps)
+    return torch.clamp(logps.to(dtype) - old_logps.to(dtype), -clamp, clamp)
 
 
 def clipped_policy_loss(
@@ -123,13 +147,10 @@ def clipped_policy_loss(
     # its loss is dropped, so they are replaced before any arithmetic.
     logps = torch.where(mask, logps, 0)
     old_logps = torch.where(mask, old_logps, 0)
-    if segments is None:
-        log_ratio = _token_log_ratio(logps, old_logps)
-    else:
-        log_ratio = segment_log_ratio(logps, old_logps, segments)
-    advantages = torch.where(mask, advantages, 0).to(log_ratio.dtype)
+    log_ratios = log_ratio(logps, old_logps, segments)
+    advantages = torch.where(mask, advantages, 0).to(log_ratios.dtype)
 
-    ratio = torch.exp(log_ratio)
+    ratio = torch.exp(log_ratios)
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     token_loss = torch.maximum(unclipped, clipped)
@@ -145,15 +166,15 @@ def clipped_policy_loss(
         is_clipped = clipped > unclipped
 
         def mean(x: torch.Tensor) -> torch.Tensor:
-            return aggregate(x.to(log_ratio.dtype), mask)
+            return aggregate(x.to(log_ratios.dtype), mask)
 
         metrics = {
             "clip_fraction": mean(is_clipped),
             "clip_fraction_low": mean(is_clipped & (ratio < 1)),
             "clip_fraction_high": mean(is_clipped & (ratio > 1)),
             "dual_clip_fraction": mean(is_dual_clipped),
-            "approx_kl": mean(-log_ratio),
-            "approx_kl_k3": mean(ratio - 1 - log_ratio),
+            "approx_kl": mean(-log_ratios),
+            "approx_kl_k3": mean(ratio - 1 - log_ratios),
             "ratio_mean": mean(ratio),
             "ratio_max": torch.where(mask, ratio, 0).amax() if mask.numel() else ratio.new_zeros(()),
         }
@@ -208,8 +229,3 @@ def segment_value_loss(
             "value_mean": aggregate(value_preds, mask),
         }
     return LossOutput(0.5 * aggregate(error, mask, aggregation, normalizer), metrics)
-
-
-def _token_log_ratio(logps: torch.Tensor, old_logps: torch.Tensor, clamp: float = 20.0) -> torch.Tensor:
-    dtype = accumulation_dtype(logps, old_logps)
-    return torch.clamp(logps.to(dtype) - old_logps.to(dtype), -clamp, clamp)

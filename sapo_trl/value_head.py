@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
 
@@ -106,9 +106,12 @@ class SegmentValueHead(nn.Module):
         if mode is not None:
             _check_mode(mode)
         config_file = _resolve(path, HEAD_CONFIG_NAME)
+        if config_file is None and mode == "shared":
+            known = {name: kwargs[name] for name in ("revision", "trust_remote_code") if name in kwargs}
+            return cls(AutoConfig.from_pretrained(path, **known).get_text_config().hidden_size)
         if config_file is None:
             backbone = AutoModel.from_pretrained(path, **kwargs)
-            return cls(hidden_size_of(backbone), None if mode == "shared" else backbone)
+            return cls(hidden_size_of(backbone), backbone)
         config = json.loads(Path(config_file).read_text())
         if mode is not None and mode != config["mode"]:
             raise ValueError(f"The critic in {str(path)!r} was saved in mode {config['mode']!r}, not {mode!r}.")

@@ -1,0 +1,6 @@
+"""The trainer."""
+
+from .sapo_trainer import SAPOTrainer
+
+
+__all__ = ["SAPOTrainer"]

@@ -1,0 +1,144 @@
+"""The critic's side of training: its optimizer, schedule, gradient clipping and checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import Trainer, get_scheduler
+
+from ..config import SAPOConfig
+from ..value_head import SegmentValueHead
+
+
+CRITIC_FOLDER = "critic"
+OPTIMIZER_STATE_NAME = "critic_optimizer.pt"
+
+
+class Critic:
+    """
+    A value model that is trained beside the policy.
+
+    Its gradients, learning rate and clipping never mix with the policy's, and it is no submodule of the policy, so that
+    neither the policy's checkpoint nor a weight sync to the sampler can contain it.
+
+    Args:
+        value_head ([`SegmentValueHead`]): the model.
+        args ([`SAPOConfig`]): settings.
+        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+        decay_parameter_names (`list[str]`): names of the parameters that weight decay applies to.
+    """
+
+    def __init__(
+        self,
+        value_head: SegmentValueHead,
+        args: SAPOConfig,
+        accelerator: Accelerator,
+        decay_parameter_names: list[str],
+    ):
+        self.args = args
+        self.accelerator = accelerator
+        self.module: nn.Module = accelerator.prepare_model(value_head)
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+
+        optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer_kwargs["lr"] = args.critic_learning_rate
+        weight_decay = args.weight_decay if args.critic_weight_decay is None else args.critic_weight_decay
+        decayed, not_decayed = [], []
+        for name, parameter in value_head.named_parameters():
+            if parameter.requires_grad:
+                (decayed if name in decay_parameter_names else not_decayed).append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": not_decayed, "weight_decay": 0.0},
+        ]
+        self.optimizer = optimizer_class([group for group in groups if group["params"]], **optimizer_kwargs)
+        # The policy's scaler belongs to the policy's optimizer; under fp16 the critic needs one of its own.
+        self.scaler = torch.amp.GradScaler(
+            accelerator.device.type, enabled=accelerator.mixed_precision == "fp16" and accelerator.device.type != "cpu"
+        )
+
+    @property
+    def value_head(self) -> SegmentValueHead:
+        """The model, unwrapped."""
+        return self.accelerator.unwrap_model(self.module)
+
+    @property
+    def learning_rate(self) -> float:
+        """Current learning rate."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def create_scheduler(self, num_training_steps: int) -> None:
+        """Make the learning rate schedule, once the length of training is known."""
+        if self.scheduler is None:
+            self.scheduler = get_scheduler(
+                self.args.critic_lr_scheduler_type or self.args.lr_scheduler_type,
+                optimizer=self.optimizer,
+                num_warmup_steps=self.args.critic_lr_warmup_steps,
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            )
+
+    def accumulate(self) -> contextlib.AbstractContextManager:
+        """Context of one micro-batch's forward and backward: gradients are synchronised on the last one only."""
+        if self.accelerator.sync_gradients:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(self.module)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's gradient."""
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> torch.Tensor:
+        """
+        Clip the gradient, update the critic, advance the schedule.
+
+        Returns:
+            `torch.Tensor`: 0-dimensional, the gradient's norm before clipping.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.args.critic_max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return norm
+
+    def save_optimizer(self, folder: str | Path) -> None:
+        """Write everything but the weights, for [`Critic.load`]."""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "scaler": self.scaler.state_dict(),
+        }
+        torch.save(state, Path(folder) / OPTIMIZER_STATE_NAME)
+
+    def load(self, checkpoint: str | Path) -> None:
+        """
+        Restore weights, optimizer and schedule from a checkpoint of the trainer.
+
+        Args:
+            checkpoint (`str` or `Path`): folder of the checkpoint.
+
+        Raises:
+            FileNotFoundError: if the checkpoint holds no critic.
+        """
+        checkpoint = Path(checkpoint)
+        if not (checkpoint / CRITIC_FOLDER).is_dir():
+            raise FileNotFoundError(
+                f"{str(checkpoint)!r} holds no critic (no folder {CRITIC_FOLDER!r}): it was written by a run with "
+                '`critic="none"` or by another trainer. Pass it as the model instead of resuming from it.'
+            )
+        saved = SegmentValueHead.from_pretrained(checkpoint / CRITIC_FOLDER, mode=self.value_head.mode)
+        self.value_head.load_state_dict(saved.state_dict())
+        state_file = checkpoint / OPTIMIZER_STATE_NAME
+        if state_file.is_file():  # absent with `save_only_model=True`
+            state = torch.load(state_file, map_location=self.accelerator.device, weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scheduler"] is not None and self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])

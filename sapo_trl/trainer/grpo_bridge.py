@@ -1,0 +1,345 @@
+"""
+Where this package touches TRL.
+
+Every private name of TRL's `GRPOTrainer` that is called, overridden or read appears in this file and nowhere else;
+`tests/test_trl_contract.py` fails when TRL moves one of them. `GRPOBridge` turns them into two hooks:
+`score_rollout`, called once per rollout, and `policy_loss`, called once per micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
+
+from ..value_head import backbone_of
+
+
+# What TRL's forward takes besides the model: the multimodal tensors among these are forwarded by name, so that a key
+# that a new TRL version adds passes through.
+_FORWARD_KEYS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class PolicyForward:
+    """
+    What one forward of the policy over a rollout yields.
+
+    Args:
+        logps (`torch.Tensor`): float32 `(B, T)`, log-probabilities of the completion tokens at the sampling temperature.
+        entropies (`torch.Tensor`): float32 `(B, T)`, entropies of the same distributions.
+        values (`torch.Tensor`, *optional*): float32 `(B, T)`, with a shared critic.
+        aux_loss (`torch.Tensor`, *optional*): 0-dimensional, the load-balancing loss of a mixture of experts.
+    """
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    values: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+@dataclass
+class RolloutRecord:
+    """What TRL computes during a rollout and does not return, and when it did so (seconds)."""
+
+    started: float = field(default_factory=time.perf_counter)
+    generated: float | None = None
+    reward_started: float | None = None
+    reward_seconds: float = 0.0
+    rewards: torch.Tensor | None = None
+    forwards: list[tuple[torch.Tensor, PolicyForward]] = field(default_factory=list)
+
+    def forward_behind(self, logps: torch.Tensor | None) -> PolicyForward | None:
+        """The recorded forward that produced these very log-probabilities (the same tensor), if any did."""
+        return next((forward for produced, forward in self.forwards if produced is logps), None)
+
+    def mark_generated(self) -> None:
+        """The first thing TRL does with completions ends their generation."""
+        if self.generated is None:
+            self.generated = time.perf_counter()
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of TRL's part of the rollout, by stage."""
+        return {
+            "generate": self.generated - self.started,
+            "score": self.reward_started - self.generated,
+            "reward": self.reward_seconds,
+        }
+
+
+class GRPOBridge(GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] with its rollout and its loss opened up. Generation, data loading, rewards, weight sync,
+    logging and checkpoints stay TRL's; nothing of it is copied.
+
+    Subclasses implement [`GRPOBridge.score_rollout`] and [`GRPOBridge.policy_loss`].
+    """
+
+    def __init__(self, model: str | PreTrainedModel, reward_funcs=None, args=None, **kwargs):
+        self._record: RolloutRecord | None = None
+        reference = _copy_for_reference(model, args, kwargs.get("peft_config"))
+        if reference is None:
+            super().__init__(model, reward_funcs, args, **kwargs)
+        else:
+            # TRL can only load a reference by name; this policy has none.
+            beta, args.beta = args.beta, 0.0
+            try:
+                super().__init__(model, reward_funcs, args, **kwargs)
+            finally:
+                args.beta = beta
+            self._use_reference(reference)
+
+    # ------------------------------------------------------------------ hooks
+
+    def score_rollout(self, batch: Batch, record: RolloutRecord) -> Batch:
+        """
+        Turn a generated rollout into a training batch.
+
+        Args:
+            batch (`dict`): TRL's rollout: token ids, masks, images, reference log-probabilities, …
+            record ([`RolloutRecord`]): its rewards and the forwards already run over it.
+
+        Returns:
+            `dict`: the batch with further tensors of `B` rows each, which TRL shuffles and splits into micro-batches.
+        """
+        raise NotImplementedError
+
+    def policy_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """
+        Loss of one micro-batch, scaled for gradient accumulation.
+
+        Args:
+            model (`torch.nn.Module`): the policy, wrapped for distributed training.
+            batch (`dict`): one micro-batch of what [`GRPOBridge.score_rollout`] returned.
+
+        Returns:
+            `torch.Tensor`: 0-dimensional.
+        """
+        raise NotImplementedError
+
+    def shared_values(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """
+        Values from the policy's hidden states, or `None` when they are not wanted.
+
+        Args:
+            hidden_states (`torch.Tensor`): float tensor of shape `(b, S, H)`, detached.
+
+        Returns:
+            `torch.Tensor`, *optional*: float32 `(b, S)`.
+        """
+        return None
+
+    def save_training_state(self, folder: str) -> None:
+        """Write to a checkpoint what training needs besides the policy's state; called on the saving process only."""
+
+    def load_training_state(self, folder: str) -> None:
+        """Restore what [`GRPOBridge.save_training_state`] wrote."""
+
+    # ------------------------------------------------- what subclasses can use
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the completions, also for a multimodal processor."""
+        return self._tokenizer
+
+    @property
+    def mode(self) -> str:
+        """`"train"` or `"eval"`."""
+        return "train" if self.model.training else "eval"
+
+    def policy_forward(self, model: nn.Module, batch: Batch, batch_size: int | None = None) -> PolicyForward:
+        """
+        Run the policy over a batch's completions.
+
+        Args:
+            model (`torch.nn.Module`): the policy, wrapped or not.
+            batch (`dict`): a rollout or a micro-batch.
+            batch_size (`int`, *optional*): rows per forward; all at once by default.
+
+        Returns:
+            [`PolicyForward`]
+        """
+        with self._value_tap() as values:
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                model,
+                **_forward_inputs(batch),
+                batch_size=batch_size,
+                compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled and torch.is_grad_enabled(),
+            )
+        return _policy_forward(logps, entropies, values, aux_loss)
+
+    def critic_forward(self, critic: nn.Module, batch: Batch, batch_size: int | None = None) -> torch.Tensor:
+        """
+        Values of the states before each completion token.
+
+        The critic goes through the same door as the policy, in the place of its LM head: what it is fed (slices of
+        images included) and how its output is aligned with the completion cannot differ from the log-probabilities'.
+
+        Args:
+            critic (`torch.nn.Module`): a [`SegmentValueHead`] with a backbone, wrapped or not.
+            batch (`dict`): a rollout or a micro-batch.
+            batch_size (`int`, *optional*): rows per forward; all at once by default.
+
+        Returns:
+            `torch.Tensor`: float32 `(B, T)`.
+        """
+
+        def value_model(*, labels: torch.Tensor, fused_lm_head: bool, **model_inputs) -> SimpleNamespace:
+            # Position p predicts token p + 1, and its value is that of the state before token p + 1.
+            return SimpleNamespace(log_probs=critic(**model_inputs)[:, :-1])
+
+        values, _, _ = super()._get_per_token_logps_and_entropies(
+            value_model, **_forward_inputs(batch), batch_size=batch_size
+        )
+        return values
+
+    def local_slice(self, gathered: torch.Tensor, local_rows: int) -> torch.Tensor:
+        """This process's rows of a tensor gathered over all processes."""
+        start = self.accelerator.process_index * local_rows
+        return gathered[start : start + local_rows]
+
+    def optimizer_step_batches(self) -> list[Batch]:
+        """The micro-batches that the current optimizer step goes through, this process's share of them."""
+        window = self.args.gradient_accumulation_steps
+        first = self._step % self.args.steps_per_generation // window * window
+        return self._buffered_inputs[first : first + window]
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Add values to the averages that the next log reports."""
+        for name, value in metrics.items():
+            self._metrics[self.mode][name].append(value)
+
+    def replace_logged_advantages(self, advantages: list[float]) -> None:
+        """Put the rollout's advantages (all processes') in the completions table in the place of GRPO's."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages))):
+            logged.pop()
+        logged.extend(advantages)
+
+    # ------------------------------------------------------- overrides of TRL
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        self._record = RolloutRecord()
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+        finally:
+            record, self._record = self._record, None
+        return self.score_rollout(batch, record)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
+        self._record.mark_generated()
+        self._record.reward_started = time.perf_counter()
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        # Weighted like TRL does; a completion that no function could score stays NaN.
+        weights = self.reward_weights.to(rewards_per_func.device)
+        rewards = (rewards_per_func * weights).nansum(dim=1)
+        self._record.rewards = rewards.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+        self._record.reward_seconds = time.perf_counter() - self._record.reward_started
+        return rewards_per_func
+
+    def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy: bool = False, **kwargs):
+        if self._record is not None:
+            self._record.mark_generated()
+        if self._record is None or model is not self.model:
+            return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
+        # TRL scores a rollout with the policy when it needs old log-probabilities. The fused head computes the
+        # entropies in the same pass anyway: keep them, and the values, instead of running the policy again.
+        with self._value_tap() as values:
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                model, *args, compute_entropy=True, **kwargs
+            )
+        self._record.forwards.append((logps, _policy_forward(logps, entropies, values, aux_loss)))
+        return logps, entropies, aux_loss
+
+    def _compute_loss(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
+        return self.policy_loss(model, inputs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.save_training_state(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_training_state(checkpoint)
+
+    # ---------------------------------------------------------------- details
+
+    @contextlib.contextmanager
+    def _value_tap(self) -> Iterator[list[torch.Tensor]]:
+        """Collect the shared critic's values from the backbone outputs of the forwards run inside, one per chunk."""
+        values: list[torch.Tensor] = []
+
+        def read(_module: nn.Module, _args: tuple, output: Any) -> None:
+            chunk = self.shared_values(output.last_hidden_state.detach())
+            if chunk is not None:
+                # Same alignment as the log-probabilities: position p stands before token p + 1.
+                values.append(chunk[:, :-1])
+
+        handle = backbone_of(self.accelerator.unwrap_model(self.model)).register_forward_hook(read)
+        try:
+            yield values
+        finally:
+            handle.remove()
+
+    def _use_reference(self, reference: PreTrainedModel) -> None:
+        """Install a frozen copy of the policy where TRL keeps the reference model."""
+        if self.args.disable_dropout:
+            disable_dropout_in_model(reference)
+        add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
+        if self.is_deepspeed_enabled:
+            self.ref_model = prepare_deepspeed(reference, self.accelerator)
+        elif self.is_fsdp_enabled:
+            self.ref_model = prepare_fsdp(reference, self.accelerator)
+        else:
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.beta = self.args.beta
+
+
+def _forward_inputs(batch: Batch) -> dict[str, Any]:
+    inputs = {key: batch[key] for key in _FORWARD_KEYS if key in batch}
+    inputs["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    inputs["attention_mask"] = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    inputs["logits_to_keep"] = batch["completion_ids"].size(1)
+    return inputs
+
+
+def _policy_forward(
+    logps: torch.Tensor, entropies: torch.Tensor, values: list[torch.Tensor], aux_loss: torch.Tensor | None
+) -> PolicyForward:
+    length = logps.size(1)
+    return PolicyForward(
+        logps=logps.float(),
+        entropies=entropies.float(),
+        values=torch.cat([chunk[:, -length:] for chunk in values]) if values else None,
+        aux_loss=aux_loss,
+    )
+
+
+def _copy_for_reference(model: str | PreTrainedModel, args: Any, peft_config: Any) -> PreTrainedModel | None:
+    """A frozen copy of a policy that exists in memory only and needs a reference; otherwise `None`."""
+    if isinstance(model, str) or args is None or args.beta == 0.0 or peft_config is not None:
+        return None
+    if hasattr(model, "peft_config") or get_config_model_id(model.config):
+        return None
+    if args.sync_ref_model:
+        raise ValueError(
+            "`sync_ref_model=True` needs a model that was loaded from a folder or the Hub: save this one first."
+        )
+    return copy.deepcopy(model).requires_grad_(False).eval()

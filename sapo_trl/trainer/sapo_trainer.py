@@ -1,0 +1,551 @@
+"""The SAPO trainer: orchestrates score → segment → value → reward → advantage → losses, and computes none of them."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+
+from ..advantages import masked_whiten, segment_gae
+from ..callbacks import RolloutCallback, SegmentationCallback, SegmentedRollout
+from ..config import SAPOConfig
+from ..losses import aggregate, clipped_policy_loss, log_ratio, segment_value_loss
+from ..metrics import MetricAccumulator, explained_variance
+from ..segmentation import (
+    EntropySegmenter,
+    NewlineSegmenter,
+    ProbabilitySegmenter,
+    Segmenter,
+    SequenceSegmenter,
+    StepSegmenter,
+    TokenSegmenter,
+)
+from ..segments import Segments
+from ..token_rewards import kl_estimate, outcome_token_rewards
+from ..validation import (
+    check_images,
+    check_padding_side,
+    check_prompt_column,
+    check_same_tokenizer,
+    check_segments,
+    check_value_model,
+    checked_rewards,
+)
+from ..value_head import SegmentValueHead, backbone_of, hidden_size_of
+from .critic import CRITIC_FOLDER, Critic
+from .grpo_bridge import Batch, GRPOBridge, PolicyForward, RolloutRecord
+
+
+class SAPOTrainer(GRPOBridge):
+    """
+    Trainer for Segment-Aligned Policy Optimization (SAPO), https://huggingface.co/papers/2605.01327.
+
+    A response is cut into segments at its high-entropy tokens; a critic values the states between them; advantages and
+    importance ratios are computed per segment. Everything else (prompts, generation with transformers or vLLM, reward
+    functions, tools, PEFT, distributed training, logging) is [`~trl.GRPOTrainer`]'s.
+
+    Not to be confused with Qwen's *Soft Adaptive* Policy Optimization, TRL's `loss_type="sapo"`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy to train: a causal LM or an image-text model, see [`~trl.GRPOTrainer`].
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
+            Reward functions, see [`~trl.GRPOTrainer`].
+        args ([`SAPOConfig`], *optional*):
+            Configuration. If `None`, the default configuration is used.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Data set with a column `prompt`, and `images` or `image` for image-text models; further columns go to the
+            reward functions.
+        value_model (`str` or [`SegmentValueHead`] or [`~transformers.PreTrainedModel`], *optional*):
+            Critic, or the model to make it from. By default a copy of the policy, as `args.critic` says.
+        segmenter ([`Segmenter`], *optional*):
+            How to cut responses: any callable `(entropies, mask) -> Segments`. By default what `args.segmentation` says.
+        kwargs:
+            All other arguments of [`~trl.GRPOTrainer`], unchanged: `eval_dataset`, `processing_class`,
+            `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`, `tools`,
+            `rollout_func`, `environment_factory`.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from sapo_trl import SAPOConfig, SAPOTrainer
+    from sapo_trl.rewards import accuracy_reward
+
+    trainer = SAPOTrainer(
+        model="Qwen/Qwen2.5-VL-3B-Instruct",
+        reward_funcs=accuracy_reward,
+        args=SAPOConfig(output_dir="sapo"),
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "sapo", "segment-aligned-policy-optimization"]
+    _name = "SAPO"
+    _paper = {
+        "title": "Segment-Aligned Policy Optimization for Multi-Modal Reasoning",
+        "id": "2605.01327",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{gao2026segment,
+                title        = {{Segment-Aligned Policy Optimization for Multi-Modal Reasoning}},
+                author       = {Lei Gao and Zhuoming Li and Mengxi Jia and Jiakang Yuan and Hongbo Sun and Hao Sun and Xuelong Li},
+                year         = 2026,
+                eprint       = {arXiv:2605.01327},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: SAPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        *,
+        value_model: str | SegmentValueHead | PreTrainedModel | None = None,
+        segmenter: Segmenter | None = None,
+        **kwargs,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = SAPOConfig(f"{model_name.split('/')[-1]}-SAPO")
+        if not isinstance(args, SAPOConfig):
+            raise TypeError(f"`args` must be a `SAPOConfig`, got `{type(args).__name__}`.")
+        eval_dataset = kwargs.get("eval_dataset")
+        check_prompt_column(train_dataset, "train_dataset")
+        for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
+            check_prompt_column(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
+        if value_model is not None and args.critic == "none":
+            raise ValueError('`value_model` was given, but `critic="none"`: drop one of the two.')
+
+        # Made before TRL sees the model, because it may put adapters into it and the critic starts from the policy as it
+        # is now; seeded like TRL seeds what it initialises.
+        set_seed(args.seed)
+        value_head = None
+        if args.critic != "none":
+            if kwargs.get("quantization_config") is not None and args.critic == "separate" and value_model is None:
+                raise ValueError(
+                    'A quantized policy cannot be copied into a trainable critic: use `critic="shared"`, or pass a '
+                    "`value_model` in a floating-point dtype."
+                )
+            value_head = _make_value_head(model, value_model, args)
+
+        super().__init__(model, checked_rewards(reward_funcs), args, train_dataset=train_dataset, **kwargs)
+
+        check_padding_side(self.processing_class)
+        check_images(train_dataset, self.processing_class, self.model, self.chat_template_kwargs)
+        self.segmenter: Segmenter = segmenter if segmenter is not None else make_segmenter(args)
+        self._segmenter_inputs = _accepted_inputs(self.segmenter)
+
+        self.critic: Critic | None = None
+        if value_head is not None:
+            if isinstance(value_model, str):
+                _check_tokenizer_of(value_model, self.tokenizer)
+            self.critic = self._make_critic(value_head)
+
+        self._accumulator = MetricAccumulator()
+        self._micro_batch: Batch | None = None
+        self._micro_batch_values: torch.Tensor | None = None
+        self._step_totals: dict[str, torch.Tensor] | None = None
+        self._rollout_seconds = 0.0
+        self._update_seconds = 0.0
+        if not any(isinstance(callback, SegmentationCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(SegmentationCallback())
+
+    def _make_critic(self, value_head: SegmentValueHead) -> Critic:
+        check_value_model(value_head, self.model, self.tokenizer)
+        if self.args.disable_dropout:
+            disable_dropout_in_model(value_head)
+        if value_head.backbone is not None and self.args.gradient_checkpointing:
+            value_head.backbone.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        return Critic(value_head, self.args, self.accelerator, self.get_decay_parameter_names(value_head))
+
+    # ------------------------------------------------------------------------------------------------- the rollout
+
+    @torch.no_grad()
+    def score_rollout(self, batch: Batch, record: RolloutRecord) -> Batch:
+        args, seconds = self.args, record.stage_seconds()
+        rewards = self.local_slice(record.rewards, batch["completion_ids"].size(0))
+        # Tool outputs, padding, masked truncations, and responses that no reward function could score.
+        mask = _loss_mask(batch) & ~rewards.isnan().unsqueeze(1)
+
+        started = time.perf_counter()
+        forward = record.forward_behind(batch.get("old_per_token_logps"))
+        if forward is None:
+            forward = self.policy_forward(self.model, batch, self._rows_per_forward)
+        seconds["score"] += time.perf_counter() - started
+
+        segments = self.segment(forward, batch, mask)
+
+        started = time.perf_counter()
+        values = self._values(forward, batch)
+        seconds["value"] = time.perf_counter() - started
+
+        token_rewards = outcome_token_rewards(rewards, mask)
+        if "ref_per_token_logps" in batch:
+            kl = torch.where(mask, kl_estimate(forward.logps, batch["ref_per_token_logps"], args.kl_estimator), 0)
+            self._accumulator.add_total("kl", kl.sum(), mask.sum())
+            if args.kl_placement == "reward":
+                token_rewards = token_rewards - args.beta * kl
+
+        raw_advantages, returns = segment_gae(
+            token_rewards, values, segments, args.gamma, args.lam, args.value_state, args.critic_lam
+        )
+        sum_over_processes = partial(self.accelerator.reduce, reduction="sum")
+        advantages = raw_advantages
+        if args.whiten_advantages:
+            advantages = masked_whiten(raw_advantages, mask, sum_over_processes)
+        if args.advantage_clamp is not None:
+            advantages = advantages.clamp(-args.advantage_clamp, args.advantage_clamp)
+
+        states = segments.state_mask(args.value_state)
+        self._accumulator.add_total("advantages/raw_mean", raw_advantages.sum(), mask.sum())
+        self._accumulator.add_total("advantages/abs_mean", advantages.abs().sum(), mask.sum())
+        self._accumulator.add_total("returns/mean", torch.where(states, returns, 0).sum(), states.sum())
+        if self.critic is not None:
+            self._accumulator.add_total("value/mean", torch.where(states, values, 0).sum(), states.sum())
+            self._accumulator.add_mean(
+                "value/explained_variance", explained_variance(values, returns, states, sum_over_processes)
+            )
+        rollout = SegmentedRollout(
+            segments=segments,
+            completion_ids=batch["completion_ids"],
+            prompt_ids=batch["prompt_ids"],
+            prompt_mask=batch["prompt_mask"],
+            logps=forward.logps,
+            entropies=forward.entropies,
+            values=values,
+            token_rewards=token_rewards,
+            advantages=advantages,
+            returns=returns,
+            rewards=rewards,
+            tokenizer=self.tokenizer,
+            mode=self.mode,
+        )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RolloutCallback):
+                callback.on_rollout(args, self.state, self.control, rollout, self._accumulator)
+
+        mean_advantages = advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        self.replace_logged_advantages(self.accelerator.gather(mean_advantages).tolist())
+        self.log_metrics({f"time/{stage}": spent for stage, spent in seconds.items()})
+        self.log_metrics(self._accumulator.flush(self.accelerator))
+
+        batch["advantages"] = advantages
+        batch["returns"] = returns
+        batch["old_values"] = values
+        batch["old_per_token_logps"] = forward.logps
+        batch["segment_ids"] = segments.ids
+        self._rollout_seconds += time.perf_counter() - record.started
+        return batch
+
+    def segment(self, forward: PolicyForward, batch: Batch, mask: torch.Tensor) -> Segments:
+        """
+        Partition a rollout, once. Everything downstream reads the result.
+
+        Args:
+            forward ([`PolicyForward`]): of the policy that produced the rollout.
+            batch (`dict`): the rollout.
+            mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens to partition.
+
+        Returns:
+            [`Segments`]
+        """
+        available = {
+            "logps": forward.logps,
+            "completion_ids": batch["completion_ids"],
+            "tokenizer": self.tokenizer,
+        }
+        inputs = {name: available[name] for name in self._segmenter_inputs}
+        segments = self.segmenter(forward.entropies, mask, **inputs)
+        check_segments(segments, mask)
+        return segments
+
+    def shared_values(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        if self.args.critic != "shared":
+            return None
+        return self.critic.module(hidden_states=hidden_states)
+
+    def _values(self, forward: PolicyForward, batch: Batch) -> torch.Tensor:
+        """float32 `(B, T)`: the value of the state before each completion token."""
+        if self.args.critic == "none":
+            return torch.zeros_like(forward.logps)
+        if self.args.critic == "shared":
+            return forward.values
+        return self.critic_forward(self.critic.module, batch, self._rows_per_forward)
+
+    @property
+    def _rows_per_forward(self) -> int:
+        train = self.mode == "train"
+        return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
+
+    # -------------------------------------------------------------------------------------------------- the update
+
+    def policy_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        args = self.args
+        training = self.mode == "train"
+        self._micro_batch, self._micro_batch_values = batch, None
+        policy_is_frozen = training and self.state.global_step < args.critic_warmup_steps
+        if policy_is_frozen:
+            if args.critic == "shared":
+                with torch.no_grad():
+                    hidden_only = self.policy_forward(model, batch)
+                self._micro_batch_values = hidden_only.values
+            # A leaf: its gradient reaches no parameter, so the optimizer has nothing to apply.
+            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
+
+        segments = Segments(batch["segment_ids"])
+        mask, old_logps = segments.mask, batch["old_per_token_logps"]
+        forward = self.policy_forward(model, batch)
+        self._micro_batch_values = forward.values
+
+        ratio_segments = {
+            "segment": segments,
+            "token": None,
+            "sequence": Segments(torch.where(mask, 0, segments.ids)),
+        }[args.importance_sampling_level]
+        normalizer = self._normalizer(args.loss_aggregation, batch, "tokens")
+        output = clipped_policy_loss(
+            forward.logps,
+            old_logps,
+            batch["advantages"],
+            mask,
+            segments=ratio_segments,
+            clip_low=args.epsilon,
+            clip_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+            dual_clip=args.delta,
+            aggregation=args.loss_aggregation,
+            normalizer=normalizer,
+            weights=batch.get("importance_sampling_ratio"),
+        )
+        loss = output.loss
+        self._accumulate_loss("policy_loss", output.loss)
+        self._accumulate_metrics(output.metrics, _POLICY_METRICS, weight=mask.sum())
+        self._accumulator.add_max("ratio/max", output.metrics["ratio_max"])
+        with torch.no_grad():
+            self._accumulator.add_total("entropy", torch.where(mask, forward.entropies, 0).sum(), mask.sum())
+
+        if args.beta != 0.0 and args.kl_placement == "loss":
+            kl = kl_estimate(forward.logps, batch["ref_per_token_logps"], args.kl_estimator)
+            if args.use_bias_correction_kl:
+                kl = kl * torch.exp(log_ratio(forward.logps, old_logps, ratio_segments))
+            loss = loss + args.beta * aggregate(kl, mask, args.loss_aggregation, normalizer)
+        if args.entropy_coef != 0.0:
+            tokens = self._normalizer("token-mean", batch, "tokens")
+            loss = loss - args.entropy_coef * aggregate(forward.entropies, mask, normalizer=tokens)
+        if forward.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * forward.aux_loss / self._micro_batches_per_step
+        if not training:
+            self.log_metrics(self._accumulator.flush(self.accelerator))
+        return loss
+
+    def critic_loss(self, batch: Batch, values: torch.Tensor | None) -> torch.Tensor:
+        """
+        Loss of the critic on one micro-batch, scaled for gradient accumulation.
+
+        Args:
+            batch (`dict`): the micro-batch that the policy's loss was computed on.
+            values (`torch.Tensor`, *optional*): float32 `(B, T)`, a shared critic's, from the policy's forward.
+
+        Returns:
+            `torch.Tensor`: 0-dimensional.
+        """
+        args = self.args
+        segments = Segments(batch["segment_ids"])
+        if values is None:
+            values = self.critic_forward(self.critic.module, batch)
+        output = segment_value_loss(
+            values,
+            batch["old_values"],
+            batch["returns"],
+            segments,
+            value_state=args.value_state,
+            cliprange_value=args.cliprange_value,
+            aggregation=args.value_loss_aggregation,
+            normalizer=self._normalizer(args.value_loss_aggregation, batch, "segments"),
+        )
+        self._accumulate_loss("value_loss", output.loss)
+        self._accumulate_metrics(output.metrics, _VALUE_METRICS, weight=segments.count.sum())
+        return output.loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        started, rollouts_before = time.perf_counter(), self._rollout_seconds
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.critic is not None:
+            # After the policy's backward, so that only one of the two models' activations is alive at a time.
+            with self.critic.accumulate():
+                self.critic.backward(self.critic_loss(self._micro_batch, self._micro_batch_values))
+        self._micro_batch = self._micro_batch_values = None
+        # TRL produces rollouts within its training step; their seconds are logged by stage.
+        rollout_seconds = self._rollout_seconds - rollouts_before
+        self._update_seconds += time.perf_counter() - started - rollout_seconds
+        if self.accelerator.sync_gradients:
+            self._finish_optimizer_step()
+        return loss
+
+    def _finish_optimizer_step(self) -> None:
+        if self.critic is not None:
+            self._accumulator.add_mean("critic_lr", torch.tensor(self.critic.learning_rate))
+            self._accumulator.add_mean("critic_grad_norm", self.critic.step())
+        self._accumulator.add_mean("time/update", torch.tensor(self._update_seconds))
+        self.log_metrics(self._accumulator.flush(self.accelerator))
+        self._step_totals = None
+        self._update_seconds = 0.0
+
+    @property
+    def _micro_batches_per_step(self) -> int:
+        return self.current_gradient_accumulation_steps if self.mode == "train" else 1
+
+    def _normalizer(self, aggregation: str, batch: Batch, unit: str) -> torch.Tensor | float:
+        """
+        What a micro-batch's summed losses are divided by.
+
+        The total over the whole optimizer step, so that the step's gradient does not depend on how its responses are
+        cut into micro-batches; per process, because distributed training averages over processes.
+
+        Args:
+            aggregation (`str`): see [`~sapo_trl.losses.aggregate`].
+            batch (`dict`): the micro-batch.
+            unit (`str`): `"tokens"` or `"segments"`, what the summed losses are one of.
+        """
+        if aggregation == "token-mean":
+            return self._totals(batch)[unit]
+        rows = batch["segment_ids"].size(0) * self._micro_batches_per_step
+        return rows * self.max_completion_length if aggregation == "seq-mean-token-sum" else rows
+
+    def _totals(self, batch: Batch) -> dict[str, torch.Tensor]:
+        if self.mode != "train":
+            return _count([batch])
+        if self._step_totals is None:
+            counts = _count(self.optimizer_step_batches())
+            summed = self.accelerator.reduce(torch.stack(list(counts.values())).float(), reduction="mean")
+            self._step_totals = dict(zip(counts, summed.clamp(min=1 / self.accelerator.num_processes), strict=True))
+        return self._step_totals
+
+    def _accumulate_loss(self, name: str, loss: torch.Tensor) -> None:
+        # Micro-batch losses are shares of the optimizer step's loss and add up to it.
+        self._accumulator.add_total(name, loss.detach(), 1 / self._micro_batches_per_step)
+
+    def _accumulate_metrics(
+        self, metrics: dict[str, torch.Tensor], names: dict[str, str], weight: torch.Tensor
+    ) -> None:
+        for key, name in names.items():
+            self._accumulator.add_mean(name, metrics[key], weight)
+
+    # ---------------------------------------------------------------------------------------- schedule, checkpoints
+
+    def create_scheduler(self, num_training_steps: int, *args, **kwargs):
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.critic is not None:
+            self.critic.create_scheduler(num_training_steps)
+        return scheduler
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy as TRL does, and the critic in the folder `critic` beside it."""
+        # The critic first: saving the policy may push the folder to the Hub.
+        if self.critic is not None and self.args.should_save:
+            self.critic.value_head.save_pretrained(Path(output_dir or self.args.output_dir) / CRITIC_FOLDER)
+        super().save_model(output_dir, _internal_call)
+
+    def save_training_state(self, folder: str) -> None:
+        if self.critic is not None:
+            self.critic.save_optimizer(folder)
+
+    def load_training_state(self, folder: str) -> None:
+        if self.critic is not None:
+            self.critic.load(folder)
+
+
+# How the losses' metrics are called in the log.
+_POLICY_METRICS = {
+    "clip_fraction": "clip_ratio/region_mean",
+    "clip_fraction_low": "clip_ratio/low_mean",
+    "clip_fraction_high": "clip_ratio/high_mean",
+    "dual_clip_fraction": "clip_ratio/dual_mean",
+    "approx_kl": "approx_kl",
+    "approx_kl_k3": "approx_kl_k3",
+    "ratio_mean": "ratio/mean",
+}
+_VALUE_METRICS = {"value_clip_fraction": "value/clip_ratio"}
+
+
+def make_segmenter(args: SAPOConfig) -> Segmenter:
+    """The segmenter that a configuration asks for."""
+    if args.segmentation == "entropy":
+        return EntropySegmenter(args.top_percent, args.segment_cut)
+    if args.segmentation == "probability":
+        return ProbabilitySegmenter(args.num_cuts, args.segment_cut)
+    if args.segmentation == "newline":
+        return NewlineSegmenter()
+    if args.segmentation == "step":
+        return StepSegmenter(args.step_pattern)
+    if args.segmentation == "token":
+        return TokenSegmenter()
+    return SequenceSegmenter()
+
+
+def _accepted_inputs(segmenter: Segmenter) -> list[str]:
+    """Which of the optional inputs a segmenter takes."""
+    optional = ["logps", "completion_ids", "tokenizer"]
+    parameters = inspect.signature(segmenter).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return optional
+    return [name for name in optional if name in parameters]
+
+
+def _loss_mask(batch: Batch) -> torch.Tensor:
+    """bool `(B, T)`: tokens that the policy produced and that count."""
+    mask = batch["completion_mask"].bool()
+    return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
+
+
+def _count(batches: list[Batch]) -> dict[str, torch.Tensor]:
+    partitions = [Segments(batch["segment_ids"]) for batch in batches]
+    return {
+        "tokens": torch.stack([segments.mask.sum() for segments in partitions]).sum(),
+        "segments": torch.stack([segments.count.sum() for segments in partitions]).sum(),
+    }
+
+
+def _make_value_head(
+    model: str | PreTrainedModel, value_model: str | SegmentValueHead | PreTrainedModel | None, args: SAPOConfig
+) -> SegmentValueHead:
+    """The critic, from what the user gave or from the policy."""
+    source = model if value_model is None else value_model
+    if isinstance(source, SegmentValueHead):
+        if source.mode != args.critic:
+            raise ValueError(f"`value_model` is a {source.mode!r} critic, but `critic={args.critic!r}`.")
+        return source
+    if isinstance(source, str):
+        return SegmentValueHead.from_pretrained(source, mode=args.critic, **_loading_kwargs(args))
+    if value_model is None:
+        return SegmentValueHead.from_policy(source, mode=args.critic)
+    if args.critic == "shared":
+        raise ValueError('`value_model` is a whole model, but `critic="shared"` is a head on the policy.')
+    return SegmentValueHead(hidden_size_of(source), backbone_of(source))
+
+
+def _loading_kwargs(args: SAPOConfig) -> dict[str, Any]:
+    """How TRL loads the policy, for a critic that starts from the same checkpoint."""
+    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    kwargs.pop("device_map", None)
+    return kwargs
+
+
+def _check_tokenizer_of(value_model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        value_tokenizer = AutoTokenizer.from_pretrained(value_model)
+    except (OSError, ValueError):
+        return  # a critic saved without tokenizer, e.g. beside its policy
+    check_same_tokenizer(value_tokenizer, tokenizer, value_model)

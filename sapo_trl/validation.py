@@ -1,0 +1,265 @@
+"""Checks of what users bring. Each error names the field, its value and what would be right."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import prepare_multimodal_messages
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+from .segments import Segments
+from .value_head import SegmentValueHead, backbone_of, hidden_size_of
+
+
+logger = logging.getLogger(__name__)
+
+# Rows of a data set whose images are counted before training: enough to catch a wrong template or processor.
+NUM_ROWS_CHECKED = 8
+
+
+def check_prompt_column(dataset: Dataset | IterableDataset | None, name: str) -> None:
+    """
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*): data set to check.
+        name (`str`): what to call it in the error.
+
+    Raises:
+        ValueError: if it has no column `prompt` or no rows.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return
+    columns = dataset.column_names
+    if columns is None:  # a stream does not know its columns before its first row
+        columns = list(next(iter(dataset), {}))
+    if "prompt" not in columns:
+        hint = ""
+        if {"problem", "answer"} <= set(columns):
+            hint = " Rows of `problem` (and `images`) become prompts with the functions in `sapo_trl.data`."
+        raise ValueError(f"`{name}` needs a column `prompt`; it has {sorted(columns)}.{hint}")
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"`{name}` has no rows.")
+
+
+def checked_reward(reward_func: Callable) -> Callable:
+    """
+    Wrap a reward function so that a wrong number of rewards or a non-finite reward is an error where it happens.
+
+    `None` stays what it is in TRL: not applicable to this sample.
+
+    Args:
+        reward_func (`Callable`): synchronous or asynchronous TRL reward function.
+
+    Returns:
+        `Callable`: the same, of the same kind and name.
+    """
+    name = get_callable_name(reward_func)
+
+    def check(rewards: Any, completions: list) -> list[float | None]:
+        rewards = list(rewards)
+        if len(rewards) != len(completions):
+            raise ValueError(
+                f"Reward function `{name}` returned {len(rewards)} rewards for {len(completions)} completions; it must "
+                "return one for each."
+            )
+        for index, reward in enumerate(rewards):
+            if reward is not None and not math.isfinite(reward):
+                raise ValueError(
+                    f"Reward function `{name}` returned {float(reward)} for completion {index} of {len(completions)}; "
+                    "rewards must be finite. Return `None` where the function does not apply."
+                )
+        return rewards
+
+    if is_async_callable(reward_func):
+
+        async def wrapper(*args, **kwargs):
+            return check(await reward_func(*args, **kwargs), kwargs["completions"])
+
+    else:
+
+        def wrapper(*args, **kwargs):
+            return check(reward_func(*args, **kwargs), kwargs["completions"])
+
+    functools.update_wrapper(wrapper, reward_func)
+    wrapper.__name__ = name  # partials and instances have none, and TRL logs by this name
+    return wrapper
+
+
+def checked_rewards(reward_funcs: Any) -> Any:
+    """[`checked_reward`] for whatever TRL accepts as `reward_funcs`; reward models and their ids pass unchanged."""
+    if isinstance(reward_funcs, list | tuple):
+        return [checked_rewards(reward_func) for reward_func in reward_funcs]
+    if reward_funcs is None or isinstance(reward_funcs, str | nn.Module):
+        return reward_funcs
+    if not callable(reward_funcs):
+        raise TypeError(f"`reward_funcs` must be callables, models or model ids, got {type(reward_funcs).__name__}.")
+    return checked_reward(reward_funcs)
+
+
+def check_segments(segments: Any, mask: torch.Tensor) -> None:
+    """
+    Args:
+        segments (`Any`): what a segmenter returned.
+        mask (`torch.Tensor`): bool tensor of shape `(B, T)` that it was to partition.
+
+    Raises:
+        TypeError: if it is no [`Segments`].
+        ValueError: if it does not cover the mask exactly, or its ids do not count up from 0 in every row.
+    """
+    if not isinstance(segments, Segments):
+        raise TypeError(f"The segmenter must return `Segments`, got {type(segments).__name__}.")
+    if segments.ids.shape != mask.shape:
+        raise ValueError(
+            f"The segmenter must return ids of the mask's shape {tuple(mask.shape)}, got {tuple(segments.ids.shape)}."
+        )
+    wrong = segments.mask != mask
+    if wrong.any():
+        row = int(wrong.any(dim=1).nonzero()[0])
+        missing = int((mask & ~segments.mask)[row].sum())
+        extra = int((segments.mask & ~mask)[row].sum())
+        raise ValueError(
+            f"The segmenter's result does not cover the mask: in row {row} of {mask.size(0)}, {missing} completion "
+            f"tokens belong to no segment and {extra} other positions belong to one."
+        )
+    # With ids that count up from 0 one by one, each row has as many first tokens as its largest id + 1, and a running
+    # count of them reproduces the ids.
+    recounted = torch.cumsum(segments.is_first, dim=1) - 1
+    if not torch.equal(recounted.masked_fill(~mask, -1), segments.ids):
+        row = int((recounted.masked_fill(~mask, -1) != segments.ids).any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"The segmenter's ids must count up from 0 without gaps from left to right; row {row} has "
+            f"{segments.ids[row][mask[row]].tolist()}."
+        )
+
+
+def check_images(
+    dataset: Dataset | IterableDataset | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    model: PreTrainedModel,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """
+    Compare, for the first rows of a data set, the image tokens of the prompt with the features its images will give.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*): data set to check.
+        processing_class: the trainer's.
+        model ([`~transformers.PreTrainedModel`]): the policy.
+        chat_template_kwargs (`dict`, *optional*): passed to the chat template.
+
+    Raises:
+        ValueError: if the numbers differ, or a row's images and image placeholders do not pair.
+    """
+    vision_config = getattr(model.config, "vision_config", None)
+    merge_size = getattr(vision_config, "spatial_merge_size", None)
+    if not isinstance(processing_class, ProcessorMixin) or merge_size is None:
+        return  # a text model, or one whose image tokens are not a function of `image_grid_thw`
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return
+    for index, row in enumerate(islice(dataset, NUM_ROWS_CHECKED)):
+        images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+        prompt = row["prompt"]
+        if not images or isinstance(prompt, str):
+            continue  # TRL explains that images need conversational prompts
+        try:
+            messages = prepare_multimodal_messages(prompt, images=images)
+        except ValueError as error:
+            raise ValueError(f"Row {index} of the data set has {len(images)} image(s): {error}") from error
+        encoded = processing_class.apply_chat_template(
+            [messages], add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+        )
+        tokens = sum(ids.count(model.config.image_token_id) for ids in map(list, encoded["input_ids"]))
+        grid = torch.as_tensor(encoded["image_grid_thw"])
+        features = int(grid.prod(dim=-1).sum()) // merge_size**2
+        if tokens != features:
+            raise ValueError(
+                f"Row {index} of the data set: the prompt has {tokens} image tokens (id {model.config.image_token_id}), "
+                f"but its {len(images)} image(s) give {features} features (grids {grid.tolist()}, merge size "
+                f"{merge_size}). Each image needs exactly one placeholder in the messages, none written out in the "
+                "text, and the processor must belong to the model."
+            )
+
+
+def check_padding_side(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+    """Set left padding, without which prompts and image markers are silently misaligned."""
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    if tokenizer.padding_side != "left":
+        logger.warning(
+            "The processing class pads on the %s; prompts must be padded on the left. Setting it to 'left'.",
+            tokenizer.padding_side,
+        )
+        tokenizer.padding_side = "left"
+
+
+def check_value_model(
+    value_head: SegmentValueHead, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """
+    Check that a critic can read what the policy reads.
+
+    Args:
+        value_head ([`SegmentValueHead`]): the critic.
+        policy ([`~transformers.PreTrainedModel`]): the policy.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the policy.
+
+    Raises:
+        ValueError: if the vocabularies or the kinds of input differ.
+    """
+    policy_backbone = backbone_of(policy)
+    if value_head.backbone is None:
+        if value_head.head.in_features != hidden_size_of(policy_backbone):
+            raise ValueError(
+                f"The shared value head reads hidden states of size {value_head.head.in_features}, but the policy's "
+                f"have size {hidden_size_of(policy_backbone)}."
+            )
+        return
+
+    critic_config, policy_config = value_head.backbone.config, policy_backbone.config
+    critic_vocab = critic_config.get_text_config().vocab_size
+    policy_vocab = policy_config.get_text_config().vocab_size
+    if critic_vocab != policy_vocab:
+        raise ValueError(
+            f"The value model's vocabulary has {critic_vocab} entries, the policy's {policy_vocab} (its tokenizer "
+            f"{len(tokenizer)}): the value model must be of the same model family."
+        )
+    # The settings that decide what an image is to a model; both models get the same tensors.
+    for name in ("image_token_id", "patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels"):
+        critic_value, policy_value = _image_setting(critic_config, name), _image_setting(policy_config, name)
+        if critic_value != policy_value:
+            raise ValueError(
+                f"The value model ({critic_config.model_type}) and the policy ({policy_config.model_type}) must take "
+                f"the same images, but `{name}` is {critic_value} and {policy_value}."
+            )
+
+
+def check_same_tokenizer(
+    value_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, value_model: str
+) -> None:
+    """
+    Args:
+        value_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the value model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the policy.
+        value_model (`str`): name of the value model.
+
+    Raises:
+        ValueError: if a token has another id in the value model's tokenizer.
+    """
+    vocabulary, value_vocabulary = tokenizer.get_vocab(), value_tokenizer.get_vocab()
+    differing = [token for token, index in vocabulary.items() if value_vocabulary.get(token) != index]
+    if differing:
+        raise ValueError(
+            f"The value model {value_model!r} has another tokenizer than the policy: {len(differing)} of "
+            f"{len(vocabulary)} tokens have another id or are unknown, for example {sorted(differing)[0]!r}."
+        )
+
+
+def _image_setting(config: Any, name: str) -> Any:
+    return getattr(config, name, getattr(getattr(config, "vision_config", None), name, None))
