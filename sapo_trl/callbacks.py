@@ -55,7 +55,7 @@ class SegmentedRollout:
 
 
 class RolloutCallback(TrainerCallback):
-    """A [`~transformers.TrainerCallback`] that [`SAPOTrainer`] also shows every rollout to, training and evaluation."""
+    """A [`~transformers.TrainerCallback`] that [`SAPOTrainer`] also shows every rollout to, in evaluation too."""
 
     def on_rollout(
         self,
@@ -73,8 +73,8 @@ class RolloutCallback(TrainerCallback):
             state ([`~transformers.TrainerState`]): where training stands.
             control ([`~transformers.TrainerControl`]): to influence the training loop.
             rollout ([`SegmentedRollout`]): this process's responses.
-            metrics ([`MetricAccumulator`]): what is added here appears in the next log. Every process must add the same
-                names.
+            metrics ([`MetricAccumulator`]):
+                what is added here appears in the next log. Every process must add the same names.
         """
 
 

@@ -58,8 +58,8 @@ class SAPOConfig(GRPOConfig):
 
         segmentation (`str`, *optional*, defaults to `"entropy"`):
             Where responses are cut: `"entropy"` (at the highest-entropy tokens), `"probability"` (at a fixed number of
-            least probable tokens), `"newline"`, `"step"` (at "Step 1:" …), `"token"` (every token is a segment: PPO) or
-            `"sequence"` (the response is one segment). To cut in another way, pass `segmenter` to the trainer.
+            least probable tokens), `"newline"`, `"step"` (at "Step 1:" …), `"token"` (every token is a segment, as in
+            PPO) or `"sequence"` (the response is one segment). To cut in another way, pass `segmenter` to the trainer.
         top_percent (`float`, *optional*, defaults to `30.0`):
             For `"entropy"`: share of each response's tokens to cut at, in percent, in (0, 100].
         segment_cut (`str`, *optional*, defaults to `"end"`):
@@ -129,7 +129,8 @@ class SAPOConfig(GRPOConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
-    > - `num_generations`: Defaults to `1` instead of `8`. One response per prompt suffices: the critic is the baseline.
+    > - `num_generations`: Defaults to `1` instead of `8`. One response per prompt suffices, as the critic is the
+    >   baseline.
     > - `beta`: Defaults to `0.001` instead of `0.0`.
     > - `epsilon_high`: Defaults to `0.28` instead of `None`.
     > - `delta`: Defaults to `3.0` instead of `None`. On negative advantages, the only ones it can change, it is PPO's
@@ -160,7 +161,7 @@ class SAPOConfig(GRPOConfig):
     loss_type: str = field(
         default=LOSS_TYPE,
         metadata={
-            "help": "Only 'segment_clip'. TRL's 'sapo' is Qwen's Soft Adaptive Policy Optimization, another algorithm.",
+            "help": "Only 'segment_clip'. TRL's 'sapo' is Qwen's Soft Adaptive Policy Optimization, not this.",
             "choices": [LOSS_TYPE],
         },
     )
@@ -211,8 +212,8 @@ class SAPOConfig(GRPOConfig):
     value_state: str = field(
         default="start",
         metadata={
-            "help": "State whose value stands for a segment: before its first token ('start', the paper) or before its "
-            "last token ('end', the official code).",
+            "help": "State whose value stands for a segment: before its first token ('start', the paper) or before "
+            "its last token ('end', the official code).",
             "choices": list(_CHOICES["value_state"]),
         },
     )

@@ -42,8 +42,8 @@ def aggregate(
             what is summed: `"token-mean"` every token, `"seq-mean-token-mean"` each row's mean over its tokens,
             `"seq-mean-token-sum"` each row's sum.
         normalizer (`float` or `torch.Tensor`, *optional*):
-            what the sum is divided by. Defaults to this batch's number of tokens (`"token-mean"`) or rows (the others).
-            Pass the totals of the whole optimizer step to make the gradient independent of how it is cut into
+            what the sum is divided by. Defaults to this batch's number of tokens (`"token-mean"`) or of rows (the
+            others). Pass the totals of the whole optimizer step to make the gradient independent of how it is cut into
             micro-batches.
 
     Returns:
@@ -192,7 +192,7 @@ def segment_value_loss(
     normalizer: float | torch.Tensor | None = None,
 ) -> LossOutput:
     """
-    Squared error of the critic at one state per segment (SAPO paper, Eq. 12), optionally clipped around the old values.
+    Squared error of the critic at one state per segment, optionally clipped around the old values.
 
     Args:
         value_preds (`torch.Tensor`):
@@ -200,9 +200,11 @@ def segment_value_loss(
         old_values (`torch.Tensor`): the predictions at rollout time, same layout.
         returns (`torch.Tensor`): float tensor of shape `(B, T)`, the targets, see [`segment_gae`].
         segments ([`Segments`]): the partition of the tokens.
-        value_state (`str`, *optional*, defaults to `"start"`): which state is regressed, see [`Segments.state_mask`].
+        value_state (`str`, *optional*, defaults to `"start"`):
+            which state is regressed, see [`Segments.state_mask`].
         cliprange_value (`float`, *optional*, defaults to `0.5`):
-            how far a prediction may move from the old value before its gradient stops; `None` for a plain squared error.
+            how far a prediction may move from the old value before its gradient stops; `None` for a plain squared
+            error.
         aggregation (`str`, *optional*, defaults to `"token-mean"`):
             see [`aggregate`], with one "token" per segment: `"seq-mean-token-mean"` is the paper's per-response mean.
         normalizer (`float` or `torch.Tensor`, *optional*): see [`aggregate`].

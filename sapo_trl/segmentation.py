@@ -119,7 +119,8 @@ class ProbabilitySegmenter:
     ablation).
 
     Args:
-        num_cuts (`int`, *optional*, defaults to `8`): number of tokens to cut at; a shorter response is cut everywhere.
+        num_cuts (`int`, *optional*, defaults to `8`):
+            number of tokens to cut at; a shorter response is cut everywhere.
         cut (`str`, *optional*, defaults to `"end"`): whether a selected token ends or starts its segment.
     """
 
@@ -172,7 +173,8 @@ class StepSegmenter:
     Finding text in token sequences is the one thing here that works row by row on strings, once per rollout.
 
     Args:
-        pattern (`str`, *optional*, defaults to `r"Step\\s*\\d+\\s*[:.]"`): regular expression of a step's announcement.
+        pattern (`str`, *optional*, defaults to `r"Step\\s*\\d+\\s*[:.]"`):
+            regular expression of a step's announcement.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             tokenizer of the completions; by default the one that the trainer passes with each call.
     """
@@ -259,7 +261,7 @@ def _given(own: PreTrainedTokenizerBase | None, passed: PreTrainedTokenizerBase 
 
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase, largest_id: int) -> list[str]:
-    """The text of every token id up to `largest_id` at least; "" for ids beyond the tokenizer's (padded embeddings)."""
+    """The text of every token id up to `largest_id` at least; "" for ids that only padded embeddings have."""
     texts = _decoded_vocabulary(tokenizer)
     return texts + [""] * (largest_id + 1 - len(texts))
 

@@ -48,7 +48,8 @@ class Segments:
     def __post_init__(self):
         if self.ids.dim() != 2 or self.ids.dtype != torch.int64:
             raise ValueError(
-                f"`ids` must be an int64 tensor of shape (batch, length), got {self.ids.dtype} {tuple(self.ids.shape)}."
+                f"`ids` must be an int64 tensor of shape (batch, length), got {self.ids.dtype} of shape "
+                f"{tuple(self.ids.shape)}."
             )
 
     @classmethod
@@ -130,7 +131,7 @@ class Segments:
         Sum `x` over the tokens of each segment.
 
         Args:
-            x (`torch.Tensor`): tensor of shape `(B, T)`. Its values outside the segments may be anything, NaN included.
+            x (`torch.Tensor`): tensor of shape `(B, T)`. Outside the segments it may hold anything, NaN included.
 
         Returns:
             `torch.Tensor`: `(B, M)` with `M` the largest count in the batch, 0 beyond a row's count; float32 or wider.
@@ -175,8 +176,8 @@ class Segments:
 
         Args:
             value_state (`str`):
-                `"start"`: the segment's first token, i.e. the state before the segment (the paper, Eq. 6); `"end"`: its
-                last token, i.e. the state before that last token (the official code).
+                `"start"`: the segment's first token, i.e. the state before the segment (the paper, Eq. 6);
+                `"end"`: its last token, i.e. the state before that last token (the official code).
 
         Returns:
             `torch.Tensor`: bool tensor of shape `(B, T)`.

@@ -67,8 +67,8 @@ def checked_reward(reward_func: Callable) -> Callable:
         rewards = list(rewards)
         if len(rewards) != len(completions):
             raise ValueError(
-                f"Reward function `{name}` returned {len(rewards)} rewards for {len(completions)} completions; it must "
-                "return one for each."
+                f"Reward function `{name}` returned {len(rewards)} rewards for {len(completions)} completions; it "
+                "must return one for each."
             )
         for index, reward in enumerate(rewards):
             if reward is not None and not math.isfinite(reward):
@@ -181,9 +181,9 @@ def check_images(
         features = int(grid.prod(dim=-1).sum()) // merge_size**2
         if tokens != features:
             raise ValueError(
-                f"Row {index} of the data set: the prompt has {tokens} image tokens (id {model.config.image_token_id}), "
-                f"but its {len(images)} image(s) give {features} features (grids {grid.tolist()}, merge size "
-                f"{merge_size}). Each image needs exactly one placeholder in the messages, none written out in the "
+                f"Row {index} of the data set: the prompt has {tokens} image tokens (id "
+                f"{model.config.image_token_id}), but its {len(images)} image(s) give {features} features (grids "
+                f"{grid.tolist()}, merge size {merge_size}). Each image needs exactly one placeholder in the messages, none written out in the "
                 "text, and the processor must belong to the model."
             )
 

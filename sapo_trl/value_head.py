@@ -29,8 +29,8 @@ class SegmentValueHead(nn.Module):
     Args:
         hidden_size (`int`): width of the hidden states.
         backbone ([`~transformers.PreTrainedModel`], *optional*):
-            text or image-text model without LM head that returns `last_hidden_state`. `None` makes a `"shared"` critic,
-            which is given the policy's hidden states.
+            text or image-text model without LM head that returns `last_hidden_state`. `None` makes a `"shared"`
+            critic, which is given the policy's hidden states.
 
     Example:
 
@@ -66,8 +66,8 @@ class SegmentValueHead(nn.Module):
             policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
                 causal LM or image-text model. Adapters are merged into the critic's copy.
             mode (`str`, *optional*, defaults to `"separate"`):
-                `"separate"`: copy the policy's backbone, frozen parameters staying frozen (the paper); `"shared"`: only
-                a head, on the policy's hidden states.
+                `"separate"`: copy the policy's backbone, frozen parameters staying frozen (the paper); `"shared"`:
+                only a head, on the policy's hidden states.
 
         Returns:
             [`SegmentValueHead`]

@@ -22,8 +22,8 @@ class Critic:
     """
     A value model that is trained beside the policy.
 
-    Its gradients, learning rate and clipping never mix with the policy's, and it is no submodule of the policy, so that
-    neither the policy's checkpoint nor a weight sync to the sampler can contain it.
+    Its gradients, learning rate and clipping never mix with the policy's, and it is no submodule of the policy, so
+    that neither the policy's checkpoint nor a weight sync to the sampler can contain it.
 
     Args:
         value_head ([`SegmentValueHead`]): the model.

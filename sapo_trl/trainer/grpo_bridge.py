@@ -40,7 +40,8 @@ class PolicyForward:
     What one forward of the policy over a rollout yields.
 
     Args:
-        logps (`torch.Tensor`): float32 `(B, T)`, log-probabilities of the completion tokens at the sampling temperature.
+        logps (`torch.Tensor`):
+            float32 `(B, T)`, log-probabilities of the completion tokens at the sampling temperature.
         entropies (`torch.Tensor`): float32 `(B, T)`, entropies of the same distributions.
         values (`torch.Tensor`, *optional*): float32 `(B, T)`, with a shared critic.
         aux_loss (`torch.Tensor`, *optional*): 0-dimensional, the load-balancing loss of a mixture of experts.

@@ -68,7 +68,8 @@ class SAPOTrainer(GRPOBridge):
         value_model (`str` or [`SegmentValueHead`] or [`~transformers.PreTrainedModel`], *optional*):
             Critic, or the model to make it from. By default a copy of the policy, as `args.critic` says.
         segmenter ([`Segmenter`], *optional*):
-            How to cut responses: any callable `(entropies, mask) -> Segments`. By default what `args.segmentation` says.
+            How to cut responses: any callable `(entropies, mask) -> Segments`. By default what `args.segmentation`
+            says.
         kwargs:
             All other arguments of [`~trl.GRPOTrainer`], unchanged: `eval_dataset`, `processing_class`,
             `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`, `tools`,
@@ -100,7 +101,7 @@ class SAPOTrainer(GRPOBridge):
         "citation": textwrap.dedent("""\
             @article{gao2026segment,
                 title        = {{Segment-Aligned Policy Optimization for Multi-Modal Reasoning}},
-                author       = {Lei Gao and Zhuoming Li and Mengxi Jia and Jiakang Yuan and Hongbo Sun and Hao Sun and Xuelong Li},
+                author       = {Gao, Lei and Li, Zhuoming and Jia, Mengxi and Yuan, Jiakang and others},
                 year         = 2026,
                 eprint       = {arXiv:2605.01327},
             }"""),
@@ -129,8 +130,8 @@ class SAPOTrainer(GRPOBridge):
         if value_model is not None and args.critic == "none":
             raise ValueError('`value_model` was given, but `critic="none"`: drop one of the two.')
 
-        # Made before TRL sees the model, because it may put adapters into it and the critic starts from the policy as it
-        # is now; seeded like TRL seeds what it initialises.
+        # Made before TRL sees the model, because it may put adapters into it and the critic starts from the policy as
+        # it is now; seeded like TRL seeds what it initialises.
         set_seed(args.seed)
         value_head = None
         if args.critic != "none":
