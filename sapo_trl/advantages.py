@@ -43,7 +43,7 @@ def segment_gae(
     critic_lam: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Generalized advantage estimation with segments as the time steps (SAPO paper, Eqs. 6-9).
+    Generalized advantage estimation with segments as the time steps (SAPO paper, values as in its Eq. 6).
 
     With `r_m` the summed token rewards of segment `m` and `V_m` the value of its state,
     `delta_m = r_m + gamma * V_{m+1} - V_m` (0 for the value after the last segment), the advantage is

@@ -65,7 +65,7 @@ def segment_log_ratio(
     logps: torch.Tensor, old_logps: torch.Tensor, segments: Segments, clamp: float = 20.0
 ) -> torch.Tensor:
     """
-    Mean log-ratio of each token's segment (SAPO paper, Eq. 10: the geometric mean of the token ratios).
+    Mean log-ratio of each token's segment : the exponential is the geometric mean of its token ratios.
 
     Args:
         logps (`torch.Tensor`): float tensor of shape `(B, T)`, log-probabilities under the current policy.
@@ -115,7 +115,7 @@ def clipped_policy_loss(
     weights: torch.Tensor | None = None,
 ) -> LossOutput:
     """
-    PPO's clipped surrogate with a ratio per segment (SAPO paper, Eq. 11) or per token.
+    PPO's clipped surrogate with a ratio per segment (SAPO) or per token (PPO).
 
     The loss of a token is `max(-ratio * A, -clip(ratio, 1 - clip_low, 1 + clip_high) * A)`, and at most
     `-dual_clip * A` where `A < 0`.

@@ -56,7 +56,7 @@ def entropy_segments(
     entropies: torch.Tensor, mask: torch.Tensor, top_percent: float = 30.0, cut: str = "end"
 ) -> Segments:
     """
-    Cut each response at its own highest-entropy tokens (SAPO paper, Eq. 5).
+    Cut each response at its own highest-entropy tokens (the SAPO paper's segmentation).
 
     A response of `n` tokens is cut at its `max(1, ceil(n * top_percent / 100))` highest-entropy tokens; of equal
     entropies the earlier token is taken. Rows do not influence each other.
