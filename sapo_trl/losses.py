@@ -65,7 +65,7 @@ def segment_log_ratio(
     logps: torch.Tensor, old_logps: torch.Tensor, segments: Segments, clamp: float = 20.0
 ) -> torch.Tensor:
     """
-    Mean log-ratio of each token's segment : the exponential is the geometric mean of its token ratios.
+    Mean log-ratio of each token's segment; its exponential is the geometric mean of the token ratios.
 
     Args:
         logps (`torch.Tensor`): float tensor of shape `(B, T)`, log-probabilities under the current policy.

@@ -183,7 +183,7 @@ def check_images(
             raise ValueError(
                 f"Row {index} of the data set: the prompt has {tokens} image tokens (id "
                 f"{model.config.image_token_id}), but its {len(images)} image(s) give {features} features (grids "
-                f"{grid.tolist()}, merge size {merge_size}). Each image needs exactly one placeholder in the messages, "
+                f"{grid.tolist()}, merge size {merge_size}). Each image needs one placeholder in the messages, "
                 "none written out in the text, and the processor must belong to the model."
             )
 
