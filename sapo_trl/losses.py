@@ -164,9 +164,11 @@ def clipped_policy_loss(
 
     with torch.no_grad():
         is_clipped = clipped > unclipped
+        count = mask.sum().clamp(min=1)
 
         def mean(x: torch.Tensor) -> torch.Tensor:
-            return aggregate(x.to(log_ratios.dtype), mask)
+            # Outside the mask log-ratios and advantages are 0, so everything averaged here is 0 there.
+            return x.sum(dtype=log_ratios.dtype) / count
 
         metrics = {
             "clip_fraction": mean(is_clipped),
@@ -175,7 +177,7 @@ def clipped_policy_loss(
             "dual_clip_fraction": mean(is_dual_clipped),
             "approx_kl": mean(-log_ratios),
             "approx_kl_k3": mean(ratio - 1 - log_ratios),
-            "ratio_mean": mean(ratio),
+            "ratio_mean": 1 + mean(ratio - 1),
             "ratio_max": torch.where(mask, ratio, 0).amax() if mask.numel() else ratio.new_zeros(()),
         }
     return LossOutput(aggregate(token_loss, mask, aggregation, normalizer), metrics)
