@@ -32,7 +32,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def test_segment_operations_have_no_loop_over_rows_or_tokens():
-    """64 times the rows: not one operation more. 16 times the length: a few more for each doubling in the GAE's scan."""
+    """64 times the rows: not one operation more. 16 times the length: a few more for each doubling, in the GAE."""
     benchmark = load("segment_ops")
     counts = {}
     for rows, length in ((4, 64), (256, 64), (4, 1024)):
