@@ -355,10 +355,14 @@ class SAPOConfig(GRPOConfig):
         for name in ("critic_learning_rate", "critic_warmup_steps", "critic_lr_warmup_steps", "beta", "epsilon"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        for name in ("cliprange_value", "advantage_clamp", "critic_max_grad_norm"):
+        for name in ("cliprange_value", "advantage_clamp"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"`{name}` must be positive, got {value}.")
+                raise ValueError(f"`{name}` must be positive (or `None`), got {value}.")
+        if self.critic_max_grad_norm is None or self.critic_max_grad_norm <= 0:
+            raise ValueError(
+                f"`critic_max_grad_norm` must be positive, got {self.critic_max_grad_norm}; `math.inf` clips nothing."
+            )
         for name in ("num_cuts", "num_mini_batches", "num_generations"):
             value = getattr(self, name)
             if value is not None and value < 1:

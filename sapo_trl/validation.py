@@ -104,6 +104,26 @@ def checked_rewards(reward_funcs: Any) -> Any:
     return checked_reward(reward_funcs)
 
 
+def check_finite_rewards(rewards_per_func: torch.Tensor, names: list[str]) -> None:
+    """
+    Check the rewards that [`checked_reward`] does not see: reward models' and environments'. NaN means unscored.
+
+    Args:
+        rewards_per_func (`torch.Tensor`): float tensor of shape `(B, F)`.
+        names (`list[str]`): of the `F` reward functions.
+
+    Raises:
+        ValueError: if one is infinite.
+    """
+    infinite = rewards_per_func.isinf()
+    if infinite.any():
+        row, column = infinite.nonzero()[0].tolist()
+        raise ValueError(
+            f"Reward function `{names[column]}` returned {float(rewards_per_func[row, column])} for completion {row} "
+            f"of {len(rewards_per_func)}; rewards must be finite."
+        )
+
+
 def check_segments(segments: Any, mask: torch.Tensor) -> None:
     """
     Args:

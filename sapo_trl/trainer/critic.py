@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import Trainer, get_scheduler
+from transformers import SchedulerType, Trainer, get_scheduler
 
 from ..config import SAPOConfig
 from ..value_head import SegmentValueHead
@@ -73,14 +73,21 @@ class Critic:
 
     def create_scheduler(self, num_training_steps: int) -> None:
         """Make the learning rate schedule, once the length of training is known."""
-        if self.scheduler is None:
-            self.scheduler = get_scheduler(
-                self.args.critic_lr_scheduler_type or self.args.lr_scheduler_type,
-                optimizer=self.optimizer,
-                num_warmup_steps=self.args.critic_lr_warmup_steps,
-                num_training_steps=num_training_steps,
-                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
-            )
+        if self.scheduler is not None:
+            return
+        args = self.args
+        kind = SchedulerType(args.critic_lr_scheduler_type or args.lr_scheduler_type)
+        # These are the arguments of the policy's schedule, which a schedule of another kind does not take.
+        kwargs = args.lr_scheduler_kwargs if kind == args.lr_scheduler_type else None
+        if kind == SchedulerType.CONSTANT and args.critic_lr_warmup_steps > 0:
+            kind = SchedulerType.CONSTANT_WITH_WARMUP  # "constant" would ignore the warm-up
+        self.scheduler = get_scheduler(
+            kind,
+            optimizer=self.optimizer,
+            num_warmup_steps=args.critic_lr_warmup_steps,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=kwargs,
+        )
 
     def accumulate(self) -> contextlib.AbstractContextManager:
         """Context of one micro-batch's forward and backward: gradients are synchronised on the last one only."""

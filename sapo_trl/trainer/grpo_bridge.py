@@ -12,7 +12,7 @@ import contextlib
 import copy
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
+from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 
 
@@ -162,7 +163,9 @@ class GRPOBridge(GRPOTrainer):
         """`"train"` or `"eval"`."""
         return "train" if self.model.training else "eval"
 
-    def policy_forward(self, model: nn.Module, batch: Batch, batch_size: int | None = None) -> PolicyForward:
+    def policy_forward(
+        self, model: nn.Module, batch: Batch, batch_size: int | None = None, frozen: bool = False
+    ) -> PolicyForward:
         """
         Run the policy over a batch's completions.
 
@@ -170,12 +173,14 @@ class GRPOBridge(GRPOTrainer):
             model (`torch.nn.Module`): the policy, wrapped or not.
             batch (`dict`): a rollout or a micro-batch.
             batch_size (`int`, *optional*): rows per forward; all at once by default.
+            frozen (`bool`, *optional*, defaults to `False`):
+                whether the policy is not to learn from it: only the shared critic's values carry gradients then.
 
         Returns:
             [`PolicyForward`]
         """
-        with self._value_tap() as values:
-            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+        with self._value_tap() as values, torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            logps, entropies, aux_loss = self._run_over_tokens(
                 model,
                 **_forward_inputs(batch),
                 batch_size=batch_size,
@@ -200,13 +205,14 @@ class GRPOBridge(GRPOTrainer):
             `torch.Tensor`: float32 `(B, T)`.
         """
 
+        # In the policy's mode: a checkpoint loads in evaluation mode, in which gradient checkpointing is off.
+        critic.train(self.model.training)
+
         def value_model(*, labels: torch.Tensor, fused_lm_head: bool, **model_inputs) -> SimpleNamespace:
             # Position p predicts token p + 1, and its value is that of the state before token p + 1.
             return SimpleNamespace(log_probs=critic(**model_inputs)[:, :-1])
 
-        values, _, _ = super()._get_per_token_logps_and_entropies(
-            value_model, **_forward_inputs(batch), batch_size=batch_size
-        )
+        values, _, _ = self._run_over_tokens(value_model, **_forward_inputs(batch), batch_size=batch_size)
         return values
 
     def local_slice(self, gathered: torch.Tensor, local_rows: int) -> torch.Tensor:
@@ -214,10 +220,11 @@ class GRPOBridge(GRPOTrainer):
         start = self.accelerator.process_index * local_rows
         return gathered[start : start + local_rows]
 
-    def optimizer_step_batches(self) -> list[Batch]:
-        """The micro-batches that the current optimizer step goes through, this process's share of them."""
+    def optimizer_step_batches(self, batch: Batch) -> list[Batch]:
+        """All micro-batches of the optimizer step that a micro-batch belongs to, this process's share of them."""
         window = self.args.gradient_accumulation_steps
-        first = self._step % self.args.steps_per_generation // window * window
+        index = next(index for index, buffered in enumerate(self._buffered_inputs) if buffered is batch)
+        first = index // window * window
         return self._buffered_inputs[first : first + window]
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
@@ -237,15 +244,21 @@ class GRPOBridge(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         self._record = RolloutRecord()
         try:
-            batch = super()._generate_and_score_completions(inputs)
+            batch = super()._generate_and_score_completions(_with_image_lists(inputs))
         finally:
             record, self._record = self._record, None
         return self.score_rollout(batch, record)
+
+    def _tokenize_prompts(self, prompts: list):
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        # A prompt without image among prompts with some has `None` from TRL; transformers' processors take only lists.
+        return prompt_ids, images and [row or [] for row in images], multimodal_fields
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         self._record.mark_generated()
         self._record.reward_started = time.perf_counter()
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        check_finite_rewards(rewards_per_func, self.reward_func_names)
         # Weighted like TRL does; a completion that no function could score stays NaN.
         weights = self.reward_weights.to(rewards_per_func.device)
         rewards = (rewards_per_func * weights).nansum(dim=1)
@@ -257,13 +270,11 @@ class GRPOBridge(GRPOTrainer):
         if self._record is not None:
             self._record.mark_generated()
         if self._record is None or model is not self.model:
-            return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
+            return self._run_over_tokens(model, *args, compute_entropy=compute_entropy, **kwargs)
         # TRL scores a rollout with the policy when it needs old log-probabilities. The fused head computes the
         # entropies in the same pass anyway: keep them, and the values, instead of running the policy again.
         with self._value_tap() as values:
-            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-                model, *args, compute_entropy=True, **kwargs
-            )
+            logps, entropies, aux_loss = self._run_over_tokens(model, *args, compute_entropy=True, **kwargs)
         self._record.forwards.append((logps, _policy_forward(logps, entropies, values, aux_loss)))
         return logps, entropies, aux_loss
 
@@ -282,13 +293,24 @@ class GRPOBridge(GRPOTrainer):
 
     # ---------------------------------------------------------------- details
 
+    def _run_over_tokens(self, model: Callable, *args, **kwargs):
+        """TRL's forward over a batch's completions, also where a chunk of the batch has no image."""
+
+        def without_empty_inputs(**inputs):
+            # Of a batch with images TRL passes every chunk some, if only none; vision towers refuse empty tensors.
+            return model(**{k: v for k, v in inputs.items() if not (torch.is_tensor(v) and v.numel() == 0)})
+
+        return super()._get_per_token_logps_and_entropies(without_empty_inputs, *args, **kwargs)
+
     @contextlib.contextmanager
     def _value_tap(self) -> Iterator[list[torch.Tensor]]:
         """Collect the shared critic's values from the backbone outputs of the forwards run inside, one per chunk."""
         values: list[torch.Tensor] = []
+        critic_learns = torch.is_grad_enabled()
 
         def read(_module: nn.Module, _args: tuple, output: Any) -> None:
-            chunk = self.shared_values(output.last_hidden_state.detach())
+            with torch.set_grad_enabled(critic_learns):
+                chunk = self.shared_values(output.last_hidden_state.detach())
             if chunk is not None:
                 # Same alignment as the log-probabilities: position p stands before token p + 1.
                 values.append(chunk[:, :-1])
@@ -311,6 +333,15 @@ class GRPOBridge(GRPOTrainer):
         else:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.beta = self.args.beta
+
+
+def _with_image_lists(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a rollout, with an empty list for a prompt without image instead of the `None` of data sets."""
+    if any(row.get("images", []) is None for row in inputs):
+        return [{**row, "images": row.get("images") or []} for row in inputs]
+    if any(row.get("image", []) is None for row in inputs):
+        return [{**row, "images": [] if row["image"] is None else [row["image"]]} for row in inputs]
+    return inputs
 
 
 def _forward_inputs(batch: Batch) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import cached_file
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ..advantages import masked_whiten, segment_gae
@@ -300,9 +301,7 @@ class SAPOTrainer(GRPOBridge):
         policy_is_frozen = training and self.state.global_step < args.critic_warmup_steps
         if policy_is_frozen:
             if args.critic == "shared":
-                with torch.no_grad():
-                    hidden_only = self.policy_forward(model, batch)
-                self._micro_batch_values = hidden_only.values
+                self._micro_batch_values = self.policy_forward(model, batch, frozen=True).values
             # A leaf: its gradient reaches no parameter, so the optimizer has nothing to apply.
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
 
@@ -429,7 +428,7 @@ class SAPOTrainer(GRPOBridge):
         if self.mode != "train":
             return _count([batch])
         if self._step_totals is None:
-            counts = _count(self.optimizer_step_batches())
+            counts = _count(self.optimizer_step_batches(batch))
             summed = self.accelerator.reduce(torch.stack(list(counts.values())).float(), reduction="mean")
             self._step_totals = dict(zip(counts, summed.clamp(min=1 / self.accelerator.num_processes), strict=True))
         return self._step_totals
@@ -545,8 +544,8 @@ def _loading_kwargs(args: SAPOConfig) -> dict[str, Any]:
 
 
 def _check_tokenizer_of(value_model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    try:
-        value_tokenizer = AutoTokenizer.from_pretrained(value_model)
-    except (OSError, ValueError):
-        return  # a critic saved without tokenizer, e.g. beside its policy
+    # A critic saved beside its policy has no tokenizer, and transformers would make an empty one up.
+    if cached_file(value_model, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is None:
+        return
+    value_tokenizer = AutoTokenizer.from_pretrained(value_model)
     check_same_tokenizer(value_tokenizer, tokenizer, value_model)

@@ -1,0 +1,52 @@
+"""Fixtures shared by the trainer's tests: tiny models of three families, built here and now, without a network."""
+
+import os
+
+
+# Before anything imports torch, transformers or trl.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    DO_NOT_TRACK="1",
+    TRL_EXPERIMENTAL_SILENCE="1",
+    WANDB_DISABLED="true",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from sapo_trl.embedded import build_processor, build_tokenizer  # noqa: E402
+
+from .testing_utils import FAMILIES, Family, build_qwen3_vl_processor  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def qwen2_5_vl_processor(tokenizer):
+    return build_processor(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def qwen3_vl_processor():
+    return build_qwen3_vl_processor(build_tokenizer())
+
+
+@pytest.fixture
+def family(request, tokenizer, qwen2_5_vl_processor, qwen3_vl_processor) -> Family:
+    """One of the model families, by name (`indirect` parametrisation), with its processing class."""
+    processing_class = {
+        "qwen2": tokenizer,
+        "qwen2_5_vl": qwen2_5_vl_processor,
+        "qwen3_vl": qwen3_vl_processor,
+    }[request.param]
+    return FAMILIES[request.param](processing_class)
