@@ -227,7 +227,7 @@ class GRPOBridge(GRPOTrainer):
         first = index // window * window
         return self._buffered_inputs[first : first + window]
 
-    def log_metrics(self, metrics: dict[str, float]) -> None:
+    def add_to_log(self, metrics: dict[str, float]) -> None:
         """Add values to the averages that the next log reports."""
         for name, value in metrics.items():
             self._metrics[self.mode][name].append(value)

@@ -241,8 +241,8 @@ class SAPOTrainer(GRPOBridge):
 
         mean_advantages = advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         self.replace_logged_advantages(self.accelerator.gather(mean_advantages).tolist())
-        self.log_metrics({f"time/{stage}": spent for stage, spent in seconds.items()})
-        self.log_metrics(self._accumulator.flush(self.accelerator))
+        self.add_to_log({f"time/{stage}": spent for stage, spent in seconds.items()})
+        self.add_to_log(self._accumulator.flush(self.accelerator))
 
         batch["advantages"] = advantages
         batch["returns"] = returns
@@ -347,7 +347,7 @@ class SAPOTrainer(GRPOBridge):
         if forward.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * forward.aux_loss / self._micro_batches_per_step
         if not training:
-            self.log_metrics(self._accumulator.flush(self.accelerator))
+            self.add_to_log(self._accumulator.flush(self.accelerator))
         return loss
 
     def critic_loss(self, batch: Batch, values: torch.Tensor | None) -> torch.Tensor:
@@ -399,7 +399,7 @@ class SAPOTrainer(GRPOBridge):
             self._accumulator.add_mean("critic_lr", torch.tensor(self.critic.learning_rate))
             self._accumulator.add_mean("critic_grad_norm", self.critic.step())
         self._accumulator.add_mean("time/update", torch.tensor(self._update_seconds))
-        self.log_metrics(self._accumulator.flush(self.accelerator))
+        self.add_to_log(self._accumulator.flush(self.accelerator))
         self._step_totals = None
         self._update_seconds = 0.0
 
