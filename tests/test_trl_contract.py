@@ -49,6 +49,8 @@ METHODS = {
     "_compute_loss": ["model", "inputs"],
     "_save_optimizer_and_scheduler": ["output_dir"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_load_best_model": [],
 }
 # Private attributes that it reads or writes.
 ATTRIBUTES = {"_tokenizer", "_buffered_inputs", "_metrics", "_logs"}

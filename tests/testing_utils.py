@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -85,14 +86,15 @@ def _qwen2_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
     )
 
 
-def _qwen2_5_vl_config(tokenizer: PreTrainedTokenizerBase):
-    config = build_config(tokenizer)
-    text, vision = config.text_config, config.vision_config
-    text.hidden_size = vision.out_hidden_size = 64
-    text.intermediate_size, text.num_hidden_layers = 64, 2
-    text.num_attention_heads, text.num_key_value_heads = 2, 1
-    vision.hidden_size, vision.intermediate_size, vision.num_heads = 32, 32, 2
-    return config
+def _qwen2_5_vl_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLConfig:
+    # The embedded task's, but smaller.
+    config = build_config(tokenizer).to_dict()
+    text, vision = config["text_config"], config["vision_config"]
+    del text["layer_types"]  # derived from the number of layers
+    text |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    vision |= {"out_hidden_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    return Qwen2_5_VLConfig.from_dict(config)
 
 
 def _qwen3_vl_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:

@@ -124,9 +124,9 @@ class Critic:
         }
         torch.save(state, Path(folder) / OPTIMIZER_STATE_NAME)
 
-    def load(self, checkpoint: str | Path) -> None:
+    def load_weights(self, checkpoint: str | Path) -> None:
         """
-        Restore weights, optimizer and schedule from a checkpoint of the trainer.
+        Restore the weights from a checkpoint of the trainer.
 
         Args:
             checkpoint (`str` or `Path`): folder of the checkpoint.
@@ -134,15 +134,19 @@ class Critic:
         Raises:
             FileNotFoundError: if the checkpoint holds no critic.
         """
-        checkpoint = Path(checkpoint)
-        if not (checkpoint / CRITIC_FOLDER).is_dir():
+        folder = Path(checkpoint) / CRITIC_FOLDER
+        if not folder.is_dir():
             raise FileNotFoundError(
                 f"{str(checkpoint)!r} holds no critic (no folder {CRITIC_FOLDER!r}): it was written by a run with "
                 '`critic="none"` or by another trainer. Pass it as the model instead of resuming from it.'
             )
-        saved = SegmentValueHead.from_pretrained(checkpoint / CRITIC_FOLDER, mode=self.value_head.mode)
+        saved = SegmentValueHead.from_pretrained(folder, mode=self.value_head.mode)
         self.value_head.load_state_dict(saved.state_dict())
-        state_file = checkpoint / OPTIMIZER_STATE_NAME
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Restore weights, optimizer and schedule, see [`Critic.load_weights`]."""
+        self.load_weights(checkpoint)
+        state_file = Path(checkpoint) / OPTIMIZER_STATE_NAME
         if state_file.is_file():  # absent with `save_only_model=True`
             state = torch.load(state_file, map_location=self.accelerator.device, weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])

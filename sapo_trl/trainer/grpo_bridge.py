@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_c
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 
+
+logger = logging.getLogger(__name__)
 
 # What TRL's forward takes besides the model: the multimodal tensors among these are forwarded by name, so that a key
 # that a new TRL version adds passes through.
@@ -149,7 +152,10 @@ class GRPOBridge(GRPOTrainer):
         """Write to a checkpoint what training needs besides the policy's state; called on the saving process only."""
 
     def load_training_state(self, folder: str) -> None:
-        """Restore what [`GRPOBridge.save_training_state`] wrote."""
+        """Restore what [`GRPOBridge.save_training_state`] wrote, and further models, to resume training."""
+
+    def load_best_state(self, folder: str) -> None:
+        """Restore further models from the best checkpoint, at the end of training."""
 
     # ------------------------------------------------- what subclasses can use
 
@@ -291,7 +297,34 @@ class GRPOBridge(GRPOTrainer):
         if checkpoint is not None:
             self.load_training_state(checkpoint)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with self._complete_load(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with self._complete_load(self.state.best_model_checkpoint):
+            super()._load_best_model()
+        self.load_best_state(self.state.best_model_checkpoint)
+
     # ---------------------------------------------------------------- details
+
+    @contextlib.contextmanager
+    def _complete_load(self, folder: str) -> Iterator[None]:
+        """
+        Load the policy from a checkpoint even if its weights have other names there than in the model.
+
+        transformers saves Qwen2.5-VL, for one, under older names, which only `from_pretrained` translates. Its trainer
+        does not, and goes on with the weights it had, after a warning about missing keys.
+        """
+        policy, missing = self.accelerator.unwrap_model(self.model), []
+        handle = policy.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys))
+        try:
+            yield
+        finally:
+            handle.remove()
+        if missing and isinstance(policy, PreTrainedModel) and not self.is_fsdp_enabled:
+            logger.info("Loading %d weights that %s holds under other names.", len(missing), folder)
+            policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
 
     def _run_over_tokens(self, model: Callable, *args, **kwargs):
         """TRL's forward over a batch's completions, also where a chunk of the batch has no image."""

@@ -466,6 +466,10 @@ class SAPOTrainer(GRPOBridge):
         if self.critic is not None:
             self.critic.load(folder)
 
+    def load_best_state(self, folder: str) -> None:
+        if self.critic is not None:
+            self.critic.load_weights(folder)
+
 
 # How the losses' metrics are called in the log.
 _POLICY_METRICS = {
