@@ -1,0 +1,55 @@
+"""The `sapo-trl` command: `sapo-trl demo` and `sapo-trl train`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Arguments after the program's name. Defaults to those of the process.
+
+    Returns:
+        `int`: Exit code; not 0 if the demo could not show an improvement.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:  # TRL's parser takes all of the rest, `--help` included
+        from .train import main as train_main
+
+        return train_main(argv[1:])
+
+    parser = argparse.ArgumentParser(
+        prog="sapo-trl", description="Segment-Aligned Policy Optimization (arXiv 2605.01327) for TRL."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", help="train a model; settings from a YAML file (--config) and the command line")
+    demo = commands.add_parser(
+        "demo",
+        help="train a tiny vision-language model on a CPU and show what it learned",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="where the results go")
+    demo.add_argument("--rollouts", type=_positive, default=25, help="rollouts of 256 responses to train on")
+    demo.add_argument("--problems", type=_positive, default=1024, help="test problems for each measured accuracy")
+    demo.add_argument("--seed", type=int, default=0, help="seed of everything")
+    arguments = parser.parse_args(argv)
+
+    from .demo import run_demo
+
+    return run_demo(arguments.output_dir, arguments.rollouts, arguments.problems, arguments.seed)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""`sapo-trl demo`: warm start, accuracy, SAPO, accuracy; what was learned in a table and two pictures."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForImageTextToText, PrinterCallback, TrainerCallback
+
+from .callbacks import RolloutCallback, segmented_responses
+from .config import SAPOConfig
+from .data import to_prompts
+from .embedded import (
+    Evaluation,
+    WarmStartConfig,
+    WarmStartProgress,
+    default_cache_dir,
+    evaluate,
+    load_processor,
+    make_problems,
+    warm_start,
+)
+from .plots import SEGMENT_COLOURS, plot_learning_curve, plot_response
+from .rewards import accuracy_reward
+from .trainer import SAPOTrainer
+
+
+RESPONSES_PER_ROLLOUT = 256
+WARM_START_STEPS = 400
+"""About how many steps the warm start takes, for its progress bar."""
+
+
+def demo_config(output_dir: str | Path, rollouts: int = 25, seed: int = 0) -> SAPOConfig:
+    """Settings of the demo, the same as in `trainer_configs/embedded.yaml`."""
+    mini_batches = 4
+    return SAPOConfig(
+        output_dir=str(output_dir),
+        max_steps=rollouts * mini_batches,
+        num_mini_batches=mini_batches,
+        per_device_train_batch_size=RESPONSES_PER_ROLLOUT // mini_batches,
+        per_device_eval_batch_size=8,
+        max_completion_length=64,
+        learning_rate=1e-4,
+        critic_learning_rate=3e-4,
+        beta=0.0,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        logging_steps=mini_batches,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+
+
+def run_demo(
+    output_dir: str | Path = "outputs/demo",
+    rollouts: int = 25,
+    problems: int = 1024,
+    seed: int = 0,
+    *,
+    cache_dir: str | Path | None = None,
+    warm_start_config: WarmStartConfig | None = None,
+    console: Console | None = None,
+) -> int:
+    """
+    Run the demo.
+
+    Args:
+        output_dir (`str` or `Path`, *optional*, defaults to `"outputs/demo"`):
+            Folder for `results.json`, `learning_curve.png`, `response.png` and the trained model.
+        rollouts (`int`, *optional*, defaults to `25`):
+            Rollouts of 256 responses to train on.
+        problems (`int`, *optional*, defaults to `1024`):
+            Test problems for each measured accuracy: one set before training, and another after it.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of everything.
+        cache_dir (`str` or `Path`, *optional*):
+            Where finished warm starts are kept. Defaults to [`~sapo_trl.embedded.default_cache_dir`].
+        warm_start_config ([`~sapo_trl.embedded.WarmStartConfig`], *optional*):
+            Settings of the warm start. By default the usual ones, with `seed`.
+        console ([`~rich.console.Console`], *optional*):
+            Where to print.
+
+    Returns:
+        `int`: 0 if training raised the accuracy by more than chance explains (the 95 % intervals before and after do
+        not overlap), else 1.
+    """
+    started = time.perf_counter()
+    console = console or Console()
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (
+        _quiet_libraries(),
+        Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            TextColumn("{task.fields[news]}"),
+            TimeElapsedColumn(),
+            console=console,
+        ) as progress,
+    ):
+        stages = Stages(progress)
+        with stages.stage("Supervised warm start", WARM_START_STEPS) as report:
+            folder = warm_start(
+                cache_dir or default_cache_dir(),
+                warm_start_config or WarmStartConfig(seed=seed),
+                on_progress=lambda news: report(news.step, _describe(news)),
+            )
+        model, processor = AutoModelForImageTextToText.from_pretrained(folder), load_processor(folder)
+        # Two disjoint sets of test problems; training draws from the other split.
+        test = make_problems(2 * problems, split="test", seed=seed)
+        with stages.stage("Accuracy before", problems) as report:
+            before = evaluate(model, processor, test.select(range(problems)), seed=seed, on_progress=report)
+        with stages.stage("Training with SAPO", rollouts) as report:
+            example = LastRollout()
+            config = demo_config(output_dir / "model", rollouts, seed)
+            trainer = SAPOTrainer(
+                model,
+                accuracy_reward,
+                config,
+                to_prompts(make_problems(min(rollouts * RESPONSES_PER_ROLLOUT, 8192), seed=seed)),
+                processing_class=processor,
+                callbacks=[ReportReward(report), example],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            trainer.save_model()
+            learning_curve = training_accuracy(trainer.state.log_history)
+        after_problems = test.select(range(problems, 2 * problems))
+        with stages.stage("Accuracy after", problems) as report:
+            after = evaluate(model, processor, after_problems, seed=seed, on_progress=report)
+        trainer.evaluate(to_prompts(after_problems.select(range(config.per_device_eval_batch_size))))
+        response = segmented_responses(example.rollout, trainer.state.global_step)[0]
+
+    plot_learning_curve(output_dir / "learning_curve.png", learning_curve, RESPONSES_PER_ROLLOUT, before, after)
+    plot_response(output_dir / "response.png", response, after_problems[0])
+    results = {
+        "accuracy_before": before.accuracy,
+        "interval_before": before.interval,
+        "accuracy_after": after.accuracy,
+        "interval_after": after.interval,
+        "test_problems": problems,
+        "training_accuracy": learning_curve,
+        "responses_per_rollout": RESPONSES_PER_ROLLOUT,
+        "response": response,
+        "warm_start": str(folder),
+        "seed": seed,
+        "seconds": {**stages.seconds, "total": time.perf_counter() - started},
+    }
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _print_results(console, output_dir, results, before, after)
+    if after.interval[0] > before.interval[1]:
+        return 0
+    console.print(
+        f"[bold red]No improvement shown:[/] the 95 % intervals {_percent(before)} and {_percent(after)} overlap "
+        "or accuracy fell. Train on more `--rollouts` or measure on more `--problems`."
+    )
+    return 1
+
+
+class ReportReward(TrainerCallback):
+    """Reports each rollout's accuracy to the progress bar."""
+
+    def __init__(self, report):
+        self.report = report
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" in logs:
+            self.report(state.global_step // args.num_mini_batches, f"accuracy {logs['reward']:.0%}")
+
+
+class LastRollout(RolloutCallback):
+    """Keeps the latest rollout."""
+
+    rollout = None
+
+    def on_rollout(self, args, state, control, rollout, metrics):
+        self.rollout = rollout
+
+
+class Stages:
+    """One progress bar per stage, and the seconds that each took."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator:
+        task = self.progress.add_task(name, total=total, news="")
+        started = time.perf_counter()
+
+        def report(completed: int, news: str = "") -> None:
+            # The warm start's length is only known afterwards: it waits just before the end.
+            self.progress.update(task, completed=min(completed, total), news=news)
+
+        yield report
+        self.progress.update(task, completed=total)
+        self.seconds[name] = time.perf_counter() - started
+
+
+def training_accuracy(log_history: list[dict[str, float]]) -> list[float]:
+    """Accuracy of each training rollout, from what the trainer logged."""
+    return [entry["rewards/accuracy_reward/mean"] for entry in log_history if "rewards/accuracy_reward/mean" in entry]
+
+
+def colour_segments(response: dict) -> Text:
+    """A response for the terminal, each segment on a background of its own."""
+    text = Text()
+    for token, segment in zip(response["tokens"], response["segment_ids"], strict=True):
+        text.append(token, style=f"black on {SEGMENT_COLOURS[segment % len(SEGMENT_COLOURS)]}")
+    return text
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Leave the terminal to the demo's progress bars."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+        datasets.enable_progress_bars()
+
+
+def _describe(news: WarmStartProgress) -> str:
+    return f"reads {news.reading_accuracy:.0%}, solves {news.solved:.0%}"
+
+
+def _percent(evaluation: Evaluation) -> str:
+    low, high = evaluation.interval
+    return f"{low:.1%} – {high:.1%}"
+
+
+def _print_results(console: Console, output_dir: Path, results: dict, before: Evaluation, after: Evaluation) -> None:
+    table = Table(title=f"Accuracy on {results['test_problems']} unseen problems")
+    for column in ("", "accuracy", "95 % interval"):
+        table.add_column(column)
+    for name, evaluation in (("before", before), ("after SAPO", after)):
+        table.add_row(name, f"{evaluation.accuracy:.1%}", _percent(evaluation))
+    console.print(table)
+    console.print("A response and its segments:", colour_segments(results["response"]), sep="\n")
+    console.print(f"\nLearning curve, picture of the response and results: {output_dir}/")
+    console.print(f"Seconds: {', '.join(f'{name} {s:.0f}' for name, s in results['seconds'].items())}")

@@ -1,0 +1,251 @@
+"""The supervised warm start: from random weights to a policy that reads well and adds carelessly."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import ProcessorMixin, Qwen2_5_VLForConditionalGeneration
+
+from .drawing import draw_quadrilateral
+from .evaluation import encode_prompts
+from .model import build_model
+from .problems import SIDES, Problem, sample_problems
+from .processor import build_processor
+from .solutions import reference_solution
+
+
+IGNORED_LABEL = -100
+READING_TOKENS = 4
+"""A reading such as `AB=7` and its newline; its third token is the length."""
+
+VALIDATION_PROBLEMS = 128
+STEPS_PER_VALIDATION = 20
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """
+    Settings of the warm start.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights, of the problems and of the errors in their solutions.
+        problems (`int`, *optional*, defaults to `4000`):
+            Training problems. Their pictures and the errors in their solutions are drawn anew every time.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Problems per step.
+        learning_rate (`float`, *optional*, defaults to `2e-3`):
+            Peak learning rate of AdamW.
+        warmup_steps (`int`, *optional*, defaults to `30`):
+            Steps of linear warm-up.
+        cooldown_steps (`int`, *optional*, defaults to `100`):
+            Steps of linear decay, to 5 % of the peak, that begin once the targets are reached.
+        max_steps (`int`, *optional*, defaults to `1000`):
+            Steps within which the targets must be reached; beyond them the warm start fails.
+        target_reading_accuracy (`float`, *optional*, defaults to `0.98`):
+            Share of lengths, in pictures not trained on, that the model must read right.
+        target_solved (`float`, *optional*, defaults to `0.6`):
+            Share of problems not trained on that the model must solve without any error.
+        error_rate (`float`, *optional*, defaults to `0.3`):
+            Probability that a sum is wrong in the solutions of the cooldown: the room left for reinforcement learning.
+    """
+
+    seed: int = 0
+    problems: int = 4000
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    warmup_steps: int = 30
+    cooldown_steps: int = 100
+    max_steps: int = 1000
+    target_reading_accuracy: float = 0.98
+    target_solved: float = 0.6
+    error_rate: float = 0.3
+
+
+@dataclass(frozen=True)
+class WarmStartProgress:
+    """What the progress callback gets after every step. The accuracies are measured every 20 steps until cooldown."""
+
+    step: int
+    loss: float
+    reading_accuracy: float
+    solved: float
+    cooldown_steps_left: int | None
+    """`None` before the cooldown."""
+
+
+def warm_start(
+    cache_dir: str | Path,
+    config: WarmStartConfig | None = None,
+    *,
+    on_progress: Callable[[WarmStartProgress], None] | None = None,
+) -> Path:
+    """
+    Train the embedded model to imitate [`reference_solution`]s, or find the result of an earlier call.
+
+    Args:
+        cache_dir (`str` or `Path`):
+            Folder of finished warm starts, one folder each.
+        config ([`WarmStartConfig`], *optional*):
+            Settings. With others, with other versions of the libraries or with other code, another model is trained.
+        on_progress (`Callable[[WarmStartProgress], None]`, *optional*):
+            Called after every step of training.
+
+    Returns:
+        `Path`: Folder that `AutoModelForImageTextToText.from_pretrained` and `AutoProcessor.from_pretrained` load.
+        Raises `RuntimeError` if the model has not learned to read within `max_steps`.
+    """
+    config = config or WarmStartConfig()
+    folder = Path(cache_dir) / f"embedded-{_fingerprint(config)}"
+    if folder.exists():
+        return folder
+    processor = build_processor()
+    model = build_model(processor.tokenizer, seed=config.seed)
+    train(model, processor, config, on_progress)
+    # Written elsewhere and moved at once: a folder under the final name is a finished one.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    try:
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        (unfinished / "warm_start.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process has finished the same folder meanwhile
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def default_cache_dir() -> Path:
+    """`$SAPO_TRL_CACHE` if set, else `~/.cache/sapo_trl`."""
+    return Path(os.environ.get("SAPO_TRL_CACHE") or "~/.cache/sapo_trl").expanduser()
+
+
+def _fingerprint(config: WarmStartConfig) -> str:
+    """Of everything that decides the result: settings, this package's code, and the libraries that compute."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for library in ("pillow", "tokenizers", "torch", "transformers"):
+        digest.update(version(library).encode())
+    return digest.hexdigest()[:12]
+
+
+def train(
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: ProcessorMixin,
+    config: WarmStartConfig,
+    on_progress: Callable[[WarmStartProgress], None] | None = None,
+) -> None:
+    """
+    Train in place: on right solutions until the model reads and adds, then on careless ones while it cools down.
+
+    Reading comes suddenly, somewhere between steps 100 and 400 depending on the seed, so neither the length nor the
+    schedule of the learning rate can be fixed beforehand. Right sums first, because a sum that is right only most of
+    the time takes far longer to learn, whereas carelessness is learned in no time.
+    """
+    rng = random.Random(config.seed)
+    problems = sample_problems(config.problems + VALIDATION_PROBLEMS, seed=config.seed)
+    validation = encode_solutions(processor, problems[config.problems :], rng=rng)
+    batches = _batches(problems[: config.problems], config.batch_size, rng)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98))
+    step, reading, solved, cooldown_left = 0, 0.0, 0.0, None
+    model.train()
+    while cooldown_left != 0:
+        if cooldown_left is None and step % STEPS_PER_VALIDATION == 0:
+            reading, solved = validation_accuracy(model, validation)
+            if reading >= config.target_reading_accuracy and solved >= config.target_solved:
+                cooldown_left = config.cooldown_steps
+            elif step >= config.max_steps:
+                raise RuntimeError(
+                    f"After {step} steps the warm start with seed={config.seed} reads {reading:.1%} of the lengths "
+                    f"(target {config.target_reading_accuracy:.1%}) and solves {solved:.1%} of the problems (target "
+                    f"{config.target_solved:.1%}). Use another `seed`, or raise `max_steps`."
+                )
+        learning_rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
+        if cooldown_left is not None:
+            learning_rate *= 0.05 + 0.95 * cooldown_left / config.cooldown_steps
+            cooldown_left -= 1
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        error_rate = 0.0 if cooldown_left is None else config.error_rate
+        loss = model(
+            **encode_solutions(processor, next(batches), rng=rng, error_rate=error_rate), use_cache=False
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if on_progress is not None:
+            on_progress(WarmStartProgress(step, loss.item(), reading, solved, cooldown_left))
+    model.eval()
+
+
+def encode_solutions(
+    processor: ProcessorMixin, problems: list[Problem], *, rng: random.Random, error_rate: float = 0.0
+) -> dict[str, torch.Tensor]:
+    """
+    Encode problems with their solutions, laid out as in a rollout: left-padded prompts, right-padded responses.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The model's inputs, and `labels` that are -100 outside the response.
+    """
+    rows = [
+        {"images": [draw_quadrilateral(p.lengths, rng)], "problem": f"<image>{p.question}", "answer": p.answer}
+        for p in problems
+    ]
+    inputs = encode_prompts(processor, rows)
+    tokenizer = processor.tokenizer
+    responses = tokenizer(
+        [reference_solution(p, error_rate=error_rate, rng=rng) + tokenizer.eos_token for p in problems],
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    labels = responses["input_ids"].masked_fill(responses["attention_mask"] == 0, IGNORED_LABEL)
+    response_part = {
+        "input_ids": responses["input_ids"],
+        "attention_mask": responses["attention_mask"],
+        "mm_token_type_ids": torch.zeros_like(labels),
+        "labels": labels,
+    }
+    prompt_part = {**inputs, "labels": torch.full_like(inputs["input_ids"], IGNORED_LABEL)}
+    return prompt_part | {name: torch.cat([prompt_part[name], response_part[name]], 1) for name in response_part}
+
+
+@torch.no_grad()
+def validation_accuracy(
+    model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, torch.Tensor]
+) -> tuple[float, float]:
+    """
+    Compare the model's likeliest tokens, each given the right ones before it, with solutions from
+    [`encode_solutions`].
+
+    Returns:
+        `tuple[float, float]`: The share of lengths read right, and the share of solutions that are right from the
+        first token to the last, which is the greedy accuracy.
+    """
+    labels = batch["labels"]
+    logits = model(**{name: x for name, x in batch.items() if name != "labels"}, use_cache=False).logits
+    right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == IGNORED_LABEL)
+    response_start = batch["input_ids"].shape[1] - int((labels != IGNORED_LABEL).sum(1).max())
+    lengths = [response_start + READING_TOKENS * side + 2 for side in range(len(SIDES))]
+    return right[:, [position - 1 for position in lengths]].double().mean().item(), right.all(1).double().mean().item()
+
+
+def _batches(problems: list[Problem], batch_size: int, rng: random.Random) -> Iterator[list[Problem]]:
+    while True:
+        shuffled = rng.sample(problems, len(problems))
+        for i in range(0, len(shuffled) - batch_size + 1, batch_size):
+            yield shuffled[i : i + batch_size]

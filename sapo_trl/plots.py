@@ -1,0 +1,109 @@
+"""The demo's two pictures."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .embedded import Evaluation
+
+
+SEGMENT_COLOURS = ("#a6cee3", "#fdbf6f", "#b2df8a", "#fb9a99", "#cab2d6", "#ffff99")
+"""Light enough for black text on them; neighbouring segments never share one."""
+
+
+def plot_learning_curve(
+    path: Path, accuracies: list[float], responses_per_rollout: int, before: Evaluation, after: Evaluation
+) -> None:
+    """
+    Plot the accuracy of every rollout against the responses seen, between the accuracies measured on test problems.
+
+    Args:
+        path (`Path`):
+            PNG to write.
+        accuracies (`list[float]`):
+            Accuracy of each training rollout, in order.
+        responses_per_rollout (`int`):
+            Size of a rollout.
+        before ([`~sapo_trl.embedded.Evaluation`]):
+            On test problems, before training.
+        after ([`~sapo_trl.embedded.Evaluation`]):
+            On other test problems, after it.
+    """
+    figure, axes = _figure(7.5, 4.2)
+    # A rollout's accuracy is that of the policy before it learned from it.
+    seen = [i * responses_per_rollout for i in range(len(accuracies))]
+    axes.plot(seen, accuracies, "o-", color="#1f77b4", markersize=4, linewidth=1, label="training rollouts")
+    ends = (("before", 0, before), ("after", len(accuracies) * responses_per_rollout, after))
+    for i, (name, x, evaluation) in enumerate(ends):
+        low, high = evaluation.interval
+        error = [[evaluation.accuracy - low], [high - evaluation.accuracy]]
+        label = "test problems, 95 % interval" if i == 0 else None
+        axes.errorbar(x, evaluation.accuracy, error, fmt="s", color="#d62728", capsize=5, zorder=3, label=label)
+        axes.annotate(
+            f"{name}: {evaluation.accuracy:.0%}",
+            (x, evaluation.accuracy),
+            xytext=(10, -14) if i == 0 else (-10, 12),
+            textcoords="offset points",
+            ha="left" if i == 0 else "right",
+            color="#d62728",
+        )
+    axes.set(xlabel="responses seen", ylabel="accuracy (sampled)", ylim=(0, 1))
+    axes.set_title("SAPO on the embedded geometry task")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path)
+
+
+def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any]) -> None:
+    """
+    Draw one response: its problem, and token by token its segments, the policy's entropy and the critic's value.
+
+    Args:
+        path (`Path`):
+            PNG to write.
+        response (`dict`):
+            A record of [`~sapo_trl.callbacks.segmented_responses`].
+        problem (`dict`):
+            The problem it answers: `images`, `problem` and `answer`.
+    """
+    tokens, segment_ids = response["tokens"], response["segment_ids"]
+    figure = Figure(figsize=(14, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 5))
+    left.imshow(problem["images"][0], interpolation="nearest")
+    left.set_axis_off()
+    question = problem["problem"].removeprefix("<image>")
+    verdict = "right" if response["reward"] else "wrong"
+    left.set_title(f"{question}\nanswer {problem['answer']}, response {verdict}", fontsize=11)
+
+    positions = range(len(tokens))
+    for position, segment in zip(positions, segment_ids, strict=True):
+        colour = SEGMENT_COLOURS[segment % len(SEGMENT_COLOURS)]
+        right.axvspan(position - 0.5, position + 0.5, color=colour, alpha=0.55, linewidth=0)
+        if position and segment != segment_ids[position - 1]:
+            right.axvline(position - 0.5, color="black", linewidth=0.8)
+    right.bar(positions, response["entropies"], width=0.5, color="#333333", label="entropy of the policy (nats)")
+    right.step(
+        positions, response["values"], where="mid", color="#d62728", linewidth=1.5, label="value before the token"
+    )
+    right.set_xticks(positions, [_visible(token) for token in tokens], family="monospace", fontsize=9)
+    right.tick_params(axis="x", length=0)
+    right.set_xlim(-0.5, len(tokens) - 0.5)
+    right.set_title(f"{len(set(segment_ids))} segments, cut at the tokens of highest entropy", fontsize=11)
+    right.legend(loc="upper left", fontsize=9)
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float):
+    # Not pyplot: that would choose a backend for the whole process and keep the figure alive.
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _visible(token: str) -> str:
+    """A token as an axis label: line breaks shown, matplotlib's `$` escaped, long ones upright."""
+    token = token.replace("\n", "↵").replace("$", r"\$")
+    return "\n".join(token) if len(token) > 2 else token
