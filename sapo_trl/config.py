@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers import SchedulerType
 from trl import GRPOConfig
 
 from .losses import AGGREGATIONS
@@ -32,6 +33,9 @@ _UNUSED_GRPO_SETTINGS = {
     "use_adaptive_entropy": False,
     "multi_objective_aggregation": "sum_then_normalize",
 }
+
+# Schedules that follow a metric, which the critic's schedule is not given.
+_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 class _OneGeneration(int):
@@ -340,6 +344,13 @@ class SAPOConfig(GRPOConfig):
                 raise ValueError(
                     f"`{name}` has no meaning in the segment loss: it must stay {only!r}, got {getattr(self, name)!r}."
                 )
+        schedules = [schedule.value for schedule in SchedulerType if schedule.value not in _METRIC_SCHEDULES]
+        schedule = self.critic_lr_scheduler_type or self.lr_scheduler_type
+        if self.critic != "none" and schedule not in schedules:
+            raise ValueError(
+                f"`critic_lr_scheduler_type` (by default `lr_scheduler_type`) must be one of {schedules}, got "
+                f"{str(schedule)!r}."
+            )
         if self.kl_placement == "loss" and self.kl_estimator == "k1" and self.beta != 0.0:
             raise ValueError(
                 '`kl_estimator="k1"` has zero expected gradient in the loss: use "k2" or "k3", or '
@@ -352,9 +363,18 @@ class SAPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
-        for name in ("critic_learning_rate", "critic_warmup_steps", "critic_lr_warmup_steps", "beta", "epsilon"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        for name in (
+            "critic_learning_rate",
+            "critic_warmup_steps",
+            "critic_lr_warmup_steps",
+            "critic_weight_decay",
+            "beta",
+            "epsilon",
+            "epsilon_high",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
         for name in ("cliprange_value", "advantage_clamp"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -185,19 +185,22 @@ def check_images(
     if not isinstance(dataset, Dataset | IterableDataset):
         return
     for index, row in enumerate(islice(dataset, NUM_ROWS_CHECKED)):
+        prompt = row.get("prompt")
+        if prompt is None or isinstance(prompt, str):
+            continue  # an environment's, or text: TRL explains that images need conversational prompts
         images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
-        prompt = row["prompt"]
-        if not images or isinstance(prompt, str):
-            continue  # TRL explains that images need conversational prompts
         try:
-            messages = prepare_multimodal_messages(prompt, images=images)
+            encoded = processing_class.apply_chat_template(
+                [prepare_multimodal_messages(prompt, images=images)],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **(chat_template_kwargs or {}),
+            )
         except ValueError as error:
             raise ValueError(f"Row {index} of the data set has {len(images)} image(s): {error}") from error
-        encoded = processing_class.apply_chat_template(
-            [messages], add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-        )
         tokens = sum(ids.count(model.config.image_token_id) for ids in map(list, encoded["input_ids"]))
-        grid = torch.as_tensor(encoded["image_grid_thw"])
+        grid = torch.as_tensor(encoded.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long)))
         features = int(grid.prod(dim=-1).sum()) // merge_size**2
         if tokens != features:
             raise ValueError(

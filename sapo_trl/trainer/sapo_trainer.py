@@ -124,10 +124,11 @@ class SAPOTrainer(GRPOBridge):
             args = SAPOConfig(f"{model_name.split('/')[-1]}-SAPO")
         if not isinstance(args, SAPOConfig):
             raise TypeError(f"`args` must be a `SAPOConfig`, got `{type(args).__name__}`.")
-        eval_dataset = kwargs.get("eval_dataset")
-        check_prompt_column(train_dataset, "train_dataset")
-        for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-            check_prompt_column(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
+        if kwargs.get("environment_factory") is None:  # an environment may bring the prompts
+            eval_dataset = kwargs.get("eval_dataset")
+            check_prompt_column(train_dataset, "train_dataset")
+            for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
+                check_prompt_column(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
         if value_model is not None and args.critic == "none":
             raise ValueError('`value_model` was given, but `critic="none"`: drop one of the two.')
 

@@ -1,0 +1,354 @@
+"""Bad input: a clear error before training, or where it happens, that names the field and its value."""
+
+import functools
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+
+from sapo_trl import SAPOTrainer, Segments, SegmentValueHead
+from sapo_trl.embedded import make_problems
+from sapo_trl.validation import (
+    check_finite_rewards,
+    check_images,
+    check_padding_side,
+    check_prompt_column,
+    check_same_tokenizer,
+    check_segments,
+    check_value_model,
+    checked_reward,
+    checked_rewards,
+)
+
+from .testing_utils import Family, length_reward, sapo_config, sapo_trainer, text_dataset
+
+
+TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
+IMAGE_FAMILIES = pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+
+
+class TestPromptColumn:
+    def test_missing_column_is_named_with_those_there(self):
+        with pytest.raises(ValueError, match=r"`train_dataset` needs a column `prompt`; it has \['question'\]"):
+            check_prompt_column(Dataset.from_dict({"question": ["x"]}), "train_dataset")
+
+    def test_raw_problems_get_a_hint(self):
+        with pytest.raises(ValueError, match=r"`problem`.*`sapo_trl.data`"):
+            check_prompt_column(make_problems(2), "train_dataset")
+
+    @pytest.mark.parametrize("column_names_known", [True, False])
+    def test_stream(self, column_names_known):
+        def stream(column):
+            dataset = IterableDataset.from_generator(lambda: iter([{column: "x"}]))
+            return Dataset.from_dict({column: ["x"]}).to_iterable_dataset() if column_names_known else dataset
+
+        check_prompt_column(stream("prompt"), "train_dataset")
+        with pytest.raises(ValueError, match="`train_dataset` needs a column `prompt`"):
+            check_prompt_column(stream("text"), "train_dataset")
+
+    def test_no_rows(self):
+        with pytest.raises(ValueError, match="`eval_dataset` has no rows"):
+            check_prompt_column(Dataset.from_dict({"prompt": []}), "eval_dataset")
+
+    @TEXT_FAMILY
+    def test_in_the_trainer_for_every_data_set(self, family, tmp_path):
+        bad = Dataset.from_dict({"question": ["x"]})
+        with pytest.raises(ValueError, match="`train_dataset` needs a column `prompt`"):
+            sapo_trainer(family, tmp_path, trainer_kwargs={"train_dataset": bad})
+        with pytest.raises(ValueError, match="`eval_dataset` needs a column `prompt`"):
+            sapo_trainer(family, tmp_path, trainer_kwargs={"eval_dataset": bad})
+        with pytest.raises(ValueError, match=r"`eval_dataset\['b'\]` needs a column `prompt`"):
+            sapo_trainer(family, tmp_path, trainer_kwargs={"eval_dataset": {"a": text_dataset(), "b": bad}})
+
+
+class TestRewards:
+    COMPLETIONS = ["a", "b", "c"]
+
+    def test_right_rewards_pass_unchanged(self):
+        def score(completions, **kwargs):
+            return (x for x in [1.0, None, 3])
+
+        wrapped = checked_reward(score)
+        assert wrapped(completions=self.COMPLETIONS) == [1.0, None, 3]
+        assert wrapped.__name__ == "score"
+
+    @pytest.mark.parametrize("rewards", [[1.0], [1.0] * 4, []])
+    def test_wrong_number(self, rewards):
+        def score(completions, **kwargs):
+            return rewards
+
+        with pytest.raises(ValueError, match=f"`score` returned {len(rewards)} rewards for 3 completions"):
+            checked_reward(score)(completions=self.COMPLETIONS)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), torch.tensor(float("nan"))])
+    def test_not_finite(self, value):
+        def score(completions, **kwargs):
+            return [0.0, value, 0.0]
+
+        with pytest.raises(ValueError, match=f"`score` returned {float(value)} for completion 1 of 3.*`None`"):
+            checked_reward(score)(completions=self.COMPLETIONS)
+
+    def test_partials_and_instances_keep_a_name(self):
+        class Scorer:
+            def __call__(self, completions, **kwargs):
+                return [1.0]
+
+        with pytest.raises(ValueError, match="`Scorer` returned 1 rewards"):
+            checked_reward(Scorer())(completions=self.COMPLETIONS)
+        partial = checked_reward(functools.partial(length_reward, scale=2))
+        assert partial.__name__ == "length_reward"
+
+    def test_what_passes_unchanged_and_what_does_not_pass(self):
+        model = torch.nn.Linear(1, 1)
+        assert checked_rewards(None) is None
+        assert checked_rewards("model/id") == "model/id"
+        wrapped = checked_rewards([model, "model/id", length_reward])
+        assert wrapped[:2] == [model, "model/id"] and wrapped[2].__name__ == "length_reward"
+        with pytest.raises(TypeError, match="callables, models or model ids, got int"):
+            checked_rewards([3])
+
+    def test_infinite_reward_of_a_model_or_environment(self):
+        check_finite_rewards(torch.tensor([[0.0, float("nan")]]), ["a", "b"])
+        with pytest.raises(ValueError, match="`b` returned -inf for completion 1 of 2"):
+            check_finite_rewards(torch.tensor([[0.0, 1.0], [0.0, -float("inf")]]), ["a", "b"])
+
+    @TEXT_FAMILY
+    @pytest.mark.parametrize(
+        ("rewards", "message"),
+        [
+            ([1.0, 2.0], "`score` returned 2 rewards for 4 completions"),
+            ([1.0, 2.0, float("nan"), 4.0], "`score` returned nan for completion 2 of 4"),
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["sync", "async"])
+    def test_in_the_trainer_before_the_first_update(self, family, rewards, message, kind, tmp_path):
+        if kind == "sync":
+
+            def score(completions, **kwargs):
+                return rewards
+
+        else:
+
+            async def score(completions, **kwargs):
+                return rewards
+
+        trainer = sapo_trainer(family, tmp_path, trainer_kwargs={"reward_funcs": score})
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
+class TestSegmenter:
+    MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+
+    def test_every_partition_of_the_mask_passes(self):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(50):
+            mask = torch.rand(3, 6, generator=generator) < 0.7
+            check_segments(Segments.from_last_tokens(torch.rand(3, 6, generator=generator) < 0.4, mask), mask)
+
+    def test_not_segments(self):
+        with pytest.raises(TypeError, match="must return `Segments`, got Tensor"):
+            check_segments(torch.zeros(2, 4), self.MASK)
+
+    def test_wrong_shape(self):
+        with pytest.raises(ValueError, match=r"shape \(2, 4\), got \(2, 3\)"):
+            check_segments(Segments(torch.zeros(2, 3, dtype=torch.long)), self.MASK)
+
+    def test_tokens_left_out_and_positions_too_many(self):
+        ids = torch.tensor([[0, 0, 1, -1], [0, -1, 0, 1]])
+        with pytest.raises(ValueError, match="in row 1 of 2, 1 completion tokens .* and 2 other positions"):
+            check_segments(Segments(ids), self.MASK)
+
+    @pytest.mark.parametrize("row", [[1, 1, 2, -1], [0, 2, 2, -1], [0, 1, 0, -1], [1, 0, 1, -1]])
+    def test_ids_that_do_not_count_up(self, row):
+        ids = torch.tensor([row, [0, 0, -1, -1]])
+        with pytest.raises(ValueError, match=rf"row 0 has \[{row[0]}, {row[1]}, {row[2]}\]"):
+            check_segments(Segments(ids), self.MASK)
+
+    @TEXT_FAMILY
+    def test_in_the_trainer_before_the_first_update(self, family, tmp_path):
+        def forgetful(entropies, mask):
+            return Segments.from_last_tokens(mask, mask & (torch.arange(mask.size(1)) > 0))
+
+        trainer = sapo_trainer(family, tmp_path, trainer_kwargs={"segmenter": forgetful})
+        with pytest.raises(ValueError, match="does not cover the mask: in row 0 of 4, 1 completion"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
+class Rows(IterableDataset):
+    """A stream of rows as they are, pictures included, which a table would encode."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class TestImages:
+    def prompts(self, family: Family, text: str, num_images: int = 1, placeholders: int = 1) -> Dataset:
+        image = family.dataset(1)[0]["images"][0]
+        content = [{"type": "image"}] * placeholders + [{"type": "text", "text": text}]
+        row = {"prompt": [{"role": "user", "content": content}], "images": [image] * num_images, "answer": "1"}
+        return Dataset.from_list([family.dataset(1)[0], row], features=family.dataset(1).features)
+
+    @IMAGE_FAMILIES
+    def test_right_prompts_pass(self, family, tmp_path):
+        trainer = sapo_trainer(family, tmp_path)
+        check_images(family.dataset(), family.processing_class, trainer.model)
+        check_images(self.prompts(family, "x", 3, 3), family.processing_class, trainer.model)
+
+    @IMAGE_FAMILIES
+    def test_image_token_written_out_in_the_text(self, family, tmp_path):
+        dataset = self.prompts(family, "Find<|image_pad|> AB.")
+        with pytest.raises(ValueError, match=r"Row 1 of the data set has 1 image\(s\).*2 <\|image_pad\|> tokens"):
+            sapo_trainer(family, tmp_path, trainer_kwargs={"train_dataset": dataset})
+
+    @IMAGE_FAMILIES
+    def test_image_token_written_out_in_a_prompt_without_image(self, family, tmp_path):
+        dataset = self.prompts(family, "Find<|image_pad|> AB.", 0, 0)
+        with pytest.raises(ValueError, match=r"Row 1 of the data set has 0 image\(s\)"):
+            sapo_trainer(family, tmp_path, trainer_kwargs={"train_dataset": dataset})
+
+    @IMAGE_FAMILIES
+    @pytest.mark.parametrize("without", [[], None])
+    def test_prompts_without_image_pass(self, family, without, tmp_path):
+        text = [{"role": "user", "content": [{"type": "text", "text": "Find AB."}]}]
+        rows = [{"prompt": text, "images": without}, {"prompt": [{"role": "user", "content": "Find AB."}]}]
+        for row in rows:
+            check_images(Rows([row]), family.processing_class, family.build_model())
+
+    @IMAGE_FAMILIES
+    def test_images_within_the_messages(self, family, tmp_path):
+        image = family.dataset(1)[0]["images"][0]
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "Find AB."}]
+        rows = [{"prompt": [{"role": "user", "content": content}]}]
+        check_images(Rows(rows), family.processing_class, family.build_model())
+        rows[0]["prompt"][0]["content"].append({"type": "text", "text": "<|image_pad|>"})
+        with pytest.raises(ValueError, match="Row 0 of the data set"):
+            check_images(Rows(rows), family.processing_class, family.build_model())
+
+    @IMAGE_FAMILIES
+    @pytest.mark.parametrize(("num_images", "placeholders"), [(2, 1), (1, 2), (1, 0), (0, 1)])
+    def test_images_and_placeholders_that_do_not_pair(self, family, num_images, placeholders, tmp_path):
+        dataset = self.prompts(family, "Find AB.", num_images, placeholders)
+        with pytest.raises(ValueError, match=rf"Row 1 of the data set has {num_images} image\(s\)"):
+            sapo_trainer(family, tmp_path, trainer_kwargs={"train_dataset": dataset})
+
+    def test_processor_of_another_model(self, tmp_path, tokenizer, qwen2_5_vl_processor, qwen3_vl_processor):
+        """Qwen3-VL's processor merges and cuts other patches than Qwen2.5-VL's model."""
+        from .testing_utils import FAMILIES
+
+        family = FAMILIES["qwen2_5_vl"](qwen2_5_vl_processor)
+        model = family.build_model()
+        model.config.vision_config.spatial_merge_size = 4
+        with pytest.raises(ValueError, match="merge size 4.*processor must belong to the model"):
+            sapo_trainer(family, tmp_path, model=model)
+
+    @TEXT_FAMILY
+    def test_text_models_are_not_asked(self, family, tmp_path):
+        check_images(family.dataset(), family.processing_class, family.build_model())
+
+
+class TestTokenizers:
+    def test_padding_side_is_set_with_a_warning(self, qwen2_5_vl_processor, caplog):
+        tokenizer = qwen2_5_vl_processor.tokenizer
+        tokenizer.padding_side = "right"
+        with caplog.at_level(logging.WARNING, logger="sapo_trl"):
+            check_padding_side(qwen2_5_vl_processor)
+        assert tokenizer.padding_side == "left"
+        assert "pads on the right" in caplog.text
+        caplog.clear()
+        check_padding_side(tokenizer)
+        assert not caplog.records
+
+    def test_another_tokenizer(self, tokenizer):
+        from sapo_trl.embedded import build_tokenizer
+
+        other = build_tokenizer()
+        check_same_tokenizer(other, tokenizer, "critic")
+        other.add_tokens(["<extra>"])  # more tokens do no harm
+        check_same_tokenizer(other, tokenizer, "critic")
+        with pytest.raises(ValueError, match=r"'critic' has another tokenizer.*1 of \d+ tokens.*'<extra>'"):
+            check_same_tokenizer(tokenizer, other, "critic")
+
+    @TEXT_FAMILY
+    def test_in_the_trainer(self, family, tmp_path, tokenizer):
+        from sapo_trl.embedded import build_tokenizer
+
+        other = build_tokenizer()
+        vocabulary = other.get_vocab()
+        swapped = {"!": vocabulary["#"], "#": vocabulary["!"]}
+        family.build_model().save_pretrained(tmp_path / "value")
+        other.save_pretrained(tmp_path / "value")
+        file = tmp_path / "value" / "tokenizer.json"
+        import json
+
+        content = json.loads(file.read_text())
+        content["model"]["vocab"] |= swapped
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="has another tokenizer than the policy: 2 of"):
+            sapo_trainer(family, tmp_path / "run", trainer_kwargs={"value_model": str(tmp_path / "value")})
+        tokenizer.save_pretrained(tmp_path / "value")
+        sapo_trainer(family, tmp_path / "run", trainer_kwargs={"value_model": str(tmp_path / "value")})
+
+
+class TestValueModel:
+    def test_vocabulary(self, tokenizer):
+        from .testing_utils import FAMILIES
+
+        family = FAMILIES["qwen2"](tokenizer)
+        policy, other = family.build_model(), family.build_model()
+        other.resize_token_embeddings(len(tokenizer) + 8)
+        with pytest.raises(
+            ValueError, match=f"vocabulary has {len(tokenizer) + 8} entries, the policy's {len(tokenizer)}"
+        ):
+            check_value_model(SegmentValueHead.from_policy(other), policy, tokenizer)
+
+    def test_architectures_that_do_not_fit(self, tokenizer, qwen2_5_vl_processor, qwen3_vl_processor):
+        from .testing_utils import FAMILIES
+
+        text = FAMILIES["qwen2"](tokenizer).build_model()
+        qwen2_5 = FAMILIES["qwen2_5_vl"](qwen2_5_vl_processor).build_model()
+        qwen3 = FAMILIES["qwen3_vl"](qwen3_vl_processor).build_model()
+        with pytest.raises(ValueError, match=r"\(qwen2\) and the policy \(qwen2_5_vl\).*`image_token_id` is None"):
+            check_value_model(SegmentValueHead.from_policy(text), qwen2_5, tokenizer)
+        with pytest.raises(ValueError, match=r"`patch_size` is 16 and 14"):
+            check_value_model(SegmentValueHead.from_policy(qwen3), qwen2_5, tokenizer)
+        check_value_model(SegmentValueHead.from_policy(qwen2_5), qwen2_5, tokenizer)
+
+    @TEXT_FAMILY
+    def test_in_the_trainer(self, family, tmp_path, qwen2_5_vl_processor):
+        from .testing_utils import FAMILIES
+
+        make = functools.partial(sapo_trainer, family, tmp_path)
+        image_model = FAMILIES["qwen2_5_vl"](qwen2_5_vl_processor).build_model()
+        with pytest.raises(ValueError, match=r"\(qwen2_5_vl\) and the policy \(qwen2\)"):
+            make(trainer_kwargs={"value_model": image_model})
+        with pytest.raises(ValueError, match="size 64, but the policy's have size 16"):
+            head = SegmentValueHead.from_policy(image_model, mode="shared")
+            make(critic="shared", trainer_kwargs={"value_model": head})
+        with pytest.raises(ValueError, match="`value_model` is a 'separate' critic, but `critic='shared'`"):
+            head = SegmentValueHead.from_policy(family.build_model())
+            make(critic="shared", trainer_kwargs={"value_model": head})
+        with pytest.raises(ValueError, match='`value_model` is a whole model, but `critic="shared"`'):
+            make(critic="shared", trainer_kwargs={"value_model": family.build_model()})
+        with pytest.raises(ValueError, match='`value_model` was given, but `critic="none"`'):
+            make(critic="none", trainer_kwargs={"value_model": family.build_model()})
+
+    @TEXT_FAMILY
+    def test_value_models_that_fit(self, family, tmp_path):
+        value_model = family.build_model(seed=1)
+        for given in (value_model, SegmentValueHead.from_policy(value_model)):
+            trainer = sapo_trainer(family, tmp_path, trainer_kwargs={"value_model": given})
+            ours = trainer.critic.value_head.backbone.embed_tokens.weight
+            assert torch.equal(ours, value_model.model.embed_tokens.weight)
+
+    def test_quantized_policy(self, tmp_path):
+        with pytest.raises(ValueError, match='quantized policy.*critic="shared".*`value_model`'):
+            SAPOTrainer(
+                model="unused", reward_funcs=length_reward, args=sapo_config(tmp_path), quantization_config=object()
+            )
