@@ -82,7 +82,7 @@ class SegmentationCallback(RolloutCallback):
     """
     Logs how responses are segmented, and on request records the segmented responses.
 
-    Logged with every log step: `segments/count`, `segments/length` (and `segments/max_length`),
+    Logged with every rollout: `segments/count`, `segments/length` (and `segments/max_length`),
     `segments/single_token_share`, `segments/entropy_at_cuts` and `segments/entropy_elsewhere`,
     `segments/value_change_at_cuts` and `segments/value_change_elsewhere`. [`SAPOTrainer`] adds one of these callbacks
     if it is given none.

@@ -112,7 +112,7 @@ class SAPOConfig(GRPOConfig):
         whiten_advantages (`bool`, *optional*, defaults to `True`):
             Whether to shift and scale the advantages of all tokens of a rollout batch to mean 0 and variance 1.
         advantage_clamp (`float`, *optional*, defaults to `5.0`):
-            Bound on the absolute value of whitened advantages; `None` for no bound.
+            Bound on the absolute value of advantages, after whitening if they are whitened; `None` for no bound.
         kl_placement (`str`, *optional*, defaults to `"reward"`):
             Where the KL penalty with coefficient `beta` goes: into the tokens' rewards or into the `"loss"`.
         kl_estimator (`str`, *optional*, defaults to `"k1"`):
@@ -265,7 +265,8 @@ class SAPOConfig(GRPOConfig):
         metadata={"help": "Whether to shift and scale the advantages of a rollout batch to mean 0 and variance 1."},
     )
     advantage_clamp: float | None = field(
-        default=5.0, metadata={"help": "Bound on the absolute value of whitened advantages; `None` for no bound."}
+        default=5.0,
+        metadata={"help": "Bound on the absolute value of advantages, after whitening; `None` for no bound."},
     )
     kl_placement: str = field(
         default="reward",

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +34,11 @@ from .trainer import SAPOTrainer
 
 
 RESPONSES_PER_ROLLOUT = 256
-WARM_START_STEPS = 400
+WARM_START_STEPS = 550
 """About how many steps the warm start takes, for its progress bar."""
 
 
-def demo_config(output_dir: str | Path, rollouts: int = 25, seed: int = 0) -> SAPOConfig:
+def demo_config(output_dir: str | Path, rollouts: int = 16, seed: int = 0) -> SAPOConfig:
     """Settings of the demo, the same as in `trainer_configs/embedded.yaml`."""
     mini_batches = 4
     return SAPOConfig(
@@ -63,7 +64,7 @@ def demo_config(output_dir: str | Path, rollouts: int = 25, seed: int = 0) -> SA
 
 def run_demo(
     output_dir: str | Path = "outputs/demo",
-    rollouts: int = 25,
+    rollouts: int = 16,
     problems: int = 1024,
     seed: int = 0,
     *,
@@ -77,7 +78,7 @@ def run_demo(
     Args:
         output_dir (`str` or `Path`, *optional*, defaults to `"outputs/demo"`):
             Folder for `results.json`, `learning_curve.png`, `response.png` and the trained model.
-        rollouts (`int`, *optional*, defaults to `25`):
+        rollouts (`int`, *optional*, defaults to `16`):
             Rollouts of 256 responses to train on.
         problems (`int`, *optional*, defaults to `1024`):
             Test problems for each measured accuracy: one set before training, and another after it.
@@ -229,7 +230,9 @@ def _quiet_libraries() -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()

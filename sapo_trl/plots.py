@@ -31,7 +31,8 @@ def plot_learning_curve(
         after ([`~sapo_trl.embedded.Evaluation`]):
             On other test problems, after it.
     """
-    figure, axes = _figure(7.5, 4.2)
+    figure = _figure(7.5, 4.2)
+    axes = figure.add_subplot()
     # A rollout's accuracy is that of the policy before it learned from it.
     seen = [i * responses_per_rollout for i in range(len(accuracies))]
     axes.plot(seen, accuracies, "o-", color="#1f77b4", markersize=4, linewidth=1, label="training rollouts")
@@ -69,8 +70,7 @@ def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any])
             The problem it answers: `images`, `problem` and `answer`.
     """
     tokens, segment_ids = response["tokens"], response["segment_ids"]
-    figure = Figure(figsize=(14, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(14, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1, 5))
     left.imshow(problem["images"][0], interpolation="nearest")
     left.set_axis_off()
@@ -96,11 +96,11 @@ def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any])
     figure.savefig(path)
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float) -> Figure:
     # Not pyplot: that would choose a backend for the whole process and keep the figure alive.
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure
 
 
 def _visible(token: str) -> str:

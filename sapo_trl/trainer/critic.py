@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import SchedulerType, Trainer, get_scheduler
 
@@ -16,6 +16,9 @@ from ..value_head import SegmentValueHead
 
 CRITIC_FOLDER = "critic"
 OPTIMIZER_STATE_NAME = "critic_optimizer.pt"
+
+# One copy of the critic per process, kept equal by averaging gradients.
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Critic:
@@ -39,6 +42,13 @@ class Critic:
         accelerator: Accelerator,
         decay_parameter_names: list[str],
     ):
+        if accelerator.distributed_type not in _SUPPORTED:
+            # Both would go on without a word: each process with a critic of its own, or with an optimizer of
+            # parameters that no longer exist.
+            raise ValueError(
+                f"A critic cannot be trained under {accelerator.distributed_type} yet: launch with DDP "
+                '(`accelerate launch --multi_gpu`), or set `critic="none"`.'
+            )
         self.args = args
         self.accelerator = accelerator
         self.module: nn.Module = accelerator.prepare_model(value_head)

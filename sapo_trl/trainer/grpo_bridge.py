@@ -1,8 +1,8 @@
 """
 Where this package touches TRL.
 
-Every private name of TRL's `GRPOTrainer` that is called, overridden or read appears in this file and nowhere else;
-`tests/test_trl_contract.py` fails when TRL moves one of them. `GRPOBridge` turns them into two hooks:
+Every private method and attribute of TRL's `GRPOTrainer` that is called, overridden or read appears in this file and
+nowhere else; `tests/test_trl_contract.py` fails when TRL moves one of them. `GRPOBridge` turns them into two hooks:
 `score_rollout`, called once per rollout, and `policy_loss`, called once per micro-batch.
 """
 
@@ -342,11 +342,12 @@ class GRPOBridge(GRPOTrainer):
         critic_learns = torch.is_grad_enabled()
 
         def read(_module: nn.Module, _args: tuple, output: Any) -> None:
+            # All of it in the caller's mode: a slice taken without gradients is cut off from them for good.
             with torch.set_grad_enabled(critic_learns):
                 chunk = self.shared_values(output.last_hidden_state.detach())
-            if chunk is not None:
-                # Same alignment as the log-probabilities: position p stands before token p + 1.
-                values.append(chunk[:, :-1])
+                if chunk is not None:
+                    # Same alignment as the log-probabilities: position p stands before token p + 1.
+                    values.append(chunk[:, :-1])
 
         handle = backbone_of(self.accelerator.unwrap_model(self.model)).register_forward_hook(read)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import textwrap
 import time
 from functools import partial
@@ -12,8 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.utils import cached_file
+from transformers import PreTrainedModel, set_seed
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ..advantages import masked_whiten, segment_gae
@@ -21,29 +19,21 @@ from ..callbacks import RolloutCallback, SegmentationCallback, SegmentedRollout
 from ..config import SAPOConfig
 from ..losses import aggregate, clipped_policy_loss, log_ratio, segment_value_loss
 from ..metrics import MetricAccumulator, explained_variance
-from ..segmentation import (
-    EntropySegmenter,
-    NewlineSegmenter,
-    ProbabilitySegmenter,
-    Segmenter,
-    SequenceSegmenter,
-    StepSegmenter,
-    TokenSegmenter,
-)
+from ..segmentation import Segmenter
 from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
 from ..validation import (
     check_images,
     check_padding_side,
     check_prompt_column,
-    check_same_tokenizer,
     check_segments,
     check_value_model,
     checked_rewards,
 )
-from ..value_head import SegmentValueHead, backbone_of, hidden_size_of
+from ..value_head import SegmentValueHead
 from .critic import CRITIC_FOLDER, Critic
 from .grpo_bridge import Batch, GRPOBridge, PolicyForward, RolloutRecord
+from .parts import accepted_inputs, check_tokenizer_of, make_segmenter, make_value_head
 
 
 class SAPOTrainer(GRPOBridge):
@@ -81,13 +71,14 @@ class SAPOTrainer(GRPOBridge):
     ```python
     from datasets import load_dataset
     from sapo_trl import SAPOConfig, SAPOTrainer
+    from sapo_trl.data import to_prompts
     from sapo_trl.rewards import accuracy_reward
 
     trainer = SAPOTrainer(
         model="Qwen/Qwen2.5-VL-3B-Instruct",
         reward_funcs=accuracy_reward,
         args=SAPOConfig(output_dir="sapo"),
-        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+        train_dataset=to_prompts(load_dataset("hiyouga/geometry3k", split="train")),
     )
     trainer.train()
     ```
@@ -142,19 +133,19 @@ class SAPOTrainer(GRPOBridge):
                     'A quantized policy cannot be copied into a trainable critic: use `critic="shared"`, or pass a '
                     "`value_model` in a floating-point dtype."
                 )
-            value_head = _make_value_head(model, value_model, args)
+            value_head = make_value_head(model, value_model, args)
 
         super().__init__(model, checked_rewards(reward_funcs), args, train_dataset=train_dataset, **kwargs)
 
         check_padding_side(self.processing_class)
         check_images(train_dataset, self.processing_class, self.model, self.chat_template_kwargs)
         self.segmenter: Segmenter = segmenter if segmenter is not None else make_segmenter(args)
-        self._segmenter_inputs = _accepted_inputs(self.segmenter)
+        self._segmenter_inputs = accepted_inputs(self.segmenter)
 
         self.critic: Critic | None = None
         if value_head is not None:
             if isinstance(value_model, str):
-                _check_tokenizer_of(value_model, self.tokenizer)
+                check_tokenizer_of(value_model, self.tokenizer)
             self.critic = self._make_critic(value_head)
 
         self._accumulator = MetricAccumulator()
@@ -346,6 +337,7 @@ class SAPOTrainer(GRPOBridge):
             tokens = self._normalizer("token-mean", batch, "tokens")
             loss = loss - args.entropy_coef * aggregate(forward.entropies, mask, normalizer=tokens)
         if forward.aux_loss is not None:
+            self._accumulator.add_mean("aux_loss", forward.aux_loss)
             loss = loss + self.router_aux_loss_coef * forward.aux_loss / self._micro_batches_per_step
         if not training:
             self.add_to_log(self._accumulator.flush(self.accelerator))
@@ -485,30 +477,6 @@ _POLICY_METRICS = {
 _VALUE_METRICS = {"value_clip_fraction": "value/clip_ratio"}
 
 
-def make_segmenter(args: SAPOConfig) -> Segmenter:
-    """The segmenter that a configuration asks for."""
-    if args.segmentation == "entropy":
-        return EntropySegmenter(args.top_percent, args.segment_cut)
-    if args.segmentation == "probability":
-        return ProbabilitySegmenter(args.num_cuts, args.segment_cut)
-    if args.segmentation == "newline":
-        return NewlineSegmenter()
-    if args.segmentation == "step":
-        return StepSegmenter(args.step_pattern)
-    if args.segmentation == "token":
-        return TokenSegmenter()
-    return SequenceSegmenter()
-
-
-def _accepted_inputs(segmenter: Segmenter) -> list[str]:
-    """Which of the optional inputs a segmenter takes."""
-    optional = ["logps", "completion_ids", "tokenizer"]
-    parameters = inspect.signature(segmenter).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return optional
-    return [name for name in optional if name in parameters]
-
-
 def _loss_mask(batch: Batch) -> torch.Tensor:
     """bool `(B, T)`: tokens that the policy produced and that count."""
     mask = batch["completion_mask"].bool()
@@ -521,36 +489,3 @@ def _count(batches: list[Batch]) -> dict[str, torch.Tensor]:
         "tokens": torch.stack([segments.mask.sum() for segments in partitions]).sum(),
         "segments": torch.stack([segments.count.sum() for segments in partitions]).sum(),
     }
-
-
-def _make_value_head(
-    model: str | PreTrainedModel, value_model: str | SegmentValueHead | PreTrainedModel | None, args: SAPOConfig
-) -> SegmentValueHead:
-    """The critic, from what the user gave or from the policy."""
-    source = model if value_model is None else value_model
-    if isinstance(source, SegmentValueHead):
-        if source.mode != args.critic:
-            raise ValueError(f"`value_model` is a {source.mode!r} critic, but `critic={args.critic!r}`.")
-        return source
-    if isinstance(source, str):
-        return SegmentValueHead.from_pretrained(source, mode=args.critic, **_loading_kwargs(args))
-    if value_model is None:
-        return SegmentValueHead.from_policy(source, mode=args.critic)
-    if args.critic == "shared":
-        raise ValueError('`value_model` is a whole model, but `critic="shared"` is a head on the policy.')
-    return SegmentValueHead(hidden_size_of(source), backbone_of(source))
-
-
-def _loading_kwargs(args: SAPOConfig) -> dict[str, Any]:
-    """How TRL loads the policy, for a critic that starts from the same checkpoint."""
-    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    kwargs.pop("device_map", None)
-    return kwargs
-
-
-def _check_tokenizer_of(value_model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    # A critic saved beside its policy has no tokenizer, and transformers would make an empty one up.
-    if cached_file(value_model, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is None:
-        return
-    value_tokenizer = AutoTokenizer.from_pretrained(value_model)
-    check_same_tokenizer(value_tokenizer, tokenizer, value_model)

@@ -1,0 +1,91 @@
+"""The parts of a training run that a configuration asks for: its segmenter and its critic."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from ..config import SAPOConfig
+from ..segmentation import (
+    EntropySegmenter,
+    NewlineSegmenter,
+    ProbabilitySegmenter,
+    Segmenter,
+    SequenceSegmenter,
+    StepSegmenter,
+    TokenSegmenter,
+)
+from ..validation import check_same_tokenizer
+from ..value_head import SegmentValueHead, backbone_of, hidden_size_of
+
+
+def make_segmenter(args: SAPOConfig) -> Segmenter:
+    """The segmenter that a configuration asks for."""
+    if args.segmentation == "entropy":
+        return EntropySegmenter(args.top_percent, args.segment_cut)
+    if args.segmentation == "probability":
+        return ProbabilitySegmenter(args.num_cuts, args.segment_cut)
+    if args.segmentation == "newline":
+        return NewlineSegmenter()
+    if args.segmentation == "step":
+        return StepSegmenter(args.step_pattern)
+    if args.segmentation == "token":
+        return TokenSegmenter()
+    return SequenceSegmenter()
+
+
+def accepted_inputs(segmenter: Segmenter) -> list[str]:
+    """Which of the optional inputs a segmenter takes."""
+    optional = ["logps", "completion_ids", "tokenizer"]
+    parameters = inspect.signature(segmenter).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return optional
+    return [name for name in optional if name in parameters]
+
+
+def make_value_head(
+    model: str | PreTrainedModel, value_model: str | SegmentValueHead | PreTrainedModel | None, args: SAPOConfig
+) -> SegmentValueHead:
+    """
+    The critic, from what the user gave or from the policy.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): the policy.
+        value_model (`str` or [`SegmentValueHead`] or [`~transformers.PreTrainedModel`], *optional*):
+            the critic, or the model to make it from.
+        args ([`SAPOConfig`]): settings of the run.
+
+    Returns:
+        [`SegmentValueHead`]
+    """
+    source = model if value_model is None else value_model
+    if isinstance(source, SegmentValueHead):
+        if source.mode != args.critic:
+            raise ValueError(f"`value_model` is a {source.mode!r} critic, but `critic={args.critic!r}`.")
+        return source
+    if isinstance(source, str):
+        return SegmentValueHead.from_pretrained(source, mode=args.critic, **_loading_kwargs(args))
+    if value_model is None:
+        return SegmentValueHead.from_policy(source, mode=args.critic)
+    if args.critic == "shared":
+        raise ValueError('`value_model` is a whole model, but `critic="shared"` is a head on the policy.')
+    return SegmentValueHead(hidden_size_of(source), backbone_of(source))
+
+
+def _loading_kwargs(args: SAPOConfig) -> dict[str, Any]:
+    """How TRL loads the policy, for a critic that starts from the same checkpoint."""
+    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    kwargs.pop("device_map", None)
+    return kwargs
+
+
+def check_tokenizer_of(value_model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` if the value model's folder has a tokenizer that differs from the policy's."""
+    # A critic saved beside its policy has no tokenizer, and transformers would make an empty one up.
+    if cached_file(value_model, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is None:
+        return
+    value_tokenizer = AutoTokenizer.from_pretrained(value_model)
+    check_same_tokenizer(value_tokenizer, tokenizer, value_model)
