@@ -106,6 +106,8 @@ class SegmentationCallback(RolloutCallback):
             raise ValueError(f'`file_format` must be "parquet" or "json", got {file_format!r}.')
         if every < 1:
             raise ValueError(f"`every` must be at least 1, got {every}.")
+        if max_responses is not None and max_responses < 1:
+            raise ValueError(f"`max_responses` must be at least 1, got {max_responses}.")
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.file_format = file_format
         self.every = every
@@ -177,7 +179,8 @@ def segmented_responses(
                     [token for token, keep in zip(prompt_ids, prompt_mask, strict=True) if keep]
                 ),
                 "reward": None if reward != reward else reward,
-                "tokens": rollout.tokenizer.batch_decode([[ids[position]] for position in kept]),
+                # Of no tokens, `batch_decode` makes one empty text.
+                "tokens": rollout.tokenizer.batch_decode([[ids[position]] for position in kept]) if kept else [],
                 **{name: [column[row][position] for position in kept] for name, column in columns.items()},
             }
         )
