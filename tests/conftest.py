@@ -1,5 +1,6 @@
 """Fixtures shared by the trainer's tests: tiny models of three families, built here and now, without a network."""
 
+import gc
 import os
 
 
@@ -24,6 +25,9 @@ from .testing_utils import FAMILIES, Family, build_qwen3_vl_processor  # noqa: E
 
 
 torch.set_num_threads(1)
+# accelerate collects garbage at the start of every training: spare it the objects of all the imports.
+gc.collect()
+gc.freeze()
 
 
 @pytest.fixture(scope="session")
