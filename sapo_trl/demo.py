@@ -139,7 +139,8 @@ def run_demo(
         after_problems = test.select(range(problems, 2 * problems))
         with stages.stage("Accuracy after", problems) as report:
             after = evaluate(model, processor, after_problems, seed=seed, on_progress=report)
-        trainer.evaluate(to_prompts(after_problems.select(range(config.per_device_eval_batch_size))))
+        # Copies of one problem, because the trainer shuffles.
+        trainer.evaluate(to_prompts(after_problems.select([0] * config.per_device_eval_batch_size)))
         response = segmented_responses(example.rollout, trainer.state.global_step)[0]
 
     plot_learning_curve(output_dir / "learning_curve.png", learning_curve, RESPONSES_PER_ROLLOUT, before, after)
@@ -215,9 +216,13 @@ def training_accuracy(log_history: list[dict[str, float]]) -> list[float]:
 
 
 def colour_segments(response: dict) -> Text:
-    """A response for the terminal, each segment on a background of its own."""
+    """A response for the terminal: each segment on a background of its own, and a line between two segments."""
     text = Text()
+    previous = 0
     for token, segment in zip(response["tokens"], response["segment_ids"], strict=True):
+        if segment != previous:
+            text.append("│", style="dim")
+        previous = segment
         text.append(token, style=f"black on {SEGMENT_COLOURS[segment % len(SEGMENT_COLOURS)]}")
     return text
 

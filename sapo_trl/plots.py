@@ -45,7 +45,7 @@ def plot_learning_curve(
         axes.annotate(
             f"{name}: {evaluation.accuracy:.0%}",
             (x, evaluation.accuracy),
-            xytext=(10, -14) if i == 0 else (-10, 12),
+            xytext=(10, -14) if i == 0 else (-10, -16),
             textcoords="offset points",
             ha="left" if i == 0 else "right",
             color="#d62728",
@@ -88,11 +88,14 @@ def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any])
     right.step(
         positions, response["values"], where="mid", color="#d62728", linewidth=1.5, label="value before the token"
     )
-    right.set_xticks(positions, [_visible(token) for token in tokens], family="monospace", fontsize=9)
+    right.set_xticks(positions, [_visible(token) for token in tokens], family="monospace", fontsize=10)
+    for label in right.get_xticklabels():
+        label.set_rotation(90 if len(label.get_text()) > 2 else 0)
     right.tick_params(axis="x", length=0)
     right.set_xlim(-0.5, len(tokens) - 0.5)
+    right.set_ylim(0, 1.25 * right.get_ylim()[1])  # room for the legend
     right.set_title(f"{len(set(segment_ids))} segments, cut at the tokens of highest entropy", fontsize=11)
-    right.legend(loc="upper left", fontsize=9)
+    right.legend(loc="upper right", ncols=2, fontsize=9)
     figure.savefig(path)
 
 
@@ -104,6 +107,5 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _visible(token: str) -> str:
-    """A token as an axis label: line breaks shown, matplotlib's `$` escaped, long ones upright."""
-    token = token.replace("\n", "↵").replace("$", r"\$")
-    return "\n".join(token) if len(token) > 2 else token
+    """A token as an axis label: line breaks shown, matplotlib's `$` escaped, the end of the response short."""
+    return {"\n": "↵", "<|im_end|>": "end"}.get(token, token.replace("\n", "↵").replace("$", r"\$"))

@@ -14,7 +14,7 @@ IMAGE_SIZE = 56
 # middle of the picture's edges would run the sides through the labels; 0.27 keeps them apart.
 CORNER_DISTANCE = 0.27
 LABEL_CENTRES = ((0.78, 0.22), (0.78, 0.78), (0.22, 0.78), (0.22, 0.22))
-LABEL_JITTER = 1.5
+LABEL_JITTER = 0.5
 FONT_SIZE = 15
 
 
@@ -31,7 +31,7 @@ def draw_quadrilateral(lengths: Sequence[int], rng: random.Random) -> Image.Imag
         lengths (`Sequence[int]` of length 4):
             Lengths of AB, BC, CD and DA, each one digit. The drawing is not to scale.
         rng (`random.Random`):
-            Moves every label by up to 1.5 pixels in each direction.
+            Moves every label by up to half a pixel in each direction.
 
     Returns:
         [`~PIL.Image.Image`]: RGB picture of 56×56 pixels, black on white.

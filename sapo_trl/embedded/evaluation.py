@@ -33,10 +33,8 @@ class Evaluation:
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion: unlike mean ± 2 standard errors, it stays inside [0, 1]."""
-    if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(
-            f"successes={successes} and trials={trials} must satisfy 0 <= successes <= trials, trials > 0."
-        )
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"successes={successes} of trials={trials}: need trials >= 1 and 0 <= successes <= trials.")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     p = successes / trials
     centre = p + z**2 / (2 * trials)

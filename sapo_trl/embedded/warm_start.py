@@ -52,7 +52,7 @@ class WarmStartConfig:
             Steps within which the targets must be reached; beyond them the warm start fails.
         target_reading_accuracy (`float`, *optional*, defaults to `0.98`):
             Share of lengths, in pictures not trained on, that the model must read right.
-        target_solved (`float`, *optional*, defaults to `0.6`):
+        target_solved (`float`, *optional*, defaults to `0.7`):
             Share of problems not trained on that the model must solve without any error.
         error_rate (`float`, *optional*, defaults to `0.3`):
             Probability that a sum is wrong in the solutions of the cooldown: the room left for reinforcement learning.
@@ -66,7 +66,7 @@ class WarmStartConfig:
     cooldown_steps: int = 100
     max_steps: int = 1000
     target_reading_accuracy: float = 0.98
-    target_solved: float = 0.6
+    target_solved: float = 0.7
     error_rate: float = 0.3
 
 

@@ -1,0 +1,178 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import ModelConfig, TrlParser
+
+from sapo_trl import SAPOConfig
+from sapo_trl.cli import main
+from sapo_trl.demo import colour_segments, demo_config, run_demo, training_accuracy
+from sapo_trl.embedded import WarmStartConfig, build_model, build_processor, make_problems
+from sapo_trl.rewards import accuracy_reward, format_reward
+from sapo_trl.train import TrainArguments, find_reward, load_prompts
+
+
+EMBEDDED_CONFIG = Path(__file__).parents[1] / "trainer_configs" / "embedded.yaml"
+# Saves an all but untrained model at once.
+INSTANT = WarmStartConfig(problems=8, batch_size=2, cooldown_steps=1, target_reading_accuracy=0.0, target_solved=0.0)
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> str:
+    folder = tmp_path / "model"
+    build_model().save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def parse(*arguments: str) -> tuple[TrainArguments, SAPOConfig, ModelConfig]:
+    return TrlParser((TrainArguments, SAPOConfig, ModelConfig)).parse_args_and_config(
+        ["--config", str(EMBEDDED_CONFIG), *arguments]
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def test_embedded_config_is_what_the_demo_trains_with():
+    arguments, config, model_config = parse()
+    assert (arguments.dataset_name, model_config.model_name_or_path) == ("embedded", "embedded")
+    assert [find_reward(name) for name in arguments.reward_funcs] == [accuracy_reward]
+    from_yaml, from_demo = (c.to_dict() for c in (config, demo_config(config.output_dir)))
+    # No progress bar of the trainer's: the demo has its own.
+    different = {name for name in from_yaml if from_yaml[name] != from_demo[name]}
+    assert different <= {"disable_tqdm"}
+
+
+def test_command_line_overrides_the_config_file():
+    _, config, _ = parse("--critic", "shared", "--lam", "0.9")
+    assert (config.critic, config.lam, config.gamma) == ("shared", 0.9, 1.0)
+
+
+def test_train_saves_a_model_that_loads(model_folder, tmp_path, capsys):
+    output_dir = tmp_path / "out"
+    code = main(
+        ["train", "--config", str(EMBEDDED_CONFIG), "--model_name_or_path", model_folder]
+        + ["--output_dir", str(output_dir), "--embedded_problems", "8", "--max_completion_length", "4"]
+        + ["--per_device_train_batch_size", "2", "--num_mini_batches", "2", "--max_steps", "2"]
+    )
+    assert code == 0
+    assert str(output_dir) in capsys.readouterr().out
+    model = AutoModelForImageTextToText.from_pretrained(output_dir)
+    assert AutoProcessor.from_pretrained(output_dir).image_token == "<|image_pad|>"
+    before = AutoModelForImageTextToText.from_pretrained(model_folder)
+    assert model.config.text_config.vocab_size == before.config.text_config.vocab_size
+    assert (output_dir / "critic").is_dir()
+
+
+def test_train_needs_a_model(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["train", "--use_cpu"])
+    assert error.value.code == 2
+    assert "--model_name_or_path is required" in capsys.readouterr().err
+
+
+def test_train_refuses_unknown_settings(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("model_name_or_path: embedded\nuse_cpu: true\ntop_precent: 20\n")
+    with pytest.raises(ValueError, match="top_precent"):
+        main(["train", "--config", str(config)])
+
+
+def test_data_sets_from_a_folder(tmp_path):
+    make_problems(3).to_parquet(tmp_path / "train.parquet")
+    arguments = TrainArguments(dataset_name=str(tmp_path), instruction="Box it.")
+    row = load_prompts(arguments, "train")[0]
+    assert row["prompt"][0]["content"][0] == {"type": "image"}
+    assert row["prompt"][0]["content"][1]["text"].endswith(" Box it.")
+    assert isinstance(row["images"][0], Image.Image)
+    with pytest.raises(ValueError, match=r"no split 'test'; it has \['train'\]"):
+        load_prompts(arguments, "test")
+
+
+def test_data_sets_with_prompts_stay_as_they_are(tmp_path):
+    Dataset.from_dict({"prompt": ["1 + 1?"], "answer": ["2"]}).to_json(tmp_path / "train.jsonl")
+    rows = load_prompts(TrainArguments(dataset_name=str(tmp_path)), "train")
+    assert list(rows) == [{"prompt": "1 + 1?", "answer": "2"}]
+
+
+def test_data_sets_with_other_columns_are_refused(tmp_path):
+    Dataset.from_dict({"question": ["1 + 1?"], "answer": ["2"]}).to_json(tmp_path / "train.jsonl")
+    with pytest.raises(ValueError, match=r"Missing columns \['images', 'problem'\]"):
+        load_prompts(TrainArguments(dataset_name=str(tmp_path)), "train")
+
+
+def test_rewards_by_name_and_by_import_path(tmp_path, monkeypatch):
+    assert find_reward("format_reward") is format_reward
+    assert find_reward("sapo_trl.rewards.accuracy_reward") is accuracy_reward
+    (tmp_path / "rewards_of_a_user.py").write_text("def short(completions, **kwargs):\n    return [1.0]\n")
+    monkeypatch.chdir(tmp_path)
+    assert find_reward("rewards_of_a_user.short")(completions=["x"]) == [1.0]
+    with pytest.raises(ValueError, match="reward_funcs='accuracy'"):
+        find_reward("accuracy")
+    with pytest.raises(ValueError, match="has no 'nothing'"):
+        find_reward("sapo_trl.rewards.nothing")
+
+
+# ---------------------------------------------------------------------------------------------------------------- demo
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["demo", "--rollouts", "0"]])
+def test_bad_command_lines(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert "sapo-trl" in capsys.readouterr().err
+
+
+def test_training_accuracy_is_read_off_the_log():
+    log = [{"rewards/accuracy_reward/mean": 0.25, "loss": 1.0}, {"train_runtime": 1.0}]
+    assert training_accuracy([*log, {"rewards/accuracy_reward/mean": 0.5}]) == [0.25, 0.5]
+
+
+def test_segments_are_told_apart_without_colours():
+    response = {"tokens": ["AB", "=", "7", "\n", "BC"], "segment_ids": [0, 0, 0, 1, 1]}
+    assert colour_segments(response).plain == "AB=7│\nBC"
+    styles = [str(span.style) for span in colour_segments(response).spans if "on" in str(span.style)]
+    assert styles[0] == styles[2] != styles[3] == styles[4]
+
+
+@pytest.mark.slow
+def test_demo_fails_if_nothing_was_learned(tmp_path):
+    # An untrained model is wrong before and after one rollout: equal intervals.
+    printed = io.StringIO()
+    code = run_demo(
+        tmp_path / "out",
+        rollouts=1,
+        problems=16,
+        cache_dir=tmp_path / "cache",
+        warm_start_config=INSTANT,
+        console=Console(file=printed, width=120),
+    )
+    assert code == 1
+    assert "No improvement shown" in printed.getvalue()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["accuracy_before"] == results["accuracy_after"] == 0.0
+    assert len(results["training_accuracy"]) == 1
+    for name in ("learning_curve.png", "response.png"):
+        with Image.open(tmp_path / "out" / name) as image:
+            assert min(image.size) > 300
+
+
+@pytest.mark.slow
+def test_demo_improves_beyond_chance(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAPO_TRL_CACHE", str(tmp_path / "cache"))
+    assert main(["demo", "--output-dir", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["test_problems"] >= 500
+    assert results["interval_before"][1] < results["interval_after"][0]
+    # Accuracy in training starts where the evaluation found it: both score the same policy by the same reward.
+    assert abs(results["training_accuracy"][0] - results["accuracy_before"]) < 0.12
+    problem = make_problems(2 * results["test_problems"], split="test")[results["test_problems"]]
+    assert problem["problem"].removeprefix("<image>") in results["response"]["prompt"]
+    assert "after SAPO" in capsys.readouterr().out
