@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl.chat_template_utils import qwen3_chat_template
 
 from sapo_trl import SAPOTrainer, Segments
@@ -14,6 +15,7 @@ from sapo_trl.embedded import build_tokenizer
 
 from .testing_utils import (
     FAMILIES,
+    Family,
     Recorder,
     WeightRecorder,
     fixed_rollout,
@@ -30,6 +32,38 @@ from .testing_utils import (
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 BOTH_FAMILIES = pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
 CRITICS = pytest.mark.parametrize("critic", ["separate", "shared"])
+
+
+def qwen3_moe_config(tokenizer) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def gpt2_config(tokenizer) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def flat(state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -155,6 +189,54 @@ class TestGradients:
         assert saving_calls == {name: 2 * number for name, number in plain_calls.items()}
         for one, other in ((plain.model, saving.model), (plain.critic.value_head, saving.critic.value_head)):
             torch.testing.assert_close(flat(state_of(other)), flat(state_of(one)), rtol=1e-5, atol=1e-6)
+
+    @CRITICS
+    @pytest.mark.parametrize("disable", [False, True])
+    def test_dropout_of_another_architecture(self, tokenizer, critic, disable, tmp_path):
+        """GPT-2 ties its head to its embeddings, names its backbone differently and has dropout layers."""
+        family = Family("gpt2", tokenizer, gpt2_config, GPT2LMHeadModel)
+        trainer = sapo_trainer(
+            family,
+            tmp_path,
+            critic=critic,
+            disable_dropout=disable,
+            trainer_kwargs={"rollout_func": fixed_rollout(random_completions(5))},
+        )
+        for module in (trainer.model, trainer.critic.value_head):
+            rates = {layer.p for layer in module.modules() if isinstance(layer, torch.nn.Dropout)}
+            assert rates <= ({0} if disable else {0.1})
+            assert rates or module.mode == "shared"
+        policy, value_head = state_of(trainer.model), state_of(trainer.critic.value_head)
+        trainer.train()
+        assert unmoved(policy, trainer.model) == [] and unmoved(value_head, trainer.critic.value_head) == []
+
+    @CRITICS
+    def test_mixture_of_experts_learns_to_balance_its_load(self, tokenizer, critic, tmp_path):
+        family = Family("qwen3_moe", tokenizer, qwen3_moe_config, Qwen3MoeForCausalLM)
+        recorder = Recorder()
+        trainer = sapo_trainer(
+            family,
+            tmp_path,
+            critic=critic,
+            num_mini_batches=1,
+            per_device_train_batch_size=4,
+            router_aux_loss_coef=0.5,
+            beta=0.0,
+            max_steps=1,
+            trainer_kwargs={"callbacks": [recorder], "rollout_func": fixed_rollout(random_completions(5))},
+        )
+        trainer.train()
+        rollout = recorder.rollouts[0]
+        batch = trainer._buffered_inputs[0]
+        with torch.no_grad():
+            expected = family.build_model()(
+                input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                output_router_logits=True,
+            ).aux_loss.item()
+        assert rollout.values.isfinite().all() and expected > 1
+        difference = logged(trainer, "loss")[0] - logged(trainer, "policy_loss")[0]
+        assert difference == pytest.approx(0.5 * expected, rel=1e-4)
 
     @TEXT_FAMILY
     @CRITICS
@@ -765,6 +847,30 @@ class TestLogs:
             assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-6)
             assert table["length_reward"].tolist() == pytest.approx(rollout.rewards.tolist())
             assert max(map(abs, expected)) > 0.1  # GRPO's would be 0 with one generation per prompt
+
+    @TEXT_FAMILY
+    def test_completions_table_after_a_smaller_evaluation_batch(self, family, tmp_path):
+        """TRL's table keeps as many rows as a rollout has: the older ones keep their advantages."""
+        recorder = Recorder()
+        trainer = sapo_trainer(
+            family,
+            tmp_path,
+            log_completions=True,
+            num_completions_to_print=1,
+            per_device_eval_batch_size=2,
+            trainer_kwargs={
+                "callbacks": [recorder],
+                "rollout_func": fixed_rollout(random_completions(5)),
+                "eval_dataset": family.dataset(2),
+            },
+        )
+        trainer.train()
+        trainer.evaluate()
+        training, evaluation = (
+            (rollout.advantages.sum(1) / rollout.segments.mask.sum(1)).tolist() for rollout in recorder.rollouts
+        )
+        table = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+        assert table["advantage"].tolist() == pytest.approx(training[2:] + evaluation, abs=1e-6)
 
     @TEXT_FAMILY
     def test_every_metric_is_there(self, family, tmp_path):

@@ -1,0 +1,58 @@
+"""A short run for `test_distributed.py` to launch in one process or several; writes the weights and the log."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from sapo_trl import SAPOTrainer
+from sapo_trl.embedded import build_processor, build_tokenizer
+
+from .testing_utils import FAMILIES, fixed_rollout, length_reward, logged, sapo_config
+
+
+def completions_of_prompts(prompts: list, trainer: SAPOTrainer) -> list[list[int]]:
+    """Unequal lengths, and a function of the prompt alone, wherever it is processed."""
+    rows = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(sum(map(ord, json.dumps(prompt, default=lambda image: ""))))
+        length = int(torch.randint(1, 9, (), generator=generator))
+        rows.append(torch.randint(20, 250, (length,), generator=generator).tolist())
+    return rows
+
+
+def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
+    tokenizer = build_tokenizer()
+    family = FAMILIES[name](tokenizer if name == "qwen2" else build_processor(tokenizer))
+    args = sapo_config(
+        folder,
+        optim="sgd",
+        max_grad_norm=1e6,
+        critic_max_grad_norm=1e6,
+        num_mini_batches=1,
+        per_device_train_batch_size=global_batch // PartialState(cpu=True).num_processes,
+        **settings,
+    )
+    trainer = SAPOTrainer(
+        model=family.build_model(),
+        reward_funcs=length_reward,
+        args=args,
+        train_dataset=family.dataset(8),
+        processing_class=family.processing_class,
+        rollout_func=fixed_rollout(completions_of_prompts),
+    )
+    trainer.train()
+    names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
+    state = {
+        "world_size": trainer.accelerator.num_processes,
+        "policy": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
+        "critic": trainer.critic.value_head.state_dict(),
+        "log": {name: logged(trainer, name) for name in names},
+    }
+    torch.save(state, folder / f"rank{trainer.accelerator.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))

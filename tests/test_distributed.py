@@ -1,0 +1,49 @@
+"""Two processes do what one does with the same responses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .distributed_run import main
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_in_two_processes(folder: Path, family: str, settings: dict) -> list[dict]:
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.distributed_run", str(folder), family, "4", json.dumps(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"max_steps": 2, "critic": "shared", "gradient_accumulation_steps": 2, "critic_warmup_steps": 1}),
+        ("qwen2_5_vl", {"max_steps": 3, "value_loss_aggregation": "seq-mean-token-mean", "critic_warmup_steps": 1}),
+    ],
+)
+def test_two_processes_equal_one(family, settings, tmp_path):
+    (tmp_path / "one").mkdir()
+    main(tmp_path / "one", family, 4, settings)
+    one = torch.load(tmp_path / "one" / "rank0.pt")
+    first, second = run_in_two_processes(tmp_path / "two", family, settings)
+    # A wrong launch is one process, twice.
+    assert [run["world_size"] for run in (one, first, second)] == [1, 2, 2]
+    for module in ("policy", "critic"):
+        assert first[module].keys() == one[module].keys()
+        for name, tensor in one[module].items():
+            assert torch.equal(first[module][name], second[module][name]), name
+            torch.testing.assert_close(first[module][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
+    for name, values in one["log"].items():
+        assert first["log"][name] == pytest.approx(values, abs=1e-4), name
