@@ -144,6 +144,23 @@ class TestNames:
 
 
 class TestBatches:
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "prompt_ids",
+            "prompt_mask",
+            "completion_ids",
+            "completion_mask",
+            "tool_mask",
+            "old_per_token_logps",
+            "ref_per_token_logps",
+            "importance_sampling_ratio",
+        ],
+    )
+    def test_rollout_has_this_key(self, key):
+        """Some of them appear under vLLM or with tools only, so the source is asked."""
+        assert f'output["{key}"] = ' in (source := inspect.getsource(GRPOTrainer)) or f'"{key}": {key}' in source
+
     def test_extra_tensors_survive_shuffle_and_split_with_their_rows(self):
         torch.manual_seed(0)
         rows, images = 8, [1, 0, 2, 1, 0, 1, 1, 2]
