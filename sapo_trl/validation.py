@@ -197,8 +197,9 @@ def check_images(
                 return_dict=True,
                 **(chat_template_kwargs or {}),
             )
-        except ValueError as error:
-            raise ValueError(f"Row {index} of the data set has {len(images)} image(s): {error}") from error
+        except (ValueError, StopIteration) as error:  # the latter from older processors that run out of images
+            reason = str(error) or "the messages have more image placeholders than images"
+            raise ValueError(f"Row {index} of the data set has {len(images)} image(s): {reason}") from error
         tokens = sum(ids.count(model.config.image_token_id) for ids in map(list, encoded["input_ids"]))
         grid = torch.as_tensor(encoded.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long)))
         features = int(grid.prod(dim=-1).sum()) // merge_size**2
