@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="where the results go")
-    demo.add_argument("--rollouts", type=_positive, default=16, help="rollouts of 256 responses to train on")
+    demo.add_argument("--rollouts", type=_positive, default=14, help="rollouts of 256 responses to train on")
     demo.add_argument("--problems", type=_positive, default=1024, help="test problems for each measured accuracy")
     demo.add_argument("--seed", type=int, default=0, help="seed of everything")
     arguments = parser.parse_args(argv)
