@@ -259,6 +259,28 @@ def test_model_sees_the_picture(model, processor):
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
+@torch.no_grad()
+def test_generation_scores_tokens_as_training_does(model, processor):
+    # Training scores prompt and response in one forward, which is the same only if it is told where the images are:
+    # Qwen2.5-VL lays out positions by `mm_token_type_ids`.
+    inputs = encode_prompts(processor, make_problems(4))
+    output = model.generate(
+        **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    prompt_length = inputs["input_ids"].shape[1]
+    ones = torch.ones_like(output.sequences[:, prompt_length:])
+    whole = {
+        **inputs,
+        "input_ids": output.sequences,
+        "attention_mask": torch.cat([inputs["attention_mask"], ones], 1),
+        "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], 0 * ones], 1),
+    }
+    generated = torch.stack(output.logits, 1)
+    torch.testing.assert_close(model(**whole).logits[:, prompt_length - 1 : -1], generated, atol=1e-4, rtol=0)
+    del whole["mm_token_type_ids"]
+    assert (model(**whole).logits[:, prompt_length - 1 : -1] - generated).abs().max() > 0.01
+
+
 def test_wilson_interval():
     # Published values: Newcombe (1998), Statistics in Medicine 17, table I, method 3.
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
