@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,7 @@ class SAPOTrainer(GRPOBridge):
 
     @torch.no_grad()
     def score_rollout(self, batch: Batch, record: RolloutRecord) -> Batch:
-        args, seconds = self.args, record.stage_seconds()
+        seconds = record.stage_seconds()
         rewards = self.local_slice(record.rewards, batch["completion_ids"].size(0))
         # Tool outputs, padding, masked truncations, and responses that no reward function could score.
         mask = _loss_mask(batch) & ~rewards.isnan().unsqueeze(1)
@@ -186,32 +185,15 @@ class SAPOTrainer(GRPOBridge):
         values = self._values(forward, batch)
         seconds["value"] = time.perf_counter() - started
 
-        token_rewards = outcome_token_rewards(rewards, mask)
-        if "ref_per_token_logps" in batch:
-            kl = torch.where(mask, kl_estimate(forward.logps, batch["ref_per_token_logps"], args.kl_estimator), 0)
-            self._accumulator.add_total("kl", kl.sum(), mask.sum())
-            if args.kl_placement == "reward":
-                token_rewards = token_rewards - args.beta * kl
+        token_rewards = self._token_rewards(rewards, forward, batch, mask)
+        advantages, returns = self._advantages(token_rewards, values, segments)
 
-        raw_advantages, returns = segment_gae(
-            token_rewards, values, segments, args.gamma, args.lam, args.value_state, args.critic_lam
-        )
-        sum_over_processes = partial(self.accelerator.reduce, reduction="sum")
-        advantages = raw_advantages
-        if args.whiten_advantages:
-            advantages = masked_whiten(raw_advantages, mask, sum_over_processes)
-        if args.advantage_clamp is not None:
-            advantages = advantages.clamp(-args.advantage_clamp, args.advantage_clamp)
+        batch["advantages"] = advantages
+        batch["returns"] = returns
+        batch["old_values"] = values
+        batch["old_per_token_logps"] = forward.logps
+        batch["segment_ids"] = segments.ids
 
-        states = segments.state_mask(args.value_state)
-        self._accumulator.add_total("advantages/raw_mean", raw_advantages.sum(), mask.sum())
-        self._accumulator.add_total("advantages/abs_mean", advantages.abs().sum(), mask.sum())
-        self._accumulator.add_total("returns/mean", torch.where(states, returns, 0).sum(), states.sum())
-        if self.critic is not None:
-            self._accumulator.add_total("value/mean", torch.where(states, values, 0).sum(), states.sum())
-            self._accumulator.add_mean(
-                "value/explained_variance", explained_variance(values, returns, states, sum_over_processes)
-            )
         rollout = SegmentedRollout(
             segments=segments,
             completion_ids=batch["completion_ids"],
@@ -227,20 +209,7 @@ class SAPOTrainer(GRPOBridge):
             tokenizer=self.tokenizer,
             mode=self.mode,
         )
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, RolloutCallback):
-                callback.on_rollout(args, self.state, self.control, rollout, self._accumulator)
-
-        mean_advantages = advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        self.replace_logged_advantages(self.accelerator.gather(mean_advantages).tolist())
-        self.add_to_log({f"time/{stage}": spent for stage, spent in seconds.items()})
-        self.add_to_log(self._accumulator.flush(self.accelerator))
-
-        batch["advantages"] = advantages
-        batch["returns"] = returns
-        batch["old_values"] = values
-        batch["old_per_token_logps"] = forward.logps
-        batch["segment_ids"] = segments.ids
+        self._log_rollout(rollout, seconds)
         self._rollout_seconds += time.perf_counter() - record.started
         return batch
 
@@ -278,6 +247,55 @@ class SAPOTrainer(GRPOBridge):
         if self.args.critic == "shared":
             return forward.values
         return self.critic_forward(self.critic.module, batch, self._rows_per_forward)
+
+    def _token_rewards(
+        self, rewards: torch.Tensor, forward: PolicyForward, batch: Batch, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 `(B, T)`: the outcome on each response's last token, and the KL penalty if it goes there."""
+        token_rewards = outcome_token_rewards(rewards, mask)
+        if "ref_per_token_logps" not in batch:
+            return token_rewards
+        kl = kl_estimate(forward.logps, batch["ref_per_token_logps"], self.args.kl_estimator)
+        kl = torch.where(mask, kl, 0)
+        self._accumulator.add_total("kl", kl.sum(), mask.sum())
+        return token_rewards - self.args.beta * kl if self.args.kl_placement == "reward" else token_rewards
+
+    def _advantages(
+        self, token_rewards: torch.Tensor, values: torch.Tensor, segments: Segments
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 `(B, T)` each: the advantages that the loss uses, and the critic's targets, never whitened."""
+        args, mask = self.args, segments.mask
+        advantages, returns = segment_gae(
+            token_rewards, values, segments, args.gamma, args.lam, args.value_state, args.critic_lam
+        )
+        self._accumulator.add_total("advantages/raw_mean", advantages.sum(), mask.sum())
+        if args.whiten_advantages:
+            advantages = masked_whiten(advantages, mask, self._sum_over_processes)
+        if args.advantage_clamp is not None:
+            advantages = advantages.clamp(-args.advantage_clamp, args.advantage_clamp)
+        return advantages, returns
+
+    def _log_rollout(self, rollout: SegmentedRollout, seconds: dict[str, float]) -> None:
+        """Measure a rollout, show it to the callbacks, and write what was measured to the log."""
+        mask, states = rollout.segments.mask, rollout.segments.state_mask(self.args.value_state)
+        values, returns = rollout.values, rollout.returns
+        self._accumulator.add_total("advantages/abs_mean", rollout.advantages.abs().sum(), mask.sum())
+        self._accumulator.add_total("returns/mean", torch.where(states, returns, 0).sum(), states.sum())
+        if self.critic is not None:
+            self._accumulator.add_total("value/mean", torch.where(states, values, 0).sum(), states.sum())
+            self._accumulator.add_mean(
+                "value/explained_variance", explained_variance(values, returns, states, self._sum_over_processes)
+            )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RolloutCallback):
+                callback.on_rollout(self.args, self.state, self.control, rollout, self._accumulator)
+        mean_advantages = rollout.advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        self.replace_logged_advantages(self.accelerator.gather(mean_advantages).tolist())
+        self.add_to_log({f"time/{stage}": spent for stage, spent in seconds.items()})
+        self.add_to_log(self._accumulator.flush(self.accelerator))
+
+    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
 
     @property
     def _rows_per_forward(self) -> int:
