@@ -107,5 +107,8 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _visible(token: str) -> str:
-    """A token as an axis label: line breaks shown, matplotlib's `$` escaped, the end of the response short."""
-    return {"\n": "↵", "<|im_end|>": "end"}.get(token, token.replace("\n", "↵").replace("$", r"\$"))
+    """A token as an axis label: what no font has shown by a sign, matplotlib's `$` escaped, the end token short."""
+    if token == "<|im_end|>":
+        return "end"
+    signs = (character if character.isprintable() else "·" for character in token.replace("\n", "↵"))
+    return "".join(signs).replace("$", r"\$")

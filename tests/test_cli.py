@@ -1,5 +1,6 @@
 import io
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ from trl import ModelConfig, TrlParser
 from sapo_trl import SAPOConfig
 from sapo_trl.cli import main
 from sapo_trl.demo import colour_segments, demo_config, run_demo, training_accuracy
-from sapo_trl.embedded import WarmStartConfig, build_model, build_processor, make_problems
+from sapo_trl.embedded import (
+    WarmStartConfig,
+    build_model,
+    build_processor,
+    load_processor,
+    make_problems,
+    sample_problems,
+)
+from sapo_trl.embedded.warm_start import encode_solutions, validation_accuracy
 from sapo_trl.rewards import accuracy_reward, format_reward
 from sapo_trl.train import TrainArguments, find_reward, load_prompts
 
@@ -176,3 +185,11 @@ def test_demo_improves_beyond_chance(tmp_path, monkeypatch, capsys):
     problem = make_problems(2 * results["test_problems"], split="test")[results["test_problems"]]
     assert problem["problem"].removeprefix("<image>") in results["response"]["prompt"]
     assert "after SAPO" in capsys.readouterr().out
+
+    # What the warm start is to leave to reinforcement learning: a model that reads, adds carelessly, but knows better.
+    assert 0.2 < results["accuracy_before"] < 0.45
+    assert results["greedy_accuracy_before"] > 0.75
+    warm = AutoModelForImageTextToText.from_pretrained(results["warm_start"])
+    processor = load_processor(results["warm_start"])
+    unseen = encode_solutions(processor, sample_problems(256, split="test"), rng=random.Random(0))
+    assert validation_accuracy(warm, unseen)[0] > 0.97

@@ -393,14 +393,3 @@ def test_warm_start_that_does_not_learn_fails(tmp_path):
     with pytest.raises(RuntimeError, match="seed=0 reads .* Use another `seed`, or raise `max_steps`"):
         warm_start(tmp_path, config)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_warm_start_leaves_room_for_reinforcement_learning(tmp_path):
-    folder = warm_start(tmp_path)
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder), load_processor(folder)
-    batch = encode_solutions(processor, sample_problems(256, split="test"), rng=random.Random(0))
-    assert validation_accuracy(model, batch)[0] > 0.97  # it reads
-    problems = make_problems(512, split="test")
-    assert 0.2 < evaluate(model, processor, problems).accuracy < 0.45  # it adds carelessly
-    assert evaluate(model, processor, problems, temperature=0.0).accuracy > 0.75  # but knows better
