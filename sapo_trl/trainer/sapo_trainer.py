@@ -73,11 +73,12 @@ class SAPOTrainer(GRPOBridge):
     from sapo_trl.data import to_prompts
     from sapo_trl.rewards import accuracy_reward
 
+    dataset = load_dataset("hiyouga/geometry3k", split="train")
     trainer = SAPOTrainer(
         model="Qwen/Qwen2.5-VL-3B-Instruct",
         reward_funcs=accuracy_reward,
         args=SAPOConfig(output_dir="sapo"),
-        train_dataset=to_prompts(load_dataset("hiyouga/geometry3k", split="train")),
+        train_dataset=to_prompts(dataset, instruction=r"Put the answer in \\boxed{}."),
     )
     trainer.train()
     ```
