@@ -33,6 +33,7 @@ def discounted_suffix_sum(x: torch.Tensor, discount: float | torch.Tensor) -> to
     return x
 
 
+@torch.no_grad()
 def segment_gae(
     rewards: torch.Tensor,
     values: torch.Tensor,
@@ -66,8 +67,8 @@ def segment_gae(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`:
-            advantages and returns, both of shape `(B, T)` in float32 or wider. Each token carries its segment's
-            number; tokens of no segment carry 0.
+            advantages and returns, both of shape `(B, T)` in float32 or wider, without gradient. Each token carries
+            its segment's number; tokens of no segment carry 0.
     """
     for name, coefficient in (("gamma", gamma), ("lam", lam), ("critic_lam", critic_lam)):
         if coefficient is not None and not 0.0 <= coefficient <= 1.0:
@@ -104,6 +105,7 @@ def masked_moments(
         `tuple[torch.Tensor, torch.Tensor]`:
             two 0-dimensional tensors, both 0 without entries; the variance of a single entry is 0.
     """
+    mask = mask.bool()
     x = torch.where(mask, x, 0).to(accumulation_dtype(x))
     # Two passes: the mean first, then squared deviations from it. The one-pass formula cancels catastrophically when
     # the mean is large against the spread.

@@ -352,6 +352,11 @@ class SAPOConfig(GRPOConfig):
                 f"`critic_lr_scheduler_type` (by default `lr_scheduler_type`) must be one of {schedules}, got "
                 f"{str(schedule)!r}."
             )
+        if self.critic == "none" and self.critic_warmup_steps > 0:
+            raise ValueError(
+                f'`critic_warmup_steps={self.critic_warmup_steps}` with `critic="none"` would train nothing: it must '
+                "be 0."
+            )
         if self.kl_placement == "loss" and self.kl_estimator == "k1" and self.beta != 0.0:
             raise ValueError(
                 '`kl_estimator="k1"` has zero expected gradient in the loss: use "k2" or "k3", or '

@@ -49,6 +49,7 @@ def aggregate(
     Returns:
         `torch.Tensor`: 0-dimensional; 0 with zero gradient when no token is unmasked.
     """
+    mask = mask.bool()
     x = torch.where(mask, x, 0)
     if aggregation == "token-mean":
         total, default_normalizer = x.sum(), mask.sum().clamp(min=1)
@@ -77,7 +78,7 @@ def segment_log_ratio(
     Returns:
         `torch.Tensor`: `(B, T)`, float32 or wider, 0 outside the segments; the gradient flows through the mean.
     """
-    return segments.expand(segments.mean(log_ratio(logps, old_logps, clamp=clamp)))
+    return segments.expand(segments.mean(_token_log_ratio(logps, old_logps, clamp)))
 
 
 def log_ratio(
@@ -97,6 +98,10 @@ def log_ratio(
     """
     if segments is not None:
         return segment_log_ratio(logps, old_logps, segments, clamp)
+    return _token_log_ratio(logps, old_logps, clamp)
+
+
+def _token_log_ratio(logps: torch.Tensor, old_logps: torch.Tensor, clamp: float) -> torch.Tensor:
     dtype = accumulation_dtype(logps, old_logps)
     return torch.clamp(logps.to(dtype) - old_logps.to(dtype), -clamp, clamp)
 
@@ -145,10 +150,11 @@ def clipped_policy_loss(
     mask = mask.bool()
     # Positions outside the mask hold whatever the padding produced; a NaN there would poison the gradient even though
     # its loss is dropped, so they are replaced before any arithmetic.
-    logps = torch.where(mask, logps, 0)
-    old_logps = torch.where(mask, old_logps, 0)
-    log_ratios = log_ratio(logps, old_logps, segments)
-    advantages = torch.where(mask, advantages, 0).to(log_ratios.dtype)
+    known = mask if segments is None else segments.mask
+    logps = torch.where(known, logps, 0)
+    old_logps = torch.where(known, old_logps.detach(), 0)
+    log_ratios = torch.where(mask, log_ratio(logps, old_logps, segments), 0)
+    advantages = torch.where(mask, advantages.detach(), 0).to(log_ratios.dtype)
 
     ratio = torch.exp(log_ratios)
     unclipped = -ratio * advantages
@@ -217,8 +223,8 @@ def segment_value_loss(
     mask = segments.state_mask(value_state)
     dtype = accumulation_dtype(value_preds, returns)
     value_preds = torch.where(mask, value_preds, 0).to(dtype)
-    old_values = torch.where(mask, old_values, 0).to(dtype)
-    returns = torch.where(mask, returns, 0).to(dtype)
+    old_values = torch.where(mask, old_values.detach(), 0).to(dtype)
+    returns = torch.where(mask, returns.detach(), 0).to(dtype)
 
     error = (value_preds - returns).square()
     is_clipped = torch.zeros_like(mask)

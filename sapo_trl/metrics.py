@@ -129,7 +129,8 @@ class MetricAccumulator:
             maxima = torch.stack([_scalar(self._maxima[name], device) for name in max_names])
             maxima = accelerator.gather(maxima.unsqueeze(0)).amax(dim=0)
             result.update(zip(max_names, maxima.tolist(), strict=True))
-        self.__init__()
+        for accumulated in (self._sums, self._weights, self._maxima):
+            accumulated.clear()
         return result
 
 

@@ -157,7 +157,7 @@ class NewlineSegmenter:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Segments:
         mask = mask.bool()
-        texts = _token_texts(_given(self.tokenizer, tokenizer), int(completion_ids.max()))
+        texts = _token_texts(_given(self.tokenizer, tokenizer), _largest(completion_ids))
         has_newline = torch.tensor(["\n" in text for text in texts], device=completion_ids.device)
         is_newline = has_newline[completion_ids] & mask
         # Whether the next token of the row (across holes) is a newline too: then this one does not end the line.
@@ -196,13 +196,15 @@ class StepSegmenter:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Segments:
         mask = mask.bool()
-        texts = _token_texts(_given(self.tokenizer, tokenizer), int(completion_ids.max()))
+        texts = _token_texts(_given(self.tokenizer, tokenizer), _largest(completion_ids))
         is_first = torch.zeros_like(mask)
         for row, (ids, keep) in enumerate(zip(completion_ids.tolist(), mask.tolist(), strict=True)):
             positions = [position for position, kept in enumerate(keep) if kept]
             pieces = [texts[ids[position]] for position in positions]
             starts = torch.tensor([0, *accumulate(len(piece) for piece in pieces)])
-            offsets = torch.tensor([match.start() for match in re.finditer(self.pattern, "".join(pieces))])
+            text = "".join(pieces)
+            # A pattern may also match the empty end of the text, where no token starts.
+            offsets = torch.tensor([m.start() for m in re.finditer(self.pattern, text) if m.start() < len(text)])
             # The token that covers a character is the last one that starts at or before it.
             tokens = torch.searchsorted(starts, offsets, right=True) - 1
             is_first[row, torch.tensor(positions, dtype=torch.long)[tokens.long()]] = True
@@ -258,6 +260,10 @@ def _given(own: PreTrainedTokenizerBase | None, passed: PreTrainedTokenizerBase 
     if tokenizer is None:
         raise ValueError("This segmenter reads text: give it a `tokenizer`.")
     return tokenizer
+
+
+def _largest(ids: torch.Tensor) -> int:
+    return int(ids.max()) if ids.numel() else -1
 
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase, largest_id: int) -> list[str]:

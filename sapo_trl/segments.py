@@ -153,6 +153,8 @@ class Segments:
         Returns:
             `torch.Tensor`: `(B, T)`, 0 outside the segments. Differentiable.
         """
+        if y.size(1) != self._max_count:
+            raise ValueError(f"`y` must have one column a segment, {self._max_count}, got {y.size(1)}.")
         # One column of zeros for the tokens of no segment; it also keeps the gather legal when there are no segments.
         y = torch.cat([y, y.new_zeros(y.size(0), 1)], dim=1)
         return y.gather(1, torch.where(self.mask, self.ids, y.size(1) - 1))
@@ -194,6 +196,8 @@ class Segments:
         return int(self.count.max()) if self.ids.size(0) else 0
 
     def _scatter(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape != self.ids.shape:
+            raise ValueError(f"`x` must have the shape of the ids, {tuple(self.ids.shape)}, got {tuple(x.shape)}.")
         # Tokens of no segment are summed into one extra column that is then dropped, together with its gradient.
         index = torch.where(self.mask, self.ids, self._max_count)
         sums = x.new_zeros(x.size(0), self._max_count + 1).scatter_add(1, index, x)

@@ -21,6 +21,7 @@ def outcome_token_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Te
     Returns:
         `torch.Tensor`: float32 `(B, T)`, all 0 for a row without tokens.
     """
+    mask = mask.bool()
     position = torch.cumsum(mask, dim=1)
     is_last = mask & (position == position[:, -1:])
     return torch.where(is_last, rewards.unsqueeze(1), 0).float()

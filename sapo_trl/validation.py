@@ -49,6 +49,32 @@ def check_prompt_column(dataset: Dataset | IterableDataset | None, name: str) ->
         raise ValueError(f"`{name}` has no rows.")
 
 
+def datasets_of(eval_dataset: Any) -> dict[str, Any]:
+    """The data sets behind TRL's `eval_dataset` (none, one, or a dictionary), by what to call them in an error."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def check_size(dataset: Dataset | IterableDataset | None, generation_batch_size: int, num_generations: int) -> None:
+    """
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*): training data.
+        generation_batch_size (`int`): responses of a rollout, over all processes.
+        num_generations (`int`): responses for each prompt.
+
+    Raises:
+        ValueError: if the data set does not fill one rollout, of which TRL would make no training step at all.
+    """
+    needed = generation_batch_size // num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < needed:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} rows, but one rollout takes {needed} prompts "
+            f"(generation_batch_size={generation_batch_size} / num_generations={num_generations}): lower "
+            "`per_device_train_batch_size`, `gradient_accumulation_steps` or `num_mini_batches`, or bring more rows."
+        )
+
+
 def checked_reward(reward_func: Callable) -> Callable:
     """
     Wrap a reward function so that a wrong number of rewards or a non-finite reward is an error where it happens.
@@ -64,14 +90,21 @@ def checked_reward(reward_func: Callable) -> Callable:
     name = get_callable_name(reward_func)
 
     def check(rewards: Any, completions: list) -> list[float | None]:
-        rewards = list(rewards)
+        try:
+            rewards = list(rewards)
+            finite = [reward is None or math.isfinite(reward) for reward in rewards]
+        except TypeError as error:
+            raise ValueError(
+                f"Reward function `{name}` must return a list with a number (or `None`) for each completion, got "
+                f"{rewards!r}."
+            ) from error
         if len(rewards) != len(completions):
             raise ValueError(
                 f"Reward function `{name}` returned {len(rewards)} rewards for {len(completions)} completions; it "
                 "must return one for each."
             )
         for index, reward in enumerate(rewards):
-            if reward is not None and not math.isfinite(reward):
+            if not finite[index]:
                 raise ValueError(
                     f"Reward function `{name}` returned {float(reward)} for completion {index} of {len(completions)}; "
                     "rewards must be finite. Return `None` where the function does not apply."
@@ -180,9 +213,14 @@ def check_images(
     """
     vision_config = getattr(model.config, "vision_config", None)
     merge_size = getattr(vision_config, "spatial_merge_size", None)
-    if not isinstance(processing_class, ProcessorMixin) or merge_size is None:
+    if merge_size is None or not isinstance(dataset, Dataset | IterableDataset):
         return  # a text model, or one whose image tokens are not a function of `image_grid_thw`
-    if not isinstance(dataset, Dataset | IterableDataset):
+    if not isinstance(processing_class, ProcessorMixin):
+        if {"image", "images"} & set(next(iter(dataset), {})):
+            raise ValueError(
+                f"The data set has images, but `processing_class` is a {type(processing_class).__name__}, which reads "
+                "only text: pass the model's processor."
+            )
         return
     for index, row in enumerate(islice(dataset, NUM_ROWS_CHECKED)):
         prompt = row.get("prompt")
@@ -246,6 +284,12 @@ def check_value_model(
             )
         return
 
+    policy_parameters = {id(parameter) for parameter in policy.parameters()}
+    if any(id(parameter) in policy_parameters for parameter in value_head.parameters()):
+        raise ValueError(
+            "The value model shares parameters with the policy, so that each would be trained by both losses: pass a "
+            '`copy.deepcopy` of it, or use `critic="shared"`, which reads the policy without training it.'
+        )
     critic_config, policy_config = value_head.backbone.config, policy_backbone.config
     critic_vocab = critic_config.get_text_config().vocab_size
     policy_vocab = policy_config.get_text_config().vocab_size

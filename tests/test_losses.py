@@ -160,6 +160,29 @@ def test_weights_multiply_token_losses(segments, seed):
     assert weighted.loss.item() == pytest.approx(expected.loss.item(), abs=1e-12)
 
 
+def test_targets_carry_no_gradient():
+    """A critic's output may serve as value and as prediction: only the prediction learns."""
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    segments = TokenSegmenter()(mask.double(), mask)
+    values = noise(mask, 0, requires_grad=True)
+    advantages, returns = segment_gae(noise(mask, 1), values, segments)
+    segment_value_loss(values, values, values + returns, segments, cliprange_value=None).loss.backward()
+    expected = (values.detach() - (values.detach() + returns)) / 4
+    torch.testing.assert_close(values.grad, expected)
+    assert not advantages.requires_grad
+
+
+def test_a_mask_within_the_segments_leaves_their_ratio_alone():
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    segments = SequenceSegmenter()(everything.double(), everything)
+    mask = torch.tensor([[1, 1, 0, 0]])  # int64, as TRL's masks are
+    logps = torch.full((1, 4), 0.1, dtype=torch.float64)
+    out = clipped_policy_loss(logps, torch.zeros_like(logps), torch.ones_like(logps), mask, segments)
+    assert out.loss.item() == pytest.approx(-math.exp(0.1))
+    assert out.metrics["ratio_mean"].item() == pytest.approx(math.exp(0.1))
+    assert out.metrics["approx_kl"].item() == pytest.approx(-0.1)
+
+
 def test_extreme_log_ratios_do_not_overflow():
     mask = torch.ones(1, 2, dtype=torch.bool)
     logps = torch.tensor([[0.0, -1e4]], requires_grad=True)

@@ -188,3 +188,16 @@ def test_text_segmenters_need_a_tokenizer():
     mask = torch.ones(1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="tokenizer"):
         NewlineSegmenter()(mask.float(), mask, completion_ids=torch.zeros(1, 2, dtype=torch.int64))
+
+
+def test_pattern_that_matches_the_end_of_the_text(tokenizer):
+    ids, mask = encode("one two", tokenizer)
+    segments = StepSegmenter(pattern="$")(mask.float(), mask, completion_ids=ids, tokenizer=tokenizer)
+    assert segments.count.tolist() == [1]
+
+
+@pytest.mark.parametrize("segmenter", [NewlineSegmenter(), StepSegmenter()])
+def test_text_segmenters_of_no_rows(segmenter, tokenizer):
+    mask = torch.ones(0, 5, dtype=torch.bool)
+    segments = segmenter(mask.float(), mask, completion_ids=mask.long(), tokenizer=tokenizer)
+    assert segments.ids.shape == (0, 5)

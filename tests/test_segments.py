@@ -132,6 +132,8 @@ def test_no_tokens_at_all():
             lambda: Segments.from_last_tokens(torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)),
             r"same shape.*\(2, 3\) and \(2, 4\)",
         ),
+        (lambda: Segments(torch.zeros(1, 2, dtype=torch.int64)).sum(torch.zeros(1, 3)), r"shape of the ids, \(1, 2\)"),
+        (lambda: Segments(torch.zeros(1, 2, dtype=torch.int64)).expand(torch.zeros(1, 2)), "one column a segment, 1"),
         (lambda: Segments(torch.zeros(1, 1, dtype=torch.int64)).state_mask("middle"), r'"start" or "end".*middle'),
     ],
 )

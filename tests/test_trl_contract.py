@@ -55,7 +55,7 @@ METHODS = {
 # Private attributes that it reads or writes.
 ATTRIBUTES = {"_tokenizer", "_buffered_inputs", "_metrics", "_logs"}
 # Public methods that the trainer overrides.
-OVERRIDDEN = {"__init__", "training_step", "create_scheduler", "save_model"}
+OVERRIDDEN = {"__init__", "train", "training_step", "create_scheduler", "save_model"}
 
 
 def private_names_of_trl() -> set[str]:

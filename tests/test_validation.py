@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from sapo_trl import SAPOTrainer, Segments, SegmentValueHead
 from sapo_trl.embedded import make_problems
+from sapo_trl.segmentation import TokenSegmenter
 from sapo_trl.validation import (
     check_finite_rewards,
     check_images,
@@ -352,3 +353,34 @@ class TestValueModel:
             SAPOTrainer(
                 model="unused", reward_funcs=length_reward, args=sapo_config(tmp_path), quantization_config=object()
             )
+
+
+@TEXT_FAMILY
+def test_data_set_smaller_than_a_rollout(family, tmp_path):
+    trainer = sapo_trainer(family, tmp_path, trainer_kwargs={"train_dataset": family.dataset(3)})
+    with pytest.raises(ValueError, match=r"`train_dataset` has 3 rows, but one rollout takes 4 prompts"):
+        trainer.train()
+
+
+@IMAGE_FAMILIES
+def test_images_without_a_processor(family, tmp_path):
+    with pytest.raises(ValueError, match="pass the model's processor"):
+        sapo_trainer(family, tmp_path, trainer_kwargs={"processing_class": family.tokenizer})
+
+
+@TEXT_FAMILY
+@pytest.mark.parametrize("returned", [None, 1.0, ["1", "2", "3", "4"]])
+def test_reward_function_that_returns_no_numbers(family, tmp_path, returned):
+    def forgetful_reward(**kwargs):
+        return returned
+
+    trainer = sapo_trainer(family, tmp_path, trainer_kwargs={"reward_funcs": forgetful_reward})
+    with pytest.raises(ValueError, match="`forgetful_reward` must return a list with a number"):
+        trainer.train()
+
+
+@TEXT_FAMILY
+@pytest.mark.parametrize("segmenter", [TokenSegmenter, "token"])
+def test_segmenter_that_is_no_instance(family, tmp_path, segmenter):
+    with pytest.raises(TypeError, match="`segmenter` must be a callable"):
+        sapo_trainer(family, tmp_path, trainer_kwargs={"segmenter": segmenter})

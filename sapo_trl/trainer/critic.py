@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from transformers import SchedulerType, Trainer, get_scheduler
 from ..config import SAPOConfig
 from ..value_head import SegmentValueHead
 
+
+logger = logging.getLogger(__name__)
 
 CRITIC_FOLDER = "critic"
 OPTIMIZER_STATE_NAME = "critic_optimizer.pt"
@@ -61,6 +64,16 @@ class Critic:
         for name, parameter in value_head.named_parameters():
             if parameter.requires_grad:
                 (decayed if name in decay_parameter_names else not_decayed).append(parameter)
+        if not decayed and not not_decayed:
+            raise ValueError('The critic has no trainable parameter: unfreeze its head, or set `critic="none"`.')
+        dtype = next((p.dtype for p in [*decayed, *not_decayed] if p.dtype in (torch.bfloat16, torch.float16)), None)
+        if dtype is not None:
+            logger.warning(
+                "The critic's weights are %s, which rounds most updates at `critic_learning_rate=%g` away. Load the "
+                "model in float32 and let `bf16=True` run it in half precision.",
+                dtype,
+                args.critic_learning_rate,
+            )
         groups = [
             {"params": decayed, "weight_decay": weight_decay},
             {"params": not_decayed, "weight_decay": 0.0},
@@ -82,10 +95,10 @@ class Critic:
         return self.optimizer.param_groups[0]["lr"]
 
     def create_scheduler(self, num_training_steps: int) -> None:
-        """Make the learning rate schedule, once the length of training is known."""
-        if self.scheduler is not None:
-            return
+        """Make the learning rate schedule, once the length of training is known; anew for every call of `train`."""
         args = self.args
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = args.critic_learning_rate
         kind = SchedulerType(args.critic_lr_scheduler_type or args.lr_scheduler_type)
         # These are the arguments of the policy's schedule, which a schedule of another kind does not take.
         kwargs = args.lr_scheduler_kwargs if kind == args.lr_scheduler_type else None

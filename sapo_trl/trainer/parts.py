@@ -72,6 +72,8 @@ def make_value_head(
         return SegmentValueHead.from_policy(source, mode=args.critic)
     if args.critic == "shared":
         raise ValueError('`value_model` is a whole model, but `critic="shared"` is a head on the policy.')
+    if source is model or hasattr(source, "peft_config"):
+        return SegmentValueHead.from_policy(source)  # a copy, adapters merged
     return SegmentValueHead(hidden_size_of(source), backbone_of(source))
 
 

@@ -26,8 +26,10 @@ from ..validation import (
     check_padding_side,
     check_prompt_column,
     check_segments,
+    check_size,
     check_value_model,
     checked_rewards,
+    datasets_of,
 )
 from ..value_head import SegmentValueHead
 from .critic import CRITIC_FOLDER, Critic
@@ -110,16 +112,21 @@ class SAPOTrainer(GRPOBridge):
         segmenter: Segmenter | None = None,
         **kwargs,
     ):
+        model, value_model = (str(m) if isinstance(m, Path) else m for m in (model, value_model))
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SAPOConfig(f"{model_name.split('/')[-1]}-SAPO")
         if not isinstance(args, SAPOConfig):
             raise TypeError(f"`args` must be a `SAPOConfig`, got `{type(args).__name__}`.")
         if kwargs.get("environment_factory") is None:  # an environment may bring the prompts
-            eval_dataset = kwargs.get("eval_dataset")
             check_prompt_column(train_dataset, "train_dataset")
-            for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-                check_prompt_column(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
+            for name, dataset in datasets_of(kwargs.get("eval_dataset")).items():
+                check_prompt_column(dataset, name)
+        if segmenter is not None and (isinstance(segmenter, type) or not callable(segmenter)):
+            raise TypeError(
+                f"`segmenter` must be a callable `(entropies, mask) -> Segments`, got {segmenter!r}. Pass an "
+                "instance, or name one of the built-in ones with `SAPOConfig(segmentation=...)`."
+            )
         if value_model is not None and args.critic == "none":
             raise ValueError('`value_model` was given, but `critic="none"`: drop one of the two.')
 
@@ -138,7 +145,8 @@ class SAPOTrainer(GRPOBridge):
         super().__init__(model, checked_rewards(reward_funcs), args, train_dataset=train_dataset, **kwargs)
 
         check_padding_side(self.processing_class)
-        check_images(train_dataset, self.processing_class, self.model, self.chat_template_kwargs)
+        for dataset in (train_dataset, *datasets_of(kwargs.get("eval_dataset")).values()):
+            check_images(dataset, self.processing_class, self.model, self.chat_template_kwargs)
         self.segmenter: Segmenter = segmenter if segmenter is not None else make_segmenter(args)
         self._segmenter_inputs = accepted_inputs(self.segmenter)
 
@@ -390,6 +398,10 @@ class SAPOTrainer(GRPOBridge):
         self._accumulate_loss("value_loss", output.loss)
         self._accumulate_metrics(output.metrics, _VALUE_METRICS, weight=segments.count.sum())
         return output.loss
+
+    def train(self, *args, **kwargs):
+        check_size(self.train_dataset, self.args.generation_batch_size, self.args.num_generations)
+        return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         started, rollouts_before = time.perf_counter(), self._rollout_seconds
