@@ -218,7 +218,7 @@ def segment_value_loss(
         normalizer (`float` or `torch.Tensor`, *optional*): see [`aggregate`].
 
     Returns:
-        [`LossOutput`]: half the mean squared error, and the metrics `value_clip_fraction` and `value_mean`.
+        [`LossOutput`]: half the mean squared error, and the metric `value_clip_fraction`.
     """
     mask = segments.state_mask(value_state)
     dtype = accumulation_dtype(value_preds, returns)
@@ -233,9 +233,5 @@ def segment_value_loss(
         clipped_error = (near_old - returns).square()
         is_clipped = clipped_error > error
         error = torch.maximum(error, clipped_error)
-    with torch.no_grad():
-        metrics = {
-            "value_clip_fraction": aggregate(is_clipped.float(), mask),
-            "value_mean": aggregate(value_preds, mask),
-        }
+    metrics = {"value_clip_fraction": aggregate(is_clipped.float(), mask)}
     return LossOutput(0.5 * aggregate(error, mask, aggregation, normalizer), metrics)

@@ -329,11 +329,9 @@ class SAPOTrainer(GRPOBridge):
         forward = self.policy_forward(model, batch)
         self._micro_batch_values = forward.values
 
-        ratio_segments = {
-            "segment": segments,
-            "token": None,
-            "sequence": Segments(torch.where(mask, 0, segments.ids)),
-        }[args.importance_sampling_level]
+        ratio_segments = segments if args.importance_sampling_level == "segment" else None
+        if args.importance_sampling_level == "sequence":
+            ratio_segments = Segments(torch.where(mask, 0, segments.ids))
         normalizer = self._normalizer(args.loss_aggregation, batch, "tokens")
         output = clipped_policy_loss(
             forward.logps,
