@@ -1,4 +1,4 @@
-"""Advantages: generalized advantage estimation over segments, and their normalisation. Pure functions on tensors."""
+"""Advantages: generalized estimation over segments, leave-one-out, normalisation. Pure functions on tensors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def segment_gae(
     values: torch.Tensor,
     segments: Segments,
     gamma: float = 1.0,
-    lam: float = 0.99,
+    lam: float | torch.Tensor = 0.99,
     value_state: str = "start",
     critic_lam: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +57,8 @@ def segment_gae(
             float tensor of shape `(B, T)`; `values[:, t]` is the value of the state *before* token `t`.
         segments ([`Segments`]): the partition of the `(B, T)` tokens.
         gamma (`float`, *optional*, defaults to `1.0`): discount per segment, in `[0, 1]`.
-        lam (`float`, *optional*, defaults to `0.99`): GAE's λ, in `[0, 1]`.
+        lam (`float` or `torch.Tensor`, *optional*, defaults to `0.99`):
+            GAE's λ, in `[0, 1]`; a tensor of shape `(B, 1)` gives each row its own, see [`length_adaptive_lam`].
         value_state (`str`, *optional*, defaults to `"start"`):
             where a segment's value is read: `"start"` (the paper) or `"end"` (the official code), see
             [`Segments.state_mask`].
@@ -71,7 +72,8 @@ def segment_gae(
             its segment's number; tokens of no segment carry 0.
     """
     for name, coefficient in (("gamma", gamma), ("lam", lam), ("critic_lam", critic_lam)):
-        if coefficient is not None and not 0.0 <= coefficient <= 1.0:
+        # A tensor's range is not checked: reading it would wait for the device.
+        if isinstance(coefficient, float | int) and not 0.0 <= coefficient <= 1.0:
             raise ValueError(f"`{name}` must lie in [0, 1], got {coefficient}.")
     dtype = accumulation_dtype(rewards, values)
     segment_rewards = segments.sum(rewards.to(dtype))
@@ -80,11 +82,54 @@ def segment_gae(
     next_values = torch.nn.functional.pad(segment_values[:, 1:], (0, 1))[:, : segment_values.size(1)]
     deltas = segment_rewards + gamma * next_values - segment_values
     advantages = discounted_suffix_sum(deltas, gamma * lam)
-    if critic_lam is None or critic_lam == lam:
+    if critic_lam is None:
         returns = advantages + segment_values
     else:
         returns = discounted_suffix_sum(deltas, gamma * critic_lam) + segment_values
     return segments.expand(advantages), segments.expand(returns)
+
+
+def length_adaptive_lam(segments: Segments, alpha: float) -> torch.Tensor:
+    """
+    λ that grows with a response's length `l`, so that rewards reach its beginning: `max(0, 1 - 1 / (alpha * l))`
+    (VAPO, https://huggingface.co/papers/2504.05118).
+
+    VAPO counts tokens; here `l` counts the time steps of the estimation, which are segments (of one token, in PPO).
+    The published formula is negative for `l < 1 / alpha`, which no λ can be: it is clamped at 0.
+
+    Args:
+        segments ([`Segments`]): the partition of the tokens of `B` rows.
+        alpha (`float`): positive; the larger, the closer to 1.
+
+    Returns:
+        `torch.Tensor`: float32 `(B, 1)`, in `[0, 1)`.
+    """
+    if alpha <= 0.0:
+        raise ValueError(f"`alpha` must be positive, got {alpha}.")
+    lengths = segments.count.clamp(min=1).unsqueeze(1).float()
+    return (1 - 1 / (alpha * lengths)).clamp(min=0)
+
+
+def leave_one_out_advantages(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """
+    Each response's reward minus the mean reward of the other responses to its prompt (RLOO,
+    https://huggingface.co/papers/2402.14740).
+
+    Args:
+        rewards (`torch.Tensor`): float tensor of shape `(B,)`, the responses to one prompt next to each other; NaN for
+            a response without reward, which is no baseline to others.
+        num_generations (`int`): responses for each prompt.
+
+    Returns:
+        `torch.Tensor`: `(B,)`, 0 for a response without reward and for one without any other to compare with.
+    """
+    if rewards.numel() % num_generations != 0:
+        raise ValueError(f"{rewards.numel()} rewards are no whole number of groups of {num_generations}.")
+    grouped = rewards.view(-1, num_generations)
+    num_others = (~grouped.isnan()).sum(dim=1, keepdim=True) - 1
+    baselines = (grouped.nansum(dim=1, keepdim=True) - grouped) / num_others
+    # NaN where the response has no reward (its own) or no other one has (0 / 0).
+    return (grouped - baselines).view(-1).nan_to_num(nan=0.0)
 
 
 def masked_moments(

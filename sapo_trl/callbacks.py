@@ -14,6 +14,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from .config import SAPOConfig
 from .metrics import MetricAccumulator, segment_statistics
+from .rollouts import ContinuationSampler
 from .segments import Segments
 
 
@@ -37,6 +38,8 @@ class SegmentedRollout:
         rewards (`torch.Tensor`): float32 `(B,)`, NaN for a response that no reward function could score.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the completions.
         mode (`str`): `"train"` or `"eval"`.
+        continuations ([`~sapo_trl.rollouts.ContinuationSampler`], *optional*):
+            samples what the policy makes of a response's prefix; `None` if the trainer did not generate it itself.
     """
 
     segments: Segments
@@ -52,6 +55,7 @@ class SegmentedRollout:
     rewards: torch.Tensor
     tokenizer: PreTrainedTokenizerBase
     mode: str
+    continuations: ContinuationSampler | None = None
 
 
 class RolloutCallback(TrainerCallback):
@@ -115,7 +119,7 @@ class SegmentationCallback(RolloutCallback):
         self._num_rollouts = 0
 
     def on_rollout(self, args, state, control, rollout, metrics) -> None:
-        values = rollout.values if args.critic != "none" else None
+        values = rollout.values if args.learns_critic else None
         for name, (total, count) in segment_statistics(rollout.segments, rollout.entropies, values).items():
             metrics.add_total(name, total, count)
         lengths = rollout.segments.lengths

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from transformers import SchedulerType
 from trl import GRPOConfig
 
+from .config_checks import CHOICES, LEARNED_CRITICS, SEGMENT_LOSS_TYPES, TRL_LOSS_TYPES, check_config
 from .losses import AGGREGATIONS
-from .segmentation import check_top_percent
-from .token_rewards import KL_ESTIMATORS
-
-
-LOSS_TYPE = "segment_clip"
-
-_CHOICES = {
-    "segmentation": ("entropy", "probability", "newline", "step", "token", "sequence"),
-    "segment_cut": ("end", "start"),
-    "value_state": ("start", "end"),
-    "critic": ("separate", "shared", "none"),
-    "kl_placement": ("reward", "loss"),
-    "kl_estimator": KL_ESTIMATORS,
-    "importance_sampling_level": ("segment", "token", "sequence"),
-    "loss_aggregation": AGGREGATIONS,
-    "value_loss_aggregation": AGGREGATIONS,
-}
-
-# GRPO settings that have no meaning in the segment loss, with the only value they may have.
-_UNUSED_GRPO_SETTINGS = {
-    "top_entropy_quantile": 1.0,
-    "off_policy_mask_threshold": None,
-    "use_adaptive_entropy": False,
-    "multi_objective_aggregation": "sum_then_normalize",
-}
-
-# Schedules that follow a metric, which the critic's schedule is not given.
-_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+from .presets import preset_settings
+from .role_aware import PERCEPTION_PATTERN, REASONING_PATTERN
+from .validation import nearest_name
 
 
 class _OneGeneration(int):
@@ -56,14 +31,16 @@ class SAPOConfig(GRPOConfig):
 
     This class includes only the parameters that are specific to SAPO training, and those of [`~trl.GRPOConfig`] with
     another default. Defaults are the paper's (Table 7) where it states them, otherwise those of its official script.
+    [`SAPOConfig.from_preset`] has every other algorithm of the comparison (PPO, GRPO, VinePPO, SPO, …).
 
     Parameters:
         > Parameters that control the segmentation
 
         segmentation (`str`, *optional*, defaults to `"entropy"`):
             Where responses are cut: `"entropy"` (at the highest-entropy tokens), `"probability"` (at a fixed number of
-            least probable tokens), `"newline"`, `"step"` (at "Step 1:" …), `"token"` (every token is a segment, as in
-            PPO) or `"sequence"` (the response is one segment). To cut in another way, pass `segmenter` to the trainer.
+            least probable tokens), `"cutpoints"` (at every n-th uncertain token, as in SPO-chain), `"newline"`,
+            `"step"` (at "Step 1:" …), `"token"` (every token is a segment, as in PPO) or `"sequence"` (the response is
+            one segment). To cut in another way, pass `segmenter` to the trainer.
         top_percent (`float`, *optional*, defaults to `30.0`):
             For `"entropy"`: share of each response's tokens to cut at, in percent, in (0, 100].
         segment_cut (`str`, *optional*, defaults to `"end"`):
@@ -71,6 +48,10 @@ class SAPOConfig(GRPOConfig):
             segment.
         num_cuts (`int`, *optional*, defaults to `8`):
             For `"probability"`: number of tokens to cut each response at.
+        cutpoint_threshold (`float`, *optional*, defaults to `0.9`):
+            For `"cutpoints"`: a token with probability below it is a cut-point.
+        cutpoint_interval (`int`, *optional*, defaults to `5`):
+            For `"cutpoints"`: number of cut-points in a segment.
         step_pattern (`str`, *optional*, defaults to `r"Step\s*\d+\s*[:.]"`):
             For `"step"`: regular expression of a step's announcement.
 
@@ -78,7 +59,9 @@ class SAPOConfig(GRPOConfig):
 
         critic (`str`, *optional*, defaults to `"separate"`):
             `"separate"`: a backbone of its own, initialised from the policy; `"shared"`: a head on the policy's hidden
-            states, through which no gradient reaches the policy; `"none"`: every value is 0.
+            states, through which no gradient reaches the policy; `"monte_carlo"`: no model, but the mean reward of
+            fresh continuations from each segment's start (VinePPO, SPO-chain); `"tree"`: responses are sampled as a
+            tree, whose nodes are valued by their children (SPO-tree); `"none"`: every value is 0.
         value_state (`str`, *optional*, defaults to `"start"`):
             State whose value stands for a segment: before its first token (`"start"`, the paper) or before its last
             token (`"end"`, the official code).
@@ -93,7 +76,10 @@ class SAPOConfig(GRPOConfig):
         critic_max_grad_norm (`float`, *optional*, defaults to `1.0`):
             Norm to which the critic's gradient is clipped.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps at the beginning of training in which only the critic learns.
+            Optimizer steps at the beginning of training in which only the critic learns (VC-PPO's value pretraining).
+        critic_warmup_tolerance (`float`, *optional*):
+            If set, the warm-up ends before `critic_warmup_steps` when the value loss has settled: when no rollout of
+            the last three lowered the smallest value loss so far by more than this share of it.
         cliprange_value (`float`, *optional*, defaults to `0.5`):
             How far a value may move from its rollout-time prediction before its loss is clipped; `None` for no
             clipping.
@@ -101,14 +87,54 @@ class SAPOConfig(GRPOConfig):
             How the losses of segments are averaged: over all segments (`"token-mean"`) or per response first
             (`"seq-mean-token-mean"`, the paper's equation).
 
+        > Parameters that control Monte-Carlo values and tree rollouts
+
+        num_continuations (`int`, *optional*, defaults to `9`):
+            For `critic="monte_carlo"`: continuations sampled from each valued state.
+        max_valued_segments (`int`, *optional*):
+            For `critic="monte_carlo"`: a response's state is valued at most this many times after the prompt's; the
+            reward stands for later ones, so that the tokens behind them get no advantage. `None` for no limit.
+        truncated_continuation_reward (`float`, *optional*):
+            Reward of a continuation that was cut off at `max_completion_length`. By default what the reward functions
+            say.
+        tree_widths (`list[int]`, *optional*, defaults to `[6, 6, 6]`):
+            For `critic="tree"`: children of the nodes of each level.
+        tree_segment_length (`int`, *optional*, defaults to `100`):
+            For `critic="tree"`: tokens of an edge, but on the last level, where responses run to their end.
+        tree_edges_per_prompt (`int`, *optional*, defaults to `32`):
+            For `critic="tree"`: largest number of a prompt's edges that one rollout draws to train on.
+        tree_replay_age (`int`, *optional*, defaults to `8`):
+            For `critic="tree"`: rollouts for which edges can be drawn, with the log-probabilities they had when they
+            were sampled. `1` for no replay.
+
         > Parameters that control rewards and advantages
 
+        advantage_estimator (`str`, *optional*, defaults to `"gae"`):
+            `"gae"`: generalized advantage estimation over segments; `"group"`: [`~trl.GRPOTrainer`]'s, the reward
+            among the responses to a prompt, see `scale_rewards`; `"leave_one_out"`: the reward minus the mean reward
+            of the other responses to the prompt (RLOO).
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount per segment.
         lam (`float`, *optional*, defaults to `0.99`):
             λ of the generalized advantage estimation over segments.
         critic_lam (`float`, *optional*):
             λ of the critic's targets. Defaults to `lam`; `1.0` regresses on Monte-Carlo returns (VC-PPO).
+        length_adaptive_lam (`float`, *optional*):
+            If set, the α of VAPO's `λ = max(0, 1 - 1 / (α * l))` for a response of `l` segments, in the place of
+            `lam`.
+        advantage_weighting (`str`, *optional*, defaults to `"none"`):
+            `"role_aware"` multiplies the advantages of perception and reasoning tokens by positive weights with mean
+            one (SRPO). Its settings are the following five.
+        role_perception_pattern (`str`, *optional*, defaults to `r"<perception>(.*?)</perception>"`):
+            Regular expression whose first group (or whole match) is the perception span.
+        role_reasoning_pattern (`str`, *optional*, defaults to `r"<think>(.*?)</think>"`):
+            The same for the reasoning span.
+        role_mask_ratio (`float`, *optional*, defaults to `0.6`):
+            Share of image patches that are hidden to measure how far a token depends on the image.
+        role_temperature (`float`, *optional*, defaults to `1.0`):
+            The larger, the closer the weights are to one.
+        role_clip (`float`, *optional*, defaults to `1.0`):
+            Bound on the absolute value of a weight's logarithm, before the weights are scaled to mean one.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
             Whether to shift and scale the advantages of all tokens of a rollout batch to mean 0 and variance 1.
         advantage_clamp (`float`, *optional*, defaults to `5.0`):
@@ -121,12 +147,28 @@ class SAPOConfig(GRPOConfig):
 
         > Parameters that control the policy loss
 
+        loss_type (`str`, *optional*, defaults to `"segment_clip"`):
+            `"segment_clip"`: PPO's clipped loss; `"soft_adaptive_gate"`: Qwen's Soft Adaptive gate (what TRL calls
+            `"sapo"`, with `sapo_temperature_pos` and `sapo_temperature_neg`) in the place of the clip. Both at any
+            `importance_sampling_level`. Also TRL's own losses `"grpo"`, `"dr_grpo"`, `"bnpo"`, `"dapo"`, `"cispo"`,
+            `"luspo"` and `"vespo"`, which know no segments and ignore the settings below.
         importance_sampling_level (`str`, *optional*, defaults to `"segment"`):
             What shares an importance ratio: the tokens of a `"segment"`, of a `"sequence"`, or none (`"token"`).
+        ratio_reduction (`str`, *optional*, defaults to `"mean"`):
+            Whether a shared log-ratio is the `"mean"` of its tokens' (SAPO, GSPO) or their `"sum"` (RLOO).
+        confident_token_threshold (`float`, *optional*):
+            Tokens that the old policy gave at least this probability are left out of the policy loss, of its KL and
+            of whitening (SPO's mask). `None` for no mask.
+        positive_lm_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the negative log-likelihood of responses with a reward above `positive_lm_threshold` (VAPO).
+        positive_lm_threshold (`float`, *optional*, defaults to `0.5`):
+            Reward above which a response counts as correct there.
         loss_aggregation (`str`, *optional*, defaults to `"token-mean"`):
             How token losses are averaged over an optimizer step: over all its tokens (`"token-mean"`), per response
-            first (`"seq-mean-token-mean"`, the paper's equation), or summed per response and divided by
-            `max_completion_length` (`"seq-mean-token-sum"`).
+            first (`"seq-mean-token-mean"`, the paper's equation), summed per response (`"seq-mean-token-sum"`), or
+            that divided by `max_completion_length` (`"seq-mean-token-sum-norm"`, as in Dr. GRPO).
+        kl_aggregation (`str`, *optional*):
+            The same for the KL term of the loss. Defaults to `loss_aggregation`.
         num_mini_batches (`int`, *optional*):
             Optimizer steps per rollout batch. Defaults to 4, or to what `steps_per_generation` or
             `generation_batch_size` imply if one of those is set.
@@ -139,7 +181,7 @@ class SAPOConfig(GRPOConfig):
     > - `epsilon_high`: Defaults to `0.28` instead of `None`.
     > - `delta`: Defaults to `3.0` instead of `None`. On negative advantages, the only ones it can change, it is PPO's
     >   dual clip.
-    > - `loss_type`: Defaults to `"segment_clip"`, the only one, instead of `"dapo"`.
+    > - `loss_type`: Defaults to `"segment_clip"` instead of `"dapo"`.
     > - `importance_sampling_level`: Defaults to `"segment"` instead of `"token"`.
     > - `max_completion_length`: Defaults to `2048` instead of `512`.
     > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
@@ -163,17 +205,18 @@ class SAPOConfig(GRPOConfig):
         metadata={"help": "Bound on the importance ratio where the advantage is negative (dual clip). Must be > 1."},
     )
     loss_type: str = field(
-        default=LOSS_TYPE,
+        default="segment_clip",
         metadata={
-            "help": "Only 'segment_clip'. TRL's 'sapo' is Qwen's Soft Adaptive Policy Optimization, not this.",
-            "choices": [LOSS_TYPE],
+            "help": "'segment_clip', 'soft_adaptive_gate' (Qwen's Soft Adaptive Policy Optimization, which TRL calls "
+            "'sapo'), or one of TRL's own losses, which know no segments.",
+            "choices": [*SEGMENT_LOSS_TYPES, *TRL_LOSS_TYPES],
         },
     )
     importance_sampling_level: str = field(
         default="segment",
         metadata={
             "help": "What shares an importance ratio: the tokens of a 'segment', of a 'sequence', or none ('token').",
-            "choices": list(_CHOICES["importance_sampling_level"]),
+            "choices": list(CHOICES["importance_sampling_level"]),
         },
     )
     max_completion_length: int | None = field(
@@ -185,7 +228,7 @@ class SAPOConfig(GRPOConfig):
     # Parameters that control the segmentation
     segmentation: str = field(
         default="entropy",
-        metadata={"help": "Where responses are cut into segments.", "choices": list(_CHOICES["segmentation"])},
+        metadata={"help": "Where responses are cut into segments.", "choices": list(CHOICES["segmentation"])},
     )
     top_percent: float = field(
         default=30.0,
@@ -195,10 +238,14 @@ class SAPOConfig(GRPOConfig):
         default="end",
         metadata={
             "help": "For 'entropy' and 'probability': whether a selected token ends or starts its segment.",
-            "choices": list(_CHOICES["segment_cut"]),
+            "choices": list(CHOICES["segment_cut"]),
         },
     )
     num_cuts: int = field(default=8, metadata={"help": "For 'probability': number of tokens to cut each response at."})
+    cutpoint_threshold: float = field(
+        default=0.9, metadata={"help": "For 'cutpoints': a token with probability below it is a cut-point."}
+    )
+    cutpoint_interval: int = field(default=5, metadata={"help": "For 'cutpoints': number of cut-points in a segment."})
     step_pattern: str = field(
         default=r"Step\s*\d+\s*[:.]",
         metadata={"help": "For 'step': regular expression of a step's announcement."},
@@ -209,8 +256,9 @@ class SAPOConfig(GRPOConfig):
         default="separate",
         metadata={
             "help": "'separate': a backbone of its own, initialised from the policy; 'shared': a head on the policy's "
-            "detached hidden states; 'none': every value is 0.",
-            "choices": list(_CHOICES["critic"]),
+            "detached hidden states; 'monte_carlo': the mean reward of fresh continuations; 'tree': responses are "
+            "sampled as a tree, whose nodes are valued by their children; 'none': every value is 0.",
+            "choices": list(CHOICES["critic"]),
         },
     )
     value_state: str = field(
@@ -218,7 +266,7 @@ class SAPOConfig(GRPOConfig):
         metadata={
             "help": "State whose value stands for a segment: before its first token ('start', the paper) or before "
             "its last token ('end', the official code).",
-            "choices": list(_CHOICES["value_state"]),
+            "choices": list(CHOICES["value_state"]),
         },
     )
     critic_learning_rate: float = field(default=2e-6, metadata={"help": "Initial learning rate of the critic."})
@@ -238,6 +286,13 @@ class SAPOConfig(GRPOConfig):
         default=0,
         metadata={"help": "Optimizer steps at the beginning of training in which only the critic learns."},
     )
+    critic_warmup_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "If set, the critic's warm-up ends early when no rollout of the last three lowered the smallest "
+            "value loss so far by more than this share of it."
+        },
+    )
     cliprange_value: float | None = field(
         default=0.5,
         metadata={
@@ -249,16 +304,87 @@ class SAPOConfig(GRPOConfig):
         default="token-mean",
         metadata={
             "help": "How the value losses of segments are averaged.",
-            "choices": list(_CHOICES["value_loss_aggregation"]),
+            "choices": list(CHOICES["value_loss_aggregation"]),
         },
     )
 
+    # Parameters that control Monte-Carlo values and tree rollouts
+    num_continuations: int = field(
+        default=9, metadata={"help": "For critic='monte_carlo': continuations sampled from each valued state."}
+    )
+    max_valued_segments: int | None = field(
+        default=None,
+        metadata={
+            "help": "For critic='monte_carlo': how many states of a response are valued after the prompt's; the "
+            "reward stands for later ones. `None` for no limit."
+        },
+    )
+    truncated_continuation_reward: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reward of a continuation cut off at `max_completion_length`. Defaults to what the reward "
+            "functions say."
+        },
+    )
+    tree_widths: list[int] = field(
+        default_factory=lambda: [6, 6, 6],
+        metadata={"help": "For critic='tree': children of the nodes of each level."},
+    )
+    tree_segment_length: int = field(
+        default=100,
+        metadata={"help": "For critic='tree': tokens of an edge; on the last level responses run to their end."},
+    )
+    tree_edges_per_prompt: int = field(
+        default=32,
+        metadata={"help": "For critic='tree': largest number of a prompt's edges that one rollout trains on."},
+    )
+    tree_replay_age: int = field(
+        default=8,
+        metadata={"help": "For critic='tree': rollouts for which edges can be drawn. `1` for no replay."},
+    )
+
     # Parameters that control rewards and advantages
+    advantage_estimator: str = field(
+        default="gae",
+        metadata={
+            "help": "'gae' over segments, TRL's 'group' advantage, or the 'leave_one_out' baseline of RLOO.",
+            "choices": list(CHOICES["advantage_estimator"]),
+        },
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount per segment."})
     lam: float = field(default=0.99, metadata={"help": "λ of the generalized advantage estimation over segments."})
     critic_lam: float | None = field(
         default=None,
         metadata={"help": "λ of the critic's targets. Defaults to `lam`; `1.0` regresses on Monte-Carlo returns."},
+    )
+    length_adaptive_lam: float | None = field(
+        default=None,
+        metadata={"help": "If set, the α of VAPO's λ = max(0, 1 - 1 / (α * segments)), in the place of `lam`."},
+    )
+    advantage_weighting: str = field(
+        default="none",
+        metadata={
+            "help": "'role_aware' weighs the advantages of perception and reasoning tokens (SRPO).",
+            "choices": list(CHOICES["advantage_weighting"]),
+        },
+    )
+    role_perception_pattern: str = field(
+        default=PERCEPTION_PATTERN,
+        metadata={"help": "Regular expression whose first group (or whole match) is the perception span."},
+    )
+    role_reasoning_pattern: str = field(
+        default=REASONING_PATTERN,
+        metadata={"help": "Regular expression whose first group (or whole match) is the reasoning span."},
+    )
+    role_mask_ratio: float = field(
+        default=0.6,
+        metadata={"help": "Share of image patches hidden to measure how far a token depends on the image."},
+    )
+    role_temperature: float = field(
+        default=1.0, metadata={"help": "The larger, the closer the role-aware weights are to one."}
+    )
+    role_clip: float = field(
+        default=1.0, metadata={"help": "Bound on the logarithm of a role-aware weight, before scaling to mean one."}
     )
     whiten_advantages: bool = field(
         default=True,
@@ -272,20 +398,48 @@ class SAPOConfig(GRPOConfig):
         default="reward",
         metadata={
             "help": "Where the KL penalty with coefficient `beta` goes: the tokens' rewards or the loss.",
-            "choices": list(_CHOICES["kl_placement"]),
+            "choices": list(CHOICES["kl_placement"]),
         },
     )
     kl_estimator: str = field(
         default="k1",
-        metadata={"help": "Estimator of the KL divergence.", "choices": list(_CHOICES["kl_estimator"])},
+        metadata={"help": "Estimator of the KL divergence.", "choices": list(CHOICES["kl_estimator"])},
     )
 
     # Parameters that control the policy loss
+    ratio_reduction: str = field(
+        default="mean",
+        metadata={
+            "help": "Whether a shared log-ratio is the 'mean' or the 'sum' of its tokens'.",
+            "choices": list(CHOICES["ratio_reduction"]),
+        },
+    )
+    confident_token_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that the old policy gave at least this probability are left out of the policy loss, of "
+            "its KL and of whitening. `None` for no mask."
+        },
+    )
+    positive_lm_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the negative log-likelihood of responses above `positive_lm_threshold`."},
+    )
+    positive_lm_threshold: float = field(
+        default=0.5, metadata={"help": "Reward above which a response counts as correct there."}
+    )
     loss_aggregation: str = field(
         default="token-mean",
         metadata={
             "help": "How token losses are averaged over an optimizer step.",
-            "choices": list(_CHOICES["loss_aggregation"]),
+            "choices": list(CHOICES["loss_aggregation"]),
+        },
+    )
+    kl_aggregation: str | None = field(
+        default=None,
+        metadata={
+            "help": "The same for the KL term of the loss. Defaults to `loss_aggregation`.",
+            "choices": list(AGGREGATIONS),
         },
     )
     num_mini_batches: int | None = field(
@@ -296,9 +450,35 @@ class SAPOConfig(GRPOConfig):
         },
     )
 
+    @classmethod
+    def from_preset(cls, preset: str, output_dir: str | None = None, **overrides) -> SAPOConfig:
+        """
+        The configuration of a named algorithm; `docs/algorithms.md` lists them.
+
+        Args:
+            preset (`str`): such as `"sapo"`, `"ppo"`, `"grpo"`, `"vineppo"`, see [`~sapo_trl.presets.PRESETS`].
+            output_dir (`str`, *optional*): as in [`~transformers.TrainingArguments`].
+            overrides: further settings, and settings of the preset to change.
+
+        Returns:
+            [`SAPOConfig`]
+
+        Raises:
+            ValueError: if there is no such preset or no such setting.
+        """
+        settings = preset_settings(preset)
+        known = {setting.name for setting in fields(cls) if setting.init}
+        for name in overrides.keys() - known:
+            raise ValueError(f"`{name}` is no setting of `{cls.__name__}`.{nearest_name(name, known)}")
+        return cls(output_dir=output_dir, **{**settings, **overrides})
+
+    @property
+    def learns_critic(self) -> bool:
+        """Whether a value model is trained."""
+        return self.critic in LEARNED_CRITICS
+
     def __post_init__(self):
-        self._check_choices()
-        self._check_ranges()
+        check_config(self)
 
         if self.num_mini_batches is None and self.steps_per_generation is None and self.generation_batch_size is None:
             self.num_mini_batches = 4
@@ -324,74 +504,3 @@ class SAPOConfig(GRPOConfig):
                 f"{mini_batches}. Set one of the two."
             )
         self.num_mini_batches = mini_batches
-
-    def _check_choices(self) -> None:
-        if self.loss_type != LOSS_TYPE:
-            hint = ""
-            if self.loss_type == "sapo":
-                hint = (
-                    ' In TRL, "sapo" is Qwen\'s Soft Adaptive Policy Optimization (arXiv 2511.20347); this is '
-                    "Segment-Aligned Policy Optimization (arXiv 2605.01327)."
-                )
-            raise ValueError(
-                f"`loss_type` must be {LOSS_TYPE!r}, got {self.loss_type!r}.{hint} For TRL's losses use "
-                "`trl.GRPOTrainer`."
-            )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        for name, only in _UNUSED_GRPO_SETTINGS.items():
-            if getattr(self, name) != only:
-                raise ValueError(
-                    f"`{name}` has no meaning in the segment loss: it must stay {only!r}, got {getattr(self, name)!r}."
-                )
-        schedules = [schedule.value for schedule in SchedulerType if schedule.value not in _METRIC_SCHEDULES]
-        schedule = self.critic_lr_scheduler_type or self.lr_scheduler_type
-        if self.critic != "none" and schedule not in schedules:
-            raise ValueError(
-                f"`critic_lr_scheduler_type` (by default `lr_scheduler_type`) must be one of {schedules}, got "
-                f"{str(schedule)!r}."
-            )
-        if self.critic == "none" and self.critic_warmup_steps > 0:
-            raise ValueError(
-                f'`critic_warmup_steps={self.critic_warmup_steps}` with `critic="none"` would train nothing: it must '
-                "be 0."
-            )
-        if self.kl_placement == "loss" and self.kl_estimator == "k1" and self.beta != 0.0:
-            raise ValueError(
-                '`kl_estimator="k1"` has zero expected gradient in the loss: use "k2" or "k3", or '
-                '`kl_placement="reward"`.'
-            )
-
-    def _check_ranges(self) -> None:
-        check_top_percent(self.top_percent)
-        for name in ("gamma", "lam", "critic_lam"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
-        for name in (
-            "critic_learning_rate",
-            "critic_warmup_steps",
-            "critic_lr_warmup_steps",
-            "critic_weight_decay",
-            "beta",
-            "epsilon",
-            "epsilon_high",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"`{name}` must not be negative, got {value}.")
-        for name in ("cliprange_value", "advantage_clamp"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` must be positive (or `None`), got {value}.")
-        if self.critic_max_grad_norm is None or self.critic_max_grad_norm <= 0:
-            raise ValueError(
-                f"`critic_max_grad_norm` must be positive, got {self.critic_max_grad_norm}; `math.inf` clips nothing."
-            )
-        for name in ("num_cuts", "num_mini_batches", "num_generations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.delta is not None and self.delta <= 1.0:
-            raise ValueError(f"`delta` must be greater than 1 (or `None`), got {self.delta}.")

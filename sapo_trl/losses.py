@@ -9,7 +9,8 @@ import torch
 from .segments import Segments, accumulation_dtype
 
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+RATIO_REDUCTIONS = ("mean", "sum")
 
 
 @dataclass
@@ -40,11 +41,11 @@ def aggregate(
         mask (`torch.Tensor`): bool tensor of shape `(B, T)`.
         aggregation (`str`, *optional*, defaults to `"token-mean"`):
             what is summed: `"token-mean"` every token, `"seq-mean-token-mean"` each row's mean over its tokens,
-            `"seq-mean-token-sum"` each row's sum.
+            `"seq-mean-token-sum"` and `"seq-mean-token-sum-norm"` each row's sum.
         normalizer (`float` or `torch.Tensor`, *optional*):
-            what the sum is divided by. Defaults to this batch's number of tokens (`"token-mean"`) or of rows (the
-            others). Pass the totals of the whole optimizer step to make the gradient independent of how it is cut into
-            micro-batches.
+            what the sum is divided by. Defaults to this batch's number of tokens (`"token-mean"`), of rows times `T`
+            (`"seq-mean-token-sum-norm"`, Dr. GRPO's constant), or of rows (the others). Pass the totals of the whole
+            optimizer step to make the gradient independent of how it is cut into micro-batches.
 
     Returns:
         `torch.Tensor`: 0-dimensional; 0 with zero gradient when no token is unmasked.
@@ -57,32 +58,51 @@ def aggregate(
         total, default_normalizer = (x.sum(1) / mask.sum(1).clamp(min=1)).sum(), max(x.size(0), 1)
     elif aggregation == "seq-mean-token-sum":
         total, default_normalizer = x.sum(), max(x.size(0), 1)
+    elif aggregation == "seq-mean-token-sum-norm":
+        total, default_normalizer = x.sum(), max(x.numel(), 1)
     else:
         raise ValueError(f"`aggregation` must be one of {AGGREGATIONS}, got {aggregation!r}.")
     return total / (default_normalizer if normalizer is None else normalizer)
 
 
 def segment_log_ratio(
-    logps: torch.Tensor, old_logps: torch.Tensor, segments: Segments, clamp: float = 20.0
+    logps: torch.Tensor,
+    old_logps: torch.Tensor,
+    segments: Segments,
+    clamp: float = 20.0,
+    reduction: str = "mean",
 ) -> torch.Tensor:
     """
-    Mean log-ratio of each token's segment; its exponential is the geometric mean of the token ratios.
+    Log-ratio that the tokens of a segment share.
 
     Args:
         logps (`torch.Tensor`): float tensor of shape `(B, T)`, log-probabilities under the current policy.
         old_logps (`torch.Tensor`): the same under the policy that produced the rollout.
         segments ([`Segments`]): the partition of the tokens.
         clamp (`float`, *optional*, defaults to `20.0`):
-            bound on each token's log-ratio before averaging, so that one token cannot make a segment's ratio overflow.
+            bound on each token's log-ratio before it is averaged (and on the sum), so that one token cannot make a
+            segment's ratio overflow.
+        reduction (`str`, *optional*, defaults to `"mean"`):
+            `"mean"`: its exponential is the geometric mean of the segment's token ratios (SAPO, GSPO); `"sum"`: it is
+            their product, the ratio of the segment's probabilities (RLOO with one segment).
 
     Returns:
-        `torch.Tensor`: `(B, T)`, float32 or wider, 0 outside the segments; the gradient flows through the mean.
+        `torch.Tensor`: `(B, T)`, float32 or wider, 0 outside the segments; the gradient flows through the reduction.
     """
-    return segments.expand(segments.mean(_token_log_ratio(logps, old_logps, clamp)))
+    token_log_ratio = _token_log_ratio(logps, old_logps, clamp)
+    if reduction == "mean":
+        return segments.expand(segments.mean(token_log_ratio))
+    if reduction == "sum":
+        return segments.expand(segments.sum(token_log_ratio).clamp(-clamp, clamp))
+    raise ValueError(f"`reduction` must be one of {RATIO_REDUCTIONS}, got {reduction!r}.")
 
 
 def log_ratio(
-    logps: torch.Tensor, old_logps: torch.Tensor, segments: Segments | None = None, clamp: float = 20.0
+    logps: torch.Tensor,
+    old_logps: torch.Tensor,
+    segments: Segments | None = None,
+    clamp: float = 20.0,
+    reduction: str = "mean",
 ) -> torch.Tensor:
     """
     Log importance ratio of each token: its own without `segments`, its segment's ([`segment_log_ratio`]) with them.
@@ -92,18 +112,53 @@ def log_ratio(
         old_logps (`torch.Tensor`): float tensor of shape `(B, T)`.
         segments ([`Segments`], *optional*): the partition of the tokens.
         clamp (`float`, *optional*, defaults to `20.0`): bound on each token's log-ratio.
+        reduction (`str`, *optional*, defaults to `"mean"`): see [`segment_log_ratio`].
 
     Returns:
         `torch.Tensor`: `(B, T)`, float32 or wider.
     """
     if segments is not None:
-        return segment_log_ratio(logps, old_logps, segments, clamp)
+        return segment_log_ratio(logps, old_logps, segments, clamp, reduction)
     return _token_log_ratio(logps, old_logps, clamp)
 
 
 def _token_log_ratio(logps: torch.Tensor, old_logps: torch.Tensor, clamp: float) -> torch.Tensor:
     dtype = accumulation_dtype(logps, old_logps)
     return torch.clamp(logps.to(dtype) - old_logps.to(dtype), -clamp, clamp)
+
+
+def _masked_policy_inputs(
+    logps: torch.Tensor,
+    old_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    segments: Segments | None,
+    ratio_reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-ratios and advantages of the tokens that count, 0 elsewhere."""
+    # Positions outside the mask hold whatever the padding produced; a NaN there would poison the gradient even though
+    # its loss is dropped, so they are replaced before any arithmetic.
+    known = mask if segments is None else segments.mask
+    logps = torch.where(known, logps, 0)
+    old_logps = torch.where(known, old_logps.detach(), 0)
+    log_ratios = torch.where(mask, log_ratio(logps, old_logps, segments, reduction=ratio_reduction), 0)
+    return log_ratios, torch.where(mask, advantages.detach(), 0).to(log_ratios.dtype)
+
+
+@torch.no_grad()
+def _ratio_metrics(log_ratios: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What every policy loss logs about its importance ratios, from log-ratios that are 0 outside the mask."""
+    count, ratio = mask.sum().clamp(min=1), torch.exp(log_ratios)
+    return {
+        "approx_kl": (-log_ratios).sum() / count,
+        "approx_kl_k3": (ratio - 1 - log_ratios).sum() / count,
+        "ratio_mean": 1 + (ratio - 1).sum() / count,
+        "ratio_max": torch.where(mask, ratio, 0).amax() if mask.numel() else ratio.new_zeros(()),
+    }
+
+
+def _weighted(token_loss: torch.Tensor, weights: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+    return token_loss if weights is None else token_loss * torch.where(mask, weights.to(token_loss.dtype), 0)
 
 
 def clipped_policy_loss(
@@ -118,6 +173,7 @@ def clipped_policy_loss(
     aggregation: str = "token-mean",
     normalizer: float | torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    ratio_reduction: str = "mean",
 ) -> LossOutput:
     """
     PPO's clipped surrogate with a ratio per segment (SAPO) or per token (PPO).
@@ -139,6 +195,7 @@ def clipped_policy_loss(
         normalizer (`float` or `torch.Tensor`, *optional*): see [`aggregate`].
         weights (`torch.Tensor`, *optional*):
             factors of shape `(B, T)` or `(B, 1)` on the token losses, e.g. the sampler's importance correction.
+        ratio_reduction (`str`, *optional*, defaults to `"mean"`): see [`segment_log_ratio`].
 
     Returns:
         [`LossOutput`]: the loss, and the metrics `clip_fraction` (tokens where the clipped term is the larger one),
@@ -148,14 +205,7 @@ def clipped_policy_loss(
     if dual_clip is not None and dual_clip <= 1.0:
         raise ValueError(f"`dual_clip` must be greater than 1 (or `None`), got {dual_clip}.")
     mask = mask.bool()
-    # Positions outside the mask hold whatever the padding produced; a NaN there would poison the gradient even though
-    # its loss is dropped, so they are replaced before any arithmetic.
-    known = mask if segments is None else segments.mask
-    logps = torch.where(known, logps, 0)
-    old_logps = torch.where(known, old_logps.detach(), 0)
-    log_ratios = torch.where(mask, log_ratio(logps, old_logps, segments), 0)
-    advantages = torch.where(mask, advantages.detach(), 0).to(log_ratios.dtype)
-
+    log_ratios, advantages = _masked_policy_inputs(logps, old_logps, advantages, mask, segments, ratio_reduction)
     ratio = torch.exp(log_ratios)
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
@@ -165,28 +215,72 @@ def clipped_policy_loss(
         bound = -dual_clip * advantages
         is_dual_clipped = (advantages < 0) & (token_loss > bound)
         token_loss = torch.where(advantages < 0, torch.minimum(token_loss, bound), token_loss)
-    if weights is not None:
-        token_loss = token_loss * torch.where(mask, weights.to(token_loss.dtype), 0)
 
     with torch.no_grad():
         is_clipped = clipped > unclipped
         count = mask.sum().clamp(min=1)
 
-        def mean(x: torch.Tensor) -> torch.Tensor:
-            # Outside the mask log-ratios and advantages are 0, so everything averaged here is 0 there.
-            return x.sum(dtype=log_ratios.dtype) / count
+        def share(flags: torch.Tensor) -> torch.Tensor:
+            # Outside the mask log-ratios and advantages are 0, so no flag is set there.
+            return flags.sum(dtype=log_ratios.dtype) / count
 
         metrics = {
-            "clip_fraction": mean(is_clipped),
-            "clip_fraction_low": mean(is_clipped & (ratio < 1)),
-            "clip_fraction_high": mean(is_clipped & (ratio > 1)),
-            "dual_clip_fraction": mean(is_dual_clipped),
-            "approx_kl": mean(-log_ratios),
-            "approx_kl_k3": mean(ratio - 1 - log_ratios),
-            "ratio_mean": 1 + mean(ratio - 1),
-            "ratio_max": torch.where(mask, ratio, 0).amax() if mask.numel() else ratio.new_zeros(()),
+            "clip_fraction": share(is_clipped),
+            "clip_fraction_low": share(is_clipped & (ratio < 1)),
+            "clip_fraction_high": share(is_clipped & (ratio > 1)),
+            "dual_clip_fraction": share(is_dual_clipped),
+            **_ratio_metrics(log_ratios, mask),
         }
+    token_loss = _weighted(token_loss, weights, mask)
     return LossOutput(aggregate(token_loss, mask, aggregation, normalizer), metrics)
+
+
+def soft_adaptive_policy_loss(
+    logps: torch.Tensor,
+    old_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    segments: Segments | None = None,
+    temperature_pos: float = 1.0,
+    temperature_neg: float = 1.05,
+    aggregation: str = "seq-mean-token-mean",
+    normalizer: float | torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    ratio_reduction: str = "mean",
+) -> LossOutput:
+    """
+    Surrogate with a smooth gate instead of a clip, from Qwen's *Soft Adaptive* Policy Optimization
+    (https://huggingface.co/papers/2511.20347, TRL's `loss_type="sapo"`), with a ratio per segment or per token.
+
+    The loss of a token is `-A * sigmoid(tau * (ratio - 1)) * 4 / tau`, with `tau` the positive temperature where
+    `A > 0` and the negative one elsewhere. At `ratio = 1` the gate has slope 1; away from it the slope decays on both
+    sides, for advantages of either sign.
+
+    Args:
+        logps (`torch.Tensor`): float tensor of shape `(B, T)`, log-probabilities under the current policy.
+        old_logps (`torch.Tensor`): the same under the policy that produced the rollout.
+        advantages (`torch.Tensor`): float tensor of shape `(B, T)`.
+        mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens that count.
+        segments ([`Segments`], *optional*): the partition; `None` gives every token its own ratio.
+        temperature_pos (`float`, *optional*, defaults to `1.0`): of tokens with positive advantage.
+        temperature_neg (`float`, *optional*, defaults to `1.05`): of the others.
+        aggregation (`str`, *optional*, defaults to `"seq-mean-token-mean"`): see [`aggregate`].
+        normalizer (`float` or `torch.Tensor`, *optional*): see [`aggregate`].
+        weights (`torch.Tensor`, *optional*): factors on the token losses, see [`clipped_policy_loss`].
+        ratio_reduction (`str`, *optional*, defaults to `"mean"`): see [`segment_log_ratio`].
+
+    Returns:
+        [`LossOutput`]: the loss, and the metrics `approx_kl`, `approx_kl_k3`, `ratio_mean` and `ratio_max`.
+    """
+    for name, temperature in (("temperature_pos", temperature_pos), ("temperature_neg", temperature_neg)):
+        if temperature <= 0.0:
+            raise ValueError(f"`{name}` must be positive, got {temperature}.")
+    mask = mask.bool()
+    log_ratios, advantages = _masked_policy_inputs(logps, old_logps, advantages, mask, segments, ratio_reduction)
+    temperature = torch.where(advantages > 0, temperature_pos, temperature_neg).to(log_ratios.dtype)
+    gate = torch.sigmoid(temperature * (torch.exp(log_ratios) - 1)) * 4 / temperature
+    token_loss = _weighted(-gate * advantages, weights, mask)
+    return LossOutput(aggregate(token_loss, mask, aggregation, normalizer), _ratio_metrics(log_ratios, mask))
 
 
 def segment_value_loss(

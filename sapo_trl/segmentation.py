@@ -22,6 +22,7 @@ from .segments import Segments
 
 
 __all__ = [
+    "CutpointSegmenter",
     "EntropySegmenter",
     "NewlineSegmenter",
     "ProbabilitySegmenter",
@@ -31,6 +32,8 @@ __all__ = [
     "StepSegmenter",
     "TokenSegmenter",
     "entropy_segments",
+    "is_uncertain",
+    "token_texts",
 ]
 
 
@@ -138,6 +141,40 @@ class ProbabilitySegmenter:
 
 
 @dataclass(frozen=True)
+class CutpointSegmenter:
+    """
+    Cut where the old policy was unsure, at every `interval`-th such token (SPO-chain,
+    https://huggingface.co/papers/2505.23564, as its official code does it).
+
+    A *cut-point* is a token with probability below `threshold`. The first, the `interval + 1`-th, … cut-point of a
+    response opens a segment. The tokens before the first cut-point, all of them confident, are a segment of their own.
+
+    Args:
+        threshold (`float`, *optional*, defaults to `0.9`): probability below which a token is a cut-point, in (0, 1].
+        interval (`int`, *optional*, defaults to `5`): cut-points in a segment.
+    """
+
+    threshold: float = 0.9
+    interval: int = 5
+
+    def __post_init__(self):
+        if not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"`threshold` must lie in (0, 1], got {self.threshold}.")
+        if self.interval < 1:
+            raise ValueError(f"`interval` must be at least 1, got {self.interval}.")
+
+    def __call__(self, entropies: torch.Tensor, mask: torch.Tensor, logps: torch.Tensor) -> Segments:
+        is_cutpoint = is_uncertain(logps, self.threshold) & mask.bool()
+        index = torch.cumsum(is_cutpoint, dim=1) - 1
+        return Segments.from_first_tokens(is_cutpoint & (index % self.interval == 0), mask)
+
+
+def is_uncertain(logps: torch.Tensor, threshold: float) -> torch.Tensor:
+    """bool tensor of the shape of `logps`: the tokens whose probability is below `threshold`."""
+    return logps.exp() < threshold
+
+
+@dataclass(frozen=True)
 class NewlineSegmenter:
     """
     One segment per line: a segment ends with the last token of a run of tokens that contain a line break.
@@ -157,7 +194,7 @@ class NewlineSegmenter:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Segments:
         mask = mask.bool()
-        texts = _token_texts(_given(self.tokenizer, tokenizer), _largest(completion_ids))
+        texts = token_texts(_given(self.tokenizer, tokenizer), completion_ids)
         has_newline = torch.tensor(["\n" in text for text in texts], device=completion_ids.device)
         is_newline = has_newline[completion_ids] & mask
         # Whether the next token of the row (across holes) is a newline too: then this one does not end the line.
@@ -196,7 +233,7 @@ class StepSegmenter:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Segments:
         mask = mask.bool()
-        texts = _token_texts(_given(self.tokenizer, tokenizer), _largest(completion_ids))
+        texts = token_texts(_given(self.tokenizer, tokenizer), completion_ids)
         is_first = torch.zeros_like(mask)
         for row, (ids, keep) in enumerate(zip(completion_ids.tolist(), mask.tolist(), strict=True)):
             positions = [position for position, kept in enumerate(keep) if kept]
@@ -262,13 +299,10 @@ def _given(own: PreTrainedTokenizerBase | None, passed: PreTrainedTokenizerBase 
     return tokenizer
 
 
-def _largest(ids: torch.Tensor) -> int:
-    return int(ids.max()) if ids.numel() else -1
-
-
-def _token_texts(tokenizer: PreTrainedTokenizerBase, largest_id: int) -> list[str]:
-    """The text of every token id up to `largest_id` at least; "" for ids that only padded embeddings have."""
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
+    """The text of every token id up to the largest of `ids` at least; "" for ids that only padded embeddings have."""
     texts = _decoded_vocabulary(tokenizer)
+    largest_id = int(ids.max()) if ids.numel() else -1
     return texts + [""] * (largest_id + 1 - len(texts))
 
 

@@ -19,12 +19,12 @@ def outcome_token_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Te
         mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens the policy produced; holes are allowed.
 
     Returns:
-        `torch.Tensor`: float32 `(B, T)`, all 0 for a row without tokens.
+        `torch.Tensor`: float32 or wider `(B, T)`, all 0 for a row without tokens.
     """
     mask = mask.bool()
     position = torch.cumsum(mask, dim=1)
     is_last = mask & (position == position[:, -1:])
-    return torch.where(is_last, rewards.unsqueeze(1), 0).float()
+    return torch.where(is_last, rewards.unsqueeze(1), 0).to(accumulation_dtype(rewards))
 
 
 def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str = "k1") -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -24,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 # Rows of a data set whose images are counted before training: enough to catch a wrong template or processor.
 NUM_ROWS_CHECKED = 8
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """` Did you mean ...?` for a mistyped name, to append to an error; empty if no known name is similar."""
+    similar = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean `{similar[0]}`?" if similar else ""
 
 
 def check_prompt_column(dataset: Dataset | IterableDataset | None, name: str) -> None:

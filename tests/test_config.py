@@ -112,7 +112,7 @@ BAD = {
     "off_policy_mask_threshold": [0.5],
     "use_adaptive_entropy": [True],
     "multi_objective_aggregation": ["normalize_then_sum"],
-    "loss_type": ["dapo", "sapo"],
+    "loss_type": ["sapo", "ppo"],
 }
 
 

@@ -13,7 +13,7 @@ from sapo_trl.segmentation import SequenceSegmenter, TokenSegmenter, entropy_seg
 from .strategies import masks, noise, partitions, seeds, token_lists
 
 
-AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 
 def loop_policy_loss(logps, old_logps, advantages, segments, low, high, dual_clip, aggregation):
@@ -35,7 +35,9 @@ def loop_policy_loss(logps, old_logps, advantages, segments, low, high, dual_cli
         return sum(map(sum, rows)) / max(tokens, 1)
     if aggregation == "seq-mean-token-mean":
         return sum(sum(losses) / max(len(losses), 1) for losses in rows) / len(rows)
-    return sum(map(sum, rows)) / len(rows)
+    if aggregation == "seq-mean-token-sum":
+        return sum(map(sum, rows)) / len(rows)
+    return sum(map(sum, rows)) / len(rows) / logps.size(1)
 
 
 def inputs(segments, seed, scale=0.5):
@@ -144,7 +146,8 @@ def test_an_all_masked_batch_gives_zero_loss_and_gradient(aggregation):
 def test_with_the_whole_batchs_normalizer_parts_add_up_to_the_whole(segments, seed, aggregation, cut):
     x = noise(segments.ids, seed)
     mask = segments.mask
-    normalizer = mask.sum().clamp(min=1) if aggregation == "token-mean" else x.size(0)
+    rows = x.size(0)
+    normalizer = {"token-mean": mask.sum().clamp(min=1), "seq-mean-token-sum-norm": x.numel()}.get(aggregation, rows)
     whole = aggregate(x, mask, aggregation)
     parts = [aggregate(x[part], mask[part], aggregation, normalizer) for part in (slice(0, cut), slice(cut, None))]
     torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-12)

@@ -68,7 +68,7 @@ def gae(rewards: list[float], values: list[float], lam: float) -> list[float]:
 
 CASES = {
     "paper": {},
-    "official": {"value_state": "end", "critic_lam": 1.0, "loss_aggregation": "seq-mean-token-sum"},
+    "official": {"value_state": "end", "critic_lam": 1.0, "loss_aggregation": "seq-mean-token-sum-norm"},
     "kl in the loss": {"kl_placement": "loss", "kl_estimator": "k3", "loss_aggregation": "seq-mean-token-mean"},
     "bias-corrected kl": {"kl_placement": "loss", "kl_estimator": "k2", "use_bias_correction_kl": True},
     "token ratio": {"importance_sampling_level": "token", "value_loss_aggregation": "seq-mean-token-mean"},
@@ -254,7 +254,7 @@ def test_second_rollout_against_loops(family, case, holes, tmp_path):
             share = {
                 "token-mean": lambda xs: sum(xs) / num_tokens,  # noqa: B023
                 "seq-mean-token-mean": lambda xs: sum(xs) / len(xs) / len(members),  # noqa: B023
-                "seq-mean-token-sum": lambda xs: sum(xs) / len(members) / 8,  # noqa: B023
+                "seq-mean-token-sum-norm": lambda xs: sum(xs) / len(members) / 8,  # noqa: B023
             }[settings["loss_aggregation"]]
             policy_loss += share(losses)
             kl_loss += share(kl_losses)

@@ -381,7 +381,10 @@ class TestMicroBatches:
         [
             ("qwen2", {}),
             ("qwen2", {"loss_aggregation": "seq-mean-token-mean", "value_loss_aggregation": "seq-mean-token-mean"}),
-            ("qwen2", {"loss_aggregation": "seq-mean-token-sum", "value_loss_aggregation": "seq-mean-token-sum"}),
+            (
+                "qwen2",
+                {"loss_aggregation": "seq-mean-token-sum-norm", "value_loss_aggregation": "seq-mean-token-sum-norm"},
+            ),
             ("qwen2", {"loss_aggregation": "seq-mean-token-mean"}),
             ("qwen2", {"critic": "shared"}),
             ("qwen2", {"kl_placement": "loss", "kl_estimator": "k3", "beta": 0.5, "entropy_coef": 0.1}),

@@ -36,6 +36,7 @@ TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 METHODS = {
     "_generate_and_score_completions": ["inputs"],
     "_tokenize_prompts": ["prompts"],
+    "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations"],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "_get_per_token_logps_and_entropies": [
         "model",
@@ -53,7 +54,14 @@ METHODS = {
     "_load_best_model": [],
 }
 # Private attributes that it reads or writes.
-ATTRIBUTES = {"_tokenizer", "_buffered_inputs", "_metrics", "_logs"}
+ATTRIBUTES = {
+    "_tokenizer",
+    "_buffered_inputs",
+    "_metrics",
+    "_logs",
+    "_pending_metrics",
+    "_pending_extra_logs",
+}
 # Public methods that the trainer overrides.
 OVERRIDDEN = {"__init__", "train", "training_step", "create_scheduler", "save_model"}
 

@@ -337,7 +337,7 @@ class TestValueModel:
             make(critic="shared", trainer_kwargs={"value_model": head})
         with pytest.raises(ValueError, match='`value_model` is a whole model, but `critic="shared"`'):
             make(critic="shared", trainer_kwargs={"value_model": family.build_model()})
-        with pytest.raises(ValueError, match='`value_model` was given, but `critic="none"`'):
+        with pytest.raises(ValueError, match="`value_model` was given, but `critic='none'`"):
             make(critic="none", trainer_kwargs={"value_model": family.build_model()})
 
     @TEXT_FAMILY

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import GRPOTrainer
+from trl import GRPOTrainer, is_conversational, prepare_multimodal_messages
+from trl.chat_template_utils import parse_response
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
+from ..rollouts import ContinuationSampler, TokenizedPrompts
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 
@@ -58,6 +60,24 @@ class PolicyForward:
 
 
 @dataclass
+class GivenRollout:
+    """
+    Responses that TRL is to score and train on in the place of sampling some.
+
+    Args:
+        inputs (`list[dict]`): rows of the data set that the responses belong to, as many as TRL asked for.
+        completion_ids (`list[list[int]]`): token ids of each response.
+        rewards_per_func (`torch.Tensor`): float32 `(B, F)`, this process's rewards by reward function.
+        tensors (`dict[str, torch.Tensor]`, *optional*): what the subclass wants to find in [`RolloutRecord.given`].
+    """
+
+    inputs: list[dict[str, Any]]
+    completion_ids: list[list[int]]
+    rewards_per_func: torch.Tensor
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class RolloutRecord:
     """What TRL computes during a rollout and does not return, and when it did so (seconds)."""
 
@@ -66,6 +86,9 @@ class RolloutRecord:
     reward_started: float | None = None
     reward_seconds: float = 0.0
     rewards: torch.Tensor | None = None
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    prompts: TokenizedPrompts | None = None
+    given: GivenRollout | None = None
     forwards: list[tuple[torch.Tensor, PolicyForward]] = field(default_factory=list)
 
     def forward_behind(self, logps: torch.Tensor | None) -> PolicyForward | None:
@@ -122,6 +145,18 @@ class GRPOBridge(GRPOTrainer):
             `dict`: the batch with further tensors of `B` rows each, which TRL shuffles and splits into micro-batches.
         """
         raise NotImplementedError
+
+    def plan_rollout(self, inputs: list[dict[str, Any]]) -> GivenRollout | None:
+        """
+        Provide a training rollout's responses, or `None` to let TRL sample them.
+
+        Args:
+            inputs (`list[dict]`): rows of the data set, each as often as it is to be responded to.
+
+        Returns:
+            [`GivenRollout`], *optional*: with as many rows.
+        """
+        return None
 
     def policy_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """
@@ -221,6 +256,72 @@ class GRPOBridge(GRPOTrainer):
         values, _, _ = self._run_over_tokens(value_model, **_forward_inputs(batch), batch_size=batch_size)
         return values
 
+    def trl_loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        TRL's own loss (`loss_type`) of a micro-batch, and a shared critic's values from its forward.
+
+        Args:
+            model (`torch.nn.Module`): the policy, wrapped for distributed training.
+            batch (`dict`): the micro-batch; its `advantages` may be `(B, T)`.
+
+        Returns:
+            `tuple`: the loss, 0-dimensional and scaled for gradient accumulation, and float32 `(B, T)` or `None`.
+        """
+        with self._value_tap() as values:
+            loss = super()._compute_loss(model, batch)
+        length = batch["completion_ids"].size(1)
+        return loss, torch.cat([chunk[:, -length:] for chunk in values]) if values else None
+
+    def continuation_sampler(self, prompts: TokenizedPrompts, inputs: list[dict[str, Any]]) -> ContinuationSampler:
+        """
+        Monte-Carlo rollouts from the prompts of a rollout, by the trainer's generation backend and reward functions.
+
+        Args:
+            prompts ([`TokenizedPrompts`]): this process's.
+            inputs (`list[dict]`): the rows of the data set that they come from.
+
+        Returns:
+            [`~sapo_trl.rollouts.ContinuationSampler`]
+        """
+        train = self.mode == "train"
+        generations = self.num_generations if train else self.num_generations_eval
+        # As many at a time as a rollout has responses: these fitted into memory.
+        rows_per_call = self.args.per_device_eval_batch_size
+        if train:
+            rows_per_call = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        first_row = self.accelerator.process_index * len(inputs)
+        return ContinuationSampler(
+            prompts=prompts,
+            groups=[(first_row + row) // generations for row in range(len(inputs))],
+            generate=self._generate_from,
+            score=lambda rows, completions: self._score_completions(
+                [inputs[row] for row in rows], [prompts.ids[row] for row in rows], completions
+            ),
+            weigh=self.weighted_rewards,
+            end_token_ids=frozenset(self.eos_token_ids),
+            max_completion_length=self.max_completion_length,
+            rows_per_call=rows_per_call,
+            max_over_processes=self._max_over_processes,
+        )
+
+    def tokenized_prompts(self, inputs: list[dict[str, Any]]) -> TokenizedPrompts:
+        """Prompts of rows of the data set, as TRL tokenizes them for generation."""
+        prompts = _prompts_of(inputs)
+        return TokenizedPrompts(*self._tokenize_prompts(prompts))
+
+    def weighted_rewards(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+        """
+        One reward per response, weighted like TRL does.
+
+        Args:
+            rewards_per_func (`torch.Tensor`): float tensor of shape `(B, F)`, NaN where a function did not apply.
+
+        Returns:
+            `torch.Tensor`: `(B,)`, NaN for a response that no function could score.
+        """
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        return rewards.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+
     def local_slice(self, gathered: torch.Tensor, local_rows: int) -> torch.Tensor:
         """This process's rows of a tensor gathered over all processes."""
         start = self.accelerator.process_index * local_rows
@@ -238,6 +339,10 @@ class GRPOBridge(GRPOTrainer):
         for name, value in metrics.items():
             self._metrics[self.mode][name].append(value)
 
+    def replace_in_log(self, name: str, value: float) -> None:
+        """Replace what TRL has just added to the averages that the next log reports."""
+        self._metrics[self.mode][name][-1:] = [value]
+
     def replace_logged_advantages(self, advantages: list[float]) -> None:
         """Put the rollout's advantages (all processes') in the completions table in the place of GRPO's."""
         logged = self._logs["advantages"]
@@ -248,9 +353,13 @@ class GRPOBridge(GRPOTrainer):
     # ------------------------------------------------------- overrides of TRL
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
-        self._record = RolloutRecord()
+        inputs = _with_image_lists(inputs)
+        started = time.perf_counter()
+        given = self.plan_rollout(inputs)
+        inputs = inputs if given is None else given.inputs
+        self._record = RolloutRecord(started=started, inputs=inputs, given=given)
         try:
-            batch = super()._generate_and_score_completions(_with_image_lists(inputs))
+            batch = super()._generate_and_score_completions(inputs)
         finally:
             record, self._record = self._record, None
         return self.score_rollout(batch, record)
@@ -258,17 +367,25 @@ class GRPOBridge(GRPOTrainer):
     def _tokenize_prompts(self, prompts: list):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
         # A prompt without image among prompts with some has `None` from TRL; transformers' processors take only lists.
-        return prompt_ids, images and [row or [] for row in images], multimodal_fields
+        images = images and [row or [] for row in images]
+        if self._record is not None and self._record.prompts is None:
+            self._record.prompts = TokenizedPrompts(prompt_ids, images, multimodal_fields)
+        return prompt_ids, images, multimodal_fields
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        if self._record is not None and self._record.given is not None:
+            return self._record.given.completion_ids, None
+        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         self._record.mark_generated()
         self._record.reward_started = time.perf_counter()
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._record.given is not None:
+            rewards_per_func = self.accelerator.gather(self._record.given.rewards_per_func)
+        else:
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         check_finite_rewards(rewards_per_func, self.reward_func_names)
-        # Weighted like TRL does; a completion that no function could score stays NaN.
-        weights = self.reward_weights.to(rewards_per_func.device)
-        rewards = (rewards_per_func * weights).nansum(dim=1)
-        self._record.rewards = rewards.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+        self._record.rewards = self.weighted_rewards(rewards_per_func)
         self._record.reward_seconds = time.perf_counter() - self._record.reward_started
         return rewards_per_func
 
@@ -307,6 +424,54 @@ class GRPOBridge(GRPOTrainer):
         self.load_best_state(self.state.best_model_checkpoint)
 
     # ---------------------------------------------------------------- details
+
+    @torch.no_grad()
+    def _generate_from(self, prompts: TokenizedPrompts, max_new_tokens: int) -> list[list[int]]:
+        """One sampled continuation of each prompt, by the backend that the trainer generates with."""
+        generator = self.vllm_generation if self.use_vllm else self.generation_config
+        name = "max_completion_length" if self.use_vllm else "max_new_tokens"
+        usual = getattr(generator, name)
+        setattr(generator, name, max_new_tokens)
+        try:
+            completion_ids, _ = super()._generate_single_turn(
+                prompts.ids, prompts.images, prompts.fields, num_generations=1
+            )
+        finally:
+            setattr(generator, name, usual)
+        return completion_ids
+
+    def _score_completions(
+        self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], completion_ids: list[list[int]]
+    ) -> torch.Tensor:
+        """float32 `(N, F)`: this process's rewards of responses that are not part of the rollout."""
+        prompts = _prompts_of(inputs)
+        completions = self._decoded(prompts, prompt_ids, completion_ids)
+        # What reward functions log is about the rollout's responses.
+        logged = copy.deepcopy((self._pending_metrics, self._pending_extra_logs))
+        try:
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        finally:
+            self._pending_metrics, self._pending_extra_logs = logged
+        check_finite_rewards(rewards_per_func, self.reward_func_names)
+        return self.local_slice(rewards_per_func, len(inputs))
+
+    def _decoded(self, prompts: list, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list:
+        """Completions as reward functions get them."""
+        if not is_conversational({"prompt": prompts[0]}):
+            return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        templates = (getattr(self._tokenizer, name, None) for name in ("response_template", "response_schema"))
+        if any(template is not None for template in templates):
+            return [
+                [parse_response(self._tokenizer, ids, prefix=prefix, tools=self.tools)]
+                for prefix, ids in zip(prompt_ids, completion_ids, strict=True)
+            ]
+        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def _max_over_processes(self, number: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     @contextlib.contextmanager
     def _complete_load(self, folder: str) -> Iterator[None]:
@@ -367,6 +532,15 @@ class GRPOBridge(GRPOTrainer):
         else:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.beta = self.args.beta
+
+
+def _prompts_of(inputs: list[dict[str, Any]]) -> list:
+    """Prompts with their images in place, as TRL makes them from rows of the data set."""
+    images = [row.get("images") or ([row["image"]] if row.get("image") is not None else []) for row in inputs]
+    prompts = [copy.deepcopy(row["prompt"]) for row in inputs]
+    if not any(images):
+        return prompts
+    return [prepare_multimodal_messages(prompt, images=row) for prompt, row in zip(prompts, images, strict=True)]
 
 
 def _with_image_lists(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..config import SAPOConfig
+from ..role_aware import RoleAwareWeighting
 from ..segmentation import (
+    CutpointSegmenter,
     EntropySegmenter,
     NewlineSegmenter,
     ProbabilitySegmenter,
@@ -28,6 +30,8 @@ def make_segmenter(args: SAPOConfig) -> Segmenter:
         return EntropySegmenter(args.top_percent, args.segment_cut)
     if args.segmentation == "probability":
         return ProbabilitySegmenter(args.num_cuts, args.segment_cut)
+    if args.segmentation == "cutpoints":
+        return CutpointSegmenter(args.cutpoint_threshold, args.cutpoint_interval)
     if args.segmentation == "newline":
         return NewlineSegmenter()
     if args.segmentation == "step":
@@ -35,6 +39,18 @@ def make_segmenter(args: SAPOConfig) -> Segmenter:
     if args.segmentation == "token":
         return TokenSegmenter()
     return SequenceSegmenter()
+
+
+def make_role_aware_weighting(args: SAPOConfig) -> RoleAwareWeighting:
+    """The token weights that a configuration asks for."""
+    return RoleAwareWeighting(
+        perception_pattern=args.role_perception_pattern,
+        reasoning_pattern=args.role_reasoning_pattern,
+        mask_ratio=args.role_mask_ratio,
+        temperature=args.role_temperature,
+        clip=args.role_clip,
+        seed=args.seed,
+    )
 
 
 def accepted_inputs(segmenter: Segmenter) -> list[str]:

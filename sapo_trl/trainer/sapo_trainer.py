@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,21 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from ..advantages import masked_whiten, segment_gae
+from ..advantages import leave_one_out_advantages, length_adaptive_lam, masked_whiten, segment_gae
 from ..callbacks import RolloutCallback, SegmentationCallback, SegmentedRollout
 from ..config import SAPOConfig
-from ..losses import aggregate, clipped_policy_loss, log_ratio, segment_value_loss
+from ..config_checks import TRL_LOSS_TYPES
+from ..losses import (
+    LossOutput,
+    aggregate,
+    clipped_policy_loss,
+    log_ratio,
+    segment_value_loss,
+    soft_adaptive_policy_loss,
+)
 from ..metrics import MetricAccumulator, explained_variance
-from ..segmentation import Segmenter
+from ..role_aware import RoleAwareWeighting
+from ..segmentation import Segmenter, is_uncertain
 from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
 from ..validation import (
@@ -33,8 +43,10 @@ from ..validation import (
 )
 from ..value_head import SegmentValueHead
 from .critic import CRITIC_FOLDER, Critic
-from .grpo_bridge import Batch, GRPOBridge, PolicyForward, RolloutRecord
-from .parts import accepted_inputs, check_tokenizer_of, make_segmenter, make_value_head
+from .critic_warmup import CriticWarmup
+from .grpo_bridge import Batch, GivenRollout, GRPOBridge, PolicyForward, RolloutRecord
+from .parts import accepted_inputs, check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
+from .tree_rollout import TreeRollouts
 
 
 class SAPOTrainer(GRPOBridge):
@@ -62,6 +74,8 @@ class SAPOTrainer(GRPOBridge):
         segmenter ([`Segmenter`], *optional*):
             How to cut responses: any callable `(entropies, mask) -> Segments`. By default what `args.segmentation`
             says.
+        token_weighting ([`~sapo_trl.role_aware.RoleAwareWeighting`], *optional*):
+            How to weigh the tokens' advantages. By default what `args.advantage_weighting` says.
         kwargs:
             All other arguments of [`~trl.GRPOTrainer`], unchanged: `eval_dataset`, `processing_class`,
             `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`, `tools`,
@@ -110,6 +124,7 @@ class SAPOTrainer(GRPOBridge):
         *,
         value_model: str | SegmentValueHead | PreTrainedModel | None = None,
         segmenter: Segmenter | None = None,
+        token_weighting: RoleAwareWeighting | None = None,
         **kwargs,
     ):
         model, value_model = (str(m) if isinstance(m, Path) else m for m in (model, value_model))
@@ -127,14 +142,21 @@ class SAPOTrainer(GRPOBridge):
                 f"`segmenter` must be a callable `(entropies, mask) -> Segments`, got {segmenter!r}. Pass an "
                 "instance, or name one of the built-in ones with `SAPOConfig(segmentation=...)`."
             )
-        if value_model is not None and args.critic == "none":
-            raise ValueError('`value_model` was given, but `critic="none"`: drop one of the two.')
+        if value_model is not None and not args.learns_critic:
+            raise ValueError(f"`value_model` was given, but `critic={args.critic!r}`: drop one of the two.")
+        if args.critic in ("monte_carlo", "tree"):
+            for name in ("rollout_func", "environment_factory", "tools"):
+                if kwargs.get(name):
+                    raise ValueError(
+                        f"`critic={args.critic!r}` continues responses from their tokens alone; `{name}` decides on "
+                        "responses in another way and cannot be combined with it."
+                    )
 
         # Made before TRL sees the model, because it may put adapters into it and the critic starts from the policy as
         # it is now; seeded like TRL seeds what it initialises.
         set_seed(args.seed)
         value_head = None
-        if args.critic != "none":
+        if args.learns_critic:
             if kwargs.get("quantization_config") is not None and args.critic == "separate" and value_model is None:
                 raise ValueError(
                     'A quantized policy cannot be copied into a trainable critic: use `critic="shared"`, or pass a '
@@ -149,12 +171,21 @@ class SAPOTrainer(GRPOBridge):
             check_images(dataset, self.processing_class, self.model, self.chat_template_kwargs)
         self.segmenter: Segmenter = segmenter if segmenter is not None else make_segmenter(args)
         self._segmenter_inputs = accepted_inputs(self.segmenter)
+        self.token_weighting = token_weighting
+        if token_weighting is None and args.advantage_weighting == "role_aware":
+            self.token_weighting = make_role_aware_weighting(args)
 
         self.critic: Critic | None = None
         if value_head is not None:
             if isinstance(value_model, str):
                 check_tokenizer_of(value_model, self.tokenizer)
             self.critic = self._make_critic(value_head)
+        self.critic_warmup = CriticWarmup(
+            args.critic_warmup_steps, args.critic_warmup_tolerance, args.num_mini_batches * args.num_iterations
+        )
+        self._trees: TreeRollouts | None = None
+        if args.critic == "tree":
+            self._trees = TreeRollouts(args, seed=args.seed + self.accelerator.process_index)
 
         self._accumulator = MetricAccumulator()
         self._micro_batch: Batch | None = None
@@ -175,6 +206,26 @@ class SAPOTrainer(GRPOBridge):
 
     # ------------------------------------------------------------------------------------------------- the rollout
 
+    def plan_rollout(self, inputs: list[dict[str, Any]]) -> GivenRollout | None:
+        if self._trees is None or self.mode != "train":
+            return None
+        generations = self.args.num_generations
+        if len(inputs) % generations != 0:
+            raise ValueError(
+                f"A process's {len(inputs)} rows of a rollout must be a whole number of trees of "
+                f"num_generations={generations} edges each."
+            )
+        examples = inputs[::generations]
+        prompts = self.tokenized_prompts(examples)
+
+        @torch.no_grad()
+        def score(rows: list[int], completions: list[list[int]]) -> torch.Tensor:
+            batch = prompts.model_inputs(rows, completions, self.tokenizer.pad_token_id, self.accelerator.device)
+            return self.policy_forward(self.model, batch, self._rows_per_forward).logps
+
+        sampler = self.continuation_sampler(prompts, examples)
+        return self._trees.plan(examples, prompts, sampler, score, len(inputs), self._accumulator)
+
     @torch.no_grad()
     def score_rollout(self, batch: Batch, record: RolloutRecord) -> Batch:
         seconds = record.stage_seconds()
@@ -186,22 +237,30 @@ class SAPOTrainer(GRPOBridge):
         forward = record.forward_behind(batch.get("old_per_token_logps"))
         if forward is None:
             forward = self.policy_forward(self.model, batch, self._rows_per_forward)
+        if record.given is not None:
+            mask, forward = self._given_edges(forward, mask, record.given)
         seconds["score"] += time.perf_counter() - started
 
         segments = self.segment(forward, batch, mask)
+        policy_mask = self._policy_mask(forward, segments)
 
         started = time.perf_counter()
-        values = self._values(forward, batch)
+        values = self.estimate_values(forward, batch, segments, policy_mask, record)
         seconds["value"] = time.perf_counter() - started
 
         token_rewards = self._token_rewards(rewards, forward, batch, mask)
-        advantages, returns = self._advantages(token_rewards, values, segments)
+        advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
+        advantages = self._normalized(advantages, policy_mask)
+        if self.token_weighting is not None:
+            advantages = advantages * self._token_weights(forward, batch, mask)
 
         batch["advantages"] = advantages
         batch["returns"] = returns
         batch["old_values"] = values
         batch["old_per_token_logps"] = forward.logps
         batch["segment_ids"] = segments.ids
+        batch["policy_mask"] = policy_mask
+        batch["rewards"] = rewards
 
         rollout = SegmentedRollout(
             segments=segments,
@@ -217,10 +276,26 @@ class SAPOTrainer(GRPOBridge):
             rewards=rewards,
             tokenizer=self.tokenizer,
             mode=self.mode,
+            continuations=None if record.prompts is None else self.continuation_sampler(record.prompts, record.inputs),
         )
-        self._log_rollout(rollout, seconds)
+        self._log_rollout(rollout, policy_mask, seconds)
+        if record.given is not None:
+            roots = record.given.tensors["root_values"].nan_to_num(nan=0.0)
+            total = self._sum_over_processes(torch.stack([roots.sum(), torch.ones_like(roots).sum()]))
+            # TRL's would be the mean over the edges that were drawn, all of which matter.
+            self.replace_in_log("reward", float(total[0] / total[1]))
         self._rollout_seconds += time.perf_counter() - record.started
         return batch
+
+    def _given_edges(
+        self, forward: PolicyForward, mask: torch.Tensor, given: GivenRollout
+    ) -> tuple[torch.Tensor, PolicyForward]:
+        """Of a given path only its last edge is trained on, with the log-probabilities of when it was sampled."""
+        position = torch.arange(mask.size(1), device=mask.device)
+        mask = mask & (position >= given.tensors["edge_start"].unsqueeze(1))
+        old_logps = given.tensors["old_logps"][:, : mask.size(1)]
+        old_logps = torch.nn.functional.pad(old_logps, (0, mask.size(1) - old_logps.size(1)))
+        return mask, replace(forward, logps=torch.where(mask, old_logps, forward.logps))
 
     def segment(self, forward: PolicyForward, batch: Batch, mask: torch.Tensor) -> Segments:
         """
@@ -249,13 +324,72 @@ class SAPOTrainer(GRPOBridge):
             return None
         return self.critic.module(hidden_states=hidden_states)
 
-    def _values(self, forward: PolicyForward, batch: Batch) -> torch.Tensor:
-        """float32 `(B, T)`: the value of the state before each completion token."""
-        if self.args.critic == "none":
-            return torch.zeros_like(forward.logps)
-        if self.args.critic == "shared":
+    def _policy_mask(self, forward: PolicyForward, segments: Segments) -> torch.Tensor:
+        """bool `(B, T)`: the tokens that the policy learns from."""
+        if self.args.confident_token_threshold is None:
+            return segments.mask
+        return segments.mask & is_uncertain(forward.logps, self.args.confident_token_threshold)
+
+    def estimate_values(
+        self,
+        forward: PolicyForward,
+        batch: Batch,
+        segments: Segments,
+        policy_mask: torch.Tensor,
+        record: RolloutRecord,
+    ) -> torch.Tensor:
+        """
+        Values of the states that the advantages are computed from.
+
+        Args:
+            forward ([`PolicyForward`]): of the policy that produced the rollout.
+            batch (`dict`): the rollout.
+            segments ([`Segments`]): its partition.
+            policy_mask (`torch.Tensor`): bool `(B, T)`, the tokens that the policy learns from.
+            record ([`RolloutRecord`]): its prompts and rewards.
+
+        Returns:
+            `torch.Tensor`: float32 `(B, T)`, at `t` the value of the state before token `t`.
+        """
+        critic = self.args.critic
+        if critic == "separate":
+            return self.critic_forward(self.critic.module, batch, self._rows_per_forward)
+        if critic == "shared":
             return forward.values
-        return self.critic_forward(self.critic.module, batch, self._rows_per_forward)
+        if critic == "tree" and record.given is not None:
+            return record.given.tensors["parent_values"].unsqueeze(1).expand_as(forward.logps).float()
+        if critic == "monte_carlo" and self.mode == "train":
+            return self._monte_carlo_values(batch, segments, policy_mask, record)
+        return torch.zeros_like(forward.logps)
+
+    def _monte_carlo_values(
+        self, batch: Batch, segments: Segments, policy_mask: torch.Tensor, record: RolloutRecord
+    ) -> torch.Tensor:
+        args = self.args
+        # A segment nothing of which is learned needs no value, nor does the one before it: it has no token either.
+        states = segments.is_first & (segments.expand(segments.sum(policy_mask)) > 0)
+        valued = states
+        if args.max_valued_segments is not None:
+            valued = states & (segments.ids <= args.max_valued_segments)
+        rows, positions = (index.tolist() for index in valued.nonzero(as_tuple=True))
+        completion_ids = batch["completion_ids"].tolist()
+        result = self.continuation_sampler(record.prompts, record.inputs).values(
+            rows,
+            [completion_ids[row][:position] for row, position in zip(rows, positions, strict=True)],
+            args.num_continuations,
+            args.truncated_continuation_reward,
+        )
+        # The reward stands for what is not valued, so that nothing is gained or lost there.
+        rewards = self.local_slice(record.rewards, valued.size(0))
+        values = torch.where(states, rewards.unsqueeze(1), 0)
+        estimated = torch.where(result.values.isnan(), rewards[rows], result.values)
+        values[valued] = estimated.to(values.device, values.dtype)
+        cost = {"states": len(rows), "unique_states": result.num_states, "tokens": result.num_tokens}
+        for name, number in cost.items():
+            self._accumulator.add_total(f"monte_carlo/{name}", torch.tensor(float(number)), 1.0)
+        self._accumulator.add_total("monte_carlo/value", estimated.sum(), len(rows))
+        self._accumulator.add_total("time/monte_carlo", torch.tensor(result.seconds), 1.0)
+        return values
 
     def _token_rewards(
         self, rewards: torch.Tensor, forward: PolicyForward, batch: Batch, mask: torch.Tensor
@@ -269,26 +403,72 @@ class SAPOTrainer(GRPOBridge):
         self._accumulator.add_total("kl", kl.sum(), mask.sum())
         return token_rewards - self.args.beta * kl if self.args.kl_placement == "reward" else token_rewards
 
-    def _advantages(
-        self, token_rewards: torch.Tensor, values: torch.Tensor, segments: Segments
+    def estimate_advantages(
+        self, token_rewards: torch.Tensor, values: torch.Tensor, segments: Segments, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 `(B, T)` each: the advantages that the loss uses, and the critic's targets, never whitened."""
-        args, mask = self.args, segments.mask
-        advantages, returns = segment_gae(
-            token_rewards, values, segments, args.gamma, args.lam, args.value_state, args.critic_lam
-        )
-        self._accumulator.add_total("advantages/raw_mean", advantages.sum(), mask.sum())
-        if args.whiten_advantages:
-            advantages = masked_whiten(advantages, mask, self._sum_over_processes)
-        if args.advantage_clamp is not None:
-            advantages = advantages.clamp(-args.advantage_clamp, args.advantage_clamp)
-        return advantages, returns
+        """
+        Advantages, not normalized yet, and the critic's targets.
 
-    def _log_rollout(self, rollout: SegmentedRollout, seconds: dict[str, float]) -> None:
+        Args:
+            token_rewards (`torch.Tensor`): float32 `(B, T)`.
+            values (`torch.Tensor`): float32 `(B, T)`, of [`SAPOTrainer.estimate_values`].
+            segments ([`Segments`]): the partition.
+            batch (`dict`): the rollout; TRL's own advantages are in it.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: float32 `(B, T)` each, 0 outside the segments.
+        """
+        args = self.args
+        if args.advantage_estimator == "gae":
+            lam = args.lam
+            if args.length_adaptive_lam is not None:
+                lam = length_adaptive_lam(segments, args.length_adaptive_lam)
+            return segment_gae(token_rewards, values, segments, args.gamma, lam, args.value_state, args.critic_lam)
+        outcomes = token_rewards.sum(dim=1)
+        if args.advantage_estimator == "group":
+            advantages = batch["advantages"]
+        else:
+            generations = args.num_generations if self.mode == "train" else self.num_generations_eval
+            # A response without a token to learn from has no reward either.
+            known = torch.where(segments.count > 0, outcomes, torch.nan)
+            everyone = leave_one_out_advantages(self.accelerator.gather(known), generations)
+            advantages = self.local_slice(everyone, outcomes.size(0))
+        return torch.where(segments.mask, advantages.unsqueeze(1), 0), torch.where(
+            segments.mask, outcomes.unsqueeze(1), 0
+        )
+
+    def _normalized(self, advantages: torch.Tensor, policy_mask: torch.Tensor) -> torch.Tensor:
+        """float32 `(B, T)`: whitened and clamped, as the loss uses them; 0 where the policy does not learn."""
+        advantages = torch.where(policy_mask, advantages, 0)
+        self._accumulator.add_total("advantages/raw_mean", advantages.sum(), policy_mask.sum())
+        if self.args.whiten_advantages:
+            advantages = masked_whiten(advantages, policy_mask, self._sum_over_processes)
+        if self.args.advantage_clamp is not None:
+            advantages = advantages.clamp(-self.args.advantage_clamp, self.args.advantage_clamp)
+        return advantages
+
+    def _token_weights(self, forward: PolicyForward, batch: Batch, mask: torch.Tensor) -> torch.Tensor:
+        weights, metrics = self.token_weighting(
+            batch=batch,
+            completion_ids=batch["completion_ids"],
+            mask=mask,
+            logps=forward.logps,
+            tokenizer=self.tokenizer,
+            forward=lambda changed: self.policy_forward(self.model, changed, self._rows_per_forward).logps,
+            pad_id=self.tokenizer.pad_token_id,
+            reduce=self._sum_over_processes,
+        )
+        for name, (total, count) in metrics.items():
+            self._accumulator.add_total(name, total, count)
+        return weights
+
+    def _log_rollout(self, rollout: SegmentedRollout, policy_mask: torch.Tensor, seconds: dict[str, float]) -> None:
         """Measure a rollout, show it to the callbacks, and write what was measured to the log."""
         mask, states = rollout.segments.mask, rollout.segments.state_mask(self.args.value_state)
         values, returns = rollout.values, rollout.returns
-        self._accumulator.add_total("advantages/abs_mean", rollout.advantages.abs().sum(), mask.sum())
+        self._accumulator.add_total("advantages/abs_mean", rollout.advantages.abs().sum(), policy_mask.sum())
+        if self.args.confident_token_threshold is not None:
+            self._accumulator.add_total("policy_mask/share", policy_mask.sum(), mask.sum())
         self._accumulator.add_total("returns/mean", torch.where(states, returns, 0).sum(), states.sum())
         if self.critic is not None:
             self._accumulator.add_total("value/mean", torch.where(states, values, 0).sum(), states.sum())
@@ -317,56 +497,87 @@ class SAPOTrainer(GRPOBridge):
         args = self.args
         training = self.mode == "train"
         self._micro_batch, self._micro_batch_values = batch, None
-        policy_is_frozen = training and self.state.global_step < args.critic_warmup_steps
+        policy_is_frozen = training and self.critic_warmup.is_active(self.state.global_step)
         if policy_is_frozen:
             if args.critic == "shared":
                 self._micro_batch_values = self.policy_forward(model, batch, frozen=True).values
             # A leaf: its gradient reaches no parameter, so the optimizer has nothing to apply.
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
 
-        segments = Segments(batch["segment_ids"])
-        mask, old_logps = segments.mask, batch["old_per_token_logps"]
+        if args.loss_type in TRL_LOSS_TYPES:
+            loss, self._micro_batch_values = self.trl_loss(model, batch)
+        else:
+            loss = self._segment_loss(model, batch)
+        if not training:
+            self.add_to_log(self._accumulator.flush(self.accelerator))
+        return loss
+
+    def _segment_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """This package's losses of one micro-batch: policy, KL, entropy, likelihood of correct responses, experts."""
+        args = self.args
+        segments, mask, old_logps = Segments(batch["segment_ids"]), batch["policy_mask"], batch["old_per_token_logps"]
         forward = self.policy_forward(model, batch)
         self._micro_batch_values = forward.values
 
         ratio_segments = segments if args.importance_sampling_level == "segment" else None
         if args.importance_sampling_level == "sequence":
-            ratio_segments = Segments(torch.where(mask, 0, segments.ids))
-        normalizer = self._normalizer(args.loss_aggregation, batch, "tokens")
-        output = clipped_policy_loss(
-            forward.logps,
-            old_logps,
-            batch["advantages"],
-            mask,
-            segments=ratio_segments,
-            clip_low=args.epsilon,
-            clip_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-            dual_clip=args.delta,
-            aggregation=args.loss_aggregation,
-            normalizer=normalizer,
-            weights=batch.get("importance_sampling_ratio"),
-        )
+            ratio_segments = Segments(torch.where(segments.mask, 0, segments.ids))
+        output = self._policy_term(forward.logps, batch, mask, ratio_segments)
         loss = output.loss
         self._accumulate_loss("policy_loss", output.loss)
-        self._accumulate_metrics(output.metrics, _POLICY_METRICS, weight=mask.sum())
+        names = {key: name for key, name in _POLICY_METRICS.items() if key in output.metrics}
+        self._accumulate_metrics(output.metrics, names, weight=mask.sum())
         self._accumulator.add_max("ratio/max", output.metrics["ratio_max"])
         with torch.no_grad():
-            self._accumulator.add_total("entropy", torch.where(mask, forward.entropies, 0).sum(), mask.sum())
+            known = segments.mask
+            self._accumulator.add_total("entropy", torch.where(known, forward.entropies, 0).sum(), known.sum())
 
         if args.beta != 0.0 and args.kl_placement == "loss":
             kl = kl_estimate(forward.logps, batch["ref_per_token_logps"], args.kl_estimator)
             if args.use_bias_correction_kl:
-                kl = kl * torch.exp(log_ratio(forward.logps, old_logps, ratio_segments))
-            loss = loss + args.beta * aggregate(kl, mask, args.loss_aggregation, normalizer)
+                kl = kl * torch.exp(
+                    log_ratio(forward.logps, old_logps, ratio_segments, reduction=args.ratio_reduction)
+                )
+            aggregation = args.kl_aggregation or args.loss_aggregation
+            kl_loss = aggregate(kl, mask, aggregation, self._normalizer(aggregation, batch, "tokens"))
+            loss = loss + args.beta * kl_loss
+        if args.positive_lm_coef != 0.0:
+            positive = mask & (batch["rewards"] > args.positive_lm_threshold).unsqueeze(1)
+            likelihood = aggregate(forward.logps, positive, normalizer=self._totals(batch)["positive_tokens"])
+            self._accumulate_loss("positive_lm_loss", -likelihood)
+            loss = loss - args.positive_lm_coef * likelihood
         if args.entropy_coef != 0.0:
             tokens = self._normalizer("token-mean", batch, "tokens")
             loss = loss - args.entropy_coef * aggregate(forward.entropies, mask, normalizer=tokens)
         if forward.aux_loss is not None:
             self._accumulator.add_mean("aux_loss", forward.aux_loss)
             loss = loss + self.router_aux_loss_coef * forward.aux_loss / self._micro_batches_per_step
-        if not training:
-            self.add_to_log(self._accumulator.flush(self.accelerator))
         return loss
+
+    def _policy_term(
+        self, logps: torch.Tensor, batch: Batch, mask: torch.Tensor, ratio_segments: Segments | None
+    ) -> LossOutput:
+        args = self.args
+        common = {
+            "segments": ratio_segments,
+            "aggregation": args.loss_aggregation,
+            "normalizer": self._normalizer(args.loss_aggregation, batch, "tokens"),
+            "weights": batch.get("importance_sampling_ratio"),
+            "ratio_reduction": args.ratio_reduction,
+        }
+        inputs = (logps, batch["old_per_token_logps"], batch["advantages"], mask)
+        if args.loss_type == "soft_adaptive_gate":
+            temperatures = (args.sapo_temperature_pos, args.sapo_temperature_neg)
+            return soft_adaptive_policy_loss(
+                *inputs, temperature_pos=temperatures[0], temperature_neg=temperatures[1], **common
+            )
+        return clipped_policy_loss(
+            *inputs,
+            clip_low=args.epsilon,
+            clip_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+            dual_clip=args.delta,
+            **common,
+        )
 
     def critic_loss(self, batch: Batch, values: torch.Tensor | None) -> torch.Tensor:
         """
@@ -421,7 +632,11 @@ class SAPOTrainer(GRPOBridge):
             self._accumulator.add_mean("critic_lr", torch.tensor(self.critic.learning_rate))
             self._accumulator.add_mean("critic_grad_norm", self.critic.step())
         self._accumulator.add_mean("time/update", torch.tensor(self._update_seconds))
-        self.add_to_log(self._accumulator.flush(self.accelerator))
+        metrics = self._accumulator.flush(self.accelerator)
+        if self.critic_warmup.is_active(self.state.global_step):
+            self.critic_warmup.record(metrics["value_loss"])
+            metrics["critic_warmup"] = 1.0
+        self.add_to_log(metrics)
         self._step_totals = None
         self._update_seconds = 0.0
 
@@ -444,13 +659,14 @@ class SAPOTrainer(GRPOBridge):
         if aggregation == "token-mean":
             return self._totals(batch)[unit]
         rows = batch["segment_ids"].size(0) * self._micro_batches_per_step
-        return rows * self.max_completion_length if aggregation == "seq-mean-token-sum" else rows
+        return rows * self.max_completion_length if aggregation == "seq-mean-token-sum-norm" else rows
 
     def _totals(self, batch: Batch) -> dict[str, torch.Tensor]:
+        threshold = self.args.positive_lm_threshold
         if self.mode != "train":
-            return _count([batch])
+            return _count([batch], threshold)
         if self._step_totals is None:
-            counts = _count(self.optimizer_step_batches(batch))
+            counts = _count(self.optimizer_step_batches(batch), threshold)
             summed = self.accelerator.reduce(torch.stack(list(counts.values())).float(), reduction="mean")
             self._step_totals = dict(zip(counts, summed.clamp(min=1 / self.accelerator.num_processes), strict=True))
         return self._step_totals
@@ -483,10 +699,12 @@ class SAPOTrainer(GRPOBridge):
     def save_training_state(self, folder: str) -> None:
         if self.critic is not None:
             self.critic.save_optimizer(folder)
+            self.critic_warmup.save(folder)
 
     def load_training_state(self, folder: str) -> None:
         if self.critic is not None:
             self.critic.load(folder)
+            self.critic_warmup.load(folder)
 
     def load_best_state(self, folder: str) -> None:
         if self.critic is not None:
@@ -512,9 +730,13 @@ def _loss_mask(batch: Batch) -> torch.Tensor:
     return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
 
 
-def _count(batches: list[Batch]) -> dict[str, torch.Tensor]:
-    partitions = [Segments(batch["segment_ids"]) for batch in batches]
-    return {
-        "tokens": torch.stack([segments.mask.sum() for segments in partitions]).sum(),
-        "segments": torch.stack([segments.count.sum() for segments in partitions]).sum(),
+def _count(batches: list[Batch], positive_lm_threshold: float) -> dict[str, torch.Tensor]:
+    """What the losses of some micro-batches are normalized by; at least one of each, as no loss divides by none."""
+    tokens = torch.stack([batch["policy_mask"].sum() for batch in batches]).sum()
+    positive = [batch["policy_mask"][batch["rewards"] > positive_lm_threshold].sum() for batch in batches]
+    counts = {
+        "tokens": tokens,
+        "segments": torch.stack([Segments(batch["segment_ids"]).count.sum() for batch in batches]).sum(),
+        "positive_tokens": torch.stack(positive).sum(),
     }
+    return {name: count.clamp(min=1) for name, count in counts.items()}

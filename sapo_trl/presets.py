@@ -1,0 +1,246 @@
+"""
+Every algorithm of the comparison as data: the settings in which it differs from [`SAPOConfig`]'s defaults.
+
+`docs/algorithms.md` shows them as one table and says where each number comes from; `trainer_configs/algorithms/` has
+them as YAML. Both are written from this file, see [`sapo_trl.presets_doc`].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from .validation import nearest_name
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    A named algorithm.
+
+    Args:
+        summary (`str`): what it is, in one line.
+        source (`str`): where it comes from.
+        settings (`dict[str, Any]`): settings of [`SAPOConfig`] that differ from its defaults.
+    """
+
+    summary: str
+    source: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def _derived(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**base, **changes}
+
+
+# The paper's equations and its Table 7: nothing that only the official script has.
+_SAPO = {
+    "value_state": "start",
+    "whiten_advantages": False,
+    "advantage_clamp": None,
+    "epsilon_high": 0.2,
+    "delta": None,
+    "cliprange_value": None,
+    "loss_aggregation": "seq-mean-token-mean",
+    "value_loss_aggregation": "seq-mean-token-mean",
+}
+
+# Table 7(d), where it is silent verl 0.4.1's defaults.
+_PPO = {
+    "segmentation": "token",
+    "importance_sampling_level": "token",
+    "lam": 0.95,
+    "advantage_clamp": None,
+    "epsilon_high": 0.2,
+}
+
+# No critic; several responses to a prompt are compared with each other.
+_GROUP = {
+    "segmentation": "sequence",
+    "critic": "none",
+    "whiten_advantages": False,
+    "advantage_clamp": None,
+    "epsilon_high": 0.2,
+    "delta": None,
+    "num_generations": 8,
+}
+
+# Table 7(b).
+_GRPO = {
+    **_GROUP,
+    "advantage_estimator": "group",
+    "loss_type": "grpo",
+    "importance_sampling_level": "token",
+    "kl_placement": "loss",
+    "kl_estimator": "k3",
+    "beta": 0.01,
+}
+
+# What VinePPO and SPO share: one-step differences of sampled values, PPO's token ratio, a small KL loss.
+_SAMPLED_VALUES = {
+    "importance_sampling_level": "token",
+    "lam": 0.0,
+    "advantage_clamp": None,
+    "epsilon_high": 0.2,
+    "delta": None,
+    "kl_placement": "loss",
+    "kl_estimator": "k3",
+    "kl_aggregation": "seq-mean-token-sum",
+    "beta": 1e-4,
+    "num_generations": 8,
+}
+
+_SAPO_PAPER = "arXiv 2605.01327"
+_SPO_PAPER = "arXiv 2505.23564"
+
+PRESETS = MappingProxyType(
+    {
+        "sapo": Preset("The paper to the letter: its equations and its Table 7", _SAPO_PAPER, _SAPO),
+        "sapo_official": Preset(
+            "The official script: value before a segment's last token, whitening, clamp, dual clip, value clip",
+            "its code",
+            {"value_state": "end"},
+        ),
+        "sapo_naive_is": Preset(
+            "Ablation: segment advantages with token ratios",
+            f"{_SAPO_PAPER}, Table 2",
+            _derived(_SAPO, importance_sampling_level="token"),
+        ),
+        "sapo_newline": Preset(
+            "Ablation: segments are lines", f"{_SAPO_PAPER}, Table 3", _derived(_SAPO, segmentation="newline")
+        ),
+        "sapo_step": Preset(
+            'Ablation: segments are announced steps ("Step 1:" …)',
+            f"{_SAPO_PAPER}, Table 3",
+            _derived(_SAPO, segmentation="step"),
+        ),
+        "sapo_prob": Preset(
+            "Ablation: cuts at a fixed number of least probable tokens",
+            f"{_SAPO_PAPER}, Table 6",
+            _derived(_SAPO, segmentation="probability"),
+        ),
+        "ppo": Preset("PPO per token, as the paper's baseline", f"{_SAPO_PAPER}, Table 7(d)", _PPO),
+        "ppo_long_horizon": Preset(
+            "PPO per token with SAPO's λ: is it the horizon?", "control", _derived(_PPO, lam=0.99)
+        ),
+        "ppo_full_horizon": Preset(
+            "PPO per token with λ = 1: the horizon's limit", "control", _derived(_PPO, lam=1.0)
+        ),
+        "vc_ppo": Preset(
+            "PPO with value pretraining until the value loss settles, and decoupled λ",
+            f"arXiv 2503.01491; {_SAPO_PAPER}, Table 7(c)",
+            _derived(_PPO, lam=0.99, critic_lam=1.0, critic_warmup_steps=50, critic_warmup_tolerance=0.02),
+        ),
+        "vapo": Preset(
+            "VC-PPO with length-adaptive λ, higher upper clip, LM loss on correct responses, groups",
+            "arXiv 2504.05118",
+            _derived(
+                _PPO,
+                length_adaptive_lam=0.05,
+                critic_lam=1.0,
+                critic_warmup_steps=50,
+                epsilon_high=0.28,
+                positive_lm_coef=0.1,
+                beta=0.0,
+                num_generations=16,
+            ),
+        ),
+        "grpo": Preset("Group-relative advantages, TRL's loss", f"arXiv 2402.03300; {_SAPO_PAPER}, Table 7(b)", _GRPO),
+        "dr_grpo": Preset(
+            "GRPO without its two normalisations",
+            "arXiv 2503.20783",
+            _derived(_GRPO, loss_type="dr_grpo", scale_rewards="none", beta=0.0),
+        ),
+        "gspo": Preset(
+            "GRPO with one ratio per response",
+            "arXiv 2507.18071",
+            _derived(_GRPO, importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0),
+        ),
+        "rloo": Preset(
+            "Leave-one-out baseline, one ratio per response (the product of its tokens')",
+            "arXiv 2402.14740, as trl.RLOOTrainer",
+            _derived(
+                _GROUP,
+                advantage_estimator="leave_one_out",
+                importance_sampling_level="sequence",
+                ratio_reduction="sum",
+                loss_aggregation="seq-mean-token-mean",
+                beta=0.05,
+            ),
+        ),
+        "reinforce": Preset(
+            "Control: no critic, one response per prompt, the batch's mean as baseline",
+            "control",
+            {
+                "segmentation": "sequence",
+                "critic": "none",
+                "importance_sampling_level": "token",
+                "lam": 1.0,
+                "advantage_clamp": None,
+                "epsilon_high": 0.2,
+            },
+        ),
+        "vineppo": Preset(
+            "Monte-Carlo values at the starts of lines",
+            "arXiv 2410.01679",
+            _derived(_SAMPLED_VALUES, segmentation="newline", critic="monte_carlo", max_valued_segments=25),
+        ),
+        "spo_chain": Preset(
+            "Monte-Carlo values at every fifth cut-point, only uncertain tokens learn",
+            _SPO_PAPER,
+            _derived(
+                _SAMPLED_VALUES,
+                segmentation="cutpoints",
+                critic="monte_carlo",
+                truncated_continuation_reward=0.0,
+                confident_token_threshold=0.9,
+            ),
+        ),
+        "spo_tree": Preset(
+            "Responses sampled as a 6-6-6 tree whose edges are trained on, with replay",
+            _SPO_PAPER,
+            _derived(
+                _SAMPLED_VALUES,
+                segmentation="sequence",
+                critic="tree",
+                confident_token_threshold=0.9,
+                num_generations=32,
+            ),
+        ),
+        "srpo": Preset(
+            "GRPO with role-aware weights on perception and reasoning tokens",
+            "arXiv 2605.07274 (abstract; formulas ours)",
+            _derived(_GRPO, advantage_weighting="role_aware"),
+        ),
+    }
+)
+"""The presets, by name."""
+
+RECIPES = MappingProxyType({"restem": "ReSTEMConfig", "dpop": "DPOPConfig"})
+"""Baselines without reinforcement learning, which are not settings of [`SAPOConfig`], with their configurations."""
+
+
+def preset_settings(preset: str) -> dict[str, Any]:
+    """
+    Settings of a preset, a new dictionary with each call.
+
+    Args:
+        preset (`str`): name of the preset.
+
+    Returns:
+        `dict[str, Any]`: settings of [`SAPOConfig`].
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if preset in RECIPES:
+        raise ValueError(
+            f"{preset!r} does no reinforcement learning and is no preset of `SAPOConfig`: use "
+            f"`sapo_trl.recipes.{RECIPES[preset]}`."
+        )
+    if preset not in PRESETS:
+        raise ValueError(
+            f"There is no preset {preset!r}.{nearest_name(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
+        )
+    return dict(PRESETS[preset].settings)

@@ -1,0 +1,17 @@
+"""Rollouts beyond one response per prompt: continuations of exact prefixes, their mean rewards, and trees."""
+
+from .continuations import ContinuationSampler, StateValues
+from .prompts import TokenizedPrompts
+from .replay import EdgeReplay
+from .tree import Edge, RolloutTree, grow_tree
+
+
+__all__ = [
+    "ContinuationSampler",
+    "Edge",
+    "EdgeReplay",
+    "RolloutTree",
+    "StateValues",
+    "TokenizedPrompts",
+    "grow_tree",
+]

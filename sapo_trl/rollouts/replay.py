@@ -1,0 +1,88 @@
+"""Edges of earlier trees, kept to be trained on more than once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .tree import Edge
+
+
+@dataclass(eq=False)
+class StoredEdge:
+    """
+    An edge with what is needed to train on it in a later rollout.
+
+    Args:
+        example (`dict[str, Any]`): row of the data set that its prompt comes from.
+        edge ([`Edge`]): the edge.
+        old_logps (`torch.Tensor`):
+            float32 `(T,)` on the CPU: log-probabilities of the completion's tokens under the policy that sampled them.
+        rewards (`torch.Tensor`): float32 `(F,)`, mean reward below the child by reward function.
+        age (`int`, *optional*, defaults to `0`): rollouts since then.
+    """
+
+    example: dict[str, Any]
+    edge: Edge
+    old_logps: torch.Tensor
+    rewards: torch.Tensor
+    age: int = 0
+
+
+@dataclass
+class EdgeReplay:
+    """
+    Draws each rollout's edges from this and earlier rollouts' trees (SPO-tree,
+    https://huggingface.co/papers/2505.23564).
+
+    Args:
+        max_age (`int`): rollouts for which an edge can be drawn.
+        edges_per_prompt (`int`): of a prompt's edges, at most this many in one draw.
+        seed (`int`): of the draws.
+    """
+
+    max_age: int
+    edges_per_prompt: int
+    seed: int
+    _prompts: list[list[StoredEdge]] = field(default_factory=list)
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self):
+        self._random = random.Random(self.seed)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._prompts))
+
+    def add(self, edges_by_prompt: Sequence[list[StoredEdge]]) -> None:
+        """Add a rollout's edges, one list for each prompt; what is there grows older by one, the oldest go."""
+        for edges in self._prompts:
+            for edge in edges:
+                edge.age += 1
+        self._prompts = [[edge for edge in edges if edge.age < self.max_age] for edges in self._prompts]
+        self._prompts.extend(list(edges) for edges in edges_by_prompt)
+        self._prompts = [edges for edges in self._prompts if edges]
+
+    def draw(self, number: int) -> list[StoredEdge]:
+        """
+        Draw edges to train on: from each prompt some that are not drawn again, all of them shuffled.
+
+        Args:
+            number (`int`): how many.
+
+        Returns:
+            `list[StoredEdge]`: `number` of them, repeated from the start if there are fewer; empty if there is none.
+        """
+        drawn = []
+        for edges in self._prompts:
+            self._random.shuffle(edges)
+            drawn.extend((edges, edge) for edge in edges[: self.edges_per_prompt])
+        self._random.shuffle(drawn)
+        # Those that this rollout has no room for stay for the next one.
+        drawn = drawn[:number]
+        for edges, edge in drawn:
+            edges.remove(edge)
+        return [drawn[index % len(drawn)][1] for index in range(number)] if drawn else []
