@@ -6,6 +6,8 @@ Not Qwen's *Soft Adaptive* Policy Optimization, which TRL calls `loss_type="sapo
 
 from .callbacks import RolloutCallback, SegmentationCallback
 from .config import SAPOConfig
+from .diagnostics import ValueDiagnostics
+from .presets import PRESETS
 from .segments import Segments
 from .trainer import SAPOTrainer
 from .value_head import SegmentValueHead
@@ -13,4 +15,13 @@ from .value_head import SegmentValueHead
 
 __version__ = "0.1.0"
 
-__all__ = ["RolloutCallback", "SAPOConfig", "SAPOTrainer", "SegmentValueHead", "SegmentationCallback", "Segments"]
+__all__ = [
+    "PRESETS",
+    "RolloutCallback",
+    "SAPOConfig",
+    "SAPOTrainer",
+    "SegmentValueHead",
+    "SegmentationCallback",
+    "Segments",
+    "ValueDiagnostics",
+]

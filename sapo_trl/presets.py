@@ -46,11 +46,10 @@ _SAPO = {
     "value_loss_aggregation": "seq-mean-token-mean",
 }
 
-# Table 7(d), where it is silent verl 0.4.1's defaults.
+# Table 7(d) but for λ; where it is silent, verl 0.4.1's defaults.
 _PPO = {
     "segmentation": "token",
     "importance_sampling_level": "token",
-    "lam": 0.95,
     "advantage_clamp": None,
     "epsilon_high": 0.2,
 }
@@ -120,7 +119,9 @@ PRESETS = MappingProxyType(
             f"{_SAPO_PAPER}, Table 6",
             _derived(_SAPO, segmentation="probability"),
         ),
-        "ppo": Preset("PPO per token, as the paper's baseline", f"{_SAPO_PAPER}, Table 7(d)", _PPO),
+        "ppo": Preset(
+            "PPO per token, as the paper's baseline", f"{_SAPO_PAPER}, Table 7(d)", _derived(_PPO, lam=0.95)
+        ),
         "ppo_long_horizon": Preset(
             "PPO per token with SAPO's λ: is it the horizon?", "control", _derived(_PPO, lam=0.99)
         ),

@@ -19,7 +19,7 @@ os.environ.update(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from sapo_trl.embedded import build_processor, build_tokenizer  # noqa: E402
+from sapo_trl.embedded import WarmStartConfig, build_processor, build_tokenizer, warm_start  # noqa: E402
 
 from .testing_utils import FAMILIES, Family, build_qwen3_vl_processor  # noqa: E402
 
@@ -54,3 +54,15 @@ def family(request, tokenizer, qwen2_5_vl_processor, qwen3_vl_processor) -> Fami
         "qwen3_vl": qwen3_vl_processor,
     }[request.param]
     return FAMILIES[request.param](processing_class)
+
+
+@pytest.fixture(scope="session")
+def warm_folder(tmp_path_factory):
+    """
+    The embedded task's model after seconds of imitation: it writes solutions in the right form, and is right by chance
+    once in thirty.
+    """
+    config = WarmStartConfig(
+        problems=512, batch_size=16, cooldown_steps=80, target_reading_accuracy=0.0, target_solved=0.0
+    )
+    return warm_start(tmp_path_factory.mktemp("cache"), config)

@@ -735,13 +735,8 @@ class TestConfigurations:
 
 
 @pytest.fixture(scope="module")
-def warm_model(tmp_path_factory):
-    """Seconds of imitation: writes solutions in the right form, and is right by chance once in thirty."""
-    config = WarmStartConfig(
-        problems=512, batch_size=16, cooldown_steps=80, target_reading_accuracy=0.0, target_solved=0.0
-    )
-    folder = warm_start(tmp_path_factory.mktemp("cache"), config)
-    return AutoModelForImageTextToText.from_pretrained(folder), load_processor(folder)
+def warm_model(warm_folder):
+    return AutoModelForImageTextToText.from_pretrained(warm_folder), load_processor(warm_folder)
 
 
 def picture_run(**settings) -> dict:

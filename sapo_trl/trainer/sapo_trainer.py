@@ -448,7 +448,9 @@ class SAPOTrainer(GRPOBridge):
         return advantages
 
     def _token_weights(self, forward: PolicyForward, batch: Batch, mask: torch.Tensor) -> torch.Tensor:
-        weights, metrics = self.token_weighting(
+        # Other patches are hidden in every rollout.
+        weighting = replace(self.token_weighting, seed=self.token_weighting.seed + self.state.global_step)
+        weights, metrics = weighting(
             batch=batch,
             completion_ids=batch["completion_ids"],
             mask=mask,

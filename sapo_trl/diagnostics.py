@@ -1,0 +1,135 @@
+"""How good a critic is: its values beside Monte-Carlo values of the same states, as VinePPO's authors did it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from .callbacks import RolloutCallback, SegmentedRollout
+from .config import SAPOConfig
+from .metrics import MetricAccumulator
+
+
+class ValueDiagnostics(RolloutCallback):
+    """
+    Compares a critic's values with Monte-Carlo values at the starts of segments.
+
+    The policy continues each state `num_continuations` times; the mean reward is an unbiased estimate of the state's
+    value (https://huggingface.co/papers/2410.01679). Works for any critic of [`SAPOTrainer`]; the error of
+    `"monte_carlo"` is that of its own estimate.
+
+    Logged: `value_diagnostics/mae`, `…/rank_correlation` (Spearman), `…/explained_variance` (of the Monte-Carlo
+    values, whose noise no critic can explain), `…/critic_mean`, `…/monte_carlo_mean`, and `…/standard_error`, the mean
+    standard error of the Monte-Carlo values: a perfect critic's `mae` is about 0.8 of it. Several processes compare
+    their own states and average the results. Training itself goes on as without this callback.
+
+    Args:
+        every (`int`, *optional*, defaults to `10`): examine every `every`-th training rollout, the first one included.
+        num_continuations (`int`, *optional*, defaults to `9`): continuations of each state.
+        max_responses (`int`, *optional*, defaults to `8`): responses of a rollout to examine, on each process.
+        output_dir (`str` or `Path`, *optional*):
+            folder for one Parquet file per examined rollout and process, with a row per state; by default none.
+
+    Example:
+
+    ```python
+    trainer = SAPOTrainer(..., callbacks=[ValueDiagnostics(every=20, output_dir="values")])
+    ```
+    """
+
+    def __init__(
+        self,
+        every: int = 10,
+        num_continuations: int = 9,
+        max_responses: int = 8,
+        output_dir: str | Path | None = None,
+    ):
+        for name, value in (("every", every), ("max_responses", max_responses)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if num_continuations < 2:
+            raise ValueError(f"`num_continuations` must be at least 2 for a standard error, got {num_continuations}.")
+        self.every = every
+        self.num_continuations = num_continuations
+        self.max_responses = max_responses
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self._num_rollouts = 0
+
+    def on_rollout(
+        self,
+        args: SAPOConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        rollout: SegmentedRollout,
+        metrics: MetricAccumulator,
+    ) -> None:
+        if rollout.mode != "train":
+            return
+        self._num_rollouts += 1
+        if (self._num_rollouts - 1) % self.every != 0:
+            return
+        if rollout.continuations is None:
+            raise ValueError(
+                "`ValueDiagnostics` continues responses with the trainer's own generation, which `rollout_func` and "
+                "environments replace: drop one of the two."
+            )
+        rows, positions = rollout.segments.is_first[: self.max_responses].nonzero(as_tuple=True)
+        completion_ids = rollout.completion_ids[: self.max_responses].tolist()
+        devices = [rollout.values.device] if rollout.values.is_cuda else []
+        # Training goes on with the random numbers that it would have had without being watched.
+        with torch.random.fork_rng(devices):
+            result = rollout.continuations.values(
+                rows.tolist(),
+                [completion_ids[row][:token] for row, token in zip(rows.tolist(), positions.tolist(), strict=True)],
+                self.num_continuations,
+                args.truncated_continuation_reward,
+            )
+        table = pd.DataFrame(
+            {
+                "step": state.global_step,
+                "response": rows.tolist(),
+                "segment": rollout.segments.ids[rows, positions].tolist(),
+                "token": positions.tolist(),
+                "value": rollout.values[rows, positions].tolist(),
+                "monte_carlo_value": result.values.tolist(),
+                "standard_error": (result.rewards.std(dim=1) / self.num_continuations**0.5).tolist(),
+                "reward": rollout.rewards[rows].tolist(),
+            }
+        )
+        if self.output_dir is not None:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            table.to_parquet(self.output_dir / f"values_{state.global_step:06d}_{args.process_index:03d}.parquet")
+        table = table[["value", "monte_carlo_value", "standard_error"]].dropna()
+        for name, value in value_agreement(table["value"], table["monte_carlo_value"]).items():
+            known = value == value  # NaN where one of the two does not vary
+            metrics.add_total(f"value_diagnostics/{name}", torch.tensor(value if known else 0.0), float(known))
+        metrics.add_total("value_diagnostics/standard_error", torch.tensor(table["standard_error"].sum()), len(table))
+        metrics.add_total("time/value_diagnostics", torch.tensor(result.seconds), 1.0)
+
+
+def value_agreement(values: pd.Series, monte_carlo_values: pd.Series) -> dict[str, float]:
+    """
+    How well values agree with Monte-Carlo values of the same states.
+
+    Args:
+        values (`pd.Series`): of `N` states.
+        monte_carlo_values (`pd.Series`): of the same states.
+
+    Returns:
+        `dict[str, float]`: `mae`, `rank_correlation` (Spearman, ties at their mean rank), `explained_variance`
+        (`1 - Var(monte_carlo_values - values) / Var(monte_carlo_values)`), `critic_mean`, `monte_carlo_mean`; NaN
+        where not defined.
+    """
+    variance = monte_carlo_values.var()
+    residual_variance = (monte_carlo_values - values).var()
+    return {
+        "mae": float((values - monte_carlo_values).abs().mean()),
+        # Pearson's correlation of ranks.
+        "rank_correlation": float(values.rank().corr(monte_carlo_values.rank())),
+        "explained_variance": float(1 - residual_variance / variance) if variance > 0 else float("nan"),
+        "critic_mean": float(values.mean()),
+        "monte_carlo_mean": float(monte_carlo_values.mean()),
+    }
