@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, ProcessorMixin, TrainerCal
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, TrlParser
 
 from sapo_trl.data import to_prompts
-from sapo_trl.embedded import WarmStartConfig, load_processor, make_problems, warm_start
+from sapo_trl.embedded import load_processor, make_problems
 from sapo_trl.recipes import (
     DPOPConfig,
     DPOPTrainer,

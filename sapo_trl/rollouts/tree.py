@@ -163,8 +163,8 @@ def trainable_edges(tree: RolloutTree, values: torch.Tensor) -> list[Edge]:
         if parent < 0 or not tree.tokens[node]:
             continue
         child_value, parent_value = values_list[node], values_list[parent]
-        # NaN: no response below was scored. Equal but for rounding: all children are worth the same.
-        if math.isnan(child_value) or math.isclose(child_value, parent_value, rel_tol=0.0, abs_tol=1e-9):
+        # NaN: no response below was scored. Equal but for the rounding of float32 rewards: nothing to learn.
+        if math.isnan(child_value) or math.isclose(child_value, parent_value, rel_tol=1e-6, abs_tol=1e-6):
             continue
         completion = tree.prefix(node)
         start = len(completion) - len(tree.tokens[node])
