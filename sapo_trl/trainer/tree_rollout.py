@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..config import SAPOConfig
 from ..metrics import MetricAccumulator
-from ..rollouts import ContinuationSampler, EdgeReplay, TokenizedPrompts, grow_tree
+from ..rollouts import ContinuationSampler, Edge, EdgeReplay, RolloutTree, TokenizedPrompts, grow_tree
 from ..rollouts.replay import StoredEdge
 from ..rollouts.tree import trainable_edges
 from .grpo_bridge import GivenRollout
@@ -55,44 +55,38 @@ class TreeRollouts:
             `parent_values`, `old_logps` and `root_values`.
         """
         tree = grow_tree(sampler, range(len(prompts)), self.args.tree_widths, self.args.tree_segment_length)
-        leaves = [(tree.rows[leaf], tree.prefix(leaf)) for leaf in tree.leaves]
-        leaf_rewards = sampler.scores([row for row, _ in leaves], [completion for _, completion in leaves])
+        leaves = tree.leaves
+        leaf_rewards = sampler.scores([tree.rows[leaf] for leaf in leaves], [tree.prefix(leaf) for leaf in leaves])
         # In float64, so that equal children are worth what their parent is.
         values = tree.values(sampler.weigh(leaf_rewards).double())
-        edges = trainable_edges(tree, values)
         rewards_per_func = tree.values(leaf_rewards.double()).float()
+        edges = trainable_edges(tree, values)
 
-        logps = [torch.empty(0)] * len(edges)
-        if edges:
-            scored = score([edge.row for edge in edges], [edge.completion for edge in edges]).cpu()
-            logps = [row[: len(edge.completion)] for row, edge in zip(scored, edges, strict=True)]
+        # As many forwards on every process; who has fewer edges repeats a leaf.
+        filler = [leaves[0]] * (sampler.max_over_processes(len(edges)) - len(edges))
+        scored = [(edge.row, edge.completion) for edge in edges] + [(tree.rows[n], tree.prefix(n)) for n in filler]
+        logps = score(*map(list, zip(*scored, strict=True))).cpu() if scored else []
         stored = [[] for _ in examples]
-        for edge, old_logps in zip(edges, logps, strict=True):
-            rewards = rewards_per_func[edge.node]
-            stored[edge.row].append(StoredEdge(examples[edge.row], edge, old_logps.clone(), rewards.clone()))
+        for edge, row in zip(edges, logps, strict=False):
+            rewards = rewards_per_func[edge.node].cpu()
+            stored[edge.row].append(StoredEdge(examples[edge.row], edge, row[: len(edge.completion)].clone(), rewards))
         self.replay.add(stored)
         drawn = self.replay.draw(num_rows)
 
-        num_edges = len(tree) - len(examples)
         device = leaf_rewards.device
-        metrics.add_total("tree/leaves", torch.tensor(float(len(leaves)), device=device), len(examples))
-        metrics.add_total("tree/dropped_edges", torch.tensor(float(num_edges - len(edges)), device=device), num_edges)
-        metrics.add_total("tree/edge_age", torch.tensor(float(sum(edge.age for edge in drawn))), max(len(drawn), 1))
-        root_values = values[torch.tensor(tree.parents, device=device) < 0].float()
+        num_edges = len(tree) - len(examples)
+        for name, total, count in (
+            ("tokens", sum(map(len, tree.tokens)), 1),
+            ("leaves", len(leaves), len(examples)),
+            ("dropped_edges", num_edges - len(edges), num_edges),
+            ("edge_age", sum(edge.age for edge in drawn), max(len(drawn), 1)),
+        ):
+            metrics.add_total(f"tree/{name}", torch.tensor(float(total), device=device), float(count))
         if not drawn:
-            # All responses to each prompt are worth the same. TRL still needs rows: they train on nothing.
-            completions = [leaves[row % len(leaves)] for row in range(num_rows)]
-            return GivenRollout(
-                inputs=[examples[row] for row, _ in completions],
-                completion_ids=[completion for _, completion in completions],
-                rewards_per_func=leaf_rewards[[row % len(leaves) for row in range(num_rows)]],
-                tensors={
-                    "edge_start": torch.tensor([len(completion) for _, completion in completions], device=device),
-                    "parent_values": torch.zeros(num_rows, device=device),
-                    "old_logps": torch.zeros(num_rows, 1, device=device),
-                    "root_values": root_values,
-                },
-            )
+            # All responses to each prompt are worth the same. TRL still needs rows: they begin where they end, so that
+            # nothing is learned from them.
+            drawn = [self._without_tokens(tree, leaf, examples, leaf_rewards[i]) for i, leaf in enumerate(leaves)]
+            drawn = [drawn[row % len(drawn)] for row in range(num_rows)]
         return GivenRollout(
             inputs=[item.example for item in drawn],
             completion_ids=[item.edge.completion for item in drawn],
@@ -101,6 +95,14 @@ class TreeRollouts:
                 "edge_start": torch.tensor([item.edge.start for item in drawn], device=device),
                 "parent_values": torch.tensor([item.edge.parent_value for item in drawn], device=device),
                 "old_logps": pad_sequence([item.old_logps for item in drawn], batch_first=True).to(device),
-                "root_values": root_values,
+                "root_values": values[torch.tensor(tree.parents, device=device) < 0].float(),
             },
         )
+
+    @staticmethod
+    def _without_tokens(
+        tree: RolloutTree, leaf: int, examples: list[dict[str, Any]], rewards: torch.Tensor
+    ) -> StoredEdge:
+        row, completion = tree.rows[leaf], tree.prefix(leaf)
+        edge = Edge(row, leaf, completion, len(completion), parent_value=0.0, child_value=0.0)
+        return StoredEdge(examples[row], edge, torch.zeros(1), rewards.cpu())
