@@ -666,7 +666,7 @@ class SAPOTrainer(GRPOBridge):
     def _totals(self, batch: Batch) -> dict[str, torch.Tensor]:
         threshold = self.args.positive_lm_threshold
         if self.mode != "train":
-            return _count([batch], threshold)
+            return {name: count.clamp(min=1) for name, count in _count([batch], threshold).items()}
         if self._step_totals is None:
             counts = _count(self.optimizer_step_batches(batch), threshold)
             summed = self.accelerator.reduce(torch.stack(list(counts.values())).float(), reduction="mean")
@@ -733,12 +733,11 @@ def _loss_mask(batch: Batch) -> torch.Tensor:
 
 
 def _count(batches: list[Batch], positive_lm_threshold: float) -> dict[str, torch.Tensor]:
-    """What the losses of some micro-batches are normalized by; at least one of each, as no loss divides by none."""
+    """What the losses of some micro-batches are normalized by."""
     tokens = torch.stack([batch["policy_mask"].sum() for batch in batches]).sum()
     positive = [batch["policy_mask"][batch["rewards"] > positive_lm_threshold].sum() for batch in batches]
-    counts = {
+    return {
         "tokens": tokens,
         "segments": torch.stack([Segments(batch["segment_ids"]).count.sum() for batch in batches]).sum(),
         "positive_tokens": torch.stack(positive).sum(),
     }
-    return {name: count.clamp(min=1) for name, count in counts.items()}
