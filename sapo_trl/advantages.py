@@ -76,6 +76,7 @@ def segment_gae(
         if isinstance(coefficient, float | int) and not 0.0 <= coefficient <= 1.0:
             raise ValueError(f"`{name}` must lie in [0, 1], got {coefficient}.")
     dtype = accumulation_dtype(rewards, values)
+    lam = lam.to(dtype) if isinstance(lam, torch.Tensor) else lam
     segment_rewards = segments.sum(rewards.to(dtype))
     segment_values = segments.at_state(values.to(dtype), value_state)
     # Beyond a row's last segment the values are 0, which is the value of the terminal state.
@@ -102,11 +103,11 @@ def length_adaptive_lam(segments: Segments, alpha: float) -> torch.Tensor:
         alpha (`float`): positive; the larger, the closer to 1.
 
     Returns:
-        `torch.Tensor`: float32 `(B, 1)`, in `[0, 1)`.
+        `torch.Tensor`: float64 `(B, 1)`, in `[0, 1)`.
     """
     if alpha <= 0.0:
         raise ValueError(f"`alpha` must be positive, got {alpha}.")
-    lengths = segments.count.clamp(min=1).unsqueeze(1).float()
+    lengths = segments.count.clamp(min=1).unsqueeze(1).double()
     return (1 - 1 / (alpha * lengths)).clamp(min=0)
 
 

@@ -95,8 +95,8 @@ class SAPOConfig(GRPOConfig):
             For `critic="monte_carlo"`: a response's state is valued at most this many times after the prompt's; the
             reward stands for later ones, so that the tokens behind them get no advantage. `None` for no limit.
         truncated_continuation_reward (`float`, *optional*):
-            Reward of a continuation that was cut off at `max_completion_length`. By default what the reward functions
-            say.
+            Reward of a continuation, or of a tree's leaf, that was cut off at `max_completion_length`. By default what
+            the reward functions say.
         tree_widths (`list[int]`, *optional*, defaults to `[6, 6, 6]`):
             For `critic="tree"`: children of the nodes of each level.
         tree_segment_length (`int`, *optional*, defaults to `100`):
@@ -112,7 +112,8 @@ class SAPOConfig(GRPOConfig):
         advantage_estimator (`str`, *optional*, defaults to `"gae"`):
             `"gae"`: generalized advantage estimation over segments; `"group"`: [`~trl.GRPOTrainer`]'s, the reward
             among the responses to a prompt, see `scale_rewards`; `"leave_one_out"`: the reward minus the mean reward
-            of the other responses to the prompt (RLOO).
+            of the other responses to the prompt (RLOO); `"batch"`: the reward among all responses of the rollout,
+            shifted and scaled to mean 0 and variance 1 (REINFORCE).
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount per segment.
         lam (`float`, *optional*, defaults to `0.99`):
@@ -347,7 +348,8 @@ class SAPOConfig(GRPOConfig):
     advantage_estimator: str = field(
         default="gae",
         metadata={
-            "help": "'gae' over segments, TRL's 'group' advantage, or the 'leave_one_out' baseline of RLOO.",
+            "help": "'gae' over segments, TRL's 'group' advantage, the 'leave_one_out' baseline of RLOO, or 'batch': "
+            "the reward, shifted and scaled to mean 0 and variance 1 over all responses of the rollout.",
             "choices": list(CHOICES["advantage_estimator"]),
         },
     )

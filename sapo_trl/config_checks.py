@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from transformers import SchedulerType
@@ -29,7 +30,7 @@ CHOICES = {
     "segment_cut": ("end", "start"),
     "value_state": ("start", "end"),
     "critic": (*LEARNED_CRITICS, "monte_carlo", "tree", "none"),
-    "advantage_estimator": ("gae", "group", "leave_one_out"),
+    "advantage_estimator": ("gae", "group", "leave_one_out", "batch"),
     "advantage_weighting": ("none", "role_aware"),
     "kl_placement": ("reward", "loss"),
     "kl_estimator": KL_ESTIMATORS,
@@ -52,6 +53,8 @@ _SETTINGS_OF_SEGMENT_LOSSES = {
     "confident_token_threshold": None,
     "positive_lm_coef": 0.0,
     "ratio_reduction": "mean",
+    "loss_aggregation": "token-mean",
+    "kl_aggregation": None,
 }
 
 # Schedules that follow a metric, which the critic's schedule is not given.
@@ -66,8 +69,8 @@ def check_config(args: SAPOConfig) -> None:
         args ([`SAPOConfig`]): the settings.
 
     Raises:
-        ValueError: for a value that is not allowed, or for settings that contradict each other or would have no
-            effect; the message names the setting, its value and what would be right.
+        ValueError: for a value that is not allowed, or for settings that contradict each other; the message names the
+            setting, its value and what would be right.
     """
     _check_choices(args)
     _check_ranges(args)
@@ -118,7 +121,15 @@ def _check_ranges(args: SAPOConfig) -> None:
         value = getattr(args, name)
         if value is not None and value < 0:
             raise ValueError(f"`{name}` must not be negative, got {value}.")
-    for name in ("cliprange_value", "advantage_clamp", "length_adaptive_lam"):
+    for name in (
+        "cliprange_value",
+        "advantage_clamp",
+        "length_adaptive_lam",
+        "role_temperature",
+        "role_clip",
+        "sapo_temperature_pos",
+        "sapo_temperature_neg",
+    ):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"`{name}` must be positive (or `None`), got {value}.")
@@ -143,6 +154,10 @@ def _check_ranges(args: SAPOConfig) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if args.truncated_continuation_reward is not None and not math.isfinite(args.truncated_continuation_reward):
+        raise ValueError(
+            f"`truncated_continuation_reward` must be finite (or `None`), got {args.truncated_continuation_reward}."
+        )
     if not args.tree_widths or min(args.tree_widths) < 1:
         raise ValueError(
             f"`tree_widths` must be a list of numbers of children, each at least 1, got {args.tree_widths}."
@@ -176,7 +191,7 @@ def _check_combinations(args: SAPOConfig) -> None:
                 f"`advantage_estimator={args.advantage_estimator!r}` reads no values: set "
                 f'`critic="none"`, got {args.critic!r}.'
             )
-        if args.num_generations < 2:
+        if args.advantage_estimator != "batch" and args.num_generations < 2:
             raise ValueError(
                 f"`advantage_estimator={args.advantage_estimator!r}` compares the responses to a prompt: "
                 f"`num_generations` must be at least 2, got {args.num_generations}."
@@ -197,8 +212,37 @@ def _check_combinations(args: SAPOConfig) -> None:
                 '`critic="tree"` values its edges by the outcomes below them: the KL penalty can only go into the '
                 f'loss. Set `kl_placement="loss"` (and `kl_estimator="k3"`), or `beta=0`; got beta={args.beta}.'
             )
-    if args.value_state == "end" and args.critic in ("monte_carlo", "tree"):
-        raise ValueError(f'`critic={args.critic!r}` values the start of segments: `value_state` must be "start".')
+        if args.segmentation != "sequence":
+            raise ValueError(
+                '`critic="tree"` knows the values of an edge\'s two ends alone: `segmentation` must be "sequence", so '
+                f"that each edge is one segment, got {args.segmentation!r}."
+            )
+        if args.use_vllm and args.vllm_importance_sampling_correction:
+            raise ValueError(
+                '`critic="tree"` trains on edges of earlier rollouts too, for which there are no log-probabilities of '
+                "the sampler: set `vllm_importance_sampling_correction=False`."
+            )
+    if args.critic in ("monte_carlo", "tree"):
+        if args.value_state == "end":
+            raise ValueError(f'`critic={args.critic!r}` values the start of segments: `value_state` must be "start".')
+        if args.gamma != 1.0:
+            raise ValueError(
+                f"`critic={args.critic!r}` values states by rewards that are not discounted: `gamma` must be 1, got "
+                f"{args.gamma}."
+            )
+    if args.max_completion_length is None:
+        for name, value in (
+            ("critic", args.critic),
+            ("loss_aggregation", args.loss_aggregation),
+            ("kl_aggregation", args.kl_aggregation),
+        ):
+            if value in ("monte_carlo", "tree", "seq-mean-token-sum-norm"):
+                raise ValueError(f"`{name}={value!r}` needs a `max_completion_length`, got None.")
+    if args.kl_aggregation is not None and args.kl_placement == "reward":
+        raise ValueError(
+            f"`kl_aggregation={args.kl_aggregation!r}` averages the KL term of the loss, but `kl_placement` is "
+            '"reward": it must be "loss".'
+        )
     if not args.learns_critic and args.critic_warmup_steps > 0:
         raise ValueError(
             f"`critic_warmup_steps={args.critic_warmup_steps}` with `critic={args.critic!r}` would train nothing: "

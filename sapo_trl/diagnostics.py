@@ -15,7 +15,7 @@ from .metrics import MetricAccumulator
 
 class ValueDiagnostics(RolloutCallback):
     """
-    Compares a critic's values with Monte-Carlo values at the starts of segments.
+    Compares a critic's values with Monte-Carlo values at the states of segments that it is trained on.
 
     The policy continues each state `num_continuations` times; the mean reward is an unbiased estimate of the state's
     value (https://huggingface.co/papers/2410.01679). Works for any critic of [`SAPOTrainer`]; the error of
@@ -73,10 +73,11 @@ class ValueDiagnostics(RolloutCallback):
             return
         if rollout.continuations is None:
             raise ValueError(
-                "`ValueDiagnostics` continues responses with the trainer's own generation, which `rollout_func` and "
-                "environments replace: drop one of the two."
+                "`ValueDiagnostics` continues responses from their tokens alone, up to `max_completion_length`; with "
+                "`rollout_func`, tools, environments or no `max_completion_length` that is not possible."
             )
-        rows, positions = rollout.segments.is_first[: self.max_responses].nonzero(as_tuple=True)
+        states = rollout.segments.state_mask(args.value_state)
+        rows, positions = states[: self.max_responses].nonzero(as_tuple=True)
         completion_ids = rollout.completion_ids[: self.max_responses].tolist()
         devices = [rollout.values.device] if rollout.values.is_cuda else []
         # Training goes on with the random numbers that it would have had without being watched.
@@ -107,6 +108,7 @@ class ValueDiagnostics(RolloutCallback):
             known = value == value  # NaN where one of the two does not vary
             metrics.add_total(f"value_diagnostics/{name}", torch.tensor(value if known else 0.0), float(known))
         metrics.add_total("value_diagnostics/standard_error", torch.tensor(table["standard_error"].sum()), len(table))
+        metrics.add_total("value_diagnostics/tokens", torch.tensor(float(result.num_tokens)), 1.0)
         metrics.add_total("time/value_diagnostics", torch.tensor(result.seconds), 1.0)
 
 

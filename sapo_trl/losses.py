@@ -277,7 +277,9 @@ def soft_adaptive_policy_loss(
             raise ValueError(f"`{name}` must be positive, got {temperature}.")
     mask = mask.bool()
     log_ratios, advantages = _masked_policy_inputs(logps, old_logps, advantages, mask, segments, ratio_reduction)
-    temperature = torch.where(advantages > 0, temperature_pos, temperature_neg).to(log_ratios.dtype)
+    # As tensors: of two Python numbers `torch.where` makes float32, also among float64.
+    temperatures = advantages.new_tensor(temperature_pos), advantages.new_tensor(temperature_neg)
+    temperature = torch.where(advantages > 0, *temperatures)
     gate = torch.sigmoid(temperature * (torch.exp(log_ratios) - 1)) * 4 / temperature
     token_loss = _weighted(-gate * advantages, weights, mask)
     return LossOutput(aggregate(token_loss, mask, aggregation, normalizer), _ratio_metrics(log_ratios, mask))

@@ -49,7 +49,7 @@ AXES: dict[str, tuple[str, ...]] = {
         "confident_token_threshold",
         "positive_lm_coef",
     ),
-    "KL": ("beta", "kl_placement", "kl_estimator", "kl_aggregation"),
+    "KL": ("beta", "kl_placement", "kl_estimator", "kl_aggregation", "use_bias_correction_kl"),
     "Rollouts": ("num_generations",),
 }
 """What the algorithms differ in, and the settings that say so: every setting of a preset is in exactly one axis."""

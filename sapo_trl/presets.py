@@ -2,7 +2,7 @@
 Every algorithm of the comparison as data: the settings in which it differs from [`SAPOConfig`]'s defaults.
 
 `docs/algorithms.md` shows them as one table and says where each number comes from; `trainer_configs/algorithms/` has
-them as YAML. Both are written from this file, see [`sapo_trl.presets_doc`].
+them as YAML. Both are written from this file, see [`sapo_trl.preset_table`].
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ _GRPO = {
     "importance_sampling_level": "token",
     "kl_placement": "loss",
     "kl_estimator": "k3",
+    "use_bias_correction_kl": False,
     "beta": 0.01,
 }
 
@@ -86,6 +87,7 @@ _SAMPLED_VALUES = {
     "kl_placement": "loss",
     "kl_estimator": "k3",
     "kl_aggregation": "seq-mean-token-sum",
+    "use_bias_correction_kl": False,
     "beta": 1e-4,
     "num_generations": 8,
 }
@@ -142,6 +144,7 @@ PRESETS = MappingProxyType(
                 critic_lam=1.0,
                 critic_warmup_steps=50,
                 epsilon_high=0.28,
+                delta=None,
                 positive_lm_coef=0.1,
                 beta=0.0,
                 num_generations=16,
@@ -176,8 +179,9 @@ PRESETS = MappingProxyType(
             {
                 "segmentation": "sequence",
                 "critic": "none",
+                "advantage_estimator": "batch",
                 "importance_sampling_level": "token",
-                "lam": 1.0,
+                "whiten_advantages": False,
                 "advantage_clamp": None,
                 "epsilon_high": 0.2,
             },

@@ -412,7 +412,7 @@ class RoleAwareWeighting:
                 `role/visual_dependency` and `role/perception_consistency`, the scores of the tokens of each role.
 
         Raises:
-            ValueError: if the batch has no images, or their number does not fit.
+            ValueError: if the number of images does not fit, or their layout is not Qwen's.
         """
         _check_shapes(completion_ids=completion_ids, mask=mask, logps=logps)
         patches_per_row = _patches_per_row(batch, completion_ids.size(0))
@@ -424,8 +424,11 @@ class RoleAwareWeighting:
 
         num_tokens = perception.sum()
         if (num_tokens if reduce is None else reduce(num_tokens)) > 0:
-            corrupted = self.corrupt(batch["pixel_values"], patches_per_row, self.mask_ratio, self.seed)
-            perception_scores = self.perception_score(logps, forward({**batch, "pixel_values": corrupted}))
+            corrupted = dict(batch)
+            if patches_per_row.any():  # else other processes have images, and this one keeps them company
+                pixel_values = self.corrupt(batch["pixel_values"], patches_per_row, self.mask_ratio, self.seed)
+                corrupted["pixel_values"] = pixel_values
+            perception_scores = self.perception_score(logps, forward(corrupted))
             ids, completion_mask, source = remove_span(completion_ids, batch["completion_mask"], perception, pad_id)
             shortened = forward({**batch, "completion_ids": ids, "completion_mask": completion_mask})
             reasoning_scores = self.reasoning_score(logps, shortened.gather(1, source))
@@ -452,11 +455,12 @@ def _only_span(pattern: re.Pattern, text: str) -> tuple[int, int] | None:
 
 def _patches_per_row(batch: dict[str, Any], num_rows: int) -> torch.Tensor:
     missing = [name for name in ("pixel_values", "image_grid_thw", "num_images") if batch.get(name) is None]
+    if "pixel_values" in missing:  # a rollout of prompts without images, among others with some
+        return torch.zeros(num_rows, dtype=torch.int64)
     if missing:
         raise ValueError(
-            f"Role-aware weighting compares log-probabilities with and without the image, but the batch has no "
-            f"{' and no '.join(f'`{name}`' for name in missing)}: train a vision-language model on data with images, "
-            "or turn the weighting off."
+            f"The batch has images, but no {' and no '.join(f'`{name}`' for name in missing)} to tell which row they "
+            "belong to: role-aware weighting needs a model family that lays images out as Qwen's do."
         )
     patches = batch["image_grid_thw"].prod(dim=-1)
     num_images = torch.as_tensor(batch["num_images"], dtype=torch.int64, device=patches.device)

@@ -179,6 +179,9 @@ class NewlineSegmenter:
     """
     One segment per line: a segment ends with the last token of a run of tokens that contain a line break.
 
+    A line has text. Blank lines before the first one belong to it, and so do blanks and special tokens (the end of the
+    sequence) behind the last one to that.
+
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             tokenizer of the completions; by default the one that the trainer passes with each call.
@@ -194,12 +197,22 @@ class NewlineSegmenter:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Segments:
         mask = mask.bool()
-        texts = token_texts(_given(self.tokenizer, tokenizer), completion_ids)
+        tokenizer = _given(self.tokenizer, tokenizer)
+        texts, special = token_texts(tokenizer, completion_ids), set(tokenizer.all_special_ids)
         has_newline = torch.tensor(["\n" in text for text in texts], device=completion_ids.device)
-        is_newline = has_newline[completion_ids] & mask
+        has_text = torch.tensor(
+            [text.strip() != "" and index not in special for index, text in enumerate(texts)],
+            device=completion_ids.device,
+        )
+        is_newline, is_text = has_newline[completion_ids] & mask, has_text[completion_ids] & mask
         # Whether the next token of the row (across holes) is a newline too: then this one does not end the line.
-        next_newline = _next_in_mask(is_newline, mask)
-        return Segments.from_last_tokens(is_newline & ~next_newline, mask)
+        ends_line = is_newline & ~_next_in_mask(is_newline, mask)
+        # A line without text is none, and neither is what follows the last text.
+        lines = Segments.from_last_tokens(ends_line, mask)
+        line_has_text = lines.expand(lines.sum(is_text)) > 0
+        text_so_far = torch.cumsum(is_text, dim=1)
+        text_follows = text_so_far < text_so_far[:, -1:]
+        return Segments.from_last_tokens(ends_line & line_has_text & text_follows, mask)
 
 
 @dataclass(frozen=True)

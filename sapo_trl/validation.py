@@ -257,6 +257,15 @@ def check_images(
             )
 
 
+def check_takes_images(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` unless a model reads images, as role-aware weights need."""
+    if getattr(model.config, "vision_config", None) is None:
+        raise ValueError(
+            '`advantage_weighting="role_aware"` measures how far tokens depend on images, but a model of type '
+            f'{model.config.model_type!r} takes none: it must be "none".'
+        )
+
+
 def check_padding_side(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
     """Set left padding, without which prompts and image markers are silently misaligned."""
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

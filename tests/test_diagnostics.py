@@ -100,7 +100,7 @@ class TestInTheTrainer:
                 "callbacks": [ValueDiagnostics()],
             },
         )
-        with pytest.raises(ValueError, match="continues responses with the trainer's own generation"):
+        with pytest.raises(ValueError, match="continues responses from their tokens alone"):
             trainer.train()
 
     @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from .testing_utils import sapo_trainer
 
 
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
+IMAGE_FAMILY = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 MAX_COMPLETION_LENGTH = 64
 NUM_ROWS, ROWS_PER_STEP, ROWS_PER_MICRO_BATCH = 8, 4, 2
 NUM_CONTINUATIONS = 9
@@ -158,12 +159,22 @@ def at_improbable_tokens(row: Response) -> list[list[int]]:
 
 
 def at_lines(row: Response) -> list[list[int]]:
-    """Behind line breaks, and between them only if something stands there."""
+    """Behind line breaks. A line has text: blanks go to the next one that has, behind the last text to that."""
     last_tokens = set()
     for t, following in zip(row.tokens, [*row.tokens[1:], None], strict=False):
         if "\n" in row.texts[t] and (following is None or "\n" not in row.texts[following]):
             last_tokens.add(t)
-    return cut_behind(row.tokens, last_tokens)
+    lines, blank = [], []
+    for piece in cut_behind(row.tokens, last_tokens):
+        blank += piece
+        if any(row.texts[t].strip() and not row.texts[t].startswith("<|") for t in piece):
+            lines.append(blank)
+            blank = []
+    if blank and lines:
+        lines[-1] += blank
+    elif blank:
+        lines.append(blank)
+    return lines
 
 
 def at_steps(row: Response) -> list[list[int]]:
@@ -315,7 +326,7 @@ class PPO:
 
     def __init__(self, lam: float):
         self.lam = lam
-        self.beta, self.high = 0.001, 0.2
+        self.beta, self.high, self.dual = 0.001, 0.2, 3.0
 
     def lam_of(self, row: Response) -> float:
         return self.lam
@@ -336,7 +347,7 @@ class PPO:
     def policy_loss(self, rows: list[Response]) -> float:
         return mean(
             [
-                clipped(math.exp(log_ratio(row, t)), row.advantages[t], 0.2, self.high, dual=3.0)
+                clipped(math.exp(log_ratio(row, t)), row.advantages[t], 0.2, self.high, dual=self.dual)
                 for row in rows
                 for t in row.tokens
             ]
@@ -361,7 +372,7 @@ class VAPO(ValueCalibratedPPO):
 
     def __init__(self):
         super().__init__()
-        self.beta, self.high = 0.0, 0.28
+        self.beta, self.high, self.dual = 0.0, 0.28, None
 
     def lam_of(self, row: Response) -> float:
         return max(0.0, 1 - 1 / (0.05 * max(len(row.tokens), 1)))
@@ -429,14 +440,19 @@ class LeaveOneOut:
 
 
 class Reinforce:
-    """The control: the outcome, KL included, whitened over the batch's tokens; PPO's loss."""
+    """The control: the outcome, KL included, among all responses of the batch; PPO's loss."""
 
     def rollout(self, rows: list[Response], value: StateValue) -> None:
-        for row in rows:
+        outcomes = {
+            index: sum(token_rewards(row, beta=0.001).values()) for index, row in enumerate(rows) if row.tokens
+        }
+        center = mean(list(outcomes.values()))
+        variance = sum((outcome - center) ** 2 for outcome in outcomes.values()) / (len(outcomes) - 1)
+        for index, row in enumerate(rows):
             row.segments = nowhere(row)
-            outcome = sum(token_rewards(row, beta=0.001).values())
-            row.advantages = dict.fromkeys(row.tokens, outcome)
-        whiten(rows)
+            if row.tokens:
+                advantage = (outcomes[index] - center) / math.sqrt(variance + 1e-8)
+                row.advantages = dict.fromkeys(row.tokens, advantage)
 
     policy_loss = PPO(lam=1.0).policy_loss
 
@@ -502,12 +518,6 @@ REFERENCES: dict[str, Any] = {
     "vineppo": VinePPO(),
     "spo_chain": SPOChain(),
 }
-
-# The published KL penalties are not multiplied by the importance ratio, see `test_kl_penalty_in_the_loss`.
-PUBLISHED_KL = {"use_bias_correction_kl": False}
-
-# VAPO's lambda is computed in float32.
-TOLERANCES = {"vapo": 1e-6}
 
 
 # -------------------------------------------------------------------------------------------------------- the trainer
@@ -578,6 +588,8 @@ def batch_of(rows: list[Response], tool_mask: bool, pad_id: int) -> dict[str, An
         "advantages": torch.tensor([next(iter(row.advantages.values()), 0.0) for row in rows], dtype=torch.float64),
         "num_items_in_batch": torch.tensor(0),
     }
+    # TRL has them when a rollout is trained on in several steps.
+    batch["old_per_token_logps"] = batch["made_up_logps"].clone()
     if tool_mask:
         # TRL pads it with ones.
         masks = [[int(t in row.kept) for t in range(len(row.ids))] for row in rows]
@@ -744,7 +756,7 @@ def compare_preset(compare: Comparison, trainer, preset: str, tokenizer, seed: i
     if samples:
         groups = [index // generations for index in range(len(rows))]
         kwargs["prompts"] = TokenizedPrompts([row.prompt for row in rows])
-        trainer.continuation_sampler = lambda prompts, inputs: continuations.sampler(
+        trainer.continuation_sampler = lambda prompts, inputs, *_: continuations.sampler(
             prompts, groups, trainer.weighted_rewards, MAX_COMPLETION_LENGTH
         )
     scored = trainer.score_rollout(batch, record_of(rows, **kwargs))
@@ -775,18 +787,15 @@ def compare_preset(compare: Comparison, trainer, preset: str, tokenizer, seed: i
 @TEXT_FAMILY
 @pytest.mark.parametrize("preset", REFERENCES)
 def test_rollout_and_losses(family, preset, tmp_path):
-    trainer = trainer_of(preset, family, tmp_path, **PUBLISHED_KL)
+    trainer = trainer_of(preset, family, tmp_path)
     trainer.state.global_step = 50  # behind VC-PPO's and VAPO's value pretraining
-    compare = Comparison(TOLERANCES.get(preset, EXACT))
+    compare = Comparison(EXACT)
     rows = [compare_preset(compare, trainer, preset, family.tokenizer, seed) for seed in range(4)]
     if preset == "sapo_official":
         assert max(a for row in rows[1] for a in row.advantages.values()) == 5.0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="TRL's default `use_bias_correction_kl=True` multiplies the presets' KL penalty by the ratio"
-)
-@TEXT_FAMILY
+@IMAGE_FAMILY
 @pytest.mark.parametrize("preset", ["grpo", "srpo", "vineppo", "spo_chain", "spo_tree"])
 def test_kl_penalty_in_the_loss(family, preset, tmp_path):
     """Without advantages the loss is the KL penalty: beta times k3, off-policy too."""
@@ -811,7 +820,6 @@ def test_kl_penalty_in_the_loss(family, preset, tmp_path):
     assert loss == pytest.approx(expected, rel=EXACT)
 
 
-@pytest.mark.xfail(strict=True, reason="tokens outside of the mask reach the gradient of the KL penalty as 0 * inf")
 @TEXT_FAMILY
 def test_unscored_response_cannot_spoil_the_kl_penalty(family, tmp_path):
     """However far the policy is from the reference there: k3 overflows at a distance of 709, in float32 at 88."""
@@ -860,7 +868,7 @@ def test_response_without_cut_points_has_no_gradient(family, tmp_path):
     for row in rows:
         row.logps = [-0.01 for _ in row.ids]
     continuations = Continuations(family.tokenizer.eos_token_id, random.Random(0))
-    trainer.continuation_sampler = lambda prompts, inputs: continuations.sampler(
+    trainer.continuation_sampler = lambda prompts, inputs, *_: continuations.sampler(
         prompts, [0] * len(rows), trainer.weighted_rewards, MAX_COMPLETION_LENGTH
     )
     batch = batch_of(rows, False, family.tokenizer.pad_token_id)
@@ -938,12 +946,11 @@ def test_tree(family, tmp_path):
         tmp_path,
         tree_widths=TREE_WIDTHS,
         tree_segment_length=EDGE_LENGTH,
-        **PUBLISHED_KL,
     )
     tokenizer, reference = family.tokenizer, SampledValues()
     continuations = TreeReward(tokenizer.eos_token_id, random.Random(0))
     version = ["first"]
-    trainer.continuation_sampler = lambda prompts, inputs: continuations.sampler(
+    trainer.continuation_sampler = lambda prompts, inputs, *_: continuations.sampler(
         prompts, list(range(len(inputs))), trainer.weighted_rewards, TREE_COMPLETION_LENGTH
     )
 
@@ -1060,10 +1067,10 @@ class RoleAware(GroupRelative):
                 row.advantages[t] *= weight / mean(list(weights.values()))
 
 
-@TEXT_FAMILY
+@IMAGE_FAMILY
 @pytest.mark.parametrize("seed", range(3))
 def test_role_aware_weights(family, seed, tmp_path):
-    trainer = trainer_of("srpo", family, tmp_path, **PUBLISHED_KL)
+    trainer = trainer_of("srpo", family, tmp_path)
     tokenizer, reference, compare = family.tokenizer, RoleAware(), Comparison(EXACT)
     good = "<perception>AB=3 and CD</perception><think>so {} it is</think>\\boxed{{4}}"
     texts = [
@@ -1157,7 +1164,7 @@ def test_golden_vineppo(family, text, cap, sampled, expected, tmp_path):
             states.extend(family.tokenizer.decode(prefix) for prefix in prefixes)
             return StateValues(torch.tensor(sampled, dtype=torch.float64), torch.zeros(0), len(rows), 0, 0.0)
 
-    trainer.continuation_sampler = lambda prompts, inputs: Sampler()
+    trainer.continuation_sampler = lambda prompts, inputs, *_: Sampler()
     zeros = [0.0] * len(ids)
     row = Response([20], ids, [], list(range(len(ids))), 1.0, [-1.0] * len(ids), zeros, zeros, zeros, zeros, zeros)
     record = record_of([row], prompts=TokenizedPrompts([row.prompt]))

@@ -617,10 +617,34 @@ def test_wrong_input(call, message):
         call()
 
 
-@pytest.mark.parametrize("missing", ["pixel_values", "image_grid_thw", "num_images"])
-def test_a_batch_without_images(missing, rollout):
+def test_a_batch_without_images(rollout):
+    """A rollout of prompts without images, in a data set that has both kinds."""
+    for name in ("pixel_values", "image_grid_thw", "num_images"):
+        del rollout["batch"][name]
+    calls = []
+    weights, metrics = RoleAwareWeighting()(**{**rollout, "forward": calls.append})
+    assert weights.eq(1.0).all() and calls == []
+    assert metrics["role/well_formed"][0] == 0
+
+
+def test_a_process_without_images_keeps_the_others_company(rollout):
+    """Forwards may be collective: they run as often as where there are images."""
+    for name in ("pixel_values", "image_grid_thw", "num_images"):
+        del rollout["batch"][name]
+    calls = []
+
+    def forward(batch):
+        calls.append(batch)
+        return rollout["logps"]
+
+    weights, _ = RoleAwareWeighting()(**{**rollout, "forward": forward, "reduce": lambda own: own + 5})
+    assert weights.eq(1.0).all() and len(calls) == 2
+
+
+@pytest.mark.parametrize("missing", ["image_grid_thw", "num_images"])
+def test_images_that_cannot_be_told_apart(missing, rollout):
     del rollout["batch"][missing]
-    with pytest.raises(ValueError, match=f"the batch has no `{missing}`"):
+    with pytest.raises(ValueError, match=f"The batch has images, but no `{missing}`"):
         RoleAwareWeighting()(**rollout)
 
 

@@ -117,10 +117,11 @@ class TestContinuations:
             scored.append(len(rows))
             return score(rows, completions)
 
-        # What the other process has: 5 states of 2 continuations.
+        # What the other process has: 5 states of 2 continuations, of up to 10 tokens.
         states = sampler(counter, [[1]], score=count, rows_per_call=4, max_over_processes=lambda own: max(own, 10))
         assert states.values([], [], 2).values.shape == (0,)
-        assert scored == [10]
+        assert scored == [4, 4, 2]
+        assert [(len(ids), limit) for ids, limit in counter.calls] == [(4, 10), (4, 10), (2, 10)]
 
 
 class TestPrompts:
@@ -182,7 +183,7 @@ class TestTree:
         assert values.tolist() == [0.75, 0.5, 1.0, 1.0, 0.0, 1.0, 1.0]
         edges = trainable_edges(tree, values)
         # The second inner node's leaves are worth what it is: dropped.
-        assert [(edge.completion, edge.start, edge.advantage) for edge in edges] == [
+        assert [(edge.completion, edge.start, edge.child_value - edge.parent_value) for edge in edges] == [
             ([1], 0, -0.25),
             ([2], 0, 0.25),
             ([1, 3], 1, 0.5),

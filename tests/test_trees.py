@@ -128,7 +128,8 @@ class TestLog:
         trainer.train()
         roots = [batch["given"].tensors["root_values"].mean().item() for batch in batches]
         assert logged(trainer, "reward") == pytest.approx(roots, abs=1e-5)
-        assert calls == [16, 16]  # two prompts with eight leaves each, scored once
+        # Two prompts with eight leaves each, scored once, as many at a time as a rollout has rows.
+        assert calls == [8, 8, 8, 8]
         assert logged(trainer, "noise") == []
 
     @TEXT_FAMILY
@@ -144,7 +145,12 @@ class TestErrors:
     def test_trees_do_not_mix_with_other_rollouts(self, family, tmp_path):
         with pytest.raises(ValueError, match="`rollout_func` decides on responses in another way"):
             sapo_trainer(
-                family, tmp_path, critic="tree", beta=0.0, trainer_kwargs={"rollout_func": lambda prompts, trainer: {}}
+                family,
+                tmp_path,
+                critic="tree",
+                segmentation="sequence",
+                beta=0.0,
+                trainer_kwargs={"rollout_func": lambda prompts, trainer: {}},
             )
 
     @TEXT_FAMILY

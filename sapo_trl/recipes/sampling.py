@@ -172,6 +172,7 @@ def sample_responses(
     check_prompts(dataset)
     reward_funcs, reward_weights = _checked_rewards(reward_funcs, reward_weights)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    end_token_ids = _end_token_ids(model, tokenizer)
     generation_config = GenerationConfig(
         max_new_tokens=max_completion_length,
         do_sample=True,
@@ -182,7 +183,7 @@ def sample_responses(
         repetition_penalty=1.0,
         num_beams=1,
         use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_token_ids,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     prompt_indices = [i for i in range(len(dataset)) for _ in range(num_samples)]
@@ -202,7 +203,7 @@ def sample_responses(
                 inputs = encode_prompts(processing_class, rows).to(model.device)
                 sequences = model.generate(**inputs, generation_config=generation_config)
                 tokens = sequences[:, inputs["input_ids"].shape[1] :]
-                ids, finished = _cut_at_eos(tokens, tokenizer.eos_token_id)
+                ids, finished = _cut_at_eos(tokens, end_token_ids)
                 responses = tokenizer.batch_decode(ids, skip_special_tokens=True)
                 samples["prompt_index"] += indices
                 samples["prompt"] += [row["prompt"] for row in rows]
@@ -350,9 +351,16 @@ def _as_completion(text: str, conversational: bool) -> str | list[dict[str, str]
     return [{"role": "assistant", "content": text}] if conversational else text
 
 
-def _cut_at_eos(tokens: torch.Tensor, eos_token_id: int) -> tuple[list[list[int]], list[bool]]:
+def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a response: some chat models end their turns with another token than their tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (tokenizer.eos_token_id, *configured) if token is not None})
+
+
+def _cut_at_eos(tokens: torch.Tensor, end_token_ids: list[int]) -> tuple[list[list[int]], list[bool]]:
     """Rows of `(B, T)` up to and with their first end token, and which of them have one."""
-    is_eos = tokens == eos_token_id
+    is_eos = torch.isin(tokens, torch.tensor(end_token_ids, device=tokens.device))
     finished = is_eos.any(1).tolist()
     ends = is_eos.int().argmax(1).tolist()
     rows = tokens.tolist()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +41,7 @@ class ContinuationSampler:
 
     Args:
         prompts ([`TokenizedPrompts`]): of this process's rollout.
-        groups (`Sequence[int]`): which of `prompts` are the same prompt: equal numbers, equal prompts.
+        groups (`Sequence[Hashable]`): which of `prompts` are the same prompt: equal values, equal prompts.
         generate (`Callable`):
             `(prompts, max_new_tokens) -> list[list[int]]`, one sampled continuation for each prompt, up to and
             including the end-of-sequence token.
@@ -52,14 +51,14 @@ class ContinuationSampler:
         weigh (`Callable`): `(N, F) -> (N,)`, one reward of each.
         end_token_ids (`frozenset[int]`): tokens that end a response.
         max_completion_length (`int`): tokens of a response at most, prefix included.
-        rows_per_call (`int`): continuations generated at a time.
+        rows_per_call (`int`): continuations generated, or completions scored, at a time.
         max_over_processes (`Callable`, *optional*):
             largest value of an `int` among all processes. Generation and reward functions may be collective: every
-            process calls them equally often.
+            process calls them equally often and with as many rows.
     """
 
     prompts: TokenizedPrompts
-    groups: Sequence[int]
+    groups: Sequence[Hashable]
     generate: Callable[[TokenizedPrompts, int], list[list[int]]]
     score: Callable[[list[int], list[list[int]]], torch.Tensor]
     weigh: Callable[[torch.Tensor], torch.Tensor]
@@ -103,10 +102,7 @@ class ContinuationSampler:
         limits = [self.max_completion_length - len(prefix) for prefix in request_prefixes]
         continuations = self.sample(request_rows, request_prefixes, limits)
         completions = [prefix + more for prefix, more in zip(request_prefixes, continuations, strict=True)]
-        rewards = self.weigh(self.scores(request_rows, completions))
-        if truncated_reward is not None:
-            ended = torch.tensor([self.has_ended(completion) for completion in completions], dtype=torch.bool)
-            rewards = torch.where(ended.to(rewards.device), rewards, truncated_reward)
+        rewards = self.outcomes(self.scores(request_rows, completions), completions, truncated_reward)
         rewards = rewards.view(len(states), num_continuations)[index]
         return StateValues(
             values=rewards.nanmean(dim=1),
@@ -132,26 +128,50 @@ class ContinuationSampler:
         Returns:
             `list[list[int]]`: token ids without the prefixes, up to and including the end-of-sequence token.
         """
+        requests = self._filled_up(list(zip(rows, prefixes, limits, strict=True)), filler=(0, [], 1))
         # Similar limits together: a call runs until its longest is done. A continuation cut off behind its own limit
         # is distributed as one sampled with it.
-        order = sorted(range(len(rows)), key=lambda request: limits[request], reverse=True)
-        calls = self.max_over_processes(math.ceil(len(rows) / self.rows_per_call))
-        result: list[list[int]] = [[]] * len(rows)
-        for call in range(calls):
-            requests = order[call * self.rows_per_call : (call + 1) * self.rows_per_call]
-            # A process that has less to do than others calls along with a token to spare.
+        order = sorted(range(len(requests)), key=lambda request: requests[request][2], reverse=True)
+        result: list[list[int]] = [[]] * len(requests)
+        for chunk in self._chunks(order):
             prompts = self.prompts.extended(
-                [rows[request] for request in requests] or [0], [prefixes[request] for request in requests] or [[]]
+                [requests[request][0] for request in chunk], [requests[request][1] for request in chunk]
             )
-            limit = max((limits[request] for request in requests), default=1)
-            for request, continuation in zip(requests, self.generate(prompts, limit), strict=False):
-                result[request] = continuation[: limits[request]]
-        return result
+            limit = self.max_over_processes(max(requests[request][2] for request in chunk))
+            for request, continuation in zip(chunk, self.generate(prompts, limit), strict=True):
+                result[request] = continuation[: requests[request][2]]
+        return result[: len(rows)]
 
     def scores(self, rows: Sequence[int], completions: Sequence[list[int]]) -> torch.Tensor:
-        """float32 `(N, F)`: rewards of completions, by one call of the reward functions."""
-        number = self.max_over_processes(len(rows))
-        missing = number - len(rows)
-        filler_row, filler = (rows[0], completions[0]) if rows else (0, [])
-        rewards = self.score([*rows, *[filler_row] * missing], [*completions, *[filler] * missing])
-        return rewards[: len(rows)]
+        """float32 `(N, F)`: rewards of completions."""
+        requests = self._filled_up(list(zip(rows, completions, strict=True)), filler=(0, []))
+        rewards = [self.score(*map(list, zip(*chunk, strict=True))) for chunk in self._chunks(requests)]
+        return torch.cat(rewards)[: len(rows)]
+
+    def outcomes(
+        self, rewards_per_func: torch.Tensor, completions: Sequence[list[int]], truncated_reward: float | None
+    ) -> torch.Tensor:
+        """
+        One reward of each completion.
+
+        Args:
+            rewards_per_func (`torch.Tensor`): float32 `(N, F)`, of [`ContinuationSampler.scores`].
+            completions (`Sequence[list[int]]`): the completions.
+            truncated_reward (`float`, *optional*): reward of those that did not end.
+
+        Returns:
+            `torch.Tensor`: float32 `(N,)`.
+        """
+        rewards = self.weigh(rewards_per_func)
+        if truncated_reward is None:
+            return rewards
+        ended = torch.tensor([self.has_ended(completion) for completion in completions], dtype=torch.bool)
+        return torch.where(ended.to(rewards.device), rewards, truncated_reward)
+
+    def _filled_up(self, requests: list, filler: tuple) -> list:
+        """As many requests as the process with most of them has: this one's own, then its first again."""
+        missing = self.max_over_processes(len(requests)) - len(requests)
+        return [*requests, *[requests[0] if requests else filler] * missing]
+
+    def _chunks(self, requests: list) -> list[list]:
+        return [requests[i : i + self.rows_per_call] for i in range(0, len(requests), self.rows_per_call)]

@@ -47,16 +47,24 @@ class TokenizedPrompts:
             [`TokenizedPrompts`]: one for each of `rows`. They share the images.
         """
         fields = {}
-        for name, value in self._rows_of_fields().items():
+        by_row, per_image = self._rows_of_fields()
+        for name, value in by_row.items():
             taken = [value[row] for row in rows]
             if isinstance(taken[0], list):
                 # Per token: what is appended is text.
-                taken = [[*row, *[0] * len(suffix)] for row, suffix in zip(taken, suffixes, strict=True)]
-            fields[name] = taken
+                fields[name] = [[*row, *[0] * len(suffix)] for row, suffix in zip(taken, suffixes, strict=True)]
+            elif name in per_image:
+                fields[name] = unsplit_pixel_values_by_grid({name: taken})[name]
+            else:
+                fields[name] = torch.stack(taken)
+        images = None if self.images is None else [self.images[row] for row in rows]
+        if images is not None and not any(images):
+            # Vision towers take no empty tensors: without any image these are prompts of text.
+            images, fields = None, {name: value for name, value in fields.items() if isinstance(value, list)}
         return TokenizedPrompts(
             ids=[[*self.ids[row], *suffix] for row, suffix in zip(rows, suffixes, strict=True)],
-            images=None if self.images is None else [self.images[row] for row in rows],
-            fields=_merged(fields),
+            images=images,
+            fields=fields,
         )
 
     def model_inputs(
@@ -93,33 +101,28 @@ class TokenizedPrompts:
                 value = torch.nn.functional.pad(value, (0, batch["completion_ids"].size(1)))
             batch[name] = value
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        if self.images is not None:
+        if chosen.images is not None:
             batch["num_images"] = chosen.num_images
         return batch
 
-    def _rows_of_fields(self) -> dict[str, list]:
-        """Each field as a list with one entry per prompt."""
+    def _rows_of_fields(self) -> tuple[dict[str, list], set[str]]:
+        """Each field as a list with one entry per prompt, and which of them lie image by image."""
         tensors = {name: torch.as_tensor(value) for name, value in self.fields.items() if not isinstance(value, list)}
         lists = {name: value for name, value in self.fields.items() if isinstance(value, list)}
         # By TRL, which knows how each model family lays its images out.
-        split = split_pixel_values_by_grid({**tensors, "num_images": self.num_images})
+        try:
+            split = split_pixel_values_by_grid({**tensors, "num_images": self.num_images})
+        except KeyError as error:
+            raise ValueError(
+                f"The images of this model family cannot be told apart by prompt without {error}, which the processor "
+                "does not return: Monte-Carlo values and trees are not supported for it."
+            ) from error
         del split["num_images"]
+        per_image = {name for name, value in split.items() if isinstance(value, list)}
         for name, value in split.items():
             if not isinstance(value, list) and value.size(0) != len(self):
                 raise ValueError(
                     f"The processor's field {name!r} of shape {tuple(value.shape)} has neither one row for each of "
                     f"the {len(self)} prompts nor a layout that TRL can split by prompt."
                 )
-        return {**{name: list(value) for name, value in split.items()}, **lists}
-
-
-def _merged(rows: dict[str, list]) -> dict[str, Any]:
-    """Fields of one entry per prompt, as the processor would have returned them."""
-    fields = {}
-    for name, value in rows.items():
-        if isinstance(value[0], torch.Tensor):
-            # Per image or patch: concatenated. Per prompt: rows of one tensor.
-            concatenated = name in ("pixel_values", "image_grid_thw") or value[0].dim() > 1
-            value = unsplit_pixel_values_by_grid({name: value})[name] if concatenated else torch.stack(value)
-        fields[name] = value
-    return fields
+        return {**{name: list(value) for name, value in split.items()}, **lists}, per_image

@@ -107,11 +107,6 @@ class Edge:
     parent_value: float
     child_value: float
 
-    @property
-    def advantage(self) -> float:
-        """How much better the child is than its siblings and itself on average."""
-        return self.child_value - self.parent_value
-
 
 def grow_tree(
     sampler: ContinuationSampler, roots: Sequence[int], widths: Sequence[int], segment_length: int

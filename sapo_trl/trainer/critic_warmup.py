@@ -15,7 +15,7 @@ class CriticWarmup:
     settled. Too short a warm-up starts from random advantages, too long a one overfits the critic to one policy
     (VC-PPO, https://huggingface.co/papers/2503.01491).
 
-    It ends between two rollouts if it ends early, so that a rollout's mini-batches are treated alike.
+    If it ends early it ends between two rollouts, so that a rollout's mini-batches are treated alike.
 
     Args:
         max_steps (`int`): optimizer steps after which it ends in any case; 0 for none.

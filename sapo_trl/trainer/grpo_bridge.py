@@ -67,13 +67,15 @@ class GivenRollout:
     Args:
         inputs (`list[dict]`): rows of the data set that the responses belong to, as many as TRL asked for.
         completion_ids (`list[list[int]]`): token ids of each response.
-        rewards_per_func (`torch.Tensor`): float32 `(B, F)`, this process's rewards by reward function.
+        rewards_per_func (`torch.Tensor`): float32 `(B, F)`, this process's rewards by reward function, for the log.
+        outcomes (`torch.Tensor`): float32 `(B,)`, the rewards that count.
         tensors (`dict[str, torch.Tensor]`, *optional*): what the subclass wants to find in [`RolloutRecord.given`].
     """
 
     inputs: list[dict[str, Any]]
     completion_ids: list[list[int]]
     rewards_per_func: torch.Tensor
+    outcomes: torch.Tensor
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -272,13 +274,16 @@ class GRPOBridge(GRPOTrainer):
         length = batch["completion_ids"].size(1)
         return loss, torch.cat([chunk[:, -length:] for chunk in values]) if values else None
 
-    def continuation_sampler(self, prompts: TokenizedPrompts, inputs: list[dict[str, Any]]) -> ContinuationSampler:
+    def continuation_sampler(
+        self, prompts: TokenizedPrompts, inputs: list[dict[str, Any]], given: GivenRollout | None = None
+    ) -> ContinuationSampler:
         """
         Monte-Carlo rollouts from the prompts of a rollout, by the trainer's generation backend and reward functions.
 
         Args:
             prompts ([`TokenizedPrompts`]): this process's.
             inputs (`list[dict]`): the rows of the data set that they come from.
+            given ([`GivenRollout`], *optional*): the rollout's plan, if TRL did not sample its responses.
 
         Returns:
             [`~sapo_trl.rollouts.ContinuationSampler`]
@@ -290,9 +295,11 @@ class GRPOBridge(GRPOTrainer):
         if train:
             rows_per_call = self.args.per_device_train_batch_size * self.args.steps_per_generation
         first_row = self.accelerator.process_index * len(inputs)
+        # TRL repeats a prompt's row next to itself; a plan's rows come in any order, but are the same objects.
+        groups = [(first_row + row) // generations if given is None else id(inputs[row]) for row in range(len(inputs))]
         return ContinuationSampler(
             prompts=prompts,
-            groups=[(first_row + row) // generations for row in range(len(inputs))],
+            groups=groups,
             generate=self._generate_from,
             score=lambda rows, completions: self._score_completions(
                 [inputs[row] for row in rows], [prompts.ids[row] for row in rows], completions
@@ -375,6 +382,7 @@ class GRPOBridge(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         if self._record is not None and self._record.given is not None:
             return self._record.given.completion_ids, None
+        images = self._as_backend_takes_them(images)
         return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
@@ -386,6 +394,8 @@ class GRPOBridge(GRPOTrainer):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         check_finite_rewards(rewards_per_func, self.reward_func_names)
         self._record.rewards = self.weighted_rewards(rewards_per_func)
+        if self._record.given is not None:
+            self._record.rewards = self.accelerator.gather(self._record.given.outcomes)
         self._record.reward_seconds = time.perf_counter() - self._record.reward_started
         return rewards_per_func
 
@@ -434,11 +444,15 @@ class GRPOBridge(GRPOTrainer):
         setattr(generator, name, max_new_tokens)
         try:
             completion_ids, _ = super()._generate_single_turn(
-                prompts.ids, prompts.images, prompts.fields, num_generations=1
+                prompts.ids, self._as_backend_takes_them(prompts.images), prompts.fields, num_generations=1
             )
         finally:
             setattr(generator, name, usual)
         return completion_ids
+
+    def _as_backend_takes_them(self, images: list | None) -> list | None:
+        """transformers' processors want a list for a prompt without image, vLLM wants `None`."""
+        return [row or None for row in images] if images and self.use_vllm else images
 
     def _score_completions(
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], completion_ids: list[list[int]]

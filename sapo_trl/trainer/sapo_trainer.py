@@ -28,6 +28,7 @@ from ..losses import (
 )
 from ..metrics import MetricAccumulator, explained_variance
 from ..role_aware import RoleAwareWeighting
+from ..rollouts import ContinuationSampler
 from ..segmentation import Segmenter, is_uncertain
 from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
@@ -37,6 +38,7 @@ from ..validation import (
     check_prompt_column,
     check_segments,
     check_size,
+    check_takes_images,
     check_value_model,
     checked_rewards,
     datasets_of,
@@ -137,6 +139,11 @@ class SAPOTrainer(GRPOBridge):
             check_prompt_column(train_dataset, "train_dataset")
             for name, dataset in datasets_of(kwargs.get("eval_dataset")).items():
                 check_prompt_column(dataset, name)
+        if token_weighting is not None and not isinstance(token_weighting, RoleAwareWeighting):
+            raise TypeError(
+                f"`token_weighting` must be a `RoleAwareWeighting`, got {token_weighting!r}. Its fields take other "
+                "functions."
+            )
         if segmenter is not None and (isinstance(segmenter, type) or not callable(segmenter)):
             raise TypeError(
                 f"`segmenter` must be a callable `(entropies, mask) -> Segments`, got {segmenter!r}. Pass an "
@@ -174,6 +181,8 @@ class SAPOTrainer(GRPOBridge):
         self.token_weighting = token_weighting
         if token_weighting is None and args.advantage_weighting == "role_aware":
             self.token_weighting = make_role_aware_weighting(args)
+        if self.token_weighting is not None:
+            check_takes_images(self.model)
 
         self.critic: Critic | None = None
         if value_head is not None:
@@ -209,19 +218,20 @@ class SAPOTrainer(GRPOBridge):
     def plan_rollout(self, inputs: list[dict[str, Any]]) -> GivenRollout | None:
         if self._trees is None or self.mode != "train":
             return None
-        generations = self.args.num_generations
-        if len(inputs) % generations != 0:
-            raise ValueError(
-                f"A process's {len(inputs)} rows of a rollout must be a whole number of trees of "
-                f"num_generations={generations} edges each."
-            )
-        examples = inputs[::generations]
+        examples = inputs[:: self.args.num_generations]
         prompts = self.tokenized_prompts(examples)
 
         @torch.no_grad()
-        def score(rows: list[int], completions: list[list[int]]) -> torch.Tensor:
-            batch = prompts.model_inputs(rows, completions, self.tokenizer.pad_token_id, self.accelerator.device)
-            return self.policy_forward(self.model, batch, self._rows_per_forward).logps
+        def score(rows: list[int], completions: list[list[int]]) -> list[torch.Tensor]:
+            logps = []
+            # Batch by batch, because each row brings its images along.
+            for start in range(0, len(rows), self._rows_per_forward):
+                chunk = slice(start, start + self._rows_per_forward)
+                pad, device = self.tokenizer.pad_token_id, self.accelerator.device
+                batch = prompts.model_inputs(rows[chunk], completions[chunk], pad, device)
+                scored = self.policy_forward(self.model, batch).logps.cpu()
+                logps.extend(row[: len(ids)].clone() for row, ids in zip(scored, completions[chunk], strict=True))
+            return logps
 
         sampler = self.continuation_sampler(prompts, examples)
         return self._trees.plan(examples, prompts, sampler, score, len(inputs), self._accumulator)
@@ -248,6 +258,7 @@ class SAPOTrainer(GRPOBridge):
         values = self.estimate_values(forward, batch, segments, policy_mask, record)
         seconds["value"] = time.perf_counter() - started
 
+        batch["rewards"] = rewards
         token_rewards = self._token_rewards(rewards, forward, batch, mask)
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
         advantages = self._normalized(advantages, policy_mask)
@@ -257,10 +268,11 @@ class SAPOTrainer(GRPOBridge):
         batch["advantages"] = advantages
         batch["returns"] = returns
         batch["old_values"] = values
-        batch["old_per_token_logps"] = forward.logps
         batch["segment_ids"] = segments.ids
         batch["policy_mask"] = policy_mask
-        batch["rewards"] = rewards
+        if self.args.loss_type not in TRL_LOSS_TYPES or record.given is not None or "old_per_token_logps" in batch:
+            # Without them TRL's losses take the ratio as exactly 1, which it is when it needs none.
+            batch["old_per_token_logps"] = forward.logps
 
         rollout = SegmentedRollout(
             segments=segments,
@@ -276,16 +288,22 @@ class SAPOTrainer(GRPOBridge):
             rewards=rewards,
             tokenizer=self.tokenizer,
             mode=self.mode,
-            continuations=None if record.prompts is None else self.continuation_sampler(record.prompts, record.inputs),
+            continuations=self._continuations(record),
         )
         self._log_rollout(rollout, policy_mask, seconds)
         if record.given is not None:
-            roots = record.given.tensors["root_values"].nan_to_num(nan=0.0)
-            total = self._sum_over_processes(torch.stack([roots.sum(), torch.ones_like(roots).sum()]))
+            roots = record.given.tensors["root_values"]
+            total = self._sum_over_processes(torch.stack([roots.nansum(), (~roots.isnan()).sum().to(roots.dtype)]))
             # TRL's would be the mean over the edges that were drawn, all of which matter.
             self.replace_in_log("reward", float(total[0] / total[1]))
         self._rollout_seconds += time.perf_counter() - record.started
         return batch
+
+    def _continuations(self, record: RolloutRecord) -> ContinuationSampler | None:
+        """What samples continuations of this rollout's responses, if they are made of tokens alone."""
+        if record.prompts is None or self.tools or self.environments or self.max_completion_length is None:
+            return None
+        return self.continuation_sampler(record.prompts, record.inputs, record.given)
 
     def _given_edges(
         self, forward: PolicyForward, mask: torch.Tensor, given: GivenRollout
@@ -366,14 +384,16 @@ class SAPOTrainer(GRPOBridge):
         self, batch: Batch, segments: Segments, policy_mask: torch.Tensor, record: RolloutRecord
     ) -> torch.Tensor:
         args = self.args
-        # A segment nothing of which is learned needs no value, nor does the one before it: it has no token either.
-        states = segments.is_first & (segments.expand(segments.sum(policy_mask)) > 0)
+        # What is before the first segment with a token to learn needs no value.
+        beyond = torch.iinfo(segments.ids.dtype).max
+        first_learned = torch.where(policy_mask, segments.ids, beyond).amin(dim=1, keepdim=True)
+        states = segments.is_first & (segments.ids >= first_learned)
         valued = states
         if args.max_valued_segments is not None:
             valued = states & (segments.ids <= args.max_valued_segments)
         rows, positions = (index.tolist() for index in valued.nonzero(as_tuple=True))
         completion_ids = batch["completion_ids"].tolist()
-        result = self.continuation_sampler(record.prompts, record.inputs).values(
+        result = self._continuations(record).values(
             rows,
             [completion_ids[row][:position] for row, position in zip(rows, positions, strict=True)],
             args.num_continuations,
@@ -382,8 +402,9 @@ class SAPOTrainer(GRPOBridge):
         # The reward stands for what is not valued, so that nothing is gained or lost there.
         rewards = self.local_slice(record.rewards, valued.size(0))
         values = torch.where(states, rewards.unsqueeze(1), 0)
-        estimated = torch.where(result.values.isnan(), rewards[rows], result.values)
-        values[valued] = estimated.to(values.device, values.dtype)
+        estimated = result.values.to(values)
+        estimated = torch.where(estimated.isnan(), values[valued], estimated)
+        values[valued] = estimated
         cost = {"states": len(rows), "unique_states": result.num_states, "tokens": result.num_tokens}
         for name, number in cost.items():
             self._accumulator.add_total(f"monte_carlo/{name}", torch.tensor(float(number)), 1.0)
@@ -400,7 +421,8 @@ class SAPOTrainer(GRPOBridge):
             return token_rewards
         kl = kl_estimate(forward.logps, batch["ref_per_token_logps"], self.args.kl_estimator)
         kl = torch.where(mask, kl, 0)
-        self._accumulator.add_total("kl", kl.sum(), mask.sum())
+        if self.args.loss_type not in TRL_LOSS_TYPES:  # those log it themselves
+            self._accumulator.add_total("kl", kl.sum(), mask.sum())
         return token_rewards - self.args.beta * kl if self.args.kl_placement == "reward" else token_rewards
 
     def estimate_advantages(
@@ -424,15 +446,16 @@ class SAPOTrainer(GRPOBridge):
             if args.length_adaptive_lam is not None:
                 lam = length_adaptive_lam(segments, args.length_adaptive_lam)
             return segment_gae(token_rewards, values, segments, args.gamma, lam, args.value_state, args.critic_lam)
-        outcomes = token_rewards.sum(dim=1)
+        # A response without tokens to learn from (truncated and masked, or unscored: NaN) keeps its reward.
+        outcomes = torch.where(segments.count > 0, token_rewards.sum(dim=1), batch["rewards"])
         if args.advantage_estimator == "group":
             advantages = batch["advantages"]
-        else:
+        elif args.advantage_estimator == "leave_one_out":
             generations = args.num_generations if self.mode == "train" else self.num_generations_eval
-            # A response without a token to learn from has no reward either.
-            known = torch.where(segments.count > 0, outcomes, torch.nan)
-            everyone = leave_one_out_advantages(self.accelerator.gather(known), generations)
+            everyone = leave_one_out_advantages(self.accelerator.gather(outcomes), generations)
             advantages = self.local_slice(everyone, outcomes.size(0))
+        else:
+            advantages = masked_whiten(outcomes, ~outcomes.isnan(), self._sum_over_processes)
         return torch.where(segments.mask, advantages.unsqueeze(1), 0), torch.where(
             segments.mask, outcomes.unsqueeze(1), 0
         )
@@ -535,7 +558,12 @@ class SAPOTrainer(GRPOBridge):
             self._accumulator.add_total("entropy", torch.where(known, forward.entropies, 0).sum(), known.sum())
 
         if args.beta != 0.0 and args.kl_placement == "loss":
-            kl = kl_estimate(forward.logps, batch["ref_per_token_logps"], args.kl_estimator)
+            # Masked before the exponential: what overflows there would come back as a NaN gradient.
+            kl = kl_estimate(
+                torch.where(mask, forward.logps, 0),
+                torch.where(mask, batch["ref_per_token_logps"], 0),
+                args.kl_estimator,
+            )
             if args.use_bias_correction_kl:
                 kl = kl * torch.exp(
                     log_ratio(forward.logps, old_logps, ratio_segments, reduction=args.ratio_reduction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,13 @@ class TreeRollouts:
     """
 
     def __init__(self, args: SAPOConfig, seed: int):
+        num_rows = args.per_device_train_batch_size * args.steps_per_generation
+        if num_rows % args.num_generations != 0:
+            raise ValueError(
+                f"A process's rows of a rollout, per_device_train_batch_size ({args.per_device_train_batch_size}) * "
+                f"steps_per_generation ({args.steps_per_generation}) = {num_rows}, must be a whole number of trees of "
+                f"num_generations ({args.num_generations}) edges each."
+            )
         self.args = args
         self.replay = EdgeReplay(args.tree_replay_age, args.tree_edges_per_prompt, seed)
 
@@ -34,7 +42,7 @@ class TreeRollouts:
         examples: list[dict[str, Any]],
         prompts: TokenizedPrompts,
         sampler: ContinuationSampler,
-        score: Callable[[list[int], list[list[int]]], torch.Tensor],
+        score: Callable[[list[int], list[list[int]]], list[torch.Tensor]],
         num_rows: int,
         metrics: MetricAccumulator,
     ) -> GivenRollout:
@@ -46,7 +54,8 @@ class TreeRollouts:
             prompts ([`~sapo_trl.rollouts.TokenizedPrompts`]): of these rows.
             sampler ([`~sapo_trl.rollouts.ContinuationSampler`]): over these prompts.
             score (`Callable`):
-                `(rows, completions) -> torch.Tensor`, float32 `(N, T)`, log-probabilities under the policy.
+                `(rows, completions) -> list[torch.Tensor]`, of each completion the float32 log-probabilities of its
+                tokens under the policy.
             num_rows (`int`): edges to draw.
             metrics ([`~sapo_trl.metrics.MetricAccumulator`]): where to log.
 
@@ -54,22 +63,25 @@ class TreeRollouts:
             [`GivenRollout`]: `num_rows` paths from the root to an edge's end, with the tensors `edge_start`,
             `parent_values`, `old_logps` and `root_values`.
         """
+        started = time.perf_counter()
         tree = grow_tree(sampler, range(len(prompts)), self.args.tree_widths, self.args.tree_segment_length)
         leaves = tree.leaves
-        leaf_rewards = sampler.scores([tree.rows[leaf] for leaf in leaves], [tree.prefix(leaf) for leaf in leaves])
+        responses = [tree.prefix(leaf) for leaf in leaves]
+        leaf_rewards = sampler.scores([tree.rows[leaf] for leaf in leaves], responses)
+        outcomes = sampler.outcomes(leaf_rewards, responses, self.args.truncated_continuation_reward)
         # In float64, so that equal children are worth what their parent is.
-        values = tree.values(sampler.weigh(leaf_rewards).double())
+        values = tree.values(outcomes.double())
         rewards_per_func = tree.values(leaf_rewards.double()).float()
         edges = trainable_edges(tree, values)
 
         # As many forwards on every process; who has fewer edges repeats a leaf.
         filler = [leaves[0]] * (sampler.max_over_processes(len(edges)) - len(edges))
         scored = [(edge.row, edge.completion) for edge in edges] + [(tree.rows[n], tree.prefix(n)) for n in filler]
-        logps = score(*map(list, zip(*scored, strict=True))).cpu() if scored else []
+        logps = score(*map(list, zip(*scored, strict=True))) if scored else []
         stored = [[] for _ in examples]
         for edge, row in zip(edges, logps, strict=False):
             rewards = rewards_per_func[edge.node].cpu()
-            stored[edge.row].append(StoredEdge(examples[edge.row], edge, row[: len(edge.completion)].clone(), rewards))
+            stored[edge.row].append(StoredEdge(examples[edge.row], edge, row, rewards))
         self.replay.add(stored)
         drawn = self.replay.draw(num_rows)
 
@@ -82,6 +94,7 @@ class TreeRollouts:
             ("edge_age", sum(edge.age for edge in drawn), max(len(drawn), 1)),
         ):
             metrics.add_total(f"tree/{name}", torch.tensor(float(total), device=device), float(count))
+        metrics.add_total("time/tree", torch.tensor(time.perf_counter() - started), 1.0)
         if not drawn:
             # All responses to each prompt are worth the same. TRL still needs rows: they begin where they end, so that
             # nothing is learned from them.
@@ -91,6 +104,7 @@ class TreeRollouts:
             inputs=[item.example for item in drawn],
             completion_ids=[item.edge.completion for item in drawn],
             rewards_per_func=torch.stack([item.rewards for item in drawn]).to(device),
+            outcomes=torch.tensor([item.edge.child_value for item in drawn], device=device),
             tensors={
                 "edge_start": torch.tensor([item.edge.start for item in drawn], device=device),
                 "parent_values": torch.tensor([item.edge.parent_value for item in drawn], device=device),
