@@ -45,10 +45,11 @@ def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
     )
     trainer.train()
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
+    names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share"]
     state = {
         "world_size": trainer.accelerator.num_processes,
         "policy": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
-        "critic": trainer.critic.value_head.state_dict(),
+        "critic": trainer.critic.value_head.state_dict() if trainer.critic is not None else {},
         "log": {name: logged(trainer, name) for name in names},
     }
     torch.save(state, folder / f"rank{trainer.accelerator.process_index}.pt")

@@ -31,6 +31,31 @@ def run_in_two_processes(folder: Path, family: str, settings: dict) -> list[dict
     [
         ("qwen2", {"max_steps": 2, "critic": "shared", "gradient_accumulation_steps": 2, "critic_warmup_steps": 1}),
         ("qwen2_5_vl", {"max_steps": 3, "value_loss_aggregation": "seq-mean-token-mean", "critic_warmup_steps": 1}),
+        # One process has correct responses, the other has none; confident tokens are spread unevenly.
+        (
+            "qwen2",
+            {
+                "max_steps": 2,
+                "critic": "shared",
+                "positive_lm_coef": 0.5,
+                "positive_lm_threshold": 0.7,
+                "confident_token_threshold": 0.004,
+                "length_adaptive_lam": 0.2,
+            },
+        ),
+        # A group on two processes.
+        (
+            "qwen2",
+            {
+                "max_steps": 2,
+                "critic": "none",
+                "advantage_estimator": "leave_one_out",
+                "importance_sampling_level": "sequence",
+                "ratio_reduction": "sum",
+                "num_generations": 4,
+            },
+        ),
+        ("qwen2", {"max_steps": 2, "critic": "none", "advantage_estimator": "batch"}),
     ],
 )
 def test_two_processes_equal_one(family, settings, tmp_path):

@@ -125,6 +125,23 @@ class TestSampling:
                         inputs[name] = torch.cat([inputs[name], value], 1)
             assert ids == expected
 
+    @TEXT
+    def test_a_models_own_end_of_turn_ends_a_response(self, family):
+        """Some chat models end their turns with another token than their tokenizer's."""
+        model = family.build_model()
+        ends = list(range(20, 250, 2))
+        model.generation_config.eos_token_id = ends
+        ids_seen = []
+
+        def reward(completion_ids, **kwargs):
+            ids_seen.extend(completion_ids)
+            return [0.0] * len(completion_ids)
+
+        samples = sample(family, num_samples=4, model=model, dataset=family.dataset(4), reward=reward)
+        ends.append(family.tokenizer.eos_token_id)
+        assert samples["finished"] == [ids[-1] in ends for ids in ids_seen] and any(samples["finished"])
+        assert not any(token in ends for ids in ids_seen for token in ids[:-1])
+
     @TEXT_AND_IMAGES
     def test_rewards_are_called_as_trl_calls_them(self, family):
         calls = []

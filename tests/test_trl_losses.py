@@ -49,7 +49,13 @@ class FixedRLOOTrainer(RLOOTrainer):
     """TRL's, which takes no `rollout_func`, with the completions that one would return."""
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-        return random_completions(5)(prompt_ids, self)
+        return completions(prompt_ids, self)
+
+
+def completions(prompts: list, trainer) -> list[list[int]]:
+    """Of unequal lengths; every other one comes to its end."""
+    rows, end = random_completions(5)(prompts, trainer), trainer.eos_token_ids[0]
+    return [[*row[:-1], end] if index % 2 else row for index, row in enumerate(rows)]
 
 
 def some_unscored(completion_ids, **kwargs) -> list[float | None]:
@@ -72,7 +78,7 @@ def trained(
     model = family.model_class.from_pretrained(folder)
     kwargs = {}
     if fixed and trainer_class is not RLOOTrainer:
-        kwargs["rollout_func"] = fixed_rollout(random_completions(5))
+        kwargs["rollout_func"] = fixed_rollout(completions)
     if fixed and trainer_class is RLOOTrainer:
         trainer_class = FixedRLOOTrainer
     trainer = trainer_class(
@@ -165,6 +171,19 @@ def test_rloo(family, fixed, batches, tmp_path):
     )
     # TRL takes the difference of two sums of about -40, which float32 rounds to 4e-6, where we sum differences.
     compare(ours, theirs, family, tmp_path, fixed=fixed, loss_tolerance=1e-5, reward=some_unscored)
+
+
+@TEXT_FAMILY
+def test_rloo_with_truncated_responses_masked(family, tmp_path):
+    """
+    They are not trained on, but others are compared with them. In TRL's loss they are constants, which move nothing.
+    """
+    common = SETTINGS | BATCHES[next(iter(BATCHES))] | {"mask_truncated_completions": True}
+    ours = SAPOConfig.from_preset("rloo", str(tmp_path / "ours"), **common)
+    theirs = RLOOConfig(
+        str(tmp_path / "theirs"), **common, beta=0.05, epsilon=0.2, epsilon_high=0.2, normalize_advantages=False
+    )
+    compare(ours, theirs, family, tmp_path, loss_tolerance=torch.inf)
 
 
 # This package's losses with the advantages and the average that TRL's have.
