@@ -76,18 +76,14 @@ class ValueDiagnostics(RolloutCallback):
                 "`ValueDiagnostics` continues responses from their tokens alone, up to `max_completion_length`; with "
                 "`rollout_func`, tools, environments or no `max_completion_length` that is not possible."
             )
-        states = rollout.segments.state_mask(args.value_state)
-        rows, positions = states[: self.max_responses].nonzero(as_tuple=True)
-        completion_ids = rollout.completion_ids[: self.max_responses].tolist()
+        states = rollout.segments.state_mask(args.value_state)[: self.max_responses]
         devices = [rollout.values.device] if rollout.values.is_cuda else []
         # Training goes on with the random numbers that it would have had without being watched.
         with torch.random.fork_rng(devices):
-            result = rollout.continuations.values(
-                rows.tolist(),
-                [completion_ids[row][:token] for row, token in zip(rows.tolist(), positions.tolist(), strict=True)],
-                self.num_continuations,
-                args.truncated_continuation_reward,
+            result = rollout.continuations.values_at(
+                states, rollout.completion_ids, self.num_continuations, args.truncated_continuation_reward
             )
+        rows, positions = states.nonzero(as_tuple=True)
         table = pd.DataFrame(
             {
                 "step": state.global_step,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sapo_trl import SAPOConfig, Segments
-from sapo_trl.rollouts import ContinuationSampler, TokenizedPrompts
+from sapo_trl.rollouts import ContinuationSampler, StateValues, TokenizedPrompts
 
 from .test_trainer import mixed_dataset
 from .testing_utils import Recorder, logged, sapo_trainer
@@ -20,10 +20,11 @@ class KnownValues:
     def __init__(self, value_of):
         self.value_of, self.lengths = value_of, []
 
-    def values(self, rows, prefixes, num_continuations, truncated_reward=None):
-        self.lengths.append([len(prefix) for prefix in prefixes])
-        values = torch.tensor([self.value_of(len(prefix)) for prefix in prefixes])
-        return type("Values", (), {"values": values, "num_states": 0, "num_tokens": 0, "seconds": 0.0})()
+    def values_at(self, states, completion_ids, num_continuations, truncated_reward=None) -> StateValues:
+        lengths = states.nonzero(as_tuple=True)[1].tolist()
+        self.lengths.append(lengths)
+        values = torch.tensor([self.value_of(length) for length in lengths])
+        return StateValues(values, values.unsqueeze(1), len(lengths), 0, 0.0)
 
 
 def thirds(entropies, mask) -> Segments:

@@ -1159,10 +1159,11 @@ def test_golden_vineppo(family, text, cap, sampled, expected, tmp_path):
     states = []
 
     class Sampler:
-        def values(self, rows, prefixes, num_continuations, truncated_reward=None) -> StateValues:
+        def values_at(self, mask, completion_ids, num_continuations, truncated_reward=None) -> StateValues:
             assert num_continuations == NUM_CONTINUATIONS
-            states.extend(family.tokenizer.decode(prefix) for prefix in prefixes)
-            return StateValues(torch.tensor(sampled, dtype=torch.float64), torch.zeros(0), len(rows), 0, 0.0)
+            positions = mask.nonzero(as_tuple=True)[1].tolist()
+            states.extend(family.tokenizer.decode(completion_ids[0, :position]) for position in positions)
+            return StateValues(torch.tensor(sampled, dtype=torch.float64), torch.zeros(0), len(positions), 0, 0.0)
 
     trainer.continuation_sampler = lambda prompts, inputs, *_: Sampler()
     zeros = [0.0] * len(ids)

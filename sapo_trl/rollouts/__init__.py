@@ -3,6 +3,7 @@
 from .continuations import ContinuationSampler, StateValues
 from .prompts import TokenizedPrompts
 from .replay import EdgeReplay
+from .segment_values import monte_carlo_values
 from .tree import Edge, RolloutTree, grow_tree
 
 
@@ -14,4 +15,5 @@ __all__ = [
     "StateValues",
     "TokenizedPrompts",
     "grow_tree",
+    "monte_carlo_values",
 ]

@@ -67,6 +67,30 @@ class ContinuationSampler:
     rows_per_call: int
     max_over_processes: Callable[[int], int] = int
 
+    def values_at(
+        self,
+        states: torch.Tensor,
+        completion_ids: torch.Tensor,
+        num_continuations: int,
+        truncated_reward: float | None = None,
+    ) -> StateValues:
+        """
+        Estimate the values of states within the rollout's responses, see [`ContinuationSampler.values`].
+
+        Args:
+            states (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens whose preceding states are meant.
+            completion_ids (`torch.Tensor`): int64 tensor of shape `(B, T)`, one response to each of the prompts.
+            num_continuations (`int`): continuations of each different state.
+            truncated_reward (`float`, *optional*): reward of a continuation that did not end.
+
+        Returns:
+            [`StateValues`]: of the states in the order of `states.nonzero()`.
+        """
+        rows, positions = (index.tolist() for index in states.nonzero(as_tuple=True))
+        ids = completion_ids.tolist()
+        prefixes = [ids[row][:position] for row, position in zip(rows, positions, strict=True)]
+        return self.values(rows, prefixes, num_continuations, truncated_reward)
+
     def values(
         self,
         rows: Sequence[int],

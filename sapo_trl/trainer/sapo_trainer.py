@@ -28,7 +28,7 @@ from ..losses import (
 )
 from ..metrics import MetricAccumulator, explained_variance
 from ..role_aware import RoleAwareWeighting
-from ..rollouts import ContinuationSampler
+from ..rollouts import ContinuationSampler, monte_carlo_values
 from ..segmentation import Segmenter, is_uncertain
 from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
@@ -251,6 +251,7 @@ class SAPOTrainer(GRPOBridge):
             mask, forward = self._given_edges(forward, mask, record.given)
         seconds["score"] += time.perf_counter() - started
 
+        batch["rewards"] = rewards
         segments = self.segment(forward, batch, mask)
         policy_mask = self._policy_mask(forward, segments)
 
@@ -258,7 +259,6 @@ class SAPOTrainer(GRPOBridge):
         values = self.estimate_values(forward, batch, segments, policy_mask, record)
         seconds["value"] = time.perf_counter() - started
 
-        batch["rewards"] = rewards
         token_rewards = self._token_rewards(rewards, forward, batch, mask)
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
         advantages = self._normalized(advantages, policy_mask)
@@ -384,32 +384,25 @@ class SAPOTrainer(GRPOBridge):
         self, batch: Batch, segments: Segments, policy_mask: torch.Tensor, record: RolloutRecord
     ) -> torch.Tensor:
         args = self.args
-        # What is before the first segment with a token to learn needs no value.
-        beyond = torch.iinfo(segments.ids.dtype).max
-        first_learned = torch.where(policy_mask, segments.ids, beyond).amin(dim=1, keepdim=True)
-        states = segments.is_first & (segments.ids >= first_learned)
-        valued = states
-        if args.max_valued_segments is not None:
-            valued = states & (segments.ids <= args.max_valued_segments)
-        rows, positions = (index.tolist() for index in valued.nonzero(as_tuple=True))
-        completion_ids = batch["completion_ids"].tolist()
-        result = self._continuations(record).values(
-            rows,
-            [completion_ids[row][:position] for row, position in zip(rows, positions, strict=True)],
+        values, sampled = monte_carlo_values(
+            self._continuations(record),
+            segments,
+            policy_mask,
+            batch["completion_ids"],
+            batch["rewards"],
             args.num_continuations,
+            args.max_valued_segments,
             args.truncated_continuation_reward,
         )
-        # The reward stands for what is not valued, so that nothing is gained or lost there.
-        rewards = self.local_slice(record.rewards, valued.size(0))
-        values = torch.where(states, rewards.unsqueeze(1), 0)
-        estimated = result.values.to(values)
-        estimated = torch.where(estimated.isnan(), values[valued], estimated)
-        values[valued] = estimated
-        cost = {"states": len(rows), "unique_states": result.num_states, "tokens": result.num_tokens}
-        for name, number in cost.items():
-            self._accumulator.add_total(f"monte_carlo/{name}", torch.tensor(float(number)), 1.0)
-        self._accumulator.add_total("monte_carlo/value", estimated.sum(), len(rows))
-        self._accumulator.add_total("time/monte_carlo", torch.tensor(result.seconds), 1.0)
+        scored = sampled.values[~sampled.values.isnan()]
+        self._accumulator.add_total("monte_carlo/value", scored.sum(), len(scored))
+        for name, number in (
+            ("monte_carlo/states", len(sampled.values)),
+            ("monte_carlo/unique_states", sampled.num_states),
+            ("monte_carlo/tokens", sampled.num_tokens),
+            ("time/monte_carlo", sampled.seconds),
+        ):
+            self._accumulator.add_total(name, torch.tensor(float(number)), 1.0)
         return values
 
     def _token_rewards(
