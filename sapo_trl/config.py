@@ -59,7 +59,8 @@ class SAPOConfig(GRPOConfig):
 
         critic (`str`, *optional*, defaults to `"separate"`):
             `"separate"`: a backbone of its own, initialised from the policy; `"shared"`: a head on the policy's hidden
-            states, through which no gradient reaches the policy; `"monte_carlo"`: no model, but the mean reward of
+            states, through which no gradient reaches the policy; `"adapter"`: a second adapter on the base model that
+            carries the policy's (with `peft_config`); `"monte_carlo"`: no model, but the mean reward of
             fresh continuations from each segment's start (VinePPO, SPO-chain); `"tree"`: responses are sampled as a
             tree, whose nodes are valued by their children (SPO-tree); `"none"`: every value is 0.
         value_state (`str`, *optional*, defaults to `"start"`):
@@ -257,8 +258,9 @@ class SAPOConfig(GRPOConfig):
         default="separate",
         metadata={
             "help": "'separate': a backbone of its own, initialised from the policy; 'shared': a head on the policy's "
-            "detached hidden states; 'monte_carlo': the mean reward of fresh continuations; 'tree': responses are "
-            "sampled as a tree, whose nodes are valued by their children; 'none': every value is 0.",
+            "detached hidden states; 'adapter': a second adapter on the policy's base model; 'monte_carlo': the mean "
+            "reward of fresh continuations; 'tree': responses are sampled as a tree, whose nodes are valued by their "
+            "children; 'none': every value is 0.",
             "choices": list(CHOICES["critic"]),
         },
     )

@@ -22,7 +22,7 @@ SEGMENT_LOSS_TYPES = ("segment_clip", "soft_adaptive_gate")
 TRL_LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "vespo")
 """Losses of [`~trl.GRPOTrainer`], computed by its own code."""
 
-LEARNED_CRITICS = ("separate", "shared")
+LEARNED_CRITICS = ("separate", "shared", "adapter")
 """Values of `critic` with a model that is trained."""
 
 CHOICES = {

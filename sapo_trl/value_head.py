@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
+from .critic_adapter import CriticAdapter
+
 
 HEAD_WEIGHTS_NAME = "value_head.safetensors"
 HEAD_CONFIG_NAME = "value_head.json"
-MODES = ("separate", "shared")
+MODES = ("separate", "shared", "adapter")
 
 
 class SegmentValueHead(nn.Module):
@@ -31,6 +36,8 @@ class SegmentValueHead(nn.Module):
         backbone ([`~transformers.PreTrainedModel`], *optional*):
             text or image-text model without LM head that returns `last_hidden_state`. `None` makes a `"shared"`
             critic, which is given the policy's hidden states.
+        adapter ([`~sapo_trl.critic_adapter.CriticAdapter`], *optional*):
+            in the place of a backbone: the critic's adapter on the policy's base model.
 
     Example:
 
@@ -42,9 +49,16 @@ class SegmentValueHead(nn.Module):
     ```
     """
 
-    def __init__(self, hidden_size: int, backbone: PreTrainedModel | None = None):
+    def __init__(
+        self,
+        hidden_size: int,
+        backbone: PreTrainedModel | None = None,
+        adapter: CriticAdapter | None = None,
+    ):
         super().__init__()
         self.backbone = backbone
+        # No module: the policy behind it is no part of the critic.
+        self.adapter = adapter
         # float32 whatever the backbone's dtype: values are regression targets, and bf16 has three digits.
         self.head = nn.Linear(hidden_size, 1, dtype=torch.float32)
         # Values start close to 0 (std 0.1 on normalised hidden states) but not at 0, where the head would pass no
@@ -54,8 +68,25 @@ class SegmentValueHead(nn.Module):
 
     @property
     def mode(self) -> str:
-        """`"separate"`: with a backbone of its own; `"shared"`: on the policy's detached hidden states."""
+        """
+        `"separate"`: with a backbone of its own; `"shared"`: on the policy's detached hidden states; `"adapter"`: with
+        an adapter of its own on the policy's base model.
+        """
+        if self.adapter is not None:
+            return "adapter"
         return "shared" if self.backbone is None else "separate"
+
+    def learned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the critic's optimizer trains, by name."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+        if self.adapter is not None:
+            yield from self.adapter.named_parameters()
+
+    def active(self) -> contextlib.AbstractContextManager:
+        """Context for forwards and backwards, see [`~sapo_trl.critic_adapter.CriticAdapter.active`]."""
+        return contextlib.nullcontext() if self.adapter is None else self.adapter.active()
 
     @classmethod
     def from_policy(cls, policy: PreTrainedModel, mode: str = "separate") -> SegmentValueHead:
@@ -67,7 +98,8 @@ class SegmentValueHead(nn.Module):
                 causal LM or image-text model. Adapters are merged into the critic's copy.
             mode (`str`, *optional*, defaults to `"separate"`):
                 `"separate"`: copy the policy's backbone, frozen parameters staying frozen (the paper); `"shared"`:
-                only a head, on the policy's hidden states.
+                only a head, on the policy's hidden states; `"adapter"`: a second adapter on the base of a policy that
+                has one.
 
         Returns:
             [`SegmentValueHead`]
@@ -75,6 +107,9 @@ class SegmentValueHead(nn.Module):
         _check_mode(mode)
         if mode == "shared":
             return cls(hidden_size_of(backbone_of(policy)))
+        if mode == "adapter":
+            adapter = CriticAdapter(policy)
+            return cls(hidden_size_of(adapter.backbone), adapter=adapter)
         if getattr(policy, "is_quantized", False):
             raise ValueError(
                 'A quantized policy cannot be copied into a trainable critic: use `critic="shared"`, or pass a '
@@ -87,7 +122,9 @@ class SegmentValueHead(nn.Module):
         return cls(hidden_size_of(backbone), backbone)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, mode: str | None = None, **kwargs) -> SegmentValueHead:
+    def from_pretrained(
+        cls, path: str | Path, mode: str | None = None, policy: PeftModel | None = None, **kwargs
+    ) -> SegmentValueHead:
         """
         Load a saved critic, or make one from a policy's checkpoint.
 
@@ -96,8 +133,10 @@ class SegmentValueHead(nn.Module):
                 folder or hub id: of a critic written by [`SegmentValueHead.save_pretrained`], or of any causal LM,
                 image-text model or backbone, in which case the head is new.
             mode (`str`, *optional*):
-                `"separate"` or `"shared"`; by default the saved critic's, or `"separate"`. A saved critic of another
-                mode is an error.
+                `"separate"`, `"shared"` or `"adapter"`; by default the saved critic's, or `"separate"`. A saved critic
+                of another mode is an error.
+            policy ([`~peft.PeftModel`], *optional*):
+                for a critic of mode `"adapter"`: the policy on whose base model it was trained.
             kwargs: passed to [`~transformers.AutoModel.from_pretrained`], e.g. `dtype` or `attn_implementation`.
 
         Returns:
@@ -115,14 +154,36 @@ class SegmentValueHead(nn.Module):
         config = json.loads(Path(config_file).read_text())
         if mode is not None and mode != config["mode"]:
             raise ValueError(f"The critic in {str(path)!r} was saved in mode {config['mode']!r}, not {mode!r}.")
+        if config["mode"] == "adapter":
+            if policy is None:
+                raise ValueError(
+                    f"The critic in {str(path)!r} is an adapter on its policy's base model: pass the `policy`."
+                )
+            critic = cls.from_policy(policy, mode="adapter")
+            critic.load_weights(path)
+            return critic
         backbone = AutoModel.from_pretrained(path, **kwargs) if config["mode"] == "separate" else None
         critic = cls(config["hidden_size"], backbone)
         critic.head.load_state_dict(load_file(_resolve(path, HEAD_WEIGHTS_NAME)))
         return critic
 
+    def load_weights(self, path: str | Path) -> None:
+        """
+        Read the weights of a saved critic of the same mode into this one.
+
+        Args:
+            path (`str` or `Path`): folder written by [`SegmentValueHead.save_pretrained`].
+        """
+        if self.adapter is None:
+            self.load_state_dict(type(self).from_pretrained(path, mode=self.mode).state_dict())
+            return
+        self.head.load_state_dict(load_file(_resolve(path, HEAD_WEIGHTS_NAME)))
+        self.adapter.load(path)
+
     def save_pretrained(self, path: str | Path) -> None:
         """
-        Write the critic to a folder: the backbone as any transformers model, the head in safetensors beside it.
+        Write the critic to a folder: the backbone as any transformers model (or the adapter as PEFT's), the head in
+        safetensors beside it.
 
         Args:
             path (`str` or `Path`): folder, made if missing.
@@ -131,6 +192,8 @@ class SegmentValueHead(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         if self.backbone is not None:
             self.backbone.save_pretrained(path)
+        if self.adapter is not None:
+            self.adapter.save(path)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
         save_file(state, path / HEAD_WEIGHTS_NAME)
         config = {"mode": self.mode, "hidden_size": self.head.in_features}
@@ -147,9 +210,11 @@ class SegmentValueHead(nn.Module):
             `torch.Tensor`: float32 `(B, S)`, the value after each position.
         """
         if hidden_states is None:
-            if self.backbone is None:
+            if self.mode == "shared":
                 raise ValueError('A "shared" critic has no backbone: pass the policy\'s `hidden_states`.')
-            hidden_states = self.backbone(**model_inputs, use_cache=False).last_hidden_state
+            with self.active():
+                backbone = self.backbone if self.adapter is None else self.adapter.backbone
+                hidden_states = backbone(**model_inputs, use_cache=False).last_hidden_state
         # Out of autocast, which would run the head in half precision.
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self.head(hidden_states.float()).squeeze(-1)

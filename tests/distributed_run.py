@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.embedded import build_processor, build_tokenizer
@@ -35,6 +36,7 @@ def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
         per_device_train_batch_size=global_batch // PartialState(cpu=True).num_processes,
         **settings,
     )
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if args.critic == "adapter" else None
     trainer = SAPOTrainer(
         model=family.build_model(),
         reward_funcs=length_reward,
@@ -42,6 +44,7 @@ def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
         train_dataset=family.dataset(8),
         processing_class=family.processing_class,
         rollout_func=fixed_rollout(completions_of_prompts),
+        peft_config=lora,
     )
     trainer.train()
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]

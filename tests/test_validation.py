@@ -335,7 +335,7 @@ class TestValueModel:
         with pytest.raises(ValueError, match="`value_model` is a 'separate' critic, but `critic='shared'`"):
             head = SegmentValueHead.from_policy(family.build_model())
             make(critic="shared", trainer_kwargs={"value_model": head})
-        with pytest.raises(ValueError, match='`value_model` is a whole model, but `critic="shared"`'):
+        with pytest.raises(ValueError, match="a critic of mode 'shared' is a part of the policy"):
             make(critic="shared", trainer_kwargs={"value_model": family.build_model()})
         with pytest.raises(ValueError, match="`value_model` was given, but `critic='none'`"):
             make(critic="none", trainer_kwargs={"value_model": family.build_model()})

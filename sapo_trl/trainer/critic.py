@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -54,16 +55,21 @@ class Critic:
             )
         self.args = args
         self.accelerator = accelerator
-        self.module: nn.Module = accelerator.prepare_model(value_head)
+        # An adapter's parameters are none of the module's: nothing that wraps it would synchronise their gradients.
+        self._averages_gradients = value_head.mode == "adapter" and accelerator.num_processes > 1
+        if value_head.mode == "adapter":
+            self.module: nn.Module = value_head.to(accelerator.device)
+        else:
+            self.module = accelerator.prepare_model(value_head)
+        self._parameters = [parameter for _, parameter in value_head.learned_parameters()]
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
         optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer_kwargs["lr"] = args.critic_learning_rate
         weight_decay = args.weight_decay if args.critic_weight_decay is None else args.critic_weight_decay
         decayed, not_decayed = [], []
-        for name, parameter in value_head.named_parameters():
-            if parameter.requires_grad:
-                (decayed if name in decay_parameter_names else not_decayed).append(parameter)
+        for name, parameter in value_head.learned_parameters():
+            (decayed if name in decay_parameter_names else not_decayed).append(parameter)
         if not decayed and not not_decayed:
             raise ValueError('The critic has no trainable parameter: unfreeze its head, or set `critic="none"`.')
         dtype = next((p.dtype for p in [*decayed, *not_decayed] if p.dtype in (torch.bfloat16, torch.float16)), None)
@@ -112,11 +118,14 @@ class Critic:
             scheduler_specific_kwargs=kwargs,
         )
 
-    def accumulate(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
         """Context of one micro-batch's forward and backward: gradients are synchronised on the last one only."""
-        if self.accelerator.sync_gradients:
-            return contextlib.nullcontext()
-        return self.accelerator.no_sync(self.module)
+        synchronises = self.accelerator.sync_gradients or self.value_head.mode == "adapter"
+        with self.value_head.active(), contextlib.ExitStack() as stack:
+            if not synchronises:
+                stack.enter_context(self.accelerator.no_sync(self.module))
+            yield
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's gradient."""
@@ -130,13 +139,20 @@ class Critic:
             `torch.Tensor`: 0-dimensional, the gradient's norm before clipping.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.args.critic_max_grad_norm)
+        if self._averages_gradients:
+            self._average_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.args.critic_max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
         return norm
+
+    def _average_gradients(self) -> None:
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        for gradient, mean in zip(gradients, self.accelerator.reduce(gradients, reduction="mean"), strict=True):
+            gradient.copy_(mean)
 
     def save_optimizer(self, folder: str | Path) -> None:
         """Write everything but the weights, for [`Critic.load`]."""
@@ -163,8 +179,7 @@ class Critic:
                 f"{str(checkpoint)!r} holds no critic (no folder {CRITIC_FOLDER!r}): it was written by a run with "
                 '`critic="none"` or by another trainer. Pass it as the model instead of resuming from it.'
             )
-        saved = SegmentValueHead.from_pretrained(folder, mode=self.value_head.mode)
-        self.value_head.load_state_dict(saved.state_dict())
+        self.value_head.load_weights(folder)
 
     def load(self, checkpoint: str | Path) -> None:
         """Restore weights, optimizer and schedule, see [`Critic.load_weights`]."""

@@ -83,11 +83,14 @@ def make_value_head(
             raise ValueError(f"`value_model` is a {source.mode!r} critic, but `critic={args.critic!r}`.")
         return source
     if isinstance(source, str):
-        return SegmentValueHead.from_pretrained(source, mode=args.critic, **_loading_kwargs(args))
+        policy = {"policy": model} if args.critic == "adapter" else {}
+        return SegmentValueHead.from_pretrained(source, mode=args.critic, **policy, **_loading_kwargs(args))
     if value_model is None:
         return SegmentValueHead.from_policy(source, mode=args.critic)
-    if args.critic == "shared":
-        raise ValueError('`value_model` is a whole model, but `critic="shared"` is a head on the policy.')
+    if args.critic != "separate":
+        raise ValueError(
+            f"`value_model` is a whole model, but a critic of mode {args.critic!r} is a part of the policy."
+        )
     if source is model or hasattr(source, "peft_config"):
         return SegmentValueHead.from_policy(source)  # a copy, adapters merged
     return SegmentValueHead(hidden_size_of(source), backbone_of(source))

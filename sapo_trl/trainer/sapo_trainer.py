@@ -163,7 +163,12 @@ class SAPOTrainer(GRPOBridge):
         # it is now; seeded like TRL seeds what it initialises.
         set_seed(args.seed)
         value_head = None
-        if args.learns_critic:
+        if args.critic == "adapter" and kwargs.get("peft_config") is None and not hasattr(model, "peft_config"):
+            raise ValueError(
+                '`critic="adapter"` lives beside the policy\'s adapter: pass a `peft_config` (or a policy that has an '
+                "adapter)."
+            )
+        if args.learns_critic and args.critic != "adapter":
             if kwargs.get("quantization_config") is not None and args.critic == "separate" and value_model is None:
                 raise ValueError(
                     'A quantized policy cannot be copied into a trainable critic: use `critic="shared"`, or pass a '
@@ -184,6 +189,12 @@ class SAPOTrainer(GRPOBridge):
         if self.token_weighting is not None:
             check_takes_images(self.model)
 
+        if args.critic == "adapter":
+            # On the policy as TRL has wrapped it. By now each process has random numbers of its own, but the critic is
+            # one: it is drawn from the common seed, and what is drawn later does not depend on it.
+            with torch.random.fork_rng():
+                torch.manual_seed(args.seed)
+                value_head = make_value_head(self.accelerator.unwrap_model(self.model), value_model, args)
         self.critic: Critic | None = None
         if value_head is not None:
             if isinstance(value_model, str):
@@ -211,7 +222,8 @@ class SAPOTrainer(GRPOBridge):
             disable_dropout_in_model(value_head)
         if value_head.backbone is not None and self.args.gradient_checkpointing:
             value_head.backbone.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
-        return Critic(value_head, self.args, self.accelerator, self.get_decay_parameter_names(value_head))
+        decayed = [*self.get_decay_parameter_names(value_head), *self.get_decay_parameter_names(self.model)]
+        return Critic(value_head, self.args, self.accelerator, decayed)
 
     # ------------------------------------------------------------------------------------------------- the rollout
 
@@ -370,7 +382,7 @@ class SAPOTrainer(GRPOBridge):
             `torch.Tensor`: float32 `(B, T)`, at `t` the value of the state before token `t`.
         """
         critic = self.args.critic
-        if critic == "separate":
+        if critic in ("separate", "adapter"):
             return self.critic_forward(self.critic.module, batch, self._rows_per_forward)
         if critic == "shared":
             return forward.values

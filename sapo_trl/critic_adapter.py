@@ -1,0 +1,87 @@
+"""A critic's adapter: a second one on the base model that carries the policy's."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import use_adapter
+
+
+ADAPTER_NAME = "critic"
+
+
+class CriticAdapter:
+    """
+    The critic's share of a policy with adapters.
+
+    The base model is frozen and in memory once; policy and critic are adapters on it, one of which is active at a
+    time. Outside of [`CriticAdapter.active`] it is the policy's, and the critic's parameters require no gradient: they
+    are in no optimizer, gradient synchronisation or merge of the policy's.
+
+    Args:
+        policy ([`~peft.PeftModel`]): the policy. Gets an adapter named `"critic"` unless it has one.
+        config ([`~peft.PeftConfig`], *optional*): of the adapter. Defaults to that of the policy's active adapter.
+    """
+
+    def __init__(self, policy: PeftModel, config: PeftConfig | None = None):
+        if not isinstance(policy, PeftModel):
+            raise TypeError(
+                'A critic of mode "adapter" lives beside the policy\'s adapter: the policy must be a `PeftModel` '
+                f"(pass `peft_config`), got {type(policy).__name__}."
+            )
+        self.policy = policy
+        if ADAPTER_NAME not in policy.peft_config:
+            active = policy.active_adapter
+            policy.add_adapter(ADAPTER_NAME, copy.deepcopy(config or policy.peft_config[active]))
+            # Adding one may have made it trainable.
+            policy.set_adapter(active)
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The transformer under the LM head, with whichever adapter is active."""
+        return self.policy.get_base_model().base_model
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """
+        Run forwards, and the backwards of what they computed, with the critic's adapter; then the policy's is back.
+
+        The backward belongs inside because gradient checkpointing runs the forward again.
+        """
+        with use_adapter(self.policy, ADAPTER_NAME):
+            yield
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapter's parameters, by their names in the policy."""
+        for name, parameter in self.policy.named_parameters():
+            if f".{ADAPTER_NAME}." in name or name.endswith(f".{ADAPTER_NAME}"):
+                yield name, parameter
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter as PEFT does, so that `PeftModel.from_pretrained(base_model, folder)` loads it."""
+        folder = Path(folder)
+        state = get_peft_model_state_dict(self.policy, adapter_name=ADAPTER_NAME)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config = copy.deepcopy(self.policy.peft_config[ADAPTER_NAME])
+        config.inference_mode = True
+        config.base_model_name_or_path = config.base_model_name_or_path or self.policy.get_base_model().name_or_path
+        config.save_pretrained(folder)
+
+    def load(self, folder: str | Path) -> None:
+        """Read the adapter's weights back."""
+        state = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+        result = set_peft_model_state_dict(self.policy, state, adapter_name=ADAPTER_NAME)
+        if result.unexpected_keys:
+            raise ValueError(
+                f"The critic's adapter in {str(folder)!r} does not fit the policy: {len(result.unexpected_keys)} of "
+                f"its {len(state)} tensors have no place, for example {sorted(result.unexpected_keys)[0]!r}."
+            )
