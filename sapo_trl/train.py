@@ -93,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.dataset_name)
+    trainer.accelerator.end_training()
     return 0
 
 

@@ -60,3 +60,5 @@ def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))
+    # Threads of a group that is still open may abort the interpreter's exit.
+    PartialState().destroy_process_group()
