@@ -124,6 +124,43 @@ class TestResume:
             expected = state_of(one)
             assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(other).items())
 
+    @pytest.mark.parametrize(
+        ("family", "step"),
+        [*(("qwen2", step) for step in (1, 2, 3, 5, 6, 7)), ("qwen2_5_vl", 3), ("qwen2_5_vl", 6)],
+        indirect=["family"],
+    )
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"critic": "shared", "gradient_accumulation_steps": 2, "steps": 12},
+            {"num_iterations": 2, "critic": "none", "advantage_estimator": "batch"},
+        ],
+        ids=["plain", "accumulation", "iterations"],
+    )
+    def test_resuming_anywhere(self, family, step, settings, tmp_path):
+        """
+        Bit for bit, also in the middle of a rollout and in a later epoch: with accumulation each rollout is one, and
+        shuffled differently.
+        """
+        run = {"steps": 8, "per_device_train_batch_size": 1, "num_mini_batches": 4, "save_steps": step, **settings}
+        first, second = Recorder(), Recorder()
+        whole = self.run(family, tmp_path / "whole", callbacks=[first], **run)
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        parts = self.run(family, tmp_path / "parts", resume=checkpoint, callbacks=[second], **run)
+        assert parts.state.global_step == run["steps"]
+        assert second.steps == [at for at in first.steps if at >= step]
+        expected = [rollout for rollout, at in zip(first.rollouts, first.steps, strict=True) if at >= step]
+        for rollout, wanted in zip(second.rollouts, expected, strict=True):
+            assert torch.equal(rollout.prompt_ids, wanted.prompt_ids)
+            assert torch.equal(rollout.completion_ids, wanted.completion_ids)
+        modules = [(whole.model, parts.model)]
+        if whole.critic is not None:
+            modules.append((whole.critic.value_head, parts.critic.value_head))
+        for one, other in modules:
+            state = state_of(one)
+            assert all(torch.equal(tensor, state[name]) for name, tensor in state_of(other).items())
+
     @pytest.mark.parametrize("family", ["qwen2"], indirect=True)
     def test_resumed_critic_needs_its_optimizer(self, family, tmp_path):
         """The test above can fail: without the critic's optimizer state the run ends elsewhere."""

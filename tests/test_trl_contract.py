@@ -48,6 +48,9 @@ METHODS = {
         "compute_aux_loss",
     ],
     "_compute_loss": ["model", "inputs"],
+    "_get_train_sampler": ["dataset"],
+    "_get_output_dir": ["trial"],
+    "_save_checkpoint": ["model", "trial"],
     "_save_optimizer_and_scheduler": ["output_dir"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
@@ -57,6 +60,7 @@ METHODS = {
 ATTRIBUTES = {
     "_tokenizer",
     "_buffered_inputs",
+    "_step",
     "_metrics",
     "_logs",
     "_pending_metrics",

@@ -12,15 +12,21 @@ import contextlib
 import copy
 import inspect
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer, is_conversational, prepare_multimodal_messages
 from trl.chat_template_utils import parse_response
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -29,9 +35,12 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_c
 from ..rollouts import ContinuationSampler, TokenizedPrompts
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
+from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
 
 
 logger = logging.getLogger(__name__)
+
+PROCESS_STATE_NAME = "process_state_{}.pt"
 
 # What TRL's forward takes besides the model: the multimodal tensors among these are forwarded by name, so that a key
 # that a new TRL version adds passes through.
@@ -121,6 +130,8 @@ class GRPOBridge(GRPOTrainer):
 
     def __init__(self, model: str | PreTrainedModel, reward_funcs=None, args=None, **kwargs):
         self._record: RolloutRecord | None = None
+        self._staging: Path | None = None
+        self._train_sampler: Sampler | None = None
         reference = _copy_for_reference(model, args, kwargs.get("peft_config"))
         if reference is None:
             super().__init__(model, reward_funcs, args, **kwargs)
@@ -132,6 +143,7 @@ class GRPOBridge(GRPOTrainer):
             finally:
                 args.beta = beta
             self._use_reference(reference)
+        self.add_callback(_EpochOrder(self))
 
     # ------------------------------------------------------------------ hooks
 
@@ -187,6 +199,13 @@ class GRPOBridge(GRPOTrainer):
 
     def save_training_state(self, folder: str) -> None:
         """Write to a checkpoint what training needs besides the policy's state; called on the saving process only."""
+
+    def process_state(self) -> dict[str, Any]:
+        """What each process has for itself and needs to go on: tensors, numbers, strings and containers of them."""
+        return {}
+
+    def load_process_state(self, state: dict[str, Any]) -> None:
+        """Restore what [`GRPOBridge.process_state`] returned."""
 
     def load_training_state(self, folder: str) -> None:
         """Restore what [`GRPOBridge.save_training_state`] wrote, and further models, to resume training."""
@@ -414,15 +433,69 @@ class GRPOBridge(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
         return self.policy_loss(model, inputs)
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_folder = self._get_output_dir(trial)
+        if self.args.should_save:
+            staging_folder(run_folder)
+        self.accelerator.wait_for_everyone()
+        self._staging = Path(run_folder) / STAGING_FOLDER
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        self.accelerator.wait_for_everyone()
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(Path(run_folder) / name)
+        if self.args.should_save:
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            publish(staging / name, run_folder)
+            rotate_checkpoints(
+                output_dir=run_folder,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.save_training_state(output_dir)
+        state = {"num_processes": self.accelerator.num_processes, "step": self._step, **self.process_state()}
+        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
+            # In the middle of a rollout: what is left of it is trained on after resuming too.
+            state["batches"] = self._buffered_inputs
+        torch.save(state, Path(output_dir) / PROCESS_STATE_NAME.format(self.accelerator.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_training_state(checkpoint)
+        if checkpoint is None:
+            return
+        self.load_training_state(checkpoint)
+        path = Path(checkpoint) / PROCESS_STATE_NAME.format(self.accelerator.process_index)
+        if not path.is_file():  # written by `save_only_model=True`, or by another trainer
+            return
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        if state["num_processes"] != self.accelerator.num_processes:
+            logger.warning(
+                "The checkpoint %s was written by %d processes and is resumed by %d: training goes on with a new "
+                "rollout.",
+                checkpoint,
+                state["num_processes"],
+                self.accelerator.num_processes,
+            )
+            return
+        self._step = state["step"]
+        self._buffered_inputs = state.get("batches")
+        self.load_process_state(state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with self._complete_load(resume_from_checkpoint):
@@ -546,6 +619,25 @@ class GRPOBridge(GRPOTrainer):
         else:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.beta = self.args.beta
+
+
+class _EpochOrder(TrainerCallback):
+    """
+    Shuffles each epoch's prompts as an uninterrupted run does.
+
+    TRL's sampler draws one order after the other from a generator, of which a resumed run would draw the first again.
+    """
+
+    def __init__(self, trainer: GRPOBridge):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        sampler = self.trainer._train_sampler
+        if getattr(sampler, "generator", None) is None:  # a stream, or in the order of the data
+            return
+        sampler.generator.manual_seed(sampler.seed)
+        for _ in range(math.floor((state.epoch or 0.0) + 1e-6)):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
 def _prompts_of(inputs: list[dict[str, Any]]) -> list:
