@@ -9,6 +9,7 @@ from .config import SAPOConfig
 from .diagnostics import ValueDiagnostics
 from .presets import PRESETS
 from .segments import Segments
+from .stop_on_signal import StopOnSignal
 from .trainer import SAPOTrainer
 from .value_head import SegmentValueHead
 
@@ -23,5 +24,6 @@ __all__ = [
     "SegmentValueHead",
     "SegmentationCallback",
     "Segments",
+    "StopOnSignal",
     "ValueDiagnostics",
 ]

@@ -108,6 +108,15 @@ class SAPOConfig(GRPOConfig):
             For `critic="tree"`: rollouts for which edges can be drawn, with the log-probabilities they had when they
             were sampled. `1` for no replay.
 
+        > Parameters that control what happens when something fails
+
+        reward_timeout (`float`, *optional*):
+            Seconds that a call of a reward function may take. A call that takes longer, or raises, is repeated for
+            each completion alone, and those for which it does so again have no reward. `None` for no limit.
+        max_skipped_steps (`int`, *optional*, defaults to `5`):
+            An optimizer step with a non-finite loss or gradient is skipped; after so many in a row training stops with
+            an error, and the last one's batch is saved in `output_dir`.
+
         > Parameters that control rewards and advantages
 
         advantage_estimator (`str`, *optional*, defaults to `"gae"`):
@@ -344,6 +353,22 @@ class SAPOConfig(GRPOConfig):
     tree_replay_age: int = field(
         default=8,
         metadata={"help": "For critic='tree': rollouts for which edges can be drawn. `1` for no replay."},
+    )
+
+    # Parameters that control what happens when something fails
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a call of a reward function may take. A call that takes longer, or raises, is "
+            "repeated for each completion alone. `None` for no limit."
+        },
+    )
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Optimizer steps with a non-finite loss or gradient are skipped; after so many in a row training "
+            "stops with an error."
+        },
     )
 
     # Parameters that control rewards and advantages

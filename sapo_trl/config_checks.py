@@ -129,6 +129,7 @@ def _check_ranges(args: SAPOConfig) -> None:
         "role_clip",
         "sapo_temperature_pos",
         "sapo_temperature_neg",
+        "reward_timeout",
     ):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -148,6 +149,7 @@ def _check_ranges(args: SAPOConfig) -> None:
         "tree_segment_length",
         "tree_edges_per_prompt",
         "tree_replay_age",
+        "max_skipped_steps",
         "num_mini_batches",
         "num_generations",
     ):
@@ -183,6 +185,11 @@ def _check_combinations(args: SAPOConfig) -> None:
         _check_unused(args, _SETTINGS_OF_SEGMENT_LOSSES)
     else:
         _check_unused(args, _SETTINGS_OF_TRL_LOSSES)
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "`enable_jit_checkpoint=True` may save between the critic's update and the policy's: it must be False. "
+            "`sapo_trl.StopOnSignal`, which `sapo-trl train` installs, saves after the step."
+        )
     if args.advantage_estimator != "group":
         _check_unused(args, {"multi_objective_aggregation": "sum_then_normalize"})
     if args.advantage_estimator != "gae":

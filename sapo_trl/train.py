@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset, DatasetDict, load_dataset
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from . import rewards
 from .config import SAPOConfig
 from .data import to_prompts
 from .embedded import default_cache_dir, load_processor, make_problems, warm_start
+from .stop_on_signal import StopOnSignal
 from .trainer import SAPOTrainer
 
 
@@ -56,7 +58,10 @@ class TrainArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse `argv` (with `--config FILE` if wanted), train, save. Returns the exit code."""
+    """
+    Parse `argv` (with `--config FILE` if wanted), train, save. Returns the exit code: 75 if a SIGTERM ended training
+    with a checkpoint.
+    """
     parser = TrlParser((TrainArguments, SAPOConfig, ModelConfig), prog="sapo-trl train")
     arguments, training_args, model_args = parser.parse_args_and_config(list(argv))
     if model_args.model_name_or_path is None:
@@ -88,13 +93,32 @@ def main(argv: Sequence[str]) -> int:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    trainer.train(resume_from_checkpoint=_checkpoint(training_args))
+    if stop.received is not None:
+        trainer.accelerator.print(f"Stopped by a signal; resume from {training_args.output_dir}")
+        trainer.accelerator.end_training()
+        return StopOnSignal.EXIT_CODE
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.dataset_name)
     trainer.accelerator.end_training()
     return 0
+
+
+def _checkpoint(training_args: SAPOConfig) -> str | None:
+    """What to resume from: `True` is the newest complete checkpoint, or a fresh start where there is none yet."""
+    wanted = training_args.resume_from_checkpoint
+    if str(wanted).lower() in ("none", "false"):
+        return None
+    if str(wanted).lower() != "true":
+        return wanted
+    folder = training_args.output_dir
+    checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    print(f"Resuming from {checkpoint}" if checkpoint else f"No checkpoint in {folder} yet: starting anew")
+    return checkpoint
 
 
 def load_prompts(arguments: TrainArguments, split: str, seed: int = 0) -> Dataset:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import logging
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
-from trl.trainer.utils import get_callable_name, is_async_callable
 
 from .segments import Segments
 from .value_head import SegmentValueHead, backbone_of, hidden_size_of
@@ -82,71 +78,10 @@ def check_size(dataset: Dataset | IterableDataset | None, generation_batch_size:
         )
 
 
-def checked_reward(reward_func: Callable) -> Callable:
-    """
-    Wrap a reward function so that a wrong number of rewards or a non-finite reward is an error where it happens.
-
-    `None` stays what it is in TRL: not applicable to this sample.
-
-    Args:
-        reward_func (`Callable`): synchronous or asynchronous TRL reward function.
-
-    Returns:
-        `Callable`: the same, of the same kind and name.
-    """
-    name = get_callable_name(reward_func)
-
-    def check(rewards: Any, completions: list) -> list[float | None]:
-        try:
-            rewards = list(rewards)
-            finite = [reward is None or math.isfinite(reward) for reward in rewards]
-        except TypeError as error:
-            raise ValueError(
-                f"Reward function `{name}` must return a list with a number (or `None`) for each completion, got "
-                f"{rewards!r}."
-            ) from error
-        if len(rewards) != len(completions):
-            raise ValueError(
-                f"Reward function `{name}` returned {len(rewards)} rewards for {len(completions)} completions; it "
-                "must return one for each."
-            )
-        for index, reward in enumerate(rewards):
-            if not finite[index]:
-                raise ValueError(
-                    f"Reward function `{name}` returned {float(reward)} for completion {index} of {len(completions)}; "
-                    "rewards must be finite. Return `None` where the function does not apply."
-                )
-        return rewards
-
-    if is_async_callable(reward_func):
-
-        async def wrapper(*args, **kwargs):
-            return check(await reward_func(*args, **kwargs), kwargs["completions"])
-
-    else:
-
-        def wrapper(*args, **kwargs):
-            return check(reward_func(*args, **kwargs), kwargs["completions"])
-
-    functools.update_wrapper(wrapper, reward_func)
-    wrapper.__name__ = name  # partials and instances have none, and TRL logs by this name
-    return wrapper
-
-
-def checked_rewards(reward_funcs: Any) -> Any:
-    """[`checked_reward`] for whatever TRL accepts as `reward_funcs`; reward models and their ids pass unchanged."""
-    if isinstance(reward_funcs, list | tuple):
-        return [checked_rewards(reward_func) for reward_func in reward_funcs]
-    if reward_funcs is None or isinstance(reward_funcs, str | nn.Module):
-        return reward_funcs
-    if not callable(reward_funcs):
-        raise TypeError(f"`reward_funcs` must be callables, models or model ids, got {type(reward_funcs).__name__}.")
-    return checked_reward(reward_funcs)
-
-
 def check_finite_rewards(rewards_per_func: torch.Tensor, names: list[str]) -> None:
     """
-    Check the rewards that [`checked_reward`] does not see: reward models' and environments'. NaN means unscored.
+    Check the rewards that [`~sapo_trl.reward_calls.checked_reward`] does not see: reward models' and environments'.
+    NaN means unscored.
 
     Args:
         rewards_per_func (`torch.Tensor`): float tensor of shape `(B, F)`.

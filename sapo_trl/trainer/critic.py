@@ -131,23 +131,31 @@ class Critic:
         """Add a micro-batch's gradient."""
         self.scaler.scale(loss).backward()
 
-    def step(self) -> torch.Tensor:
+    def clip_gradient(self) -> torch.Tensor:
         """
-        Clip the gradient, update the critic, advance the schedule.
+        Clip the gradient that the micro-batches have added up to.
 
         Returns:
-            `torch.Tensor`: 0-dimensional, the gradient's norm before clipping.
+            `torch.Tensor`: 0-dimensional, its norm before.
         """
         self.scaler.unscale_(self.optimizer)
         if self._averages_gradients:
             self._average_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.args.critic_max_grad_norm)
-        self.scaler.step(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(self._parameters, self.args.critic_max_grad_norm)
+
+    def step(self, skip: bool = False) -> None:
+        """
+        Update the critic and advance the schedule.
+
+        Args:
+            skip (`bool`, *optional*, defaults to `False`): whether to drop the gradient instead of applying it.
+        """
+        if not skip:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
-        return norm
 
     def _average_gradients(self) -> None:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]

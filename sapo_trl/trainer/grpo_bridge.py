@@ -13,6 +13,7 @@ import copy
 import inspect
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from trl import GRPOTrainer, is_conversational, prepare_multimodal_messages
 from trl.chat_template_utils import parse_response
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -360,6 +361,11 @@ class GRPOBridge(GRPOTrainer):
         first = index // window * window
         return self._buffered_inputs[first : first + window]
 
+    def policy_gradient_norm(self) -> torch.Tensor:
+        """0-dimensional, of the gradients that this process holds; 0 without any."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.model.device)
+
     def add_to_log(self, metrics: dict[str, float]) -> None:
         """Add values to the averages that the next log reports."""
         for name, value in metrics.items():
@@ -448,6 +454,14 @@ class GRPOBridge(GRPOTrainer):
         self._staging = Path(run_folder) / STAGING_FOLDER
         try:
             super()._save_checkpoint(model, trial)
+        except OSError as error:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            complete = get_last_checkpoint(run_folder)
+            raise OSError(
+                error.errno,
+                f"the checkpoint of step {self.state.global_step} could not be written ({error}). The newest complete "
+                f"one is {complete}: make room and resume from it.",
+            ) from error
         finally:
             staging, self._staging = self._staging, None
         self.accelerator.wait_for_everyone()

@@ -27,6 +27,7 @@ from ..losses import (
     soft_adaptive_policy_loss,
 )
 from ..metrics import MetricAccumulator, explained_variance
+from ..reward_calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler, monte_carlo_values
 from ..segmentation import Segmenter, is_uncertain
@@ -40,7 +41,6 @@ from ..validation import (
     check_size,
     check_takes_images,
     check_value_model,
-    checked_rewards,
     datasets_of,
 )
 from ..value_head import SegmentValueHead
@@ -48,6 +48,7 @@ from .critic import CRITIC_FOLDER, Critic
 from .critic_warmup import CriticWarmup
 from .grpo_bridge import Batch, GivenRollout, GRPOBridge, PolicyForward, RolloutRecord
 from .parts import accepted_inputs, check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
+from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
 
 
@@ -176,7 +177,8 @@ class SAPOTrainer(GRPOBridge):
                 )
             value_head = make_value_head(model, value_model, args)
 
-        super().__init__(model, checked_rewards(reward_funcs), args, train_dataset=train_dataset, **kwargs)
+        reward_funcs = checked_rewards(reward_funcs, args.reward_timeout)
+        super().__init__(model, reward_funcs, args, train_dataset=train_dataset, **kwargs)
 
         check_padding_side(self.processing_class)
         for dataset in (train_dataset, *datasets_of(kwargs.get("eval_dataset")).values()):
@@ -203,6 +205,7 @@ class SAPOTrainer(GRPOBridge):
         self.critic_warmup = CriticWarmup(
             args.critic_warmup_steps, args.critic_warmup_tolerance, args.num_mini_batches * args.num_iterations
         )
+        self._step_guard = StepGuard(args, self.accelerator)
         self._trees: TreeRollouts | None = None
         if args.critic == "tree":
             self._trees = TreeRollouts(args, seed=args.seed + self.accelerator.process_index)
@@ -211,6 +214,7 @@ class SAPOTrainer(GRPOBridge):
         self._micro_batch: Batch | None = None
         self._micro_batch_values: torch.Tensor | None = None
         self._step_totals: dict[str, torch.Tensor] | None = None
+        self._step_losses: list[torch.Tensor] = []
         self._rollout_seconds = 0.0
         self._update_seconds = 0.0
         if not any(isinstance(callback, SegmentationCallback) for callback in self.callback_handler.callbacks):
@@ -650,22 +654,35 @@ class SAPOTrainer(GRPOBridge):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         started, rollouts_before = time.perf_counter(), self._rollout_seconds
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_losses.append(loss.detach())
         if self.critic is not None:
             # After the policy's backward, so that only one of the two models' activations is alive at a time.
             with self.critic.accumulate():
-                self.critic.backward(self.critic_loss(self._micro_batch, self._micro_batch_values))
-        self._micro_batch = self._micro_batch_values = None
+                critic_loss = self.critic_loss(self._micro_batch, self._micro_batch_values)
+                self.critic.backward(critic_loss)
+            self._step_losses.append(critic_loss.detach())
+        batch, self._micro_batch, self._micro_batch_values = self._micro_batch, None, None
         # TRL produces rollouts within its training step; their seconds are logged by stage.
         rollout_seconds = self._rollout_seconds - rollouts_before
         self._update_seconds += time.perf_counter() - started - rollout_seconds
         if self.accelerator.sync_gradients:
-            self._finish_optimizer_step()
+            self._finish_optimizer_step(batch)
         return loss
 
-    def _finish_optimizer_step(self) -> None:
+    def _finish_optimizer_step(self, batch: Batch) -> None:
+        numbers = [*self._step_losses, self.policy_gradient_norm()]
         if self.critic is not None:
+            numbers.append(self.critic.clip_gradient())
             self._accumulator.add_mean("critic_lr", torch.tensor(self.critic.learning_rate))
-            self._accumulator.add_mean("critic_grad_norm", self.critic.step())
+            self._accumulator.add_mean("critic_grad_norm", numbers[-1])
+        skip = self._step_guard.must_skip(numbers)
+        if skip:
+            # Gradients that are not there move nothing, nor do they decay weights.
+            self.model.zero_grad(set_to_none=True)
+            self._step_guard.report(self.state.global_step, lambda: self.optimizer_step_batches(batch))
+        self._accumulator.add_mean("skipped_steps", torch.tensor(float(skip)))
+        if self.critic is not None:
+            self.critic.step(skip)
         self._accumulator.add_mean("time/update", torch.tensor(self._update_seconds))
         metrics = self._accumulator.flush(self.accelerator)
         if self.critic_warmup.is_active(self.state.global_step):
@@ -673,6 +690,7 @@ class SAPOTrainer(GRPOBridge):
             metrics["critic_warmup"] = 1.0
         self.add_to_log(metrics)
         self._step_totals = None
+        self._step_losses = []
         self._update_seconds = 0.0
 
     @property

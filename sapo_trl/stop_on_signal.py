@@ -1,0 +1,53 @@
+"""Ends a run with a checkpoint when the machine is taken away."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+
+from transformers import TrainerCallback
+
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODE = 75
+"""What `sapo-trl train` returns then: "temporary failure" in sysexits.h, for a scheduler to start the run again."""
+
+
+class StopOnSignal(TrainerCallback):
+    """
+    On SIGTERM (what cluster schedulers send before they kill) saves a checkpoint after the current optimizer step and
+    ends training. Resume with `resume_from_checkpoint=True`. To be made in the main thread.
+
+    Args:
+        signals (`tuple[int, ...]`, *optional*, defaults to `(signal.SIGTERM,)`): which signals to act on.
+
+    Example:
+
+    ```python
+    stop = StopOnSignal()
+    trainer = SAPOTrainer(..., callbacks=[stop])
+    trainer.train(resume_from_checkpoint=True)
+    sys.exit(StopOnSignal.EXIT_CODE if stop.received else 0)
+    ```
+    """
+
+    EXIT_CODE = EXIT_CODE
+
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM,)):
+        self.received: int | None = None
+        self._previous = {number: signal.signal(number, self._receive) for number in signals}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        logger.warning("%s received: a checkpoint follows after this step.", signal.Signals(number).name)
+        self.received = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

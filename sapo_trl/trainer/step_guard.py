@@ -1,0 +1,75 @@
+"""What happens to an optimizer step whose losses or gradients are not numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..config import SAPOConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+class StepGuard:
+    """
+    Tells which optimizer steps to skip, and stops a run in which nothing else happens any more.
+
+    Args:
+        args ([`SAPOConfig`]): settings of the run.
+        accelerator ([`~accelerate.Accelerator`]): of the run.
+    """
+
+    def __init__(self, args: SAPOConfig, accelerator: Accelerator):
+        self.max_in_a_row = args.max_skipped_steps
+        self.output_dir = Path(args.output_dir)
+        self.accelerator = accelerator
+        self.in_a_row = 0
+
+    def must_skip(self, numbers: list[torch.Tensor]) -> bool:
+        """
+        Whether a step has to be skipped, on all processes alike.
+
+        Args:
+            numbers (`list[torch.Tensor]`): 0-dimensional, the step's losses and the norms of its gradients.
+
+        Returns:
+            `bool`: whether one of them is not finite.
+        """
+        if self.accelerator.scaler is not None:
+            return False  # in half precision an overflow is how a gradient scaler finds its scale; it skips by itself
+        finite = torch.stack([number.detach().isfinite().float() for number in numbers]).amin()
+        if self.accelerator.num_processes > 1:
+            finite = self.accelerator.reduce(finite, reduction="sum") / self.accelerator.num_processes
+        skip = bool(finite < 1)
+        self.in_a_row = self.in_a_row + 1 if skip else 0
+        return skip
+
+    def report(self, step: int, batches: Callable[[], list[dict[str, Any]]]) -> None:
+        """
+        Warn of a skipped step; after too many in a row, save what it was computed on and stop.
+
+        Args:
+            step (`int`): optimizer steps before this one.
+            batches (`Callable`): returns the step's micro-batches.
+
+        Raises:
+            FloatingPointError: after `max_skipped_steps` skipped steps in a row.
+        """
+        logger.warning("Optimizer step %d is skipped: a loss or gradient is not finite.", step)
+        if self.in_a_row < self.max_in_a_row:
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        path = self.output_dir / f"skipped_step_{step}_{self.accelerator.process_index}.pt"
+        torch.save(batches(), path)
+        raise FloatingPointError(
+            f"The losses or gradients of the last {self.in_a_row} optimizer steps (max_skipped_steps="
+            f"{self.max_in_a_row}) were not finite. The micro-batches of the last one are in {str(path)!r} "
+            "(torch.load). Usual causes: a learning rate that is too large, half-precision weights, a reference or "
+            "sampler with other weights."
+        )
