@@ -113,6 +113,10 @@ class SAPOConfig(GRPOConfig):
         reward_timeout (`float`, *optional*):
             Seconds that a call of a reward function may take. A call that takes longer, or raises, is repeated for
             each completion alone, and those for which it does so again have no reward. `None` for no limit.
+        max_sampler_logp_difference (`float`, *optional*, defaults to `0.05`):
+            If the responses come from another engine (vLLM): largest mean absolute difference between its
+            log-probabilities and the training model's in the first rollout of a run, above which training stops with
+            an error. `None` for no check.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             An optimizer step with a non-finite loss or gradient is skipped; after so many in a row training stops with
             an error, and the last one's batch is saved in `output_dir`.
@@ -361,6 +365,13 @@ class SAPOConfig(GRPOConfig):
         metadata={
             "help": "Seconds that a call of a reward function may take. A call that takes longer, or raises, is "
             "repeated for each completion alone. `None` for no limit."
+        },
+    )
+    max_sampler_logp_difference: float | None = field(
+        default=0.05,
+        metadata={
+            "help": "Largest mean absolute difference between the sampler's log-probabilities and the training "
+            "model's in the first rollout. `None` for no check."
         },
     )
     max_skipped_steps: int = field(

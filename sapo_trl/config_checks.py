@@ -130,6 +130,7 @@ def _check_ranges(args: SAPOConfig) -> None:
         "sapo_temperature_pos",
         "sapo_temperature_neg",
         "reward_timeout",
+        "max_sampler_logp_difference",
     ):
         value = getattr(args, name)
         if value is not None and value <= 0:

@@ -40,7 +40,10 @@ class CriticAdapter:
         self.policy = policy
         if ADAPTER_NAME not in policy.peft_config:
             active = policy.active_adapter
-            policy.add_adapter(ADAPTER_NAME, copy.deepcopy(config or policy.peft_config[active]))
+            config = copy.deepcopy(config or policy.peft_config[active])
+            # Whole copies of modules, such as an LM head, are the policy's; a sampler would be sent the critic's too.
+            config.modules_to_save = None
+            policy.add_adapter(ADAPTER_NAME, config)
             # Adding one may have made it trainable.
             policy.set_adapter(active)
 

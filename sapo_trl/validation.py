@@ -201,6 +201,26 @@ def check_takes_images(model: PreTrainedModel) -> None:
         )
 
 
+def check_sampler(difference: float, threshold: float | None) -> None:
+    """
+    Args:
+        difference (`float`): mean absolute difference of the training model's and the sampler's log-probabilities.
+        threshold (`float`, *optional*): the largest that is accepted; `None` accepts all.
+
+    Raises:
+        ValueError: if they differ by more: then the sampler answers other prompts, or with other weights.
+    """
+    if threshold is not None and difference > threshold:
+        raise ValueError(
+            f"In the first rollout the log-probabilities of the engine that sampled differ from the training model's "
+            f"by {difference:.4f} on average, more than max_sampler_logp_difference={threshold}. Usual causes: the "
+            "engine has other weights (a failed weight sync, another revision); it reads another prompt (image "
+            "placeholders expanded twice, another chat template or padding side); its log-probabilities are taken "
+            "before the temperature, or after top-p or top-k; another precision or attention kernel. Set "
+            "max_sampler_logp_difference=None to go on all the same."
+        )
+
+
 def check_padding_side(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
     """Set left padding, without which prompts and image markers are silently misaligned."""
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

@@ -30,6 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from trl import GRPOTrainer, is_conversational, prepare_multimodal_messages
 from trl.chat_template_utils import parse_response
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
@@ -40,6 +41,12 @@ from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
 
 
 logger = logging.getLogger(__name__)
+
+_GENERATE = inspect.getsource(VLLMGeneration.generate)
+# Whether TRL hands a colocated vLLM the trainer's own ids beside the images. A TRL that collapses the placeholders, or
+# sends features to put in their place, needs no help; what a new version does wrong, the comparison of
+# log-probabilities in the first rollout tells.
+TRL_EXPANDS_PLACEHOLDERS_TWICE = '{"prompt_token_ids": ids}' in _GENERATE and "collapse" not in _GENERATE.lower()
 
 PROCESS_STATE_NAME = "process_state_{}.pt"
 
@@ -407,7 +414,7 @@ class GRPOBridge(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         if self._record is not None and self._record.given is not None:
             return self._record.given.completion_ids, None
-        images = self._as_backend_takes_them(images)
+        prompt_ids, images = self._as_backend_takes_them(prompt_ids, images)
         return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
@@ -530,16 +537,27 @@ class GRPOBridge(GRPOTrainer):
         usual = getattr(generator, name)
         setattr(generator, name, max_new_tokens)
         try:
-            completion_ids, _ = super()._generate_single_turn(
-                prompts.ids, self._as_backend_takes_them(prompts.images), prompts.fields, num_generations=1
-            )
+            prompt_ids, images = self._as_backend_takes_them(prompts.ids, prompts.images)
+            completion_ids, _ = super()._generate_single_turn(prompt_ids, images, prompts.fields, num_generations=1)
         finally:
             setattr(generator, name, usual)
         return completion_ids
 
-    def _as_backend_takes_them(self, images: list | None) -> list | None:
-        """transformers' processors want a list for a prompt without image, vLLM wants `None`."""
-        return [row or None for row in images] if images and self.use_vllm else images
+    def _as_backend_takes_them(
+        self, prompt_ids: list[list[int]], images: list | None
+    ) -> tuple[list[list[int]], list | None]:
+        """
+        Prompts and images as the generation backend reads them.
+
+        For a prompt without image transformers' processors want a list and vLLM wants `None`. And a colocated vLLM
+        expands image placeholders itself: of prompts in which they are expanded it would make others, which are not
+        those that are trained on (https://github.com/huggingface/trl/issues/6294).
+        """
+        if not images or not self.use_vllm:
+            return prompt_ids, images
+        if self.vllm_mode == "colocate" and TRL_EXPANDS_PLACEHOLDERS_TWICE:
+            prompt_ids = [collapsed(ids, self.processing_class.image_token_id) for ids in prompt_ids]
+        return prompt_ids, [row or None for row in images]
 
     def _score_completions(
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], completion_ids: list[list[int]]
@@ -633,6 +651,13 @@ class GRPOBridge(GRPOTrainer):
         else:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.beta = self.args.beta
+
+
+def collapsed(ids: list[int], token_id: int) -> list[int]:
+    """Token ids with each run of one token reduced to a single one."""
+    return [
+        token for position, token in enumerate(ids) if token != token_id or ids[position - 1 : position] != [token]
+    ]
 
 
 class _EpochOrder(TrainerCallback):

@@ -30,6 +30,7 @@ from ..metrics import MetricAccumulator, explained_variance
 from ..reward_calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler, monte_carlo_values
+from ..sampler_correction import importance_correction, logp_difference
 from ..segmentation import Segmenter, is_uncertain
 from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
@@ -37,6 +38,7 @@ from ..validation import (
     check_images,
     check_padding_side,
     check_prompt_column,
+    check_sampler,
     check_segments,
     check_size,
     check_takes_images,
@@ -205,6 +207,7 @@ class SAPOTrainer(GRPOBridge):
         self.critic_warmup = CriticWarmup(
             args.critic_warmup_steps, args.critic_warmup_tolerance, args.num_mini_batches * args.num_iterations
         )
+        self._compared_with_sampler = False
         self._step_guard = StepGuard(args, self.accelerator)
         self._trees: TreeRollouts | None = None
         if args.critic == "tree":
@@ -267,6 +270,7 @@ class SAPOTrainer(GRPOBridge):
             mask, forward = self._given_edges(forward, mask, record.given)
         seconds["score"] += time.perf_counter() - started
 
+        self._compare_with_sampler(forward, batch, mask)
         batch["rewards"] = rewards
         segments = self.segment(forward, batch, mask)
         policy_mask = self._policy_mask(forward, segments)
@@ -280,6 +284,9 @@ class SAPOTrainer(GRPOBridge):
         advantages = self._normalized(advantages, policy_mask)
         if self.token_weighting is not None:
             advantages = advantages * self._token_weights(forward, batch, mask)
+        if self.args.loss_type in TRL_LOSS_TYPES and not self.args.use_vllm:
+            # TRL's losses correct for its own samplers alone. A positive factor may as well go into the advantage.
+            advantages = advantages * batch.pop("importance_sampling_ratio", 1.0)
 
         batch["advantages"] = advantages
         batch["returns"] = returns
@@ -320,6 +327,28 @@ class SAPOTrainer(GRPOBridge):
         if record.prompts is None or self.tools or self.environments or self.max_completion_length is None:
             return None
         return self.continuation_sampler(record.prompts, record.inputs, record.given)
+
+    def _compare_with_sampler(self, forward: PolicyForward, batch: Batch, mask: torch.Tensor) -> None:
+        """Measure how far the engine that sampled differs from the policy; correct for it where TRL does not."""
+        args, sampling_logps = self.args, batch.get("sampling_per_token_logps")
+        if sampling_logps is None:
+            return
+        total, count = logp_difference(forward.logps, sampling_logps, mask)
+        if not args.use_vllm:  # else TRL logs and corrects
+            self._accumulator.add_total("sampling/sampling_logp_difference/mean", total, count)
+            if args.vllm_importance_sampling_correction:
+                batch["importance_sampling_ratio"] = importance_correction(
+                    forward.logps,
+                    sampling_logps,
+                    mask,
+                    args.vllm_importance_sampling_mode,
+                    args.vllm_importance_sampling_clip_min,
+                    args.vllm_importance_sampling_clip_max,
+                )
+        if self.mode == "train" and not self._compared_with_sampler:
+            self._compared_with_sampler = True
+            total, count = self._sum_over_processes(torch.stack([total, count.to(total.dtype)])).tolist()
+            check_sampler(total / max(count, 1), args.max_sampler_logp_difference)
 
     def _given_edges(
         self, forward: PolicyForward, mask: torch.Tensor, given: GivenRollout
