@@ -161,6 +161,19 @@ class TestResume:
             state = state_of(one)
             assert all(torch.equal(tensor, state[name]) for name, tensor in state_of(other).items())
 
+    @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
+    @pytest.mark.parametrize("step", [2, 3])
+    def test_trees(self, family, step, tmp_path):
+        """Edges of earlier rollouts are drawn after resuming too, with their images."""
+        tree = {"critic": "tree", "segmentation": "sequence", "tree_widths": [2, 2], "tree_segment_length": 3}
+        run = {**tree, "num_generations": 2, "tree_edges_per_prompt": 2, "beta": 0.0, "steps": 6, "save_steps": step}
+        whole = self.run(family, tmp_path / "whole", **run)
+        parts = self.run(family, tmp_path / "parts", resume=tmp_path / "whole" / f"checkpoint-{step}", **run)
+        assert max(logged(parts, "tree/edge_age")) > 0
+        assert logged(parts, "tree/edge_age") == logged(whole, "tree/edge_age")
+        expected = state_of(whole.model)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(parts.model).items())
+
     @pytest.mark.parametrize("family", ["qwen2"], indirect=True)
     def test_resumed_critic_needs_its_optimizer(self, family, tmp_path):
         """The test above can fail: without the critic's optimizer state the run ends elsewhere."""

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sapo_trl.rollouts import ContinuationSampler, Edge, EdgeReplay, RolloutTree, TokenizedPrompts, grow_tree
+from sapo_trl.rollouts.portable import from_portable, to_portable
 from sapo_trl.rollouts.replay import StoredEdge
 from sapo_trl.rollouts.tree import trainable_edges
 
@@ -251,6 +253,29 @@ class TestReplay:
             return [edge.edge.node for edge in replay.draw(4)]
 
         assert draws(1) == draws(1) != draws(2)
+
+
+class TestPortable:
+    def test_rows_come_back(self, tmp_path):
+        """Through a file that is read without running anything, images to the last pixel."""
+        image = Image.effect_noise((5, 7), 50).convert("RGB")
+        row = {
+            "prompt": [{"role": "user", "content": "A"}],
+            "images": [image, image],
+            "numbers": [1, 2.5, None, True],
+            "tensor": torch.arange(3),
+        }
+        torch.save(to_portable(row), tmp_path / "row.pt")
+        back = from_portable(torch.load(tmp_path / "row.pt", weights_only=True))
+        assert {name: back[name] for name in ("prompt", "numbers")} == {
+            name: row[name] for name in ("prompt", "numbers")
+        }
+        assert torch.equal(back["tensor"], row["tensor"])
+        assert all(found.tobytes() == image.tobytes() and found.mode == "RGB" for found in back["images"])
+
+    def test_what_cannot_be_written_is_said(self):
+        with pytest.raises(TypeError, match="type object cannot be written to a checkpoint"):
+            to_portable({"a": [object()]})
 
 
 ORDINARY = range(20, 250)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from .portable import from_portable, to_portable
 from .tree import Edge
 
 
@@ -86,3 +87,55 @@ class EdgeReplay:
         for edges, edge in drawn:
             edges.remove(edge)
         return [drawn[index % len(drawn)][1] for index in range(number)] if drawn else []
+
+    def state(self) -> dict[str, Any]:
+        """
+        What a resumed run needs to draw the same edges.
+
+        Returns:
+            `dict[str, Any]`: tensors, numbers, strings, bytes and containers of them.
+
+        Raises:
+            TypeError: if a row of the data set holds something else (images become bytes).
+        """
+        # Rows of the data set are shared by a prompt's edges: written once each.
+        examples: dict[int, int] = {}
+        rows, prompts = [], []
+        for edges in self._prompts:
+            for item in edges:
+                if id(item.example) not in examples:
+                    examples[id(item.example)] = len(rows)
+                    rows.append(to_portable(item.example))
+            prompts.append(
+                [
+                    {
+                        "example": examples[id(item.example)],
+                        "edge": asdict(item.edge),
+                        "old_logps": item.old_logps,
+                        "rewards": item.rewards,
+                        "age": item.age,
+                    }
+                    for item in edges
+                ]
+            )
+        version, numbers, gauss = self._random.getstate()
+        return {"examples": rows, "prompts": prompts, "random": [version, list(numbers), gauss]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what [`EdgeReplay.state`] returned."""
+        examples = [from_portable(row) for row in state["examples"]]
+        self._prompts = [
+            [
+                StoredEdge(
+                    examples[item["example"]],
+                    Edge(**item["edge"]),
+                    item["old_logps"].cpu(),
+                    item["rewards"].cpu(),
+                    item["age"],
+                )
+                for item in edges
+            ]
+            for edges in state["prompts"]
+        ]
+        version, numbers, gauss = state["random"]
+        self._random.setstate((version, tuple(numbers), gauss))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 import time
 from dataclasses import replace
@@ -52,6 +53,9 @@ from .grpo_bridge import Batch, GivenRollout, GRPOBridge, PolicyForward, Rollout
 from .parts import accepted_inputs, check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
 from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
+
+
+logger = logging.getLogger(__name__)
 
 
 class SAPOTrainer(GRPOBridge):
@@ -787,6 +791,19 @@ class SAPOTrainer(GRPOBridge):
         if self.critic is not None:
             self.critic.load(folder)
             self.critic_warmup.load(folder)
+
+    def process_state(self) -> dict[str, Any]:
+        if self._trees is None:
+            return {}
+        try:
+            return {"replay": self._trees.replay.state()}
+        except TypeError as error:
+            logger.warning("The checkpoint is written without the edges of earlier trees: %s", error)
+            return {}
+
+    def load_process_state(self, state: dict[str, Any]) -> None:
+        if "replay" in state:
+            self._trees.replay.load_state(state["replay"])
 
     def load_best_state(self, folder: str) -> None:
         if self.critic is not None:
