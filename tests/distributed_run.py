@@ -43,12 +43,13 @@ def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
         args=args,
         train_dataset=family.dataset(8),
         processing_class=family.processing_class,
-        rollout_func=fixed_rollout(completions_of_prompts),
+        # Continuations need the trainer's own generation.
+        rollout_func=None if args.critic in ("monte_carlo", "tree") else fixed_rollout(completions_of_prompts),
         peft_config=lora,
     )
     trainer.train()
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
-    names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share"]
+    names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
     state = {
         "world_size": trainer.accelerator.num_processes,
         "policy": trainer.accelerator.unwrap_model(trainer.model).state_dict(),

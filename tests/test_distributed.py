@@ -74,3 +74,42 @@ def test_two_processes_equal_one(family, settings, tmp_path):
             torch.testing.assert_close(first[module][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
     for name, values in one["log"].items():
         assert first["log"][name] == pytest.approx(values, abs=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        # Cut-points of a flat policy: one process may have more states than the other, or none.
+        (
+            "qwen2",
+            {
+                "critic": "monte_carlo",
+                "segmentation": "cutpoints",
+                "cutpoint_threshold": 0.004,
+                "confident_token_threshold": 0.004,
+                "num_continuations": 3,
+            },
+        ),
+        (
+            "qwen2_5_vl",
+            {
+                "critic": "tree",
+                "segmentation": "sequence",
+                "num_generations": 2,
+                "tree_widths": [2, 2],
+                "tree_segment_length": 3,
+                "beta": 0.0,
+            },
+        ),
+    ],
+)
+def test_processes_with_unequal_work_stay_in_step(family, settings, tmp_path):
+    """Each samples for itself, calls of generation and rewards are collective, and the policy is one."""
+    first, second = run_in_two_processes(tmp_path / "two", family, {"max_steps": 3, **settings})
+    assert [run["world_size"] for run in (first, second)] == [2, 2]
+    for name, tensor in first["policy"].items():
+        assert tensor.isfinite().all() and torch.equal(second["policy"][name], tensor), name
+    assert first["log"] == second["log"]
+    kind = "tree/tokens" if settings["critic"] == "tree" else "monte_carlo/tokens"
+    assert max(first["log"][kind]) > 0
