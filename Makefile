@@ -23,7 +23,7 @@ ifneq ($(MADE_FOR),$(shell cat $(STAMP) 2>/dev/null))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help venv demo test test-fast lint format bench clean
+.PHONY: help venv demo test test-fast test-distributed lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,10 @@ test: $(STAMP)  ## run every test that needs no GPU
 
 test-fast: $(STAMP)  ## the same without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow' -n $(WORKERS) $(ARGS)
+
+test-distributed: $(STAMP)  ## run the tests with several processes (DDP, DeepSpeed); installs DeepSpeed
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[deepspeed]' -c constraints.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_distributed.py tests/test_deepspeed.py $(ARGS)
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check

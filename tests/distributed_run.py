@@ -1,6 +1,8 @@
 """A short run for `test_distributed.py` to launch in one process or several; writes the weights and the log."""
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,20 +27,23 @@ def completions_of_prompts(prompts: list, trainer: SAPOTrainer) -> list[list[int
 
 
 def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
+    checkpoint = settings.get("resume_from_checkpoint")
     tokenizer = build_tokenizer()
     family = FAMILIES[name](tokenizer if name == "qwen2" else build_processor(tokenizer))
+    # Before the arguments, which tell transformers about ZeRO-3: it cannot make Qwen2.5-VL's weights in pieces.
+    model = family.build_model()
     args = sapo_config(
         folder,
         optim="sgd",
         max_grad_norm=1e6,
         critic_max_grad_norm=1e6,
         num_mini_batches=1,
-        per_device_train_batch_size=global_batch // PartialState(cpu=True).num_processes,
+        per_device_train_batch_size=global_batch // int(os.environ.get("WORLD_SIZE", "1")),
         **settings,
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if args.critic == "adapter" else None
     trainer = SAPOTrainer(
-        model=family.build_model(),
+        model=model,
         reward_funcs=length_reward,
         args=args,
         train_dataset=family.dataset(8),
@@ -47,13 +52,32 @@ def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
         rollout_func=None if args.critic in ("monte_carlo", "tree") else fixed_rollout(completions_of_prompts),
         peft_config=lora,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
     names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    stage = 0
+    if trainer.is_deepspeed_enabled:
+        import deepspeed
+
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
     state = {
         "world_size": trainer.accelerator.num_processes,
-        "policy": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
-        "critic": trainer.critic.value_head.state_dict() if trainer.critic is not None else {},
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "zero_stage": stage,
+        # Elements in this process's hands: with ZeRO-3 a share.
+        "policy_elements": sum(parameter.numel() for parameter in policy.parameters()),
+    }
+    critic = trainer.critic.value_head if trainer.critic is not None else torch.nn.Module()
+    state["critic_elements"] = sum(parameter.numel() for parameter in critic.parameters())
+    modules = [policy, critic]
+    with contextlib.ExitStack() as stack:
+        if stage == 3:
+            parameters = [parameter for module in modules for parameter in module.parameters()]
+            stack.enter_context(deepspeed.zero.GatheredParameters(parameters))
+        for name, module in zip(("policy", "critic"), modules, strict=True):
+            state[name] = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    state |= {
         "log": {name: logged(trainer, name) for name in names},
     }
     torch.save(state, folder / f"rank{trainer.accelerator.process_index}.pt")

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import SchedulerType, Trainer, get_scheduler
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import SAPOConfig
 from ..value_head import SegmentValueHead
@@ -21,8 +22,12 @@ logger = logging.getLogger(__name__)
 CRITIC_FOLDER = "critic"
 OPTIMIZER_STATE_NAME = "critic_optimizer.pt"
 
-# One copy of the critic per process, kept equal by averaging gradients.
-_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.DEEPSPEED,
+)
 
 
 class Critic:
@@ -47,20 +52,23 @@ class Critic:
         decay_parameter_names: list[str],
     ):
         if accelerator.distributed_type not in _SUPPORTED:
-            # Both would go on without a word: each process with a critic of its own, or with an optimizer of
-            # parameters that no longer exist.
+            # It would go on without a word, each process with a critic of its own.
             raise ValueError(
                 f"A critic cannot be trained under {accelerator.distributed_type} yet: launch with DDP "
-                '(`accelerate launch --multi_gpu`), or set `critic="none"`.'
+                '(`accelerate launch --multi_gpu`) or DeepSpeed, or set `critic="none"`.'
             )
         self.args = args
         self.accelerator = accelerator
-        # An adapter's parameters are none of the module's: nothing that wraps it would synchronise their gradients.
-        self._averages_gradients = value_head.mode == "adapter" and accelerator.num_processes > 1
-        if value_head.mode == "adapter":
-            self.module: nn.Module = value_head.to(accelerator.device)
-        else:
-            self.module = accelerator.prepare_model(value_head)
+        # An adapter's parameters are none of the module's, and of a head alone there is nothing to shard: nothing that
+        # would synchronise their gradients wraps them.
+        uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self._is_wrapped = value_head.mode == "separate" or (value_head.mode == "shared" and not uses_deepspeed)
+        if value_head.mode == "adapter" and uses_deepspeed and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                '`critic="adapter"` cannot be trained with ZeRO-3, which cuts the adapter to pieces together with the '
+                "policy: use ZeRO-2 or DDP (the base model is in memory once), or another critic."
+            )
+        self.module: nn.Module = self._prepared(value_head)
         self._parameters = [parameter for _, parameter in value_head.learned_parameters()]
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
@@ -89,6 +97,14 @@ class Critic:
         self.scaler = torch.amp.GradScaler(
             accelerator.device.type, enabled=accelerator.mixed_precision == "fp16" and accelerator.device.type != "cpu"
         )
+
+    # Whether saving and loading take all processes.
+    needs_all_processes = False
+
+    def _prepared(self, value_head: SegmentValueHead) -> nn.Module:
+        if self._is_wrapped:
+            return self.accelerator.prepare_model(value_head)
+        return value_head.to(self.accelerator.device)
 
     @property
     def value_head(self) -> SegmentValueHead:
@@ -121,9 +137,8 @@ class Critic:
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         """Context of one micro-batch's forward and backward: gradients are synchronised on the last one only."""
-        synchronises = self.accelerator.sync_gradients or self.value_head.mode == "adapter"
         with self.value_head.active(), contextlib.ExitStack() as stack:
-            if not synchronises:
+            if self._is_wrapped and not self.accelerator.sync_gradients:
                 stack.enter_context(self.accelerator.no_sync(self.module))
             yield
 
@@ -139,7 +154,7 @@ class Critic:
             `torch.Tensor`: 0-dimensional, its norm before.
         """
         self.scaler.unscale_(self.optimizer)
-        if self._averages_gradients:
+        if not self._is_wrapped and self.accelerator.num_processes > 1:
             self._average_gradients()
         return torch.nn.utils.clip_grad_norm_(self._parameters, self.args.critic_max_grad_norm)
 
@@ -181,13 +196,24 @@ class Critic:
         Raises:
             FileNotFoundError: if the checkpoint holds no critic.
         """
+        self.value_head.load_weights(self.check_folder(checkpoint))
+
+    def check_folder(self, checkpoint: str | Path) -> Path:
+        """The folder of a checkpoint's critic. Raises `FileNotFoundError` if there is none."""
         folder = Path(checkpoint) / CRITIC_FOLDER
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{str(checkpoint)!r} holds no critic (no folder {CRITIC_FOLDER!r}): it was written by a run with "
                 '`critic="none"` or by another trainer. Pass it as the model instead of resuming from it.'
             )
-        self.value_head.load_weights(folder)
+        return folder
+
+    def whole(self) -> contextlib.AbstractContextManager:
+        """Context in which every parameter is there, for saving; of all processes if `needs_all_processes`."""
+        return contextlib.nullcontext()
+
+    def save_sharded(self, folder: str | Path) -> None:
+        """Write what each process has of its own, for [`Critic.load`]; called on all processes."""
 
     def load(self, checkpoint: str | Path) -> None:
         """Restore weights, optimizer and schedule, see [`Critic.load_weights`]."""
@@ -199,3 +225,10 @@ class Critic:
             if state["scheduler"] is not None and self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.scaler.load_state_dict(state["scaler"])
+
+    def _load_schedule(self, checkpoint: str | Path) -> None:
+        state_file = Path(checkpoint) / OPTIMIZER_STATE_NAME
+        if state_file.is_file() and self.scheduler is not None:
+            state = torch.load(state_file, map_location="cpu", weights_only=True)
+            if state["scheduler"] is not None:
+                self.scheduler.load_state_dict(state["scheduler"])

@@ -208,6 +208,9 @@ class GRPOBridge(GRPOTrainer):
     def save_training_state(self, folder: str) -> None:
         """Write to a checkpoint what training needs besides the policy's state; called on the saving process only."""
 
+    def save_process_files(self, folder: str) -> None:
+        """Write to a checkpoint what processes can only write together; called on all of them."""
+
     def process_state(self) -> dict[str, Any]:
         """What each process has for itself and needs to go on: tensors, numbers, strings and containers of them."""
         return {}
@@ -490,6 +493,7 @@ class GRPOBridge(GRPOTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.save_training_state(output_dir)
+        self.save_process_files(output_dir)
         state = {"num_processes": self.accelerator.num_processes, "step": self._step, **self.process_state()}
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             # In the middle of a rollout: what is left of it is trained on after resuming too.

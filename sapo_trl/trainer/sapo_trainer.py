@@ -49,6 +49,7 @@ from ..validation import (
 from ..value_head import SegmentValueHead
 from .critic import CRITIC_FOLDER, Critic
 from .critic_warmup import CriticWarmup
+from .deepspeed_critic import DeepSpeedCritic
 from .grpo_bridge import Batch, GivenRollout, GRPOBridge, PolicyForward, RolloutRecord
 from .parts import accepted_inputs, check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
 from .step_guard import StepGuard
@@ -234,7 +235,9 @@ class SAPOTrainer(GRPOBridge):
         if value_head.backbone is not None and self.args.gradient_checkpointing:
             value_head.backbone.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         decayed = [*self.get_decay_parameter_names(value_head), *self.get_decay_parameter_names(self.model)]
-        return Critic(value_head, self.args, self.accelerator, decayed)
+        sharded = value_head.mode == "separate" and self.is_deepspeed_enabled
+        critic_class = DeepSpeedCritic if sharded else Critic
+        return critic_class(value_head, self.args, self.accelerator, decayed)
 
     # ------------------------------------------------------------------------------------------------- the rollout
 
@@ -778,8 +781,10 @@ class SAPOTrainer(GRPOBridge):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy as TRL does, and the critic in the folder `critic` beside it."""
         # The critic first: saving the policy may push the folder to the Hub.
-        if self.critic is not None and self.args.should_save:
-            self.critic.value_head.save_pretrained(Path(output_dir or self.args.output_dir) / CRITIC_FOLDER)
+        if self.critic is not None and (self.args.should_save or self.critic.needs_all_processes):
+            with self.critic.whole():
+                if self.args.should_save:
+                    self.critic.value_head.save_pretrained(Path(output_dir or self.args.output_dir) / CRITIC_FOLDER)
         super().save_model(output_dir, _internal_call)
 
     def save_training_state(self, folder: str) -> None:
@@ -791,6 +796,10 @@ class SAPOTrainer(GRPOBridge):
         if self.critic is not None:
             self.critic.load(folder)
             self.critic_warmup.load(folder)
+
+    def save_process_files(self, folder: str) -> None:
+        if self.critic is not None:
+            self.critic.save_sharded(folder)
 
     def process_state(self) -> dict[str, Any]:
         if self._trees is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from ..config import SAPOConfig
 
@@ -26,7 +26,9 @@ class StepGuard:
     """
 
     def __init__(self, args: SAPOConfig, accelerator: Accelerator):
-        self.max_in_a_row = args.max_skipped_steps
+        # DeepSpeed applies gradients in the same breath as it adds them up: there is nothing left to skip.
+        uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.max_in_a_row = 1 if uses_deepspeed else args.max_skipped_steps
         self.output_dir = Path(args.output_dir)
         self.accelerator = accelerator
         self.in_a_row = 0

@@ -1,0 +1,102 @@
+"""A separate critic under DeepSpeed: an engine of its own, sharded as the policy's is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..value_head import SegmentValueHead
+from .critic import CRITIC_FOLDER, Critic
+
+
+ENGINE_FOLDER = "critic_engine"
+_TAG = "critic"
+
+
+class DeepSpeedCritic(Critic):
+    """
+    [`Critic`] whose gradients and optimizer state (and, with ZeRO-3, weights) DeepSpeed shards over processes.
+
+    The arguments are those of [`Critic`]. DeepSpeed clips within its update, so both happen in
+    [`DeepSpeedCritic.clip_gradient`].
+    """
+
+    needs_all_processes = True
+
+    def __init__(self, value_head: SegmentValueHead, *args, **kwargs):
+        super().__init__(value_head, *args, **kwargs)
+        import deepspeed  # only where it is used: it takes over parts of torch when it is imported
+
+        config = copy.deepcopy(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        for name in ("optimizer", "scheduler", "train_batch_size"):
+            config.pop(name, None)
+        config |= {
+            "train_micro_batch_size_per_gpu": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "gradient_clipping": self.args.critic_max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        self.engine, *_ = deepspeed.initialize(model=value_head, optimizer=self.optimizer, config=config)
+        self.module = self.engine
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO: 0 to 3."""
+        return self.engine.zero_optimization_stage()
+
+    def _prepared(self, value_head: SegmentValueHead) -> nn.Module:
+        return value_head.to(self.accelerator.device)
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # The loss is a share of the optimizer step's already.
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def clip_gradient(self) -> torch.Tensor:
+        """Clip the gradient and update the critic. Returns the norm before, a 0-dimensional tensor."""
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device).float()
+
+    def step(self, skip: bool = False) -> None:
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.value_head.parameters()), modifier_rank=0):
+            yield
+
+    def save_sharded(self, folder: str | Path) -> None:
+        self.engine.save_checkpoint(str(Path(folder) / ENGINE_FOLDER), tag=_TAG)
+
+    def load(self, checkpoint: str | Path) -> None:
+        self.check_folder(checkpoint)
+        folder = Path(checkpoint) / ENGINE_FOLDER
+        if not folder.is_dir():  # `save_only_model=True`
+            self.load_weights(checkpoint)
+            return
+        self.engine.load_checkpoint(str(folder), tag=_TAG)
+        self._load_schedule(checkpoint)
+
+    def load_weights(self, checkpoint: str | Path) -> None:
+        self.check_folder(checkpoint)
+        saved = SegmentValueHead.from_pretrained(Path(checkpoint) / CRITIC_FOLDER, mode=self.value_head.mode)
+        with self.whole():
+            if self.stage < 3 or self.accelerator.is_main_process:
+                self.value_head.load_state_dict(saved.state_dict())

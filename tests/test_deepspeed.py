@@ -1,0 +1,112 @@
+"""Two processes under DeepSpeed, policy and critic sharded by ZeRO, give the update of one process."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from .distributed_run import main
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: `make test-distributed`"
+    ),
+]
+ROOT = Path(__file__).parent.parent
+
+
+def run_with_deepspeed(folder: Path, stage: int, family: str, settings: dict) -> list[dict]:
+    folder.mkdir(parents=True, exist_ok=True)
+    deepspeed_config = {
+        # Without the second, parameters as small as these are never sharded.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+    }
+    if stage == 3:
+        deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    (folder / "deepspeed.json").write_text(json.dumps(deepspeed_config))
+    launch = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": False},
+        "num_machines": 1,
+        "num_processes": 2,
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "use_cpu": True,
+    }
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(launch))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+    command += ["-m", "tests.distributed_run", str(folder), family, "4", json.dumps(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "family", "settings"),
+    [
+        (2, "qwen2", {"max_steps": 3, "critic": "separate", "gradient_accumulation_steps": 2, "beta": 0.1}),
+        (2, "qwen2", {"max_steps": 3, "critic": "adapter", "beta": 0.1}),
+        (2, "qwen2_5_vl", {"max_steps": 3, "critic": "shared"}),
+        (3, "qwen2", {"max_steps": 3, "critic": "shared", "gradient_accumulation_steps": 2}),
+        (3, "qwen2", {"max_steps": 3, "critic": "none", "advantage_estimator": "batch"}),
+        (3, "qwen2_5_vl", {"max_steps": 3, "critic": "separate", "beta": 0.1}),
+    ],
+)
+def test_two_processes_equal_one(stage, family, settings, tmp_path):
+    (tmp_path / "one").mkdir()
+    main(tmp_path / "one", family, 4, settings)
+    one = torch.load(tmp_path / "one" / "rank0.pt")
+    first, second = run_with_deepspeed(tmp_path / "two", stage, family, settings)
+    for run in (first, second):
+        assert (run["world_size"], run["distributed_type"], run["zero_stage"]) == (
+            2,
+            "DistributedType.DEEPSPEED",
+            stage,
+        )
+        # ZeRO-3 has really taken the weights apart: outside of a forward a process holds none.
+        assert (run["policy_elements"] == 0) == (stage == 3)
+        if settings["critic"] == "separate":
+            assert (run["critic_elements"] == 0) == (stage == 3)
+    for module in ("policy", "critic"):
+        for name, tensor in one[module].items():
+            assert torch.equal(first[module][name], second[module][name]), name
+            torch.testing.assert_close(first[module][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
+    for name, values in one["log"].items():
+        assert first["log"][name] == pytest.approx(values, abs=1e-4), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_four_steps_are_two_and_two_more(stage, tmp_path):
+    """Policy, critic, both optimizers and the position in the data come back from the shards."""
+    settings = {"critic": "separate", "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "beta": 0.0}
+    settings |= {"lr_scheduler_type": "linear", "learning_rate": 0.02, "critic_learning_rate": 0.02}
+    whole = run_with_deepspeed(tmp_path / "whole", stage, "qwen2", settings)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert (checkpoint / "critic" / "value_head.safetensors").is_file()
+    copy = tmp_path / "parts" / "checkpoint-2"
+    shutil.copytree(checkpoint, copy)
+    parts = run_with_deepspeed(tmp_path / "parts", stage, "qwen2", {**settings, "resume_from_checkpoint": str(copy)})
+    for one, other in zip(whole, parts, strict=True):
+        for module in ("policy", "critic"):
+            for name, tensor in one[module].items():
+                torch.testing.assert_close(other[module][name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_an_adapter_critic_is_refused_with_zero_3(tmp_path):
+    with pytest.raises(AssertionError, match="cannot be trained with ZeRO-3"):
+        run_with_deepspeed(tmp_path, 3, "qwen2", {"max_steps": 1, "critic": "adapter"})
