@@ -1,4 +1,4 @@
-"""The `sapo-trl` command: `sapo-trl demo` and `sapo-trl train`."""
+"""The `sapo-trl` command: `sapo-trl demo`, `sapo-trl train` and `sapo-trl plan`."""
 
 import argparse
 import sys
@@ -15,19 +15,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments after the program's name. Defaults to those of the process.
 
     Returns:
-        `int`: Exit code; not 0 if the demo could not show an improvement.
+        `int`: Exit code; not 0 if the demo could not show an improvement, or if what was planned does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:  # TRL's parser takes all of the rest, `--help` included
         from .train import main as train_main
 
         return train_main(argv[1:])
+    if argv[:1] == ["plan"]:  # so does this one's
+        from .planner.command import main as plan_main
+
+        return plan_main(argv[1:])
 
     parser = argparse.ArgumentParser(
         prog="sapo-trl", description="Segment-Aligned Policy Optimization (arXiv 2605.01327) for TRL."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a model; settings from a YAML file (--config) and the command line")
+    commands.add_parser("plan", help="compute the GPU memory that a training needs, and what would make it fit")
     demo = commands.add_parser(
         "demo",
         help="train a tiny vision-language model on a CPU and show what it learned",

@@ -1,0 +1,163 @@
+"""The smallest changes that make a run fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .memory import plan_memory
+from .setup import Lora, Setup
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """
+    Changes that make a setup fit.
+
+    Args:
+        changes (`tuple[str, ...]`): what to set, in words.
+        setup ([`Setup`]): the setup with them.
+    """
+
+    changes: tuple[str, ...]
+    setup: Setup
+
+
+Change = Callable[[Setup], tuple[str, Setup] | None]
+
+
+def _smaller_micro_batch(setup: Setup) -> tuple[str, Setup] | None:
+    if setup.micro_batch == 1:
+        return None
+    rows = setup.micro_batch * setup.accumulation  # the optimizer step stays what it was
+    changed = setup.changed(micro_batch=1, accumulation=rows)
+    for size in range(setup.micro_batch - 1, 1, -1):  # no smaller than it has to be
+        candidate = setup.changed(micro_batch=size, accumulation=rows // size)
+        if rows % size == 0 and plan_memory(candidate).fits:
+            changed = candidate
+            break
+    text = (
+        f"per_device_train_batch_size {setup.micro_batch} → {changed.micro_batch}, gradient_accumulation_steps "
+        f"{setup.accumulation} → {changed.accumulation}"
+    )
+    return text, changed
+
+
+def _checkpointing(setup: Setup) -> tuple[str, Setup] | None:
+    if setup.gradient_checkpointing:
+        return None
+    return "gradient_checkpointing: true", setup.changed(gradient_checkpointing=True)
+
+
+def _sleep(setup: Setup) -> tuple[str, Setup] | None:
+    if setup.vllm != "colocate" or setup.vllm_sleeps:
+        return None
+    return "vllm_enable_sleep_mode: true", setup.changed(vllm_sleeps=True)
+
+
+def _vllm_share(setup: Setup) -> tuple[str, Setup] | None:
+    """The smallest share in which vLLM starts."""
+    if setup.vllm != "colocate":
+        return None
+    for hundredths in range(5, 95, 5):
+        changed = setup.changed(vllm_share=hundredths / 100)
+        if plan_memory(changed).vllm_shortage <= 0:
+            if changed.vllm_share == setup.vllm_share:
+                return None
+            return f"vllm_gpu_memory_utilization: {changed.vllm_share}", changed
+    return None
+
+
+def _sharding(name: str, stronger_than: tuple[str, ...]) -> Change:
+    def change(setup: Setup) -> tuple[str, Setup] | None:
+        if setup.processes == 1 or setup.sharding not in stronger_than or setup.quantized_bits is not None:
+            return None
+        if name == "zero3" and setup.critic == "adapter":  # the trainer refuses it
+            return None
+        return f"--sharding {name}", setup.changed(sharding=name)
+
+    return change
+
+
+def _adapter_critic(setup: Setup) -> tuple[str, Setup] | None:
+    if setup.lora is None or setup.critic != "separate" or setup.sharding == "zero3":
+        return None
+    return "critic: adapter", setup.changed(critic="adapter")
+
+
+def _shared_critic(setup: Setup) -> tuple[str, Setup] | None:
+    if setup.critic != "separate":
+        return None
+    return "critic: shared", setup.changed(critic="shared")
+
+
+def _no_reference(setup: Setup) -> tuple[str, Setup] | None:
+    if setup.beta == 0 or setup.lora is not None:
+        return None
+    return "beta: 0.0", setup.changed(beta=0.0)
+
+
+def _lora(setup: Setup) -> tuple[str, Setup] | None:
+    if setup.lora is not None or (setup.critic == "separate" and setup.sharding == "zero3"):
+        return None
+    critic = "adapter" if setup.critic == "separate" else setup.critic
+    # PEFT has no choice of its own for vision-language models.
+    changed = setup.changed(lora=Lora(targets="all-linear"), critic=critic, weight_bytes=2)
+    text = "use_peft: true, lora_target_modules: all-linear, dtype: bfloat16"
+    return (text if critic == setup.critic else f"{text}, critic: adapter"), changed
+
+
+CHANGES: tuple[Change, ...] = (
+    # These leave the algorithm as it is …
+    _smaller_micro_batch,
+    _checkpointing,
+    _sleep,
+    _vllm_share,
+    _sharding("zero2", ("none",)),
+    _sharding("zero3", ("none", "zero2")),
+    # … and these do not.
+    _adapter_critic,
+    _shared_critic,
+    _no_reference,
+    _lora,
+)
+"""What is tried, in this order."""
+
+
+def suggest(setup: Setup, most: int = 3, largest: int = 3) -> list[Suggestion]:
+    """
+    Find the smallest sets of changes after which a setup fits.
+
+    Args:
+        setup ([`Setup`]): a setup, as a rule one that does not fit.
+        most (`int`, *optional*, defaults to `3`): number of suggestions.
+        largest (`int`, *optional*, defaults to `3`): number of changes in one suggestion.
+
+    Returns:
+        `list[Suggestion]`: sets of equal size, in the order of [`CHANGES`]; empty if none of these suffices.
+    """
+    for size in range(1, largest + 1):
+        found: list[Suggestion] = []
+        for combination in itertools.combinations(CHANGES, size):
+            suggestion = _apply(setup, combination)
+            if suggestion is not None and plan_memory(suggestion.setup).fits:
+                found.append(suggestion)
+            if len(found) == most:
+                break
+        if found:
+            return found
+    return []
+
+
+def _apply(setup: Setup, changes: tuple[Change, ...]) -> Suggestion | None:
+    """All of the changes, or `None` if one of them cannot be made."""
+    texts = []
+    # The micro-batch last: how small it has to be depends on the others.
+    for change in sorted(changes, key=lambda change: change is _smaller_micro_batch):
+        result = change(setup)
+        if result is None:
+            return None
+        text, setup = result
+        texts.append(text)
+    return Suggestion(tuple(texts), setup)
