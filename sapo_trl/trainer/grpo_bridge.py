@@ -376,6 +376,11 @@ class GRPOBridge(GRPOTrainer):
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.model.device)
 
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of the current step, to resume from, and return its folder."""
+        self._save_checkpoint(self.model, None)
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
     def add_to_log(self, metrics: dict[str, float]) -> None:
         """Add values to the averages that the next log reports."""
         for name, value in metrics.items():

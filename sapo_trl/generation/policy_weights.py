@@ -1,0 +1,128 @@
+"""The policy's weights as a folder that a sampler can load: without the critic, adapters merged."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+INCOMPLETE_FOLDER = "incomplete-policy"
+_COMPLETE_FOLDER = re.compile(r"policy-step-\d+-[0-9a-f]{8}")
+
+
+def save_policy(trainer: Any, weights_dir: Path, name: str) -> None:
+    """
+    Write the policy's weights to `weights_dir / name`, which appears when it is complete.
+
+    To be called by all processes, since sharded weights are gathered; the main process writes. The critic is never
+    among them: a separate or shared one is no part of the policy's module, and an adapter critic is left out.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): its model is written, in the dtype that it is trained in.
+        weights_dir (`Path`): made if it is not there.
+        name (`str`): `policy-step-<step>-<eight hexadecimal digits>`.
+
+    Raises:
+        `ValueError`: if adapters cannot be merged: of a quantized or sharded base model, or not a weight difference.
+    """
+    accelerator = trainer.accelerator
+    policy = accelerator.unwrap_model(trainer.model)
+    if isinstance(policy, PeftModel):
+        _check_mergeable(policy, accelerator)
+        if accelerator.is_main_process:
+            with _merged(policy) as state:
+                _write(policy.get_base_model(), state, weights_dir, name)
+        return
+    # `model_wrapped` is what was prepared: DeepSpeed's engine, for one, gathers what it has sharded.
+    state = accelerator.get_state_dict(trainer.model_wrapped)
+    if accelerator.is_main_process:
+        _write(policy, state, weights_dir, name)
+
+
+def remove_others(weights_dir: Path, name: str) -> None:
+    """Remove the weights of earlier steps, of earlier runs too."""
+    for folder in weights_dir.iterdir():
+        if folder.name != name and _COMPLETE_FOLDER.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(model: Any, state: dict[str, torch.Tensor], weights_dir: Path, name: str) -> None:
+    staging = weights_dir / INCOMPLETE_FOLDER
+    shutil.rmtree(staging, ignore_errors=True)  # of a process that died
+    staging.mkdir(parents=True)
+    # As a checkpoint of the model would be: some architectures are saved under other names than they have in memory,
+    # and those are the ones that samplers know.
+    model.save_pretrained(staging, state_dict=state)
+    os.rename(staging, weights_dir / name)
+
+
+def _check_mergeable(policy: PeftModel, accelerator: Any) -> None:
+    base = policy.get_base_model()
+    if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "An adapter cannot be merged into a quantized base model without changing it. Train the adapter on a "
+            "base model in a floating-point dtype, or generate without a vLLM server."
+        )
+    zero3 = (
+        accelerator.distributed_type == DistributedType.DEEPSPEED
+        and accelerator.state.deepspeed_plugin.zero_stage == 3
+    )
+    if zero3 or accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "An adapter cannot be merged into a base model that is sharded over processes (ZeRO-3, FSDP). Use ZeRO-2 "
+            "or plain data parallelism with adapters and a vLLM server."
+        )
+    if not hasattr(policy.base_model, "merge_adapter"):
+        raise ValueError(
+            f"Adapters of type {policy.peft_config[policy.active_adapter].peft_type} cannot be merged into the base "
+            "model; a vLLM server can only be sent merged weights."
+        )
+
+
+@contextlib.contextmanager
+def _merged(policy: PeftModel) -> Iterator[dict[str, torch.Tensor]]:
+    """
+    The base model's state with the policy's adapter in it, under the base model's names.
+
+    Afterwards the base model's weights are what they were, bit for bit: subtracting an adapter again leaves rounding
+    errors, which over a run of many steps would add up in weights that are frozen.
+    """
+    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    before = [
+        (parameter, parameter.detach().to("cpu", copy=True))
+        for layer in layers
+        for parameter in layer.get_base_layer().parameters(recurse=False)
+    ]
+    # Only what is active: beside the policy's adapter there may be the critic's.
+    policy.base_model.merge_adapter(adapter_names=list(policy.active_adapters))
+    try:
+        yield _base_state(policy)
+    finally:
+        policy.base_model.unmerge_adapter()
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+
+
+def _base_state(policy: PeftModel) -> dict[str, torch.Tensor]:
+    saved_modules = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)")
+    state = {}
+    for name, tensor in policy.state_dict().items():
+        match = saved_modules.search(name)
+        if policy.base_model.prefix in name or ".original_module." in name:
+            continue
+        if match and match[1] not in policy.active_adapters:
+            continue
+        name = saved_modules.sub("", name).removeprefix("base_model.model.").replace(".base_layer.", ".")
+        state[name] = tensor
+    return state

@@ -1,0 +1,469 @@
+"""
+Responses from a plain vLLM server, on this machine or another, without NCCL.
+
+The weights travel through a folder that trainer and server both see; prompts and responses travel as token ids.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
+from transformers import ProcessorMixin
+from trl import is_conversational, prepare_multimodal_messages
+
+from .http_client import HTTPClient, SamplerError, SamplerLostError
+from .policy_weights import remove_others, save_policy
+
+
+logger = logging.getLogger(__name__)
+
+MAX_CONCURRENT_REQUESTS = 64
+"""Prompts of one process that the server works on at a time; it batches them as it likes."""
+
+_HOW_TO_START = (
+    "Start one with\n\n    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model <the policy> "
+    "--logprobs-mode processed_logprobs --enable-scale-out\n\nand see docs/vllm.md."
+)
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Request:
+    """
+    A prompt and how many responses to it are wanted.
+
+    `collapsed_ids` are the prompt's ids with one placeholder for each image, as the server takes them.
+    """
+
+    prompt_ids: list[int]
+    n: int
+    images: list[Image.Image] = field(default_factory=list)
+    collapsed_ids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Answer:
+    """Responses to one prompt. `complete` is whether the server got to finish them."""
+
+    completion_ids: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float | None]] = field(default_factory=list)
+    complete: bool = True
+
+
+class VLLMServerRollout:
+    """
+    A `rollout_func` for [`SAPOTrainer`] and [`~trl.GRPOTrainer`] that samples from a vLLM server.
+
+    Before the first rollout and after every optimizer step, the policy (never the critic) is written to a folder and
+    the server told to load it. The server names the weights it has, so that responses of one that was restarted in
+    between are noticed, thrown away and sampled again. Equal prompts that follow one another are sent once, with the
+    number of responses.
+
+    Prompts with images go as token ids too; the server expands the image placeholders itself, and its prompt must
+    then equal the trainer's, token for token.
+
+    With several processes each sends its own prompts. The main process alone writes and loads weights, while the
+    others wait, and all of them fail if one does.
+
+    Args:
+        base_url (`str`): of the server, such as `"http://localhost:8000"`.
+        weights_dir (`str` or `Path`):
+            Where the policy's weights are written: a folder for this run alone, that the server sees under the same
+            path. Holds one copy of the policy, two while a new one is being written.
+        timeout (`float`, *optional*, defaults to 600):
+            Seconds that the answer to one request may take.
+        retries (`int`, *optional*, defaults to 5):
+            How often a request that failed is repeated, after 1, 2, 4, … times `backoff` seconds.
+        backoff (`float`, *optional*, defaults to 1):
+            Seconds before the first repetition.
+        start_timeout (`float`, *optional*, defaults to 0):
+            Seconds to wait for a server that is still starting.
+        seeded (`bool`, *optional*, defaults to `True`):
+            Whether each prompt's sampling is seeded, from `args.seed`, the step and the prompt's place, so that a run
+            can be repeated and resumed. Servers sample somewhat slower with seeds.
+
+    Raises:
+        [`SamplerLostError`]: if no server answers at `base_url`, or none does any more during a rollout.
+        [`SamplerError`]: if the server lacks what is needed, or refuses a request.
+
+    Example:
+
+    ```python
+    rollout = VLLMServerRollout("http://localhost:8000", "outputs/sapo/policy-for-vllm")
+    trainer = SAPOTrainer(..., rollout_func=rollout)
+    train_with_checkpoint(trainer)
+    ```
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        weights_dir: str | Path,
+        *,
+        timeout: float = 600.0,
+        retries: int = 5,
+        backoff: float = 1.0,
+        start_timeout: float = 0.0,
+        seeded: bool = True,
+    ):
+        self.client = HTTPClient(base_url, timeout, retries, backoff)
+        # Absolute, because the server has a working directory of its own.
+        self.weights_dir = Path(weights_dir).resolve()
+        self.seeded = seeded
+        self.weights: str | None = None
+        self._weights_of: tuple[int, int] | None = None
+        self._calls: tuple[tuple[str, int], int] = (("", -1), 0)
+        self._wait_for_server(start_timeout)
+        self.model = self._check_server()
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list]:
+        """
+        Sample a response to each prompt.
+
+        Args:
+            prompts (`list`): conversations (with PIL images in their content blocks, if any) or texts.
+            trainer ([`~trl.GRPOTrainer`]): whose policy, processing class and settings to use.
+
+        Returns:
+            `dict` with lists of as many rows: `prompt_ids` (`list[list[int]]`, with expanded image placeholders),
+            `completion_ids` (`list[list[int]]`), `logprobs` (`list[list[float]]`, the sampler's, one per completion
+            token; `None` in the place of NaN).
+        """
+        _check_supported(trainer)
+        accelerator = trainer.accelerator
+        requests = _requests(prompts, trainer)
+        mode = "train" if trainer.model.training else "eval"
+        sampling = [
+            self._sampling(trainer.args, trainer.eos_token_ids, request.n, seed)
+            for request, seed in zip(requests, self._seeds(trainer, mode, len(requests)), strict=True)
+        ]
+        for _ in range(self.client.retries + 1):
+            self._sync_weights(trainer)
+            answers, valid = _on_all(accelerator, lambda: self._respond_to_all(requests, sampling))
+            if valid:
+                return {
+                    "prompt_ids": [request.prompt_ids for request in requests for _ in range(request.n)],
+                    "completion_ids": [ids for answer in answers for ids in answer.completion_ids],
+                    "logprobs": [logps for answer in answers for logps in answer.logprobs],
+                }
+            logger.warning(
+                "The vLLM server at %s lost the policy's weights or gave up requests during a rollout, as one that "
+                "was restarted does: it gets the weights once more, and the rollout is repeated.",
+                self.client.base_url,
+            )
+        raise SamplerLostError(
+            f"The vLLM server at {self.client.base_url} lost the policy's weights or gave up requests in "
+            f"{self.client.retries + 1} rollouts in a row. Does it crash and start again, or does another run use it? "
+            "A server can serve one run at a time. Mend that and resume from the last checkpoint."
+        )
+
+    # ---------------------------------------------------------------------------------------------- the server
+
+    def _wait_for_server(self, start_timeout: float) -> None:
+        deadline = time.monotonic() + start_timeout
+        while True:
+            try:
+                self.client.get("/health", retries=0)
+                return
+            except SamplerError as error:
+                if time.monotonic() >= deadline:
+                    raise SamplerLostError(
+                        f"No vLLM server is ready at {self.client.base_url} ({error}). {_HOW_TO_START}"
+                    ) from error
+                time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
+
+    def _check_server(self) -> str:
+        """The name of the server's model, after a look at what the server can do."""
+        try:
+            self.client.get("/weight_info")
+        except SamplerLostError:
+            raise
+        except SamplerError as error:
+            raise SamplerError(
+                f"The server at {self.client.base_url} has no endpoints to change its weights ({error}). It needs "
+                f"vLLM 0.31 and the environment variable VLLM_SERVER_DEV_MODE=1. {_HOW_TO_START}"
+            ) from error
+        model = self.client.get("/v1/models")["data"][0]["id"]
+        # Of the distribution that is sampled from, cut down to its most probable token, that token has probability 1.
+        probe = {"model": model, "prompt": [0], "max_tokens": 1, "logprobs": 0, "temperature": 1.0, "top_p": 1e-6}
+        choice = self.client.post("/v1/completions", probe)["choices"][0]
+        if abs(choice["logprobs"]["token_logprobs"][0]) > 1e-4:
+            raise SamplerError(
+                f"The server at {self.client.base_url} returns log-probabilities from before temperature and "
+                "truncation; the importance correction needs those of the distribution that it samples from. Start "
+                "it with `--logprobs-mode processed_logprobs`."
+            )
+        return model
+
+    def _has_weights(self) -> bool:
+        # A server that was restarted has the weights it started with, and calls them otherwise.
+        return self.client.get("/weight_info")["weight_version"] == self.weights
+
+    def _sync_weights(self, trainer: Any) -> None:
+        """Give the server the policy as it is now, unless it has it."""
+        accelerator = trainer.accelerator
+        weights_of = (id(trainer), trainer.state.global_step)
+        if self._weights_of != weights_of:
+            name = f"policy-step-{trainer.state.global_step}-{secrets.token_hex(4)}"
+            name = broadcast_object_list([name])[0]
+            _on_all(accelerator, lambda: (save_policy(trainer, self.weights_dir, name), True))
+            self.weights, self._weights_of = name, weights_of
+        _on_all(accelerator, lambda: (self._load_weights() if accelerator.is_main_process else None, True))
+
+    def _load_weights(self) -> None:
+        if self._has_weights():
+            return
+        folder = self.weights_dir / self.weights
+        self.client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        # What was computed with other weights: keys and values of prompts, and embeddings of images. Of the latter
+        # vLLM 0.31 forgets only the tensors when it loads weights, and dies of a picture that it thinks it knows.
+        self._reset_prefix_cache()
+        self.client.post("/reset_encoder_cache")
+        self.client.post("/update_weight_version", {"new_version": self.weights})
+        remove_others(self.weights_dir, self.weights)
+
+    def _reset_prefix_cache(self) -> None:
+        for attempt in range(self.client.retries + 1):
+            if self.client.post("/reset_prefix_cache")["success"]:
+                return
+            time.sleep(self.client.backoff * 2**attempt)
+        raise SamplerError(
+            f"The vLLM server at {self.client.base_url} is busy and keeps its prefix cache, which belongs to older "
+            "weights. Does another run use it? A server can serve one run at a time."
+        )
+
+    def _respond_to_all(self, requests: list[_Request], sampling: list[dict[str, Any]]) -> tuple[list[_Answer], bool]:
+        """This process's responses, and whether they are all there and by the right weights."""
+        with ThreadPoolExecutor(max_workers=min(MAX_CONCURRENT_REQUESTS, len(requests))) as executor:
+            futures = [executor.submit(self._respond, *pair) for pair in zip(requests, sampling, strict=True)]
+            try:
+                answers = [future.result() for future in futures]
+            except SamplerError:
+                # Each of those still waiting would be repeated as often in vain.
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
+        return answers, all(answer.complete for answer in answers) and self._has_weights()
+
+    def _respond(self, request: _Request, sampling: dict[str, Any]) -> _Answer:
+        if request.images:
+            choices = self._choices_for_images(request, sampling)
+        else:
+            payload = {"model": self.model, "prompt": request.prompt_ids, "return_token_ids": True, **sampling}
+            choices = self.client.post("/v1/completions", payload)["choices"]
+        if len(choices) != request.n:
+            raise SamplerError(f"The vLLM server returned {len(choices)} responses where {request.n} were asked for.")
+        answer = _Answer()
+        for choice in sorted(choices, key=lambda choice: choice["index"]):
+            logprobs = choice["logprobs"]
+            logprobs = [t["logprob"] for t in logprobs["content"]] if request.images else logprobs["token_logprobs"]
+            # A server that is stopped returns what it had.
+            answer.complete &= choice["finish_reason"] in ("stop", "length") and len(choice["token_ids"]) > 0
+            if len(logprobs) != len(choice["token_ids"]):
+                raise SamplerError(
+                    f"The vLLM server returned {len(choice['token_ids'])} tokens and {len(logprobs)} "
+                    "log-probabilities for a response."
+                )
+            answer.completion_ids.append(choice["token_ids"])
+            answer.logprobs.append(logprobs)
+        return answer
+
+    def _choices_for_images(self, request: _Request, sampling: dict[str, Any]) -> list[dict[str, Any]]:
+        payload = {
+            "model": self.model,
+            "token_ids": request.collapsed_ids,
+            "content_parts": [{"type": "image_url", "url": _data_url(image)} for image in request.images],
+            "return_token_ids": True,
+            "sampling_params": sampling,
+        }
+        try:
+            answer = self.client.post("/inference/v1/generate", payload)
+        except SamplerLostError:
+            raise
+        except SamplerError as error:
+            raise SamplerError(
+                f"{error}\nPrompts with images need a server that was started with `--enable-scale-out`, and a model "
+                "that takes images."
+            ) from error
+        if answer["prompt_token_ids"] != request.prompt_ids:
+            raise SamplerError(
+                f"The vLLM server makes {len(answer['prompt_token_ids'])} tokens of a prompt with "
+                f"{len(request.images)} image(s) of which the trainer makes {len(request.prompt_ids)}, or other ones: "
+                "it would answer another prompt than the one that is trained on. Its image processor has other "
+                "settings (such as the numbers of pixels allowed), or it places this model's images in another way. "
+                "Start it from the folder of the trainer's model and processor."
+            )
+        return answer["choices"]
+
+    # -------------------------------------------------------------------------------------------- the settings
+
+    def _sampling(self, args: Any, end_token_ids: list[int], n: int, seed: int) -> dict[str, Any]:
+        """Every parameter is named, so that none is filled in from the server's copy of the model."""
+        sampling = {
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": args.top_k or 0,
+            "min_p": args.min_p or 0.0,
+            "repetition_penalty": args.repetition_penalty,
+            "max_tokens": args.max_completion_length,
+            "stop_token_ids": list(end_token_ids),
+        }
+        if self.seeded:
+            sampling["seed"] = seed
+        return {**sampling, **(args.generation_kwargs or {}), "n": n, "logprobs": 0}
+
+    def _seeds(self, trainer: Any, mode: str, count: int) -> list[int]:
+        """As many seeds, which depend on the run's seed and on the moment, but on nothing that went before."""
+        moment, calls = self._calls
+        step = trainer.state.global_step
+        # There may be several rollouts between two optimizer steps.
+        calls = calls + 1 if moment == (mode, step) else 0
+        self._calls = ((mode, step), calls)
+        place = f"{trainer.args.seed} {mode} {step} {calls} {trainer.accelerator.process_index}"
+        generator = random.Random(place)
+        return [generator.getrandbits(31) for _ in range(count)]
+
+
+def train_with_checkpoint(trainer: Any, **kwargs: Any) -> Any:
+    """
+    Train, and save a checkpoint if the vLLM server is lost.
+
+    The policy and the optimizers are then as the last optimizer step left them, so that nothing but the rollout that
+    failed is to be repeated.
+
+    Args:
+        trainer ([`~sapo_trl.SAPOTrainer`]): whose `rollout_func` is a [`VLLMServerRollout`].
+        kwargs: of `trainer.train`.
+
+    Returns:
+        What `trainer.train` returns.
+
+    Raises:
+        [`SamplerLostError`]: which says where the checkpoint is.
+    """
+    try:
+        return trainer.train(**kwargs)
+    except SamplerLostError as error:
+        step = trainer.state.global_step
+        if step == 0:
+            raise
+        folder = trainer.save_checkpoint()
+        raise SamplerLostError(
+            f"{error}\nA checkpoint of step {step} was saved in {folder}. Start the server again and resume with "
+            "`resume_from_checkpoint=True`."
+        ) from error
+
+
+def _check_supported(trainer: Any) -> None:
+    for name in ("tools", "environment_factories"):
+        if getattr(trainer, name, None):
+            raise ValueError(
+                f"`VLLMServerRollout` samples one response to each prompt and cannot be combined with `{name}`, which "
+                "asks for more during a rollout."
+            )
+
+
+def _on_all(accelerator: Any, work: Callable[[], tuple[T, bool]]) -> tuple[T, bool]:
+    """
+    Do a part of the work on each process, and wait until all have done theirs.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): of the processes.
+        work (`Callable`): returns a result of this process and whether it is good.
+
+    Returns:
+        `tuple`: this process's result, and whether all processes' are good.
+
+    Raises:
+        This process's error if there was one, else a [`SamplerError`] of the same kind as another process's. Without
+        it, that process would leave the others waiting for ever.
+    """
+    result, good, error = None, False, None
+    try:
+        result, good = work()
+    except Exception as raised:
+        error = raised
+    outcome = (
+        good,
+        isinstance(error, SamplerLostError),
+        None if error is None else f"{type(error).__name__}: {error}",
+    )
+    outcomes = gather_object([outcome])
+    if error is not None:
+        raise error
+    for rank, (_, lost, message) in enumerate(outcomes):
+        if message is not None:
+            raise (SamplerLostError if lost else SamplerError)(f"Process {rank} failed with {message}")
+    return result, all(good for good, _, _ in outcomes)
+
+
+def _requests(prompts: list[Any], trainer: Any) -> list[_Request]:
+    """One request for each run of equal prompts, tokenized as TRL does."""
+    runs = [(prompt, len(list(repeats))) for prompt, repeats in itertools.groupby(prompts)]
+    counts = [count for _, count in runs]
+    prompt_ids, images = _tokenize([prompt for prompt, _ in runs], trainer)
+    requests = []
+    for ids, n, row in zip(prompt_ids, counts, images, strict=True):
+        requests.append(_Request(ids, n, row, _collapsed(ids, len(row), trainer.processing_class) if row else []))
+    return requests
+
+
+def _tokenize(prompts: list[Any], trainer: Any) -> tuple[list[list[int]], list[list[Image.Image]]]:
+    processing_class = trainer.processing_class
+    if not is_conversational({"prompt": prompts[0]}):
+        return [list(ids) for ids in processing_class(text=prompts)["input_ids"]], [[] for _ in prompts]
+    if isinstance(processing_class, ProcessorMixin):
+        prompts = [prepare_multimodal_messages(prompt) for prompt in prompts]
+    encoded = processing_class.apply_chat_template(
+        conversation=prompts,
+        chat_template=trainer.chat_template,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **trainer.chat_template_kwargs,
+    )
+    return [list(ids) for ids in encoded["input_ids"]], [_images_of(prompt) for prompt in prompts]
+
+
+def _images_of(prompt: list[dict[str, Any]]) -> list[Image.Image]:
+    blocks = [block for message in prompt if isinstance(message["content"], list) for block in message["content"]]
+    images = [block["image"] for block in blocks if block["type"] == "image"]
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"Images of prompts must be PIL images for a vLLM server, got {type(image).__name__}.")
+    return images
+
+
+def _collapsed(prompt_ids: list[int], images: int, processing_class: Any) -> list[int]:
+    """The ids with one placeholder in the place of each run of them."""
+    placeholder = getattr(processing_class, "image_token_id", None)
+    collapsed = []
+    for token in prompt_ids:
+        if token != placeholder or not collapsed or collapsed[-1] != placeholder:
+            collapsed.append(token)
+    if placeholder is None or collapsed.count(placeholder) != images:
+        raise SamplerError(
+            f"A prompt with {images} image(s) has {collapsed.count(placeholder)} run(s) of image placeholders; a vLLM "
+            "server can only be sent one run for each image. Generate without a vLLM server."
+        )
+    return collapsed
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    # As the trainer's image processor does it: vLLM would lay what is transparent on white.
+    image.convert("RGB").save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,195 @@
+"""
+Training with a real vLLM server. `make test-vllm` makes its environment and runs these.
+
+A server that samples from other weights than those that are trained raises no error and stops no run. What tells is
+the difference between the trainer's and the sampler's log-probabilities of the same tokens, so every test looks at it.
+"""
+
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from sapo_trl.generation import SamplerLostError, VLLMServerRollout, train_with_checkpoint
+
+from ..testing_utils import FAMILIES, Recorder, sapo_trainer
+from .servers import VLLM_PYTHON, build_text_model, running_server, save_for_vllm
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not VLLM_PYTHON, reason="SAPO_TRL_VLLM_PYTHON names no Python with vLLM: `make test-vllm`"),
+]
+
+IN_SYNC = 2e-3
+"""Mean absolute difference of log-probabilities; measured 2e-7 to 5e-7 in sync and 1.6 one step behind."""
+START_SECONDS = 300
+
+
+class Sampled(Recorder):
+    """
+    The rollouts and what the sampler said about its tokens.
+
+    Responses end before the first token in `barred`: a random model writes image placeholders, for which there are no
+    images. (Forbidding them would change the sampler's log-probabilities.)
+    """
+
+    def __init__(self, rollout: VLLMServerRollout, barred: set[int] = frozenset()):
+        super().__init__()
+        self.rollout = rollout
+        self.barred = barred
+        self.outputs = []
+
+    def __call__(self, prompts, trainer):
+        output = self.rollout(prompts, trainer)
+        for row, ids in enumerate(output["completion_ids"]):
+            end = next((i for i, token in enumerate(ids) if token in self.barred), len(ids))
+            output["completion_ids"][row] = ids[:end] or [trainer.eos_token_ids[0]]
+            output["logprobs"][row] = output["logprobs"][row][:end] or [None]
+        self.outputs.append(output)
+        return output
+
+    def differences(self) -> list[float]:
+        """Mean absolute difference of the trainer's and the sampler's log-probabilities, of each rollout."""
+        means = []
+        for output, rollout in zip(self.outputs, self.rollouts, strict=True):
+            pairs = zip(
+                output["completion_ids"], output["logprobs"], rollout.logps, rollout.completion_ids, strict=True
+            )
+            gaps = []
+            for ids, sampled, trained, trained_ids in pairs:
+                assert trained_ids[: len(ids)].tolist() == ids
+                sampled = torch.tensor([torch.nan if logp is None else logp for logp in sampled])
+                gaps.append((sampled - trained[: len(ids)].cpu()).abs())
+            means.append(torch.cat(gaps).nanmean().item())
+        return means
+
+
+class NeverAgain(VLLMServerRollout):
+    """Sends the weights once, as a client that forgets the later steps."""
+
+    def _sync_weights(self, trainer):
+        if self.weights is None:
+            super()._sync_weights(trainer)
+
+
+def trainer_on(family, model, folder, sampled, callbacks=(), **overrides):
+    settings = {"max_steps": 4, "num_generations": 2, "per_device_train_batch_size": 4, "learning_rate": 0.03}
+    settings |= {"num_mini_batches": 1, "temperature": 0.8, "max_completion_length": 12}
+    return sapo_trainer(
+        family,
+        folder,
+        model=model,
+        trainer_kwargs={"rollout_func": sampled, "callbacks": [sampled, *callbacks]},
+        **settings | overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def text_family(tokenizer):
+    return FAMILIES["qwen2"](tokenizer)
+
+
+@pytest.fixture(scope="module")
+def text_folder(text_family, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm") / "text"
+    return save_for_vllm(build_text_model(text_family), text_family.processing_class, folder)
+
+
+@pytest.fixture(scope="module")
+def text_server(text_folder):
+    with running_server(text_folder) as server:
+        yield server
+
+
+def connect(server, folder, client=VLLMServerRollout, **settings):
+    try:
+        return client(server.url, folder, start_timeout=START_SECONDS, **settings)
+    except SamplerLostError:
+        pytest.fail(server.log[-3000:])
+
+
+class TestText:
+    def test_every_rollout_comes_from_the_weights_that_are_trained(self, text_family, text_server, tmp_path):
+        sampled = Sampled(connect(text_server, tmp_path / "weights"))
+        trainer = trainer_on(text_family, build_text_model(text_family), tmp_path, sampled)
+        trainer.train()
+        print("in sync:", sampled.differences())
+        assert sampled.steps == [0, 1, 2, 3]
+        assert max(sampled.differences()) < IN_SYNC
+        completions = [str(output["completion_ids"]) for output in sampled.outputs]
+        assert len(set(completions)) == len(completions)
+
+        # What the server was sent is the policy and nothing of the critic.
+        (folder,) = (tmp_path / "weights").iterdir()
+        written = load_file(folder / "model.safetensors")
+        policy = build_text_model(text_family).state_dict()
+        assert written.keys() == policy.keys()
+        assert trainer.critic is not None
+
+    def test_without_sync_the_difference_shows_it(self, text_family, text_server, tmp_path):
+        sampled = Sampled(connect(text_server, tmp_path / "weights", NeverAgain))
+        trainer_on(text_family, build_text_model(text_family), tmp_path, sampled).train()
+        differences = sampled.differences()
+        print("never again:", differences)
+        assert differences[0] < IN_SYNC
+        assert min(differences[1:]) > 20 * IN_SYNC
+
+    def test_the_same_seed_gives_the_same_run(self, text_family, text_server, tmp_path):
+        runs = []
+        for name in ("first", "second"):
+            sampled = Sampled(connect(text_server, tmp_path / name))
+            trainer_on(text_family, build_text_model(text_family), tmp_path, sampled, max_steps=2).train()
+            runs.append([output["completion_ids"] for output in sampled.outputs])
+        assert runs[0] == runs[1]
+
+
+class Kill(TrainerCallback):
+    def __init__(self, server, step: int):
+        self.server, self.step = server, step
+        self.at = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.server.kill()
+            self.at = time.monotonic()
+
+
+class TestLoss:
+    def test_a_killed_server_ends_the_run_with_a_checkpoint_to_resume_from(self, text_family, text_folder, tmp_path):
+        with running_server(text_folder) as server:
+            sampled = Sampled(connect(server, tmp_path / "weights", retries=2, backoff=0.5))
+            kill = Kill(server, step=2)
+            trainer = trainer_on(text_family, build_text_model(text_family), tmp_path, sampled, [kill])
+            with pytest.raises(SamplerLostError, match="resume_from_checkpoint"):
+                train_with_checkpoint(trainer)
+            seconds = time.monotonic() - kill.at
+            print(f"lost after {seconds:.1f} s")
+            assert seconds < 30
+            assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+            # Started again it has its first weights, under their name; the resumed run sends the present ones.
+            server.start()
+            sampled = Sampled(connect(server, tmp_path / "weights"))
+            trainer = trainer_on(text_family, build_text_model(text_family), tmp_path, sampled)
+            train_with_checkpoint(trainer, resume_from_checkpoint=True)
+            print("resumed:", sampled.differences())
+            assert sampled.steps == [2, 3]
+            assert max(sampled.differences()) < IN_SYNC
+
+
+class TestImages:
+    def test_the_server_sees_the_prompts_and_weights_that_are_trained(self, qwen2_5_vl_processor, tmp_path):
+        """The vision tower too, with pictures that come back after it has been trained."""
+        family = FAMILIES["qwen2_5_vl"](qwen2_5_vl_processor)
+        folder = save_for_vllm(family.build_model(), family.processing_class, tmp_path / "model")
+        with running_server(folder) as server:
+            barred = family.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
+            sampled = Sampled(connect(server, tmp_path / "weights"), set(barred))
+            trainer = trainer_on(family, family.build_model(), tmp_path, sampled, max_steps=6)
+            trainer.train()
+            print("images:", sampled.differences())
+            assert max(sampled.differences()) < IN_SYNC
