@@ -175,6 +175,17 @@ class TestResume:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(parts.model).items())
 
     @pytest.mark.parametrize("family", ["qwen2"], indirect=True)
+    @pytest.mark.parametrize("steps", [2, 3, 4])
+    def test_a_finished_run_trains_no_step_more(self, family, steps, tmp_path):
+        """Resumed from its last checkpoint, in the middle of an epoch or a rollout or not."""
+        run = {"steps": steps, "per_device_train_batch_size": 1, "save_steps": 1}
+        whole = self.run(family, tmp_path, **run)
+        again = self.run(family, tmp_path, resume=tmp_path / f"checkpoint-{steps}", **run)
+        assert again.state.global_step == steps
+        expected = state_of(whole.model)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(again.model).items())
+
+    @pytest.mark.parametrize("family", ["qwen2"], indirect=True)
     def test_resumed_critic_needs_its_optimizer(self, family, tmp_path):
         """The test above can fail: without the critic's optimizer state the run ends elsewhere."""
         whole = self.run(family, tmp_path / "whole")

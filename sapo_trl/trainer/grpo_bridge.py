@@ -669,6 +669,10 @@ def collapsed(ids: list[int], token_id: int) -> list[int]:
     ]
 
 
+class TrainingIsOver(Exception):
+    """A run is resumed from its last step: transformers would train one step more before it looks."""
+
+
 class _EpochOrder(TrainerCallback):
     """
     Shuffles each epoch's prompts as an uninterrupted run does.
@@ -686,6 +690,10 @@ class _EpochOrder(TrainerCallback):
         sampler.generator.manual_seed(sampler.seed)
         for _ in range(math.floor((state.epoch or 0.0) + 1e-6)):
             torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise TrainingIsOver
 
 
 def _prompts_of(inputs: list[dict[str, Any]]) -> list:

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ..advantages import leave_one_out_advantages, length_adaptive_lam, masked_whiten, segment_gae
@@ -50,7 +51,7 @@ from ..value_head import SegmentValueHead
 from .critic import CRITIC_FOLDER, Critic
 from .critic_warmup import CriticWarmup
 from .deepspeed_critic import DeepSpeedCritic
-from .grpo_bridge import Batch, GivenRollout, GRPOBridge, PolicyForward, RolloutRecord
+from .grpo_bridge import Batch, GivenRollout, GRPOBridge, PolicyForward, RolloutRecord, TrainingIsOver
 from .parts import accepted_inputs, check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
 from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
@@ -685,7 +686,11 @@ class SAPOTrainer(GRPOBridge):
 
     def train(self, *args, **kwargs):
         check_size(self.train_dataset, self.args.generation_batch_size, self.args.num_generations)
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        except TrainingIsOver:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return TrainOutput(self.state.global_step, 0.0, {})
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         started, rollouts_before = time.perf_counter(), self._rollout_seconds
