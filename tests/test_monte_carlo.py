@@ -12,6 +12,16 @@ from .testing_utils import Recorder, logged, sapo_trainer
 
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 RAW = {"whiten_advantages": False, "advantage_clamp": None, "beta": 0.0, "lam": 0.0}
+TREE = {
+    **RAW,
+    "critic": "tree",
+    "segmentation": "sequence",
+    "num_generations": 4,
+    "per_device_train_batch_size": 4,
+    "tree_widths": [2, 2],
+    "tree_segment_length": 3,
+    "max_steps": 1,
+}
 
 
 class KnownValues:
@@ -148,14 +158,7 @@ class TestTreeGroups:
         trainer = sapo_trainer(
             family,
             tmp_path,
-            **RAW,
-            critic="tree",
-            segmentation="sequence",
-            num_generations=4,
-            per_device_train_batch_size=4,
-            tree_widths=[2, 2],
-            tree_segment_length=3,
-            max_steps=1,
+            **TREE,
             trainer_kwargs={"callbacks": [recorder]},
         )
         trainer.train()
@@ -180,14 +183,7 @@ class TestTreeGroups:
         trainer = sapo_trainer(
             family,
             tmp_path,
-            **RAW,
-            critic="tree",
-            segmentation="sequence",
-            num_generations=4,
-            per_device_train_batch_size=4,
-            tree_widths=[2, 2],
-            tree_segment_length=3,
-            max_steps=1,
+            **TREE,
             trainer_kwargs={"callbacks": [recorder], "reward_funcs": [first, second]},
         )
         trainer.train()
