@@ -27,7 +27,7 @@ ifneq ($(MADE_FOR),$(shell cat $(STAMP) 2>/dev/null))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help venv demo test test-fast test-distributed test-vllm lint format bench clean
+.PHONY: help venv demo test test-fast test-distributed test-qlora test-vllm lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,9 +53,13 @@ test: $(STAMP)  ## run every test that needs no GPU
 test-fast: $(STAMP)  ## the same without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow' -n $(WORKERS) $(ARGS)
 
-test-distributed: $(STAMP)  ## run the tests with several processes (DDP, DeepSpeed); installs DeepSpeed
+test-distributed: $(STAMP)  ## run the tests with several processes (DDP, DeepSpeed, FSDP2); installs DeepSpeed
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[deepspeed]' -c constraints.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_distributed.py tests/test_deepspeed.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_distributed.py tests/test_deepspeed.py tests/test_fsdp.py $(ARGS)
+
+test-qlora: $(STAMP)  ## run the tests with a base model in 4 bits; installs bitsandbytes
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[qlora]' -c constraints.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_qlora.py $(ARGS)
 
 # vLLM wants another version of transformers than the trainer, so it has an environment of its own.
 VLLM_STAMP := $(VLLM_VENV)/.installed

@@ -119,7 +119,8 @@ class SAPOConfig(GRPOConfig):
             an error. `None` for no check.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             An optimizer step with a non-finite loss or gradient is skipped; after so many in a row training stops with
-            an error, and the last one's batch is saved in `output_dir`. Under DeepSpeed it stops after the first.
+            an error, and the last one's batch is saved in `output_dir`. Under DeepSpeed a step in which only the
+            critic's numbers are not finite still updates the policy, and without ZeRO training stops after the first.
 
         > Parameters that control rewards and advantages
 

@@ -7,15 +7,20 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
+from .sharded_tensors import sharded_like
+
 
 ADAPTER_NAME = "critic"
+_METHOD = "critic_hidden_states"
 
 
 class CriticAdapter:
@@ -52,6 +57,16 @@ class CriticAdapter:
         """The transformer under the LM head, with whichever adapter is active."""
         return self.policy.get_base_model().base_model
 
+    def hidden_states(self, **model_inputs) -> torch.Tensor:
+        """Last hidden states of the backbone, float `(B, S, H)`, with whichever adapter is active."""
+        if not isinstance(self.policy, FSDPModule):
+            return self.backbone(**model_inputs).last_hidden_state
+        # FSDP2 puts the weights together for calls of the whole policy and of methods that it knows of.
+        if not hasattr(self.policy, _METHOD):
+            setattr(self.policy, _METHOD, lambda **inputs: self.backbone(**inputs).last_hidden_state)
+            register_fsdp_forward_method(self.policy, _METHOD)
+        return getattr(self.policy, _METHOD)(**model_inputs)
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """
@@ -68,10 +83,20 @@ class CriticAdapter:
             if f".{ADAPTER_NAME}." in name or name.endswith(f".{ADAPTER_NAME}"):
                 yield name, parameter
 
-    def save(self, folder: str | Path) -> None:
-        """Write the adapter as PEFT does, so that `PeftModel.from_pretrained(base_model, folder)` loads it."""
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The adapter's weights, by PEFT's names in files."""
+        return get_peft_model_state_dict(self.policy, adapter_name=ADAPTER_NAME)
+
+    def save(self, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """
+        Write the adapter as PEFT does, so that `PeftModel.from_pretrained(base_model, folder)` loads it.
+
+        Args:
+            folder (`str` or `Path`): an existing folder.
+            state (`dict[str, torch.Tensor]`, *optional*): weights to write in the place of `state_dict()`.
+        """
         folder = Path(folder)
-        state = get_peft_model_state_dict(self.policy, adapter_name=ADAPTER_NAME)
+        state = self.state_dict() if state is None else state
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config = copy.deepcopy(self.policy.peft_config[ADAPTER_NAME])
@@ -82,6 +107,8 @@ class CriticAdapter:
     def load(self, folder: str | Path) -> None:
         """Read the adapter's weights back."""
         state = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+        own = self.state_dict()
+        state = {name: sharded_like(tensor, own[name]) if name in own else tensor for name, tensor in state.items()}
         result = set_peft_model_state_dict(self.policy, state, adapter_name=ADAPTER_NAME)
         if result.unexpected_keys:
             raise ValueError(

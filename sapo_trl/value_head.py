@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
 from .critic_adapter import CriticAdapter
+from .sharded_tensors import gathered_state, sharded_like
 
 
 HEAD_WEIGHTS_NAME = "value_head.safetensors"
@@ -112,8 +113,14 @@ class SegmentValueHead(nn.Module):
             return cls(hidden_size_of(adapter.backbone), adapter=adapter)
         if getattr(policy, "is_quantized", False):
             raise ValueError(
-                'A quantized policy cannot be copied into a trainable critic: use `critic="shared"`, or pass a '
-                "`value_model` loaded in a floating-point dtype."
+                'A quantized policy cannot be copied into a trainable critic: use `critic="adapter"` or '
+                '`critic="shared"`, or pass a `value_model` loaded in a floating-point dtype.'
+            )
+        if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+            raise ValueError(
+                "The policy was loaded in pieces (ZeRO-3, `zero3_init_flag: true`), and a separate critic cannot be "
+                "copied from them: pass `model` as the name of a folder or of a model on the Hub, so that both are "
+                'loaded, or pass a `value_model`, or use `critic="shared"`.'
             )
         if _is_peft_model(policy):
             backbone = backbone_of(copy.deepcopy(policy).merge_and_unload()).requires_grad_(True)
@@ -175,27 +182,35 @@ class SegmentValueHead(nn.Module):
             path (`str` or `Path`): folder written by [`SegmentValueHead.save_pretrained`].
         """
         if self.adapter is None:
-            self.load_state_dict(type(self).from_pretrained(path, mode=self.mode).state_dict())
+            own = self.state_dict()
+            saved = type(self).from_pretrained(path, mode=self.mode).state_dict()
+            self.load_state_dict({name: sharded_like(tensor, own[name]) for name, tensor in saved.items()})
             return
         self.head.load_state_dict(load_file(_resolve(path, HEAD_WEIGHTS_NAME)))
         self.adapter.load(path)
 
-    def save_pretrained(self, path: str | Path) -> None:
+    def save_pretrained(self, path: str | Path, is_main_process: bool = True) -> None:
         """
         Write the critic to a folder: the backbone as any transformers model (or the adapter as PEFT's), the head in
         safetensors beside it.
 
         Args:
             path (`str` or `Path`): folder, made if missing.
+            is_main_process (`bool`, *optional*, defaults to `True`):
+                whether this process writes. With weights that FSDP2 has sharded all processes have to call this, and
+                one to write.
         """
         path = Path(path)
+        state = gathered_state(self.state_dict(), keep=is_main_process)
+        adapter_state = gathered_state(self.adapter.state_dict(), keep=is_main_process) if self.adapter else None
+        if not is_main_process:
+            return
         path.mkdir(parents=True, exist_ok=True)
         if self.backbone is not None:
-            self.backbone.save_pretrained(path)
+            self.backbone.save_pretrained(path, state_dict=_below("backbone.", state))
         if self.adapter is not None:
-            self.adapter.save(path)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
-        save_file(state, path / HEAD_WEIGHTS_NAME)
+            self.adapter.save(path, adapter_state)
+        save_file(_below("head.", state), path / HEAD_WEIGHTS_NAME)
         config = {"mode": self.mode, "hidden_size": self.head.in_features}
         (path / HEAD_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -213,11 +228,14 @@ class SegmentValueHead(nn.Module):
             if self.mode == "shared":
                 raise ValueError('A "shared" critic has no backbone: pass the policy\'s `hidden_states`.')
             with self.active():
-                backbone = self.backbone if self.adapter is None else self.adapter.backbone
-                hidden_states = backbone(**model_inputs, use_cache=False).last_hidden_state
+                if self.adapter is not None:
+                    hidden_states = self.adapter.hidden_states(**model_inputs, use_cache=False)
+                else:
+                    hidden_states = self.backbone(**model_inputs, use_cache=False).last_hidden_state
         # Out of autocast, which would run the head in half precision.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.head(hidden_states.float()).squeeze(-1)
+            # A copy, because FSDP2 cannot hook into the backward of a view that somebody changes in place.
+            return self.head(hidden_states.float()).squeeze(-1).clone()
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -234,6 +252,11 @@ def hidden_size_of(model: PreTrainedModel) -> int:
 
 def _is_peft_model(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
+
+
+def _below(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a state dict, what is under a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _check_mode(mode: str) -> None:

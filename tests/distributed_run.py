@@ -4,14 +4,17 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.embedded import build_processor, build_tokenizer
+from sapo_trl.sharded_tensors import gathered
 
 from .testing_utils import FAMILIES, fixed_rollout, length_reward, logged, sapo_config
 
@@ -26,21 +29,48 @@ def completions_of_prompts(prompts: list, trainer: SAPOTrainer) -> list[list[int
     return rows
 
 
-def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
+def elements(module: torch.nn.Module) -> int:
+    """Of its parameters, those that are in this process's memory."""
+    parameters = [
+        parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in module.parameters()
+    ]
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def spoil(trainer: SAPOTrainer, name: str, step: int) -> None:
+    """Let a loss be no number in one step, on the last process alone."""
+    loss_of = getattr(trainer, name)
+    is_last = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
+
+    def spoiled(*args):
+        return loss_of(*args) * (torch.nan if is_last and trainer.state.global_step == step else 1.0)
+
+    setattr(trainer, name, spoiled)
+
+
+def main(
+    folder: Path, name: str, global_batch: int, settings: dict, before_training: Callable[[], None] = lambda: None
+) -> None:
     checkpoint = settings.get("resume_from_checkpoint")
     tokenizer = build_tokenizer()
     family = FAMILIES[name](tokenizer if name == "qwen2" else build_processor(tokenizer))
-    # Before the arguments, which tell transformers about ZeRO-3: it cannot make Qwen2.5-VL's weights in pieces.
-    model = family.build_model()
+    settings = dict(settings)
+    spoiled = settings.pop("spoiled", None)
+    model, loads_it = settings.pop("model", None), settings.pop("loads_it", False)
+    if model is None:
+        # Before the arguments, which tell transformers about ZeRO-3: it cannot make Qwen2.5-VL's weights in pieces.
+        model = family.build_model()
     args = sapo_config(
         folder,
-        optim="sgd",
         max_grad_norm=1e6,
         critic_max_grad_norm=1e6,
         num_mini_batches=1,
         per_device_train_batch_size=global_batch // int(os.environ.get("WORLD_SIZE", "1")),
-        **settings,
+        **{"optim": "sgd", **settings},
     )
+    if loads_it:
+        model = family.model_class.from_pretrained(model)
+    before_training()
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if args.critic == "adapter" else None
     trainer = SAPOTrainer(
         model=model,
@@ -52,9 +82,12 @@ def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
         rollout_func=None if args.critic in ("monte_carlo", "tree") else fixed_rollout(completions_of_prompts),
         peft_config=lora,
     )
+    if spoiled is not None:
+        spoil(trainer, *spoiled)
     trainer.train(resume_from_checkpoint=checkpoint)
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
     names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
+    names += ["skipped_steps"]
     policy = trainer.accelerator.unwrap_model(trainer.model)
     stage = 0
     if trainer.is_deepspeed_enabled:
@@ -65,18 +98,18 @@ def main(folder: Path, name: str, global_batch: int, settings: dict) -> None:
         "world_size": trainer.accelerator.num_processes,
         "distributed_type": str(trainer.accelerator.distributed_type),
         "zero_stage": stage,
-        # Elements in this process's hands: with ZeRO-3 a share.
-        "policy_elements": sum(parameter.numel() for parameter in policy.parameters()),
+        # Elements in this process's hands: with ZeRO-3 and FSDP2 a share.
+        "policy_elements": elements(policy),
     }
     critic = trainer.critic.value_head if trainer.critic is not None else torch.nn.Module()
-    state["critic_elements"] = sum(parameter.numel() for parameter in critic.parameters())
+    state["critic_elements"] = elements(critic)
     modules = [policy, critic]
     with contextlib.ExitStack() as stack:
         if stage == 3:
             parameters = [parameter for module in modules for parameter in module.parameters()]
             stack.enter_context(deepspeed.zero.GatheredParameters(parameters))
         for name, module in zip(("policy", "critic"), modules, strict=True):
-            state[name] = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+            state[name] = {key: gathered(tensor).clone() for key, tensor in module.state_dict().items()}
     state |= {
         "log": {name: logged(trainer, name) for name in names},
     }

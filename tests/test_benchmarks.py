@@ -1,10 +1,12 @@
 """The benchmarks run, and what they claim about scaling holds without a clock."""
 
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,3 +60,57 @@ def test_vectorised_and_loops_agree_on_a_realistic_rollout():
     }
     for found, expected in zip(benchmark.vectorised(rollout), benchmark.loops(rollout), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_memory_and_speed_benchmark_runs(tmp_path, capsys):
+    """TRL's trainer and ours on a batch of the same tokens; what the table says is what the file holds."""
+    arguments = ["--size", "tiny", "--rows", "sapo_adapter", "grpo", "--steps", "2", "--accumulation", "1"]
+    arguments += ["--completion_length", "16", "--image_size", "84", "--out", str(tmp_path)]
+    assert load("memory_and_speed").main(arguments) == 0
+    report = json.loads((tmp_path / "memory_and_speed.json").read_text())
+    ours, trl = (report["rows"][name] for name in ("sapo_adapter", "grpo"))
+    # Two responses of 16 tokens to prompts in which nine tokens are the picture's.
+    assert ours["tokens_per_step"] == trl["tokens_per_step"] == 2 * (16 + ours["prompt_tokens"])
+    assert ours["prompt_tokens"] > 9
+    table = (tmp_path / "memory_and_speed.md").read_text()
+    assert table in capsys.readouterr().out
+    for row in (ours, trl):
+        assert row["tokens_per_second"] == pytest.approx(row["tokens_per_step"] / row["seconds_per_step"])
+        assert 50e6 < row["peak_bytes"] < 16e9  # a process with torch in it, and a tiny model
+        assert f"| {row['seconds_per_step']:.2f} | {row['tokens_per_second']:.0f} |" in table
+    assert torch.__version__ in table
+
+
+def test_a_row_without_enough_memory_says_so(tmp_path, monkeypatch):
+    benchmark = load("memory_and_speed")
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(benchmark, "measure", out_of_memory)
+    result = tmp_path / "result.json"
+    assert benchmark.main(["--size", "tiny", "--row", "grpo", "--result", str(result)]) == 0
+    found = json.loads(result.read_text())
+    report = {"on_gpu": True, "machine": "GPU", "versions": {}, "rows": {"grpo": found}}
+    report["options"] = vars(benchmark.parser().parse_args([]))
+    assert "| TRL GRPO | out of memory |" in benchmark.as_markdown(report)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--steps", "1"), ("--image_size", "100")])
+def test_memory_and_speed_refuses(option, value, capsys):
+    with pytest.raises(SystemExit):
+        load("memory_and_speed").main([option, value])
+    assert option in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_planned_memory_of_the_benchmark_counts_weights_and_optimizer(tmp_path):
+    """A second model that is trained costs its weights, gradients and AdamW: 16 bytes a parameter in float32."""
+    benchmark = load("memory_and_speed")
+    options = benchmark.parser().parse_args(["--size", "tiny", "--dtype", "float32", "--image_size", "84"])
+    separate, shared = (benchmark.planned_bytes(name, options, 300) for name in ("sapo_separate", "sapo_shared"))
+    config = benchmark.build_model_config("tiny", benchmark.build_tokenizer())
+    with torch.device("meta"):
+        model = benchmark.Qwen2_5_VLForConditionalGeneration(config)
+    backbone = sum(parameter.numel() for parameter in model.base_model.parameters())
+    assert separate - shared == pytest.approx(16 * backbone, rel=1e-3)

@@ -12,7 +12,10 @@ import pytest
 import torch
 import yaml
 
+from sapo_trl.embedded import build_processor, build_tokenizer
+
 from .distributed_run import main
+from .testing_utils import FAMILIES
 
 
 pytestmark = [
@@ -24,7 +27,7 @@ pytestmark = [
 ROOT = Path(__file__).parent.parent
 
 
-def run_with_deepspeed(folder: Path, stage: int, family: str, settings: dict) -> list[dict]:
+def run_with_deepspeed(folder: Path, stage: int, family: str, settings: dict, zero3_init: bool = False) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     deepspeed_config = {
         # Without the second, parameters as small as these are never sharded.
@@ -40,7 +43,7 @@ def run_with_deepspeed(folder: Path, stage: int, family: str, settings: dict) ->
     launch = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "DEEPSPEED",
-        "deepspeed_config": {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": False},
+        "deepspeed_config": {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": zero3_init},
         "num_machines": 1,
         "num_processes": 2,
         "machine_rank": 0,
@@ -83,11 +86,41 @@ def test_two_processes_equal_one(stage, family, settings, tmp_path):
         if settings["critic"] == "separate":
             assert (run["critic_elements"] == 0) == (stage == 3)
     for module in ("policy", "critic"):
+        for name, tensor in first[module].items():
+            assert torch.equal(tensor, second[module][name]), name
+    assert_same(first, one)
+
+
+def assert_same(run: dict, one: dict) -> None:
+    for module in ("policy", "critic"):
+        assert run[module].keys() == one[module].keys()
         for name, tensor in one[module].items():
-            assert torch.equal(first[module][name], second[module][name]), name
-            torch.testing.assert_close(first[module][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
+            torch.testing.assert_close(run[module][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
     for name, values in one["log"].items():
-        assert first["log"][name] == pytest.approx(values, abs=1e-4), name
+        assert run["log"][name] == pytest.approx(values, abs=1e-4, nan_ok=True), name
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"critic": "separate", "beta": 0.1}),
+        ("qwen2", {"critic": "shared", "beta": 0.1}),
+        ("qwen2_5_vl", {"critic": "separate"}),
+        ("qwen2", {"critic": "shared", "loads_it": True}),
+    ],
+)
+def test_weights_that_are_loaded_in_pieces(family, settings, tmp_path):
+    """With `zero3_init_flag`, as in the launch files, no process ever holds a whole model."""
+    model = FAMILIES[family](build_tokenizer() if family == "qwen2" else build_processor(build_tokenizer()))
+    model.build_model().save_pretrained(tmp_path / "model")
+    settings = {"max_steps": 3, "model": str(tmp_path / "model"), **settings}
+    (tmp_path / "one").mkdir()
+    main(tmp_path / "one", family, 4, settings)
+    one = torch.load(tmp_path / "one" / "rank0.pt")
+    for run in run_with_deepspeed(tmp_path / "two", 3, family, settings, zero3_init=True):
+        assert (run["world_size"], run["zero_stage"], run["policy_elements"]) == (2, 3, 0)
+        assert settings["critic"] == "shared" or run["critic_elements"] == 0
+        assert_same(run, one)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -105,6 +138,57 @@ def test_four_steps_are_two_and_two_more(stage, tmp_path):
         for module in ("policy", "critic"):
             for name, tensor in one[module].items():
                 torch.testing.assert_close(other[module][name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        (2, {"critic": "separate", "gradient_accumulation_steps": 2}),
+        (2, {"critic": "adapter"}),
+        (3, {"critic": "separate"}),
+        (3, {"critic": "shared"}),
+    ],
+)
+def test_a_step_with_a_bad_policy_loss_moves_neither_model(stage, settings, tmp_path):
+    """One process has it; all of them and both models skip the step and go on, as one process does."""
+    settings = {"max_steps": 3, "spoiled": ["policy_loss", 1], **settings}
+    (tmp_path / "one").mkdir()
+    main(tmp_path / "one", "qwen2", 4, settings)
+    one = torch.load(tmp_path / "one" / "rank0.pt")
+    assert one["log"]["skipped_steps"] == [0, 1, 0]
+    del one["log"]["critic_grad_norm"]  # without DeepSpeed it is a number, of a gradient that is dropped
+    for run in run_with_deepspeed(tmp_path / "two", stage, "qwen2", settings):
+        assert (run["world_size"], run["zero_stage"]) == (2, stage)
+        assert_same(run, one)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_with_a_bad_critic_loss_does_not_move_the_critic(stage, tmp_path):
+    """The policy was updated before."""
+    settings = {"critic": "separate", "max_steps": 3, "spoiled": ["critic_loss", 2]}
+    (tmp_path / "one").mkdir()
+    main(tmp_path / "one", "qwen2", 4, settings)
+    one = torch.load(tmp_path / "one" / "rank0.pt")
+    for run in run_with_deepspeed(tmp_path / "two", stage, "qwen2", settings):
+        assert run["log"]["skipped_steps"] == one["log"]["skipped_steps"] == [0, 0, 1]
+        for name, tensor in one["critic"].items():
+            torch.testing.assert_close(run["critic"][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        assert all(tensor.isfinite().all() for tensor in run["policy"].values())
+        assert any((tensor - one["policy"][name]).abs().max() > 1e-3 for name, tensor in run["policy"].items())
+
+
+def test_too_many_bad_steps_stop_the_run(tmp_path):
+    settings = {"critic": "separate", "max_steps": 3, "spoiled": ["policy_loss", 1], "max_skipped_steps": 1}
+    with pytest.raises(AssertionError, match=r"last 1 optimizer steps \(max_skipped_steps=1\) were not finite"):
+        run_with_deepspeed(tmp_path, 2, "qwen2", settings)
+
+
+def test_a_model_in_pieces_is_not_copied(tmp_path):
+    """One that was loaded before it was handed over, and not by its name."""
+    FAMILIES["qwen2"](build_tokenizer()).build_model().save_pretrained(tmp_path / "model")
+    settings = {"max_steps": 1, "critic": "separate", "model": str(tmp_path / "model"), "loads_it": True}
+    with pytest.raises(AssertionError, match="The policy was loaded in pieces .*zero3_init_flag: true"):
+        run_with_deepspeed(tmp_path / "two", 3, "qwen2", settings, zero3_init=True)
 
 
 def test_an_adapter_critic_is_refused_with_zero_3(tmp_path):

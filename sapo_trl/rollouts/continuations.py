@@ -52,6 +52,8 @@ class ContinuationSampler:
         end_token_ids (`frozenset[int]`): tokens that end a response.
         max_completion_length (`int`): tokens of a response at most, prefix included.
         rows_per_call (`int`): continuations generated, or completions scored, at a time.
+        breaking_token_ids (`frozenset[int]`, *optional*):
+            tokens behind which a response cannot go on, although it has not ended: image placeholders.
         max_over_processes (`Callable`, *optional*):
             largest value of an `int` among all processes. Generation and reward functions may be collective: every
             process calls them equally often and with as many rows.
@@ -65,6 +67,7 @@ class ContinuationSampler:
     end_token_ids: frozenset[int]
     max_completion_length: int
     rows_per_call: int
+    breaking_token_ids: frozenset[int] = frozenset()
     max_over_processes: Callable[[int], int] = int
 
     def values_at(
@@ -139,6 +142,12 @@ class ContinuationSampler:
     def has_ended(self, completion: list[int]) -> bool:
         """Whether the last token ends the response."""
         return bool(completion) and completion[-1] in self.end_token_ids
+
+    def can_go_on(self, completion: list[int]) -> bool:
+        """Whether there can be tokens behind it."""
+        if len(completion) >= self.max_completion_length:
+            return False
+        return not completion or completion[-1] not in self.end_token_ids | self.breaking_token_ids
 
     def sample(self, rows: Sequence[int], prefixes: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
         """

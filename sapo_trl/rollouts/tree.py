@@ -134,7 +134,7 @@ def grow_tree(
         frontier = []
         for (node, prefix), tokens in zip(requests, sampled, strict=True):
             completion = prefix + tokens
-            has_ended = is_last or sampler.has_ended(completion) or len(completion) >= sampler.max_completion_length
+            has_ended = is_last or not sampler.can_go_on(completion)
             child = tree.add(tree.rows[node], node, tokens, has_ended)
             if not has_ended:
                 frontier.append((child, completion))

@@ -6,14 +6,18 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import fsdp2_prepare_model
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import SAPOConfig
+from ..sharded_tensors import clip_grad_norm, gathered_state, sharded_like
 from ..value_head import SegmentValueHead
 
 
@@ -27,6 +31,7 @@ _SUPPORTED = (
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
 )
 
 
@@ -55,21 +60,27 @@ class Critic:
             # It would go on without a word, each process with a critic of its own.
             raise ValueError(
                 f"A critic cannot be trained under {accelerator.distributed_type} yet: launch with DDP "
-                '(`accelerate launch --multi_gpu`) or DeepSpeed, or set `critic="none"`.'
+                '(`accelerate launch --multi_gpu`), DeepSpeed or FSDP2, or set `critic="none"`.'
+            )
+        uses_fsdp = accelerator.distributed_type == DistributedType.FSDP
+        if uses_fsdp and not accelerator.is_fsdp2:
+            raise ValueError(
+                "A critic cannot be trained under FSDP1, which PyTorch is giving up: set `fsdp_version: 2` in the "
+                'accelerate config, or `critic="none"`.'
             )
         self.args = args
         self.accelerator = accelerator
         # An adapter's parameters are none of the module's, and of a head alone there is nothing to shard: nothing that
         # would synchronise their gradients wraps them.
         uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        self._is_wrapped = value_head.mode == "separate" or (value_head.mode == "shared" and not uses_deepspeed)
+        shards = uses_deepspeed or uses_fsdp
+        self._is_wrapped = value_head.mode == "separate" or (value_head.mode == "shared" and not shards)
         if value_head.mode == "adapter" and uses_deepspeed and is_deepspeed_zero3_enabled():
             raise ValueError(
                 '`critic="adapter"` cannot be trained with ZeRO-3, which cuts the adapter to pieces together with the '
                 "policy: use ZeRO-2 or DDP (the base model is in memory once), or another critic."
             )
         self.module: nn.Module = self._prepared(value_head)
-        self._parameters = [parameter for _, parameter in value_head.learned_parameters()]
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
         optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -93,18 +104,30 @@ class Critic:
             {"params": not_decayed, "weight_decay": 0.0},
         ]
         self.optimizer = optimizer_class([group for group in groups if group["params"]], **optimizer_kwargs)
+        names = {parameter: name for name, parameter in value_head.learned_parameters()}
+        self._names = [[names[parameter] for parameter in group["params"]] for group in self.optimizer.param_groups]
         # The policy's scaler belongs to the policy's optimizer; under fp16 the critic needs one of its own.
         self.scaler = torch.amp.GradScaler(
             accelerator.device.type, enabled=accelerator.mixed_precision == "fp16" and accelerator.device.type != "cpu"
         )
 
-    # Whether saving and loading take all processes.
-    needs_all_processes = False
-
     def _prepared(self, value_head: SegmentValueHead) -> nn.Module:
-        if self._is_wrapped:
-            return self.accelerator.prepare_model(value_head)
-        return value_head.to(self.accelerator.device)
+        if not self._is_wrapped:
+            return value_head.to(self.accelerator.device)
+        if self.accelerator.is_fsdp2:
+            with _own_layers_to_wrap(self.accelerator, value_head):
+                return fsdp2_prepare_model(self.accelerator, value_head)
+        return self.accelerator.prepare_model(value_head)
+
+    def _follow_parameters(self) -> None:
+        """Let the optimizer train what is in the place of an adapter once FSDP2 has cut the policy to pieces."""
+        current = dict(self.value_head.learned_parameters())
+        for group, names in zip(self.optimizer.param_groups, self._names, strict=True):
+            group["params"] = [current[name] for name in names]
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
     def value_head(self) -> SegmentValueHead:
@@ -119,6 +142,7 @@ class Critic:
     def create_scheduler(self, num_training_steps: int) -> None:
         """Make the learning rate schedule, once the length of training is known; anew for every call of `train`."""
         args = self.args
+        self._follow_parameters()
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] = args.critic_learning_rate
         kind = SchedulerType(args.critic_lr_scheduler_type or args.lr_scheduler_type)
@@ -156,7 +180,7 @@ class Critic:
         self.scaler.unscale_(self.optimizer)
         if not self._is_wrapped and self.accelerator.num_processes > 1:
             self._average_gradients()
-        return torch.nn.utils.clip_grad_norm_(self._parameters, self.args.critic_max_grad_norm)
+        return clip_grad_norm(self._parameters, self.args.critic_max_grad_norm)
 
     def step(self, skip: bool = False) -> None:
         """
@@ -174,17 +198,24 @@ class Critic:
 
     def _average_gradients(self) -> None:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        # FSDP2 has averaged those of an adapter.
+        gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
         for gradient, mean in zip(gradients, self.accelerator.reduce(gradients, reduction="mean"), strict=True):
             gradient.copy_(mean)
 
+    def save_weights(self, folder: str | Path) -> None:
+        """Write the model, for [`SegmentValueHead.from_pretrained`]; called on all processes."""
+        self.value_head.save_pretrained(folder, is_main_process=self.args.should_save)
+
     def save_optimizer(self, folder: str | Path) -> None:
-        """Write everything but the weights, for [`Critic.load`]."""
+        """Write everything but the weights, for [`Critic.load`]; called on all processes."""
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": gathered_state(self.optimizer.state_dict(), keep=self.args.should_save),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             "scaler": self.scaler.state_dict(),
         }
-        torch.save(state, Path(folder) / OPTIMIZER_STATE_NAME)
+        if self.args.should_save:
+            torch.save(state, Path(folder) / OPTIMIZER_STATE_NAME)
 
     def load_weights(self, checkpoint: str | Path) -> None:
         """
@@ -208,23 +239,24 @@ class Critic:
             )
         return folder
 
-    def whole(self) -> contextlib.AbstractContextManager:
-        """Context in which every parameter is there, for saving; of all processes if `needs_all_processes`."""
-        return contextlib.nullcontext()
-
-    def save_sharded(self, folder: str | Path) -> None:
-        """Write what each process has of its own, for [`Critic.load`]; called on all processes."""
-
     def load(self, checkpoint: str | Path) -> None:
         """Restore weights, optimizer and schedule, see [`Critic.load_weights`]."""
         self.load_weights(checkpoint)
         state_file = Path(checkpoint) / OPTIMIZER_STATE_NAME
         if state_file.is_file():  # absent with `save_only_model=True`
-            state = torch.load(state_file, map_location=self.accelerator.device, weights_only=True)
-            self.optimizer.load_state_dict(state["optimizer"])
+            state = torch.load(state_file, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(self._in_pieces(state["optimizer"]))
             if state["scheduler"] is not None and self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.scaler.load_state_dict(state["scaler"])
+
+    def _in_pieces(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of the whole optimizer, as this process's share of it wants it."""
+        for parameter, of_parameter in zip(self._parameters, state["state"].values(), strict=False):
+            for name, value in of_parameter.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    of_parameter[name] = sharded_like(value, parameter)
+        return state
 
     def _load_schedule(self, checkpoint: str | Path) -> None:
         state_file = Path(checkpoint) / OPTIMIZER_STATE_NAME
@@ -232,3 +264,21 @@ class Critic:
             state = torch.load(state_file, map_location="cpu", weights_only=True)
             if state["scheduler"] is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
+
+
+@contextlib.contextmanager
+def _own_layers_to_wrap(accelerator: Accelerator, value_head: SegmentValueHead) -> Iterator[None]:
+    """
+    Let FSDP2 wrap the layers of the critic's backbone.
+
+    accelerate finds out once which layers to wrap, from the first model that it is given: of a critic, which is no
+    transformers model, it would find none, and then wrap none of the policy's either.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    policy, layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    if layers is None:
+        plugin.transformer_cls_names_to_wrap = sorted(value_head.backbone._no_split_modules or [])
+    try:
+        yield
+    finally:
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, layers

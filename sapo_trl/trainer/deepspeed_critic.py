@@ -26,8 +26,6 @@ class DeepSpeedCritic(Critic):
     [`DeepSpeedCritic.clip_gradient`].
     """
 
-    needs_all_processes = True
-
     def __init__(self, value_head: SegmentValueHead, *args, **kwargs):
         super().__init__(value_head, *args, **kwargs)
         import deepspeed  # only where it is used: it takes over parts of torch when it is imported
@@ -53,6 +51,9 @@ class DeepSpeedCritic(Critic):
     def _prepared(self, value_head: SegmentValueHead) -> nn.Module:
         return value_head.to(self.accelerator.device)
 
+    def _follow_parameters(self) -> None:
+        """Nothing: the optimizer's parameters are DeepSpeed's flat tensors by now."""
+
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         self.engine.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
@@ -72,8 +73,13 @@ class DeepSpeedCritic(Critic):
         if self.scheduler is not None:
             self.scheduler.step()
 
+    def save_weights(self, folder: str | Path) -> None:
+        with self._whole():
+            super().save_weights(folder)
+
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def _whole(self) -> Iterator[None]:
+        """Context in which every process has every parameter."""
         if self.stage < 3:
             yield
             return
@@ -82,7 +88,8 @@ class DeepSpeedCritic(Critic):
         with deepspeed.zero.GatheredParameters(list(self.value_head.parameters()), modifier_rank=0):
             yield
 
-    def save_sharded(self, folder: str | Path) -> None:
+    def save_optimizer(self, folder: str | Path) -> None:
+        super().save_optimizer(folder)
         self.engine.save_checkpoint(str(Path(folder) / ENGINE_FOLDER), tag=_TAG)
 
     def load(self, checkpoint: str | Path) -> None:
@@ -97,6 +104,6 @@ class DeepSpeedCritic(Critic):
     def load_weights(self, checkpoint: str | Path) -> None:
         self.check_folder(checkpoint)
         saved = SegmentValueHead.from_pretrained(Path(checkpoint) / CRITIC_FOLDER, mode=self.value_head.mode)
-        with self.whole():
+        with self._whole():
             if self.stage < 3 or self.accelerator.is_main_process:
                 self.value_head.load_state_dict(saved.state_dict())

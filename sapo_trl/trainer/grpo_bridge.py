@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -35,6 +36,14 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
 from ..rollouts import ContinuationSampler, TokenizedPrompts
+from ..rollouts.placeholders import (
+    cut_rollout,
+    final_placeholders,
+    hide_placeholders,
+    length_until_placeholder,
+    placeholder_ids,
+)
+from ..sharded_tensors import total_norm
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
@@ -151,6 +160,10 @@ class GRPOBridge(GRPOTrainer):
             finally:
                 args.beta = beta
             self._use_reference(reference)
+        self.placeholder_ids = placeholder_ids(self.model.config)
+        if self.rollout_func is not None and self.placeholder_ids:
+            sample = self.rollout_func
+            self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
         self.add_callback(_EpochOrder(self))
 
     # ------------------------------------------------------------------ hooks
@@ -336,6 +349,7 @@ class GRPOBridge(GRPOTrainer):
             ),
             weigh=self.weighted_rewards,
             end_token_ids=frozenset(self.eos_token_ids),
+            breaking_token_ids=self.placeholder_ids,
             max_completion_length=self.max_completion_length,
             rows_per_call=rows_per_call,
             max_over_processes=self._max_over_processes,
@@ -345,6 +359,11 @@ class GRPOBridge(GRPOTrainer):
         """Prompts of rows of the data set, as TRL tokenizes them for generation."""
         prompts = _prompts_of(inputs)
         return TokenizedPrompts(*self._tokenize_prompts(prompts))
+
+    def cut_at_placeholder(self, batch: Batch) -> torch.Tensor:
+        """bool `(B,)`: responses that were cut because the policy wrote an image placeholder."""
+        ids = batch["completion_ids"]
+        return final_placeholders(ids, self.placeholder_ids, self._tokenizer.pad_token_id).any(dim=1)
 
     def weighted_rewards(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
         """
@@ -372,9 +391,12 @@ class GRPOBridge(GRPOTrainer):
         return self._buffered_inputs[first : first + window]
 
     def policy_gradient_norm(self) -> torch.Tensor:
-        """0-dimensional, of the gradients that this process holds; 0 without any."""
+        """0-dimensional, of the gradients that this process holds, under DeepSpeed of all at its last step; or 0."""
+        if self.is_deepspeed_enabled:
+            norm = self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm()
+            return torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device).float()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.model.device)
+        return total_norm(gradients).to(self.accelerator.device)
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the current step, to resume from, and return its folder."""
@@ -423,7 +445,8 @@ class GRPOBridge(GRPOTrainer):
         if self._record is not None and self._record.given is not None:
             return self._record.given.completion_ids, None
         prompt_ids, images = self._as_backend_takes_them(prompt_ids, images)
-        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        sampled = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        return self._cut(*sampled)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         self._record.mark_generated()
@@ -547,10 +570,30 @@ class GRPOBridge(GRPOTrainer):
         setattr(generator, name, max_new_tokens)
         try:
             prompt_ids, images = self._as_backend_takes_them(prompts.ids, prompts.images)
-            completion_ids, _ = super()._generate_single_turn(prompt_ids, images, prompts.fields, num_generations=1)
+            sampled = super()._generate_single_turn(prompt_ids, images, prompts.fields, num_generations=1)
         finally:
             setattr(generator, name, usual)
-        return completion_ids
+        return self._cut(*sampled)[0]
+
+    def _cut(
+        self, completion_ids: list[list[int]], logps: list[list[float]] | None
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Responses of one turn up to their first image placeholder, with the sampler's log-probabilities."""
+        if not self.placeholder_ids:
+            return completion_ids, logps
+        lengths = [length_until_placeholder(ids, self.placeholder_ids) for ids in completion_ids]
+        if self.tools:
+            # What a tool answers would come behind it, and be predicted from it: it goes, unless it is all there is,
+            # which calls no tool.
+            lengths = [
+                max(length - (ids[length - 1] in self.placeholder_ids), 1)
+                for ids, length in zip(completion_ids, lengths, strict=True)
+            ]
+        completion_ids, logps = (
+            rows and [row[:length] for row, length in zip(rows, lengths, strict=True)]
+            for rows in (completion_ids, logps)
+        )
+        return completion_ids, logps
 
     def _as_backend_takes_them(
         self, prompt_ids: list[list[int]], images: list | None
@@ -608,25 +651,38 @@ class GRPOBridge(GRPOTrainer):
 
         transformers saves Qwen2.5-VL, for one, under older names, which only `from_pretrained` translates. Its trainer
         does not, and goes on with the weights it had, after a warning about missing keys.
+
+        And in the dtypes that it is trained in: PEFT loads adapters in float32, where TRL trains those on a quantized
+        base in bfloat16.
         """
         policy, missing = self.accelerator.unwrap_model(self.model), []
+        dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters() if parameter.requires_grad}
         handle = policy.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys))
         try:
             yield
         finally:
             handle.remove()
+        for name, parameter in policy.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
         if missing and isinstance(policy, PreTrainedModel) and not self.is_fsdp_enabled:
             logger.info("Loading %d weights that %s holds under other names.", len(missing), folder)
             policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
 
     def _run_over_tokens(self, model: Callable, *args, **kwargs):
-        """TRL's forward over a batch's completions, also where a chunk of the batch has no image."""
+        """TRL's forward over a batch's completions, also where a chunk of it has no image or too many placeholders."""
+        length = kwargs["logits_to_keep"] if "logits_to_keep" in kwargs else args[2]
 
-        def without_empty_inputs(**inputs):
+        def run(**inputs):
             # Of a batch with images TRL passes every chunk some, if only none; vision towers refuse empty tensors.
-            return model(**{k: v for k, v in inputs.items() if not (torch.is_tensor(v) and v.numel() == 0)})
+            inputs = {k: v for k, v in inputs.items() if not (torch.is_tensor(v) and v.numel() == 0)}
+            if self.placeholder_ids:
+                # The labels, which TRL has taken from the same ids, keep them.
+                inputs = hide_placeholders(inputs, length, self.placeholder_ids, self._tokenizer.pad_token_id)
+            with _whole_lm_head(model):
+                return model(**inputs)
 
-        return super()._get_per_token_logps_and_entropies(without_empty_inputs, *args, **kwargs)
+        return super()._get_per_token_logps_and_entropies(run, *args, **kwargs)
 
     @contextlib.contextmanager
     def _value_tap(self) -> Iterator[list[torch.Tensor]]:
@@ -660,6 +716,24 @@ class GRPOBridge(GRPOTrainer):
         else:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.beta = self.args.beta
+
+
+@contextlib.contextmanager
+def _whole_lm_head(model: Callable) -> Iterator[None]:
+    """
+    Under FSDP2: put the LM head together before a forward, as FSDP2 does with modules that are called.
+
+    TRL's fused head is not called, its weight is read, and TRL gathers it in a way whose gradient is not added up over
+    the processes: each would train its rows of the weight on its own responses alone.
+    """
+    head = model.get_output_embeddings() if isinstance(model, FSDPModule) else None
+    if not isinstance(head, FSDPModule):  # a reference, which is one piece; no FSDP2; a critic
+        yield
+        return
+    head.unshard()
+    yield
+    if not torch.is_grad_enabled():
+        head.reshard()
 
 
 def collapsed(ids: list[int], token_id: int) -> list[int]:

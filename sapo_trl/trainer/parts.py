@@ -84,22 +84,31 @@ def make_value_head(
         return source
     if isinstance(source, str):
         policy = {"policy": model} if args.critic == "adapter" else {}
-        return SegmentValueHead.from_pretrained(source, mode=args.critic, **policy, **_loading_kwargs(args))
+        value_head = SegmentValueHead.from_pretrained(source, mode=args.critic, **policy, **_loading_kwargs(args))
+        _check_not_quantized(value_head.backbone)
+        return value_head
     if value_model is None:
         return SegmentValueHead.from_policy(source, mode=args.critic)
     if args.critic != "separate":
         raise ValueError(
             f"`value_model` is a whole model, but a critic of mode {args.critic!r} is a part of the policy."
         )
+    _check_not_quantized(source)
     if source is model or hasattr(source, "peft_config"):
         return SegmentValueHead.from_policy(source)  # a copy, adapters merged
     return SegmentValueHead(hidden_size_of(source), backbone_of(source))
 
 
+def _check_not_quantized(value_model: PreTrainedModel | None) -> None:
+    if getattr(value_model, "is_quantized", False):
+        raise ValueError("`value_model` is quantized, which cannot be trained: load it in a floating-point dtype.")
+
+
 def _loading_kwargs(args: SAPOConfig) -> dict[str, Any]:
     """How TRL loads the policy, for a critic that starts from the same checkpoint."""
     kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    kwargs.pop("device_map", None)
+    for name in ("device_map", "quantization_config"):  # the critic is trained as a whole, on one device
+        kwargs.pop(name, None)
     return kwargs
 
 

@@ -178,10 +178,11 @@ class SAPOTrainer(GRPOBridge):
                 "adapter)."
             )
         if args.learns_critic and args.critic != "adapter":
-            if kwargs.get("quantization_config") is not None and args.critic == "separate" and value_model is None:
+            quantized = kwargs.get("quantization_config") or (args.model_init_kwargs or {}).get("quantization_config")
+            if quantized is not None and args.critic == "separate" and value_model is None:
                 raise ValueError(
-                    'A quantized policy cannot be copied into a trainable critic: use `critic="shared"`, or pass a '
-                    "`value_model` in a floating-point dtype."
+                    'A quantized policy cannot be copied into a trainable critic: use `critic="adapter"` or '
+                    '`critic="shared"`, or pass a `value_model` in a floating-point dtype.'
                 )
             value_head = make_value_head(model, value_model, args)
 
@@ -279,6 +280,9 @@ class SAPOTrainer(GRPOBridge):
         seconds["score"] += time.perf_counter() - started
 
         self._compare_with_sampler(forward, batch, mask)
+        if self.placeholder_ids:
+            cut = self.cut_at_placeholder(batch)
+            self._accumulator.add_total("completions/placeholder_ratio", cut.sum(), len(cut))
         batch["rewards"] = rewards
         segments = self.segment(forward, batch, mask)
         policy_mask = self._policy_mask(forward, segments)
@@ -581,7 +585,8 @@ class SAPOTrainer(GRPOBridge):
             loss = self._segment_loss(model, batch)
         if not training:
             self.add_to_log(self._accumulator.flush(self.accelerator))
-        return loss
+            return loss
+        return self._step_guard.for_backward(loss)
 
     def _segment_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """This package's losses of one micro-batch: policy, KL, entropy, likelihood of correct responses, experts."""
@@ -598,6 +603,8 @@ class SAPOTrainer(GRPOBridge):
         self._accumulate_loss("policy_loss", output.loss)
         names = {key: name for key, name in _POLICY_METRICS.items() if key in output.metrics}
         self._accumulate_metrics(output.metrics, names, weight=mask.sum())
+        if "geometric_bias" in output.metrics:
+            self._accumulate_metrics(output.metrics, _SEGMENT_RATIO_METRICS, weight=ratio_segments.count.sum())
         self._accumulator.add_max("ratio/max", output.metrics["ratio_max"])
         with torch.no_grad():
             known = segments.mask
@@ -700,7 +707,11 @@ class SAPOTrainer(GRPOBridge):
             # After the policy's backward, so that only one of the two models' activations is alive at a time.
             with self.critic.accumulate():
                 critic_loss = self.critic_loss(self._micro_batch, self._micro_batch_values)
-                self.critic.backward(critic_loss)
+                others = []
+                if self._step_guard.engines_skip and self.accelerator.sync_gradients:
+                    # DeepSpeed has updated the policy by now, or skipped its step: then the critic's goes too.
+                    others = [self.policy_gradient_norm()]
+                self.critic.backward(self._step_guard.for_backward(critic_loss, *others))
             self._step_losses.append(critic_loss.detach())
         batch, self._micro_batch, self._micro_batch_values = self._micro_batch, None, None
         # TRL produces rollouts within its training step; their seconds are logged by stage.
@@ -786,15 +797,12 @@ class SAPOTrainer(GRPOBridge):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy as TRL does, and the critic in the folder `critic` beside it."""
         # The critic first: saving the policy may push the folder to the Hub.
-        if self.critic is not None and (self.args.should_save or self.critic.needs_all_processes):
-            with self.critic.whole():
-                if self.args.should_save:
-                    self.critic.value_head.save_pretrained(Path(output_dir or self.args.output_dir) / CRITIC_FOLDER)
+        if self.critic is not None:
+            self.critic.save_weights(Path(output_dir or self.args.output_dir) / CRITIC_FOLDER)
         super().save_model(output_dir, _internal_call)
 
     def save_training_state(self, folder: str) -> None:
         if self.critic is not None:
-            self.critic.save_optimizer(folder)
             self.critic_warmup.save(folder)
 
     def load_training_state(self, folder: str) -> None:
@@ -804,7 +812,7 @@ class SAPOTrainer(GRPOBridge):
 
     def save_process_files(self, folder: str) -> None:
         if self.critic is not None:
-            self.critic.save_sharded(folder)
+            self.critic.save_optimizer(folder)
 
     def process_state(self) -> dict[str, Any]:
         if self._trees is None:
@@ -833,6 +841,10 @@ _POLICY_METRICS = {
     "approx_kl": "approx_kl",
     "approx_kl_k3": "approx_kl_k3",
     "ratio_mean": "ratio/mean",
+}
+_SEGMENT_RATIO_METRICS = {
+    "geometric_bias": "ratio/geometric_bias",
+    "geometric_bias_bound": "ratio/geometric_bias_bound",
 }
 _VALUE_METRICS = {"value_clip_fraction": "value/clip_ratio"}
 

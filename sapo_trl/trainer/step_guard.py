@@ -26,12 +26,35 @@ class StepGuard:
     """
 
     def __init__(self, args: SAPOConfig, accelerator: Accelerator):
-        # DeepSpeed applies gradients in the same breath as it adds them up: there is nothing left to skip.
-        uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.max_in_a_row = 1 if uses_deepspeed else args.max_skipped_steps
+        self.engines_skip = False
+        self.max_in_a_row = args.max_skipped_steps
+        self._is_fp16 = accelerator.mixed_precision == "fp16"
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # It steps as soon as it has added gradients up, and its ZeRO optimizers drop those that are not finite.
+            config = accelerator.state.deepspeed_plugin.deepspeed_config
+            stage = config["zero_optimization"]["stage"]
+            self.engines_skip = stage == 3 or (stage > 0 and config.get("bf16", {}).get("check_grad_overflow", True))
+            if not self.engines_skip:
+                self.max_in_a_row = 1
         self.output_dir = Path(args.output_dir)
         self.accelerator = accelerator
         self.in_a_row = 0
+
+    def for_backward(self, loss: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """
+        What to run backward from, so that a DeepSpeed engine skips what has to be skipped: it looks at gradients only.
+
+        Args:
+            loss (`torch.Tensor`): 0-dimensional.
+            others (`torch.Tensor`): further numbers that must be finite.
+
+        Returns:
+            `torch.Tensor`: the loss; under DeepSpeed one whose gradients are NaN if any of them is not finite.
+        """
+        if not self.engines_skip or self._is_fp16:
+            return loss
+        finite = torch.stack([number.detach().isfinite() for number in (loss, *others)]).all()
+        return loss * torch.where(finite, 1.0, torch.nan)
 
     def must_skip(self, numbers: list[torch.Tensor]) -> bool:
         """
@@ -43,7 +66,7 @@ class StepGuard:
         Returns:
             `bool`: whether one of them is not finite.
         """
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None or (self.engines_skip and self._is_fp16):
             return False  # in half precision an overflow is how a gradient scaler finds its scale; it skips by itself
         finite = torch.stack([number.detach().isfinite().float() for number in numbers]).amin()
         if self.accelerator.num_processes > 1:

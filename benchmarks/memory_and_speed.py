@@ -1,0 +1,303 @@
+"""
+Peak memory and speed of a few training steps: SAPO with each learned critic, and TRL's GRPO on a batch of that shape.
+
+Each row of the table is a process of its own. The model has random weights and Qwen2.5-VL's shape, the prompts one
+image each, and all responses the same length; no reference model. Nothing is downloaded.
+
+    python benchmarks/memory_and_speed.py --out results                  # Qwen2.5-VL-3B's shape, on a GPU
+    python benchmarks/memory_and_speed.py --size tiny --out results      # a tiny model, on a CPU too
+
+It writes `memory_and_speed.json` and, as a table for `docs/scaling.md`, `memory_and_speed.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from PIL import Image
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback, set_seed
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from trl import GRPOConfig, GRPOTrainer
+
+from sapo_trl import SAPOConfig, SAPOTrainer
+from sapo_trl.embedded import build_config, build_processor, build_tokenizer
+from sapo_trl.planner import Lora, Setup, plan_memory
+from sapo_trl.planner.setup import GIB
+from sapo_trl.planner.shapes import PUBLISHED
+
+
+# Name in the table, critic (`None`: TRL's trainer), whether with LoRA.
+ROWS = {
+    "sapo_separate": ('SAPO, `critic="separate"`', "separate", False),
+    "sapo_shared": ('SAPO, `critic="shared"`', "shared", False),
+    "sapo_adapter": ('SAPO, LoRA, `critic="adapter"`', "adapter", True),
+    "grpo": ("TRL GRPO", None, False),
+    "grpo_lora": ("TRL GRPO, LoRA", None, True),
+}
+LORA_RANK, LORA_TARGETS = 16, "all-linear"
+OUT_OF_MEMORY = "out of memory"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+
+
+def build_model_config(size: str, tokenizer: Any) -> Qwen2_5_VLConfig:
+    """Of the shape asked for; special tokens are the tokenizer's, whose vocabulary is smaller than the model's."""
+    if size == "tiny":
+        config = build_config(tokenizer)
+        config.text_config.vocab_size = 1024
+    else:
+        config = PUBLISHED["Qwen/Qwen2.5-VL-3B-Instruct"]()
+    token_id = tokenizer.convert_tokens_to_ids
+    config.image_token_id, config.video_token_id = token_id("<|image_pad|>"), token_id("<|video_pad|>")
+    config.vision_start_token_id, config.vision_end_token_id = token_id("<|vision_start|>"), token_id("<|vision_end|>")
+    config.text_config.bos_token_id = None
+    config.text_config.eos_token_id, config.text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return config
+
+
+def build_processor_for(image_size: int) -> Any:
+    """Qwen2.5-VL's, which leaves pictures of this size as they are."""
+    processor = build_processor(build_tokenizer())
+    size = {"shortest_edge": 28 * 28, "longest_edge": image_size**2}
+    processor.image_processor = Qwen2VLImageProcessorPil(size=size)
+    return processor
+
+
+def build_dataset(rows: int, image_size: int) -> Dataset:
+    """Prompts with one picture each, every one of another colour."""
+    pictures = [Image.new("RGB", (image_size, image_size), (13 * i % 256, 7 * i % 256, 99)) for i in range(rows)]
+    content = [{"type": "image"}, {"type": "text", "text": "Find the length of AB in the figure. " * 8}]
+    prompts = [[{"role": "user", "content": content}]] * rows
+    return Dataset.from_dict({"prompt": prompts, "images": [[picture] for picture in pictures]})
+
+
+def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Not constant, and computed in no time."""
+    return [(sum(ids) % 7) / 7 for ids in completion_ids]
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimizer step, rollout included."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(now() - self._started)
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a few steps in this process, and say what they took."""
+    _, critic, lora = ROWS[name]
+    on_gpu = torch.cuda.is_available()
+    processor = build_processor_for(options.image_size)
+    config = build_model_config(options.size, processor.tokenizer)
+    set_seed(0)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, options.dtype))
+    rows = options.micro_batch * options.accumulation
+    settings = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": options.micro_batch,
+        "gradient_accumulation_steps": options.accumulation,
+        "num_generations": 2,
+        "max_completion_length": options.completion_length,
+        "generation_kwargs": {"min_new_tokens": options.completion_length},
+        "max_steps": options.steps,
+        "beta": 0.0,
+        "learning_rate": 1e-6,
+        "gradient_checkpointing": True,
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    timer = StepTimer()
+    kwargs = {
+        "model": model,
+        "reward_funcs": reward,
+        "train_dataset": build_dataset(max(rows, 4), options.image_size),
+        "processing_class": processor,
+        "peft_config": LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS) if lora else None,
+        "callbacks": [timer],
+    }
+    if critic is None:
+        trainer = GRPOTrainer(args=GRPOConfig(**settings), **kwargs)
+    else:
+        trainer = SAPOTrainer(args=SAPOConfig(**settings, critic=critic, num_mini_batches=1), **kwargs)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    tokens = trainer.state.num_input_tokens_seen / options.steps
+    # The first step also makes the optimizer's state, compiles kernels and fills caches.
+    seconds = statistics.median(timer.seconds[1:])
+    return {
+        "peak_bytes": peak_bytes(),
+        "seconds_per_step": seconds,
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_step": tokens,
+        "prompt_tokens": round(tokens / rows) - options.completion_length,
+    }
+
+
+def peak_bytes() -> int:
+    """Of the tensors on the GPU, or without one of the whole process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def planned_bytes(name: str, options: argparse.Namespace, prompt_tokens: int) -> float:
+    """What the planner says, without its allowance for what is no tensor."""
+    _, critic, lora = ROWS[name]
+    tokenizer = build_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        build_model_config(options.size, tokenizer).save_pretrained(folder)
+        plan = plan_memory(
+            Setup(
+                model=folder,
+                micro_batch=options.micro_batch,
+                accumulation=options.accumulation,
+                mini_batches=1,
+                prompt_length=prompt_tokens,
+                image_tokens=(options.image_size // 28) ** 2,
+                completion_length=options.completion_length,
+                critic=critic or "none",
+                beta=0.0,
+                weight_bytes=getattr(torch, options.dtype).itemsize,
+                mixed_precision=torch.cuda.is_available(),
+                lora=Lora(LORA_RANK, LORA_TARGETS) if lora else None,
+            )
+        )
+    return plan.total - plan.resident["overhead"]
+
+
+def run_row(name: str, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """A row, measured in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, __file__, *arguments, "--row", name, "--result", str(result)]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if result.is_file():
+            found = json.loads(result.read_text())
+        elif process.returncode == -9:  # by the kernel
+            found = {"error": OUT_OF_MEMORY}
+        else:
+            found = {"error": (process.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    if "prompt_tokens" in found:
+        found["planned_bytes"] = planned_bytes(name, options, found["prompt_tokens"])
+    return found
+
+
+def machine() -> str:
+    """The GPU, or the processor."""
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+        return f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report as a table, with what it was measured on."""
+    options = report["options"]
+    peak = "peak GiB (tensors)" if report["on_gpu"] else "peak GiB (whole process)"
+    lines = [
+        f"| Trainer | {peak} | planner GiB | seconds a step | tokens a second |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in report["rows"].items():
+        title = ROWS[name][0]
+        if "error" in row:
+            lines.append(f"| {title} | {row['error'].replace('|', ' ')} | | | |")
+            continue
+        sizes = f"{row['peak_bytes'] / GIB:.1f} | {row['planned_bytes'] / GIB:.1f}"
+        lines.append(f"| {title} | {sizes} | {row['seconds_per_step']:.2f} | {row['tokens_per_second']:.0f} |")
+    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
+    lines += [
+        "",
+        f"{report['machine']}; {versions}. Size {options['size']}, weights in {options['dtype']}, "
+        f"{options['micro_batch']} x {options['accumulation']} responses of {options['completion_length']} tokens a "
+        f"step, pictures of {options['image_size']} x {options['image_size']} pixels, {options['steps']} steps.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("3b", "tiny"), default="3b", help="shape of the model")
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="what to measure")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps; the first is not timed")
+    parser.add_argument("--micro_batch", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--completion_length", type=int, default=512, help="tokens of each response")
+    parser.add_argument("--image_size", type=int, default=448, help="pixels, a multiple of 28")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (GPU: bfloat16)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
+    parser.add_argument("--row", choices=tuple(ROWS), help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write, print. Returns 1 if a row failed for another reason than memory."""
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parser().parse_args(arguments)
+    if options.steps < 2:
+        parser().error(f"--steps must be at least 2, because the first is not timed; got {options.steps}")
+    if options.image_size % 28:
+        parser().error(f"--image_size must be a multiple of 28, got {options.image_size}")
+    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    if options.row is not None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        try:
+            found = measure(options.row, options)
+        except torch.OutOfMemoryError:
+            found = {"error": OUT_OF_MEMORY}
+        options.result.write_text(json.dumps(found))
+        return 0
+    report = {
+        "machine": machine(),
+        "on_gpu": torch.cuda.is_available(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "options": {name: value for name, value in vars(options).items() if name not in ("out", "row", "result")},
+        "rows": {},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.rows:
+        report["rows"][name] = run_row(name, options, arguments)
+        print(name, json.dumps(report["rows"][name]), file=sys.stderr, flush=True)
+        # After each row: a long run that is cut short leaves what it found.
+        (options.out / "memory_and_speed.json").write_text(json.dumps(report, indent=2) + "\n")
+        (options.out / "memory_and_speed.md").write_text(as_markdown(report))
+    print(as_markdown(report))
+    return int(any(row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY for row in report["rows"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

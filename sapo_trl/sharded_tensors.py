@@ -1,0 +1,68 @@
+"""Tensors that FSDP2 keeps in pieces, one on each process: from pieces to the whole and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor; itself if it is in one piece. Of all processes if it is not."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered_state(state: Any, keep: bool) -> Any:
+    """
+    The whole of every tensor in nested dictionaries and lists, on the CPU.
+
+    Args:
+        state (`Any`): for example of an optimizer.
+        keep (`bool`): whether this process wants them; a process that does not gets `None` in their places, so that
+            they are in memory once.
+    """
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = gathered(value.detach())
+        return value.cpu() if keep else None
+
+    return tree_map(whole, state)
+
+
+def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor in the pieces that `like` is in; itself if that is in one. Of all processes if it is not."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """
+    Norm of some tensors taken together, those in pieces and those in one alike.
+
+    Returns:
+        `torch.Tensor`: 0-dimensional, the same on all processes as far as the tensors are.
+    """
+    # Apart, because torch computes nothing on both kinds together.
+    in_pieces, in_one = [], []
+    for tensor in tensors:
+        (in_pieces if isinstance(tensor, DTensor) else in_one).append(tensor)
+    norms = [gathered(torch.nn.utils.get_total_norm(kind)) for kind in (in_pieces, in_one) if kind]
+    if not norms:
+        return torch.zeros(())
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """[`torch.nn.utils.clip_grad_norm_`] for parameters of which some may be in pieces. Returns the norm before."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = total_norm(parameter.grad for parameter in parameters)
+    for in_pieces in (True, False):
+        kind = [parameter for parameter in parameters if isinstance(parameter, DTensor) == in_pieces]
+        torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    return norm
