@@ -37,6 +37,8 @@ venv: $(STAMP)  ## make the environment
 # --clear only where there is an environment to clear: VENV may name any folder.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with ensurepip found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@owner="$$(cut -d ' ' -f 3- $@ 2>/dev/null)"; test -z "$$owner" -o "$$owner" = "$(CURDIR)" -o ! -d "$$owner" || \
+		{ echo "$(VENV) is the environment of $$owner: name another one with VENV=FOLDER" >&2; exit 1; }
 	@test "$(MADE_FOR)" = "$$(cat $@ 2>/dev/null)" || \
 		$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
 	@rm -f $@
