@@ -1,4 +1,4 @@
-"""The `sapo-trl` command: `sapo-trl demo`, `sapo-trl train` and `sapo-trl plan`."""
+"""The `sapo-trl` command: `sapo-trl demo`, `sapo-trl train`, `sapo-trl plan` and `sapo-trl analyze`."""
 
 import argparse
 import sys
@@ -26,6 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .planner.command import main as plan_main
 
         return plan_main(argv[1:])
+    if argv[:1] == ["analyze"]:
+        from .analysis.command import main as analyze_main
+
+        return analyze_main(argv[1:])
+    if argv[:1] == ["study"]:
+        from .study.command import main as study_main
+
+        return study_main(argv[1:])
 
     parser = argparse.ArgumentParser(
         prog="sapo-trl", description="Segment-Aligned Policy Optimization (arXiv 2605.01327) for TRL."
@@ -33,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a model; settings from a YAML file (--config) and the command line")
     commands.add_parser("plan", help="compute the GPU memory that a training needs, and what would make it fit")
+    commands.add_parser("analyze", help="ask the recordings of a finished run what its segments do")
+    commands.add_parser("study", help="compare algorithms: several seeds, equal budgets and tuning, one report")
     demo = commands.add_parser(
         "demo",
         help="train a tiny vision-language model on a CPU and show what it learned",

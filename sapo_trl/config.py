@@ -92,6 +92,9 @@ class SAPOConfig(GRPOConfig):
 
         num_continuations (`int`, *optional*, defaults to `9`):
             For `critic="monte_carlo"`: continuations sampled from each valued state.
+        continuation_batch_size (`int`, *optional*):
+            For Monte-Carlo values and diagnostics: continuations generated at a time on a process. By default as many
+            as a rollout has responses, which are known to fit into memory; more are faster.
         max_valued_segments (`int`, *optional*):
             For `critic="monte_carlo"`: a response's state is valued at most this many times after the prompt's; the
             reward stands for later ones, so that the tokens behind them get no advantage. `None` for no limit.
@@ -328,6 +331,12 @@ class SAPOConfig(GRPOConfig):
     # Parameters that control Monte-Carlo values and tree rollouts
     num_continuations: int = field(
         default=9, metadata={"help": "For critic='monte_carlo': continuations sampled from each valued state."}
+    )
+    continuation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Continuations generated at a time on a process; by default as many as a rollout has responses."
+        },
     )
     max_valued_segments: int | None = field(
         default=None,

@@ -147,6 +147,7 @@ def _check_ranges(args: SAPOConfig) -> None:
         "num_cuts",
         "cutpoint_interval",
         "num_continuations",
+        "continuation_batch_size",
         "tree_segment_length",
         "tree_edges_per_prompt",
         "tree_replay_age",

@@ -20,7 +20,9 @@ class LossOutput:
 
     Args:
         loss (`torch.Tensor`): 0-dimensional, differentiable.
-        metrics (`dict[str, torch.Tensor]`): 0-dimensional, detached; means over the tokens the loss reads.
+        metrics (`dict[str, torch.Tensor]`):
+            0-dimensional, detached; means over the tokens the loss reads, but for `geometric_bias*`, which are means
+            over segments.
     """
 
     loss: torch.Tensor
@@ -127,6 +129,52 @@ def _token_log_ratio(logps: torch.Tensor, old_logps: torch.Tensor, clamp: float)
     return torch.clamp(logps.to(dtype) - old_logps.to(dtype), -clamp, clamp)
 
 
+def geometric_bias(log_ratio: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How far the geometric mean of each segment's token ratios lies below their arithmetic mean, and at most may lie.
+
+    With `l` a token's log-ratio, `m` the segment's mean of them, `d = l - m` and `G = exp(m)` the geometric mean, the
+    arithmetic mean exceeds `G` by `G * mean(exp(d) - 1)`, and `mean(d) = 0`. Taylor's theorem with Lagrange's form of
+    the remainder gives `exp(d) - 1 - d = exp(x) * d^2 / 2` for some `x` between 0 and `d`, which is at least 0 and at
+    most `max(1, exp(d)) * d^2 / 2`. So
+
+    `0 <= bias <= mean(max(G, exp(l)) * d^2) / 2 <= max(exp(l)) * Var(l) / 2`.
+
+    The middle one is returned as the bound. The paper's App. D (Eq. 26) bounds the same difference; that equation was
+    not at hand, so this is our bound and not a copy of it.
+
+    Args:
+        log_ratio (`torch.Tensor`):
+            float tensor of shape `(B, T)`, each token's own log-ratio. Outside the segments it may hold anything.
+        segments ([`Segments`]): the partition of the tokens.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: bias and bound, both `(B, M)`, float32 or wider, at least 0, and 0 beyond
+        a row's count. Equal up to third order in `d`; in float32 rounding may lift a tiny bias over its bound.
+    """
+    log_ratio = torch.where(segments.mask, log_ratio.to(accumulation_dtype(log_ratio)), 0)
+    mean = segments.mean(log_ratio)
+    deviation, geometric = log_ratio - segments.expand(mean), torch.exp(mean)
+    # Rounding leaves the mean deviation a little off zero, which matters where the bias is of second order: taken off.
+    excess = torch.expm1(deviation)
+    bias = geometric * segments.mean(excess - deviation).clamp(min=0)
+    # max(G, exp(l)) is G * max(1, exp(d)).
+    return bias, geometric * segments.mean((1 + excess).clamp(min=1) * deviation.square()) / 2
+
+
+@torch.no_grad()
+def _bias_metrics(
+    logps: torch.Tensor, old_logps: torch.Tensor, segments: Segments | None, ratio_reduction: str, clamp: float = 20.0
+) -> dict[str, torch.Tensor]:
+    """[`geometric_bias`] as means over segments; nothing for ratios that are no geometric mean."""
+    if segments is None or ratio_reduction != "mean":
+        return {}
+    known = torch.where(segments.mask, logps, 0), torch.where(segments.mask, old_logps, 0)
+    bias, bound = geometric_bias(_token_log_ratio(*known, clamp), segments)
+    count = segments.count.sum().clamp(min=1)
+    return {"geometric_bias": bias.sum() / count, "geometric_bias_bound": bound.sum() / count}
+
+
 def _masked_policy_inputs(
     logps: torch.Tensor,
     old_logps: torch.Tensor,
@@ -200,7 +248,8 @@ def clipped_policy_loss(
     Returns:
         [`LossOutput`]: the loss, and the metrics `clip_fraction` (tokens where the clipped term is the larger one),
         `clip_fraction_low` and `clip_fraction_high` (its two sides), `dual_clip_fraction`, `approx_kl` (mean of minus
-        the log-ratio), `approx_kl_k3` (mean of `ratio - 1 - log(ratio)`), `ratio_mean` and `ratio_max`.
+        the log-ratio), `approx_kl_k3` (mean of `ratio - 1 - log(ratio)`), `ratio_mean` and `ratio_max`; with a ratio
+        per segment that is a geometric mean also `geometric_bias` and `geometric_bias_bound` ([`geometric_bias`]).
     """
     if dual_clip is not None and dual_clip <= 1.0:
         raise ValueError(f"`dual_clip` must be greater than 1 (or `None`), got {dual_clip}.")
@@ -230,6 +279,7 @@ def clipped_policy_loss(
             "clip_fraction_high": share(is_clipped & (ratio > 1)),
             "dual_clip_fraction": share(is_dual_clipped),
             **_ratio_metrics(log_ratios, mask),
+            **_bias_metrics(logps, old_logps, segments, ratio_reduction),
         }
     token_loss = _weighted(token_loss, weights, mask)
     return LossOutput(aggregate(token_loss, mask, aggregation, normalizer), metrics)
@@ -270,7 +320,8 @@ def soft_adaptive_policy_loss(
         ratio_reduction (`str`, *optional*, defaults to `"mean"`): see [`segment_log_ratio`].
 
     Returns:
-        [`LossOutput`]: the loss, and the metrics `approx_kl`, `approx_kl_k3`, `ratio_mean` and `ratio_max`.
+        [`LossOutput`]: the loss, and the metrics `approx_kl`, `approx_kl_k3`, `ratio_mean` and `ratio_max`, and
+        `geometric_bias*` as in [`clipped_policy_loss`].
     """
     for name, temperature in (("temperature_pos", temperature_pos), ("temperature_neg", temperature_neg)):
         if temperature <= 0.0:
@@ -282,7 +333,8 @@ def soft_adaptive_policy_loss(
     temperature = torch.where(advantages > 0, *temperatures)
     gate = torch.sigmoid(temperature * (torch.exp(log_ratios) - 1)) * 4 / temperature
     token_loss = _weighted(-gate * advantages, weights, mask)
-    return LossOutput(aggregate(token_loss, mask, aggregation, normalizer), _ratio_metrics(log_ratios, mask))
+    metrics = {**_ratio_metrics(log_ratios, mask), **_bias_metrics(logps, old_logps, segments, ratio_reduction)}
+    return LossOutput(aggregate(token_loss, mask, aggregation, normalizer), metrics)
 
 
 def segment_value_loss(

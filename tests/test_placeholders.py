@@ -67,7 +67,7 @@ def eager_trainer(family, output_dir, trainer_kwargs=None, **settings) -> tuple[
 class TestPlaceholderIds:
     @VISION
     def test_of_vision_language_models(self, family):
-        tokens = ["<|image_pad|>", "<|video_pad|>"]
+        tokens = ["<|image_pad|>"]
         assert placeholder_ids(family.build_model().config) == set(family.tokenizer.convert_tokens_to_ids(tokens))
 
     def test_a_text_model_has_none(self):

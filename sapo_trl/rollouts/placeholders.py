@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 
-_NAMES = tuple(f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index"))
+# Only of what prompts can hold here. Those of videos and sounds are tokens like any other: no features, no count.
+_NAMES = ("image_token_id", "image_token_index")
 
 
 def placeholder_ids(config: Any) -> frozenset[int]:

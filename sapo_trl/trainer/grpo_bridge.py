@@ -337,6 +337,7 @@ class GRPOBridge(GRPOTrainer):
         rows_per_call = self.args.per_device_eval_batch_size
         if train:
             rows_per_call = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        rows_per_call = self.args.continuation_batch_size or rows_per_call
         first_row = self.accelerator.process_index * len(inputs)
         # TRL repeats a prompt's row next to itself; a plan's rows come in any order, but are the same objects.
         groups = [(first_row + row) // generations if given is None else id(inputs[row]) for row in range(len(inputs))]

@@ -1,0 +1,176 @@
+"""What finished runs leave behind, read with errors that name the file and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pyarrow import ArrowInvalid
+
+
+TOKEN_COLUMNS = ("tokens", "segment_ids", "logps", "entropies", "values", "advantages", "returns")
+VALUE_COLUMNS = ("response", "segment", "value", "monte_carlo_value", "standard_error")
+
+
+def read_responses(
+    folder: str | Path, columns: tuple[str, ...] = ("segment_ids", "entropies", "values")
+) -> pd.DataFrame:
+    """
+    Read what a [`~sapo_trl.SegmentationCallback`] has recorded.
+
+    Args:
+        folder (`str` or `Path`):
+            folder with its files (`segments_<step>_<process>.parquet` or `.json`), or one of the folders above it.
+        columns (`tuple[str]`, *optional*):
+            lists with one entry per loss token that are needed, of [`~sapo_trl.callbacks.segmented_responses`].
+
+    Returns:
+        `pd.DataFrame`: one row per response, in the order of step, process and place in the rollout: `step`,
+        `process`, `response` (its place, which [`~sapo_trl.ValueDiagnostics`] counts alike), `reward` (NaN if
+        unscored) and the asked `columns` as arrays.
+
+    Raises:
+        ValueError: if there is no such folder or file, or if a file is damaged or lacks a column.
+    """
+    frames = []
+    for path, step, process in _recorded_files(Path(folder), "segments", ("parquet", "json"), "SegmentationCallback"):
+        frame = _read_frame(path, ("step", "reward", *columns))
+        lengths = frame[list(columns)].map(lambda cell: len(cell) if hasattr(cell, "__len__") else -1)
+        if (scalar := (lengths < 0).any()).any():
+            raise ValueError(f"{path}: column `{scalar.idxmax()}` must hold one list per response.")
+        if (uneven := lengths.nunique(axis=1) > 1).any():
+            row = int(uneven.to_numpy().argmax())
+            raise ValueError(f"{path}: the lists of response {row} differ in length: {lengths.iloc[row].to_dict()}.")
+        frame = frame[["reward", *columns]].assign(step=step, process=process, response=np.arange(len(frame)))
+        frames.append(frame.assign(reward=frame["reward"].astype(float)))
+    return pd.concat(frames, ignore_index=True)[["step", "process", "response", "reward", *columns]]
+
+
+def read_values(folder: str | Path) -> pd.DataFrame:
+    """
+    Read what a [`~sapo_trl.ValueDiagnostics`] has recorded.
+
+    Args:
+        folder (`str` or `Path`):
+            folder with its files (`values_<step>_<process>.parquet`), or one of the folders above it.
+
+    Returns:
+        `pd.DataFrame`: one row per valued state: `step`, `process`, `response`, `segment`, `value`,
+        `monte_carlo_value`, `standard_error`.
+
+    Raises:
+        ValueError: if there is no such folder or file, or if a file is damaged or lacks a column.
+    """
+    frames = [
+        _read_frame(path, VALUE_COLUMNS)[list(VALUE_COLUMNS)].assign(step=step, process=process)
+        for path, step, process in _recorded_files(Path(folder), "values", ("parquet",), "ValueDiagnostics")
+    ]
+    return pd.concat(frames, ignore_index=True)[["step", "process", *VALUE_COLUMNS]]
+
+
+def read_log_history(path: str | Path) -> pd.DataFrame:
+    """
+    Read a run's log.
+
+    Args:
+        path (`str` or `Path`):
+            a `trainer_state.json` (checkpoints have one; `trainer.save_state()` writes one into the output folder), a
+            file with one JSON object per line (`.jsonl`), or a folder: then its `trainer_state.json`, that of its last
+            checkpoint, or its only `.jsonl` file, whichever is found first.
+
+    Returns:
+        `pd.DataFrame`: one row per entry, in order, NaN where an entry lacks a name.
+
+    Raises:
+        ValueError: if there is no log, or if it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _log_file(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file or folder.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            entries = json.loads(text)["log_history"]
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no `log_history` in it; a `trainer_state.json` or a `.jsonl` is read.") from error
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: the log must have at least one entry, each an object of names and numbers.")
+    return pd.DataFrame(entries)
+
+
+def flatten(responses: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """
+    The tokens of all responses as one long table.
+
+    Args:
+        responses (`pd.DataFrame`): of `R` responses, from [`read_responses`].
+        columns (`tuple[str]`): of its lists.
+
+    Returns:
+        `tuple[np.ndarray, dict[str, np.ndarray]]`: int64 `(N,)`, the row of `responses` that each of `N` tokens is of,
+        in order; and the columns, each `(N,)`.
+    """
+    lengths = responses[columns[0]].map(len).to_numpy(dtype=np.int64)
+    flat: dict[str, Any] = {name: np.concatenate([np.zeros(0), *responses[name]]) for name in columns}
+    return np.repeat(np.arange(len(responses)), lengths), flat
+
+
+def _recorded_files(folder: Path, kind: str, formats: tuple[str, ...], writer: str) -> list[tuple[Path, int, int]]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder.")
+    name = re.compile(rf"{kind}_(\d+)_(\d+)\.({'|'.join(formats)})")
+    found = [(path, match) for path in folder.rglob(f"{kind}_*") if (match := name.fullmatch(path.name))]
+    if not found:
+        patterns = " or ".join(f"{kind}_<step>_<process>.{format_}" for format_ in formats)
+        raise ValueError(f"{folder}: no file {patterns} in it; `{writer}(output_dir=…)` writes them during training.")
+    # Those in the folder itself are meant, even if there are others further down.
+    folders = sorted({path.parent for path, _ in found}, key=lambda parent: (parent != folder, parent))
+    if folders[0] != folder and len(folders) > 1:
+        raise ValueError(f"{folder}: several folders in it have such files; name one of {[str(f) for f in folders]}.")
+    chosen = [(path, int(match[1]), int(match[2])) for path, match in found if path.parent == folders[0]]
+    chosen.sort(key=lambda entry: entry[1:])
+    places = [entry[1:] for entry in chosen]
+    for (path, *place), previous in zip(chosen[1:], places, strict=False):
+        if tuple(place) == previous:
+            raise ValueError(f"{path}: its rollout is there in two formats; keep one.")
+    return chosen
+
+
+def _read_frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    try:
+        if path.suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        else:
+            frame = pd.DataFrame([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    except (ArrowInvalid, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a {path.suffix[1:]} file ({str(error).splitlines()[0]}).") from error
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        raise ValueError(f"{path}: column `{missing[0]}` is missing; it has {sorted(frame.columns)}.")
+    return frame
+
+
+def _log_file(folder: Path) -> Path:
+    state = "trainer_state.json"
+    if (folder / state).is_file():
+        return folder / state
+    checkpoints = [path for path in folder.glob(f"checkpoint-*/{state}") if path.parent.name[11:].isdigit()]
+    if checkpoints:
+        return max(checkpoints, key=lambda path: int(path.parent.name[11:]))
+    lines = sorted(folder.glob("*.jsonl"))
+    if len(lines) != 1:
+        raise ValueError(
+            f"{folder}: neither a `{state}`, nor a checkpoint with one, nor exactly one `.jsonl` file (it has "
+            f"{len(lines)}). `trainer.save_state()` writes the first."
+        )
+    return lines[0]

@@ -1,0 +1,164 @@
+"""Segmenters that spoil another one's cuts by chance, to learn how much it matters where the cuts are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .segmentation import Segmenter, _cut_at_largest
+from .segments import Segments
+from .trainer.parts import accepted_inputs
+
+
+@dataclass(frozen=True)
+class NoisyBoundaries:
+    """
+    Another segmenter's partition in which each inner boundary is moved with a given probability.
+
+    A boundary that moves goes to a position drawn uniformly from those of the response where the segmenter had none,
+    never to one that another boundary takes: the number of segments stays. Where more boundaries would move than there
+    are free positions, only so many do. The end of a response is no inner boundary and stays.
+
+    The draw depends on `seed` and on the response's own loss tokens alone, so a response is cut alike wherever and
+    whenever it appears. The same numbers decide at every `rate`, so with one seed the boundaries that move at a lower
+    rate also move at a higher one.
+
+    Args:
+        segmenter ([`~sapo_trl.segmentation.Segmenter`]): whose partition to spoil.
+        rate (`float`): probability of each inner boundary to be moved, in [0, 1].
+        seed (`int`, *optional*, defaults to `0`): of the draws.
+
+    Example:
+
+    ```python
+    trainer = SAPOTrainer(..., segmenter=NoisyBoundaries(EntropySegmenter(), rate=0.3))
+    ```
+    """
+
+    segmenter: Segmenter
+    rate: float
+    seed: int = 0
+
+    def __post_init__(self):
+        _check_segmenter(self.segmenter)
+        if not 0.0 <= self.rate <= 1.0:
+            raise ValueError(
+                f"`rate` is the probability of a boundary to move: it must lie in [0, 1], got {self.rate}."
+            )
+
+    def __call__(
+        self,
+        entropies: torch.Tensor,
+        mask: torch.Tensor,
+        logps: torch.Tensor,
+        completion_ids: torch.Tensor,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Segments:
+        mask = mask.bool()
+        segments = _segmented(self.segmenter, entropies, mask, logps, completion_ids, tokenizer)
+        is_slot = _inner_positions(mask)
+        is_boundary = segments.is_last & is_slot
+        draw = _random_numbers(completion_ids, mask, self.seed)
+        reluctance = draw(0)
+        moves = is_boundary & (reluctance < self.rate)
+        # The boundaries that stay come first, then free positions by chance, then, if those do not suffice, boundaries
+        # that would have moved.
+        scores = torch.where(moves, reluctance - 1, draw(1)).masked_fill(is_boundary & ~moves, 2.0)
+        return _cut_at_largest(scores.masked_fill(~is_slot, -torch.inf), mask, is_boundary.sum(dim=1), "end")
+
+
+@dataclass(frozen=True)
+class RandomCuts:
+    """
+    As many segments as another segmenter makes of a response, cut at random: every choice of that many different inner
+    positions is equally likely.
+
+    The draw depends on `seed` and on the response's own loss tokens alone, see [`NoisyBoundaries`].
+
+    Args:
+        segmenter ([`~sapo_trl.segmentation.Segmenter`]): who decides on the number of segments.
+        seed (`int`, *optional*, defaults to `0`): of the draws.
+    """
+
+    segmenter: Segmenter
+    seed: int = 0
+
+    def __post_init__(self):
+        _check_segmenter(self.segmenter)
+
+    def __call__(
+        self,
+        entropies: torch.Tensor,
+        mask: torch.Tensor,
+        logps: torch.Tensor,
+        completion_ids: torch.Tensor,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Segments:
+        mask = mask.bool()
+        segments = _segmented(self.segmenter, entropies, mask, logps, completion_ids, tokenizer)
+        num_cuts = (segments.count - 1).clamp(min=0)
+        chance = _random_numbers(completion_ids, mask, self.seed)(2)
+        return _cut_at_largest(chance.masked_fill(~_inner_positions(mask), -torch.inf), mask, num_cuts, "end")
+
+
+def _check_segmenter(segmenter: Segmenter) -> None:
+    if isinstance(segmenter, type) or not callable(segmenter):
+        raise TypeError(f"`segmenter` must be a callable `(entropies, mask) -> Segments`, got {segmenter!r}.")
+
+
+def _segmented(
+    segmenter: Segmenter,
+    entropies: torch.Tensor,
+    mask: torch.Tensor,
+    logps: torch.Tensor,
+    completion_ids: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Segments:
+    available = {"logps": logps, "completion_ids": completion_ids, "tokenizer": tokenizer}
+    return segmenter(entropies, mask, **{name: available[name] for name in accepted_inputs(segmenter)})
+
+
+def _inner_positions(mask: torch.Tensor) -> torch.Tensor:
+    """bool `(B, T)`: the tokens that can close a segment without being the last of their row."""
+    count = torch.cumsum(mask, dim=1)
+    return mask & (count < count[:, -1:])
+
+
+def _random_numbers(completion_ids: torch.Tensor, mask: torch.Tensor, seed: int) -> Callable[[int], torch.Tensor]:
+    """
+    Streams of uniform numbers in (0, 1) of the mask's shape, `(B, T)` float64, that follow from the seed and each
+    row's own tokens: not from its place in the batch, from padding, or from what else the process has drawn.
+    """
+    # Positions are counted within the mask, and a row's key is an order-dependent sum of hashes of its tokens.
+    position = torch.cumsum(mask, dim=1)
+    hashed = _mix(_mix(completion_ids.long()) + position * _GOLDEN)
+    start = _mix(torch.tensor(seed, dtype=torch.int64, device=mask.device))
+    key = _mix(torch.where(mask, hashed, 0).sum(dim=1, keepdim=True) + start)
+
+    def draw(stream: int) -> torch.Tensor:
+        bits = _mix(_mix(key + stream) + position * _GOLDEN)
+        # 52 bits and a half are the most that float64 keeps from rounding up to 1.
+        return (_shifted(bits, 12).double() + 0.5) * 2.0**-52
+
+    return draw
+
+
+# Constants of SplitMix64 (Steele, Lea and Flood, 2014) as signed integers. Integer tensors wrap around.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A permutation of the 64-bit integers without visible structure (SplitMix64's finaliser)."""
+    x = (x ^ _shifted(x, 30)) * _FIRST
+    x = (x ^ _shifted(x, 27)) * _SECOND
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """To the right, with zeros coming in: torch's shift copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
