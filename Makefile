@@ -27,7 +27,7 @@ ifneq ($(MADE_FOR),$(shell cat $(STAMP) 2>/dev/null))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help venv demo test test-fast test-distributed test-qlora test-vllm lint format bench clean
+.PHONY: help venv demo test test-fast test-distributed test-qlora test-vllm study-quick study lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -93,6 +93,13 @@ lint: $(STAMP)  ## check style and formatting
 format: $(STAMP)  ## fix what lint can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+study-quick: $(STAMP)  ## compare two algorithms in a few minutes: does the study work?
+	$(BIN)/sapo-trl study run --config trainer_configs/study/quick.yaml $(ARGS)
+
+study: $(STAMP)  ## reproduce docs/results.md
+	$(BIN)/sapo-trl study run --config trainer_configs/study/granularity.yaml --report docs/results.md \
+		--figures benchmarks/results/granularity $(ARGS)
 
 bench: $(STAMP)  ## time the segment operations against a loop
 	$(BIN)/python benchmarks/segment_ops.py

@@ -1,0 +1,1 @@
+"""Studies that compare algorithms, on tasks that can tell them apart."""

@@ -1,0 +1,155 @@
+"""The runs that a study is made of, each with a folder of its own and a name that says everything that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .config import Arm, Budget, Records, StudyConfig
+from .task import ModelSize, TaskConfig, WarmStartConfig
+
+
+RESULT_NAME = "result.json"
+CELL_NAME = "cell.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One run: an arm on a task with a seed and a learning rate.
+
+    Args:
+        arm_name (`str`): name of the arm.
+        arm ([`Arm`]): the arm.
+        task_name (`str`): name of the task.
+        task ([`TaskConfig`]): the task.
+        seed (`int`): of the run.
+        learning_rate (`float`): of the policy.
+        budget ([`Budget`]): what it may use.
+        settings (`dict`): settings that all arms share.
+        model ([`ModelSize`]): size of the model.
+        warm_start (`dict`): further settings of the warm start.
+        split (`str`): the split of the final evaluation: `"tune"` or `"test"`.
+        measure (`str`): what is measured, see [`~sapo_trl.study.config.Experiment`].
+        records ([`Records`], *optional*): what to keep for the analyses; `None`: nothing.
+    """
+
+    arm_name: str
+    arm: Arm
+    task_name: str
+    task: TaskConfig
+    seed: int
+    learning_rate: float
+    budget: Budget
+    settings: dict[str, Any]
+    model: ModelSize
+    warm_start: dict[str, Any]
+    split: str
+    measure: str = "accuracy"
+    records: Records | None = None
+
+    @property
+    def policy(self) -> WarmStartConfig:
+        """The policy that it starts from."""
+        return WarmStartConfig(task=self.task, size=self.model, **self.warm_start)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides the run; a study whose settings are changed runs what they change again."""
+        content = asdict(self)
+        for name in ("arm_name", "task_name"):  # what it is called decides nothing
+            del content[name]
+        del content["arm"]["tuned_as"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        kind = self.split if self.measure == "accuracy" else "gradients"
+        return f"{kind}-{self.task_name}-{self.arm_name}-seed{self.seed}-lr{self.learning_rate:g}-{self.fingerprint}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Cell:
+        content = json.loads(text)
+        kinds = {"arm": Arm, "task": TaskConfig, "budget": Budget, "model": ModelSize, "records": Records}
+        for name, kind in kinds.items():
+            if content[name] is not None:
+                content[name] = kind(**content[name])
+        return cls(**content)
+
+
+def tuning_cells(study: StudyConfig) -> list[Cell]:
+    """The runs that settings are chosen with."""
+    arms = _tuned_arms(study)
+    return [
+        _cell(study, arm, study.tuning.task, seed, learning_rate, "tune")
+        for seed in study.tuning.seeds
+        for arm in arms
+        for learning_rate in study.tuning.learning_rate
+    ]
+
+
+def comparison_cells(study: StudyConfig, learning_rates: dict[str, float]) -> list[Cell]:
+    """
+    The runs that are compared, seed by seed, so that a study that is stopped early has some of every arm.
+
+    Args:
+        study ([`StudyConfig`]): the study.
+        learning_rates (`dict[str, float]`): the one chosen for each arm that was tuned.
+    """
+    cells = {}
+    seeds = sorted({seed for experiment in study.experiments.values() for seed in experiment.seeds})
+    for seed in seeds:
+        for experiment in study.experiments.values():
+            for task in experiment.tasks:
+                for arm in experiment.arms:
+                    if seed in experiment.seeds:
+                        learning_rate = learning_rates[study.arms[arm].tuned_as or arm]
+                        if experiment.measure == "gradient_variance":
+                            learning_rate = 0.0  # the policy stays where it is
+                        cell = _cell(study, arm, task, seed, learning_rate, "test", experiment.measure)
+                        cells.setdefault(cell.name, cell)  # two experiments may share a run
+    return list(cells.values())
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """What a finished run has found; `None` while it is not finished."""
+    path = folder / RESULT_NAME
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _cell(
+    study: StudyConfig, arm: str, task: str, seed: int, learning_rate: float, split: str, measure: str = "accuracy"
+) -> Cell:
+    recorded = split == "test" and measure == "accuracy" and seed in study.records.seeds
+    return Cell(
+        arm_name=arm,
+        arm=study.arms[arm],
+        task_name=task,
+        task=study.tasks[task],
+        seed=seed,
+        learning_rate=learning_rate,
+        budget=study.budget,
+        settings=study.settings,
+        model=study.model,
+        warm_start=study.warm_start,
+        split=split,
+        measure=measure,
+        records=replace(study.records, seeds=[]) if recorded else None,
+    )
+
+
+def _tuned_arms(study: StudyConfig) -> list[str]:
+    needed = _ordered(arm for experiment in study.experiments.values() for arm in experiment.arms)
+    return _ordered(study.arms[arm].tuned_as or arm for arm in needed)
+
+
+def _ordered(names: Iterator[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -1,0 +1,257 @@
+"""What a study compares: read from YAML, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ..config import SAPOConfig
+from ..presets import PRESETS
+from ..validation import nearest_name
+from .task import ModelSize, TaskConfig, WarmStartConfig
+
+
+SEGMENTERS = ("none", "random_cuts", "noisy", "oracle_decisions")
+MEASURES = ("accuracy", "gradient_variance")
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One algorithm of the comparison: a preset, and what differs from it.
+
+    Args:
+        preset (`str`): name of a preset, see [`~sapo_trl.SAPOConfig.from_preset`].
+        settings (`dict`, *optional*): settings of [`~sapo_trl.SAPOConfig`] in the place of the preset's.
+        segmenter (`str`, *optional*, defaults to `"none"`):
+            `"none"`: the one that the settings name (`segmentation: newline` is the task's true steps).
+            `"random_cuts"`: as many cuts as it makes, anywhere. `"noisy"`: its cuts, of which a share has been moved.
+            `"oracle_decisions"`: right behind each true decision.
+        boundary_noise (`float`, *optional*, defaults to `0.0`): that share, in [0, 1].
+        tuned_as (`str`, *optional*):
+            the arm whose tuned settings this one takes: for variants of an algorithm. By default it is tuned itself.
+        samples (`int`, *optional*, defaults to `1`):
+            how many times the study's responses each rollout has: the paper gives GRPO eight times SAPO's.
+        lora_rank (`int`, *optional*, defaults to `0`):
+            rank of the adapters that the policy is trained by; `0` trains all of it.
+    """
+
+    preset: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    segmenter: str = "none"
+    boundary_noise: float = 0.0
+    tuned_as: str | None = None
+    samples: int = 1
+    lora_rank: int = 0
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} does not exist.{nearest_name(self.preset, PRESETS)}")
+        for name in self.settings:
+            _check_name("settings", name, [f.name for f in fields(SAPOConfig)])
+        if self.segmenter not in SEGMENTERS:
+            raise ValueError(f"segmenter={self.segmenter!r} must be one of {', '.join(SEGMENTERS)}.")
+        if not 0.0 <= self.boundary_noise <= 1.0:
+            raise ValueError(f"boundary_noise={self.boundary_noise} must lie in [0, 1].")
+        if (self.boundary_noise > 0) != (self.segmenter == "noisy"):
+            raise ValueError("`boundary_noise` belongs to `segmenter: noisy`: give both or none of the two.")
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples} must be at least 1.")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at least 0.")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """
+    Arms that are run on tasks with seeds.
+
+    Args:
+        tasks (`list[str]`): names of tasks.
+        arms (`list[str]`): names of arms.
+        seeds (`list[int]`): seeds of the runs; they decide on the order of problems and on the sampling.
+        question (`str`, *optional*): what it answers, for the report.
+        measure (`str`, *optional*, defaults to `"accuracy"`):
+            `"accuracy"`: after training. `"gradient_variance"`: of gradients at the warm-started policy, which stays
+            as it is while a learned critic learns.
+    """
+
+    tasks: list[str]
+    arms: list[str]
+    seeds: list[int]
+    question: str = ""
+    measure: str = "accuracy"
+
+    def __post_init__(self):
+        if self.measure not in MEASURES:
+            raise ValueError(f"measure={self.measure!r} must be one of {', '.join(MEASURES)}.")
+        if not self.seeds:
+            raise ValueError("seeds is empty: name at least one.")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    What every run may use.
+
+    Args:
+        rollouts (`int`): rollouts of a run.
+        responses (`int`): responses of a rollout, those of all groups together.
+        mini_batches (`int`): optimizer steps per rollout.
+        test_problems (`int`): problems of the final evaluation.
+    """
+
+    rollouts: int = 60
+    responses: int = 64
+    mini_batches: int = 4
+    test_problems: int = 512
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.responses % self.mini_batches:
+            raise ValueError(f"responses={self.responses} must be a multiple of mini_batches={self.mini_batches}.")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """
+    How settings are chosen: the same grid for every arm, on problems and seeds that no comparison uses.
+
+    Args:
+        learning_rate (`list[float]`): the grid. The critic's is in the arms' settings.
+        seeds (`list[int]`): seeds of the tuning runs; none may be a seed of an experiment.
+        task (`str`): the task that is tuned on.
+    """
+
+    learning_rate: list[float]
+    seeds: list[int]
+    task: str
+
+    def __post_init__(self):
+        if not self.learning_rate or not self.seeds:
+            raise ValueError("learning_rate and seeds must name at least one value each.")
+
+
+@dataclass(frozen=True)
+class Records:
+    """
+    What is kept of some runs for the analyses.
+
+    Args:
+        seeds (`list[int]`, *optional*): seeds whose runs are recorded; by default none.
+        every (`int`, *optional*, defaults to `10`): every so many rollouts.
+        responses (`int`, *optional*, defaults to `32`): responses of a recorded rollout.
+        continuations (`int`, *optional*, defaults to `0`):
+            continuations for the Monte-Carlo values that a learned critic is compared with; `0` compares none.
+    """
+
+    seeds: list[int] = field(default_factory=list)
+    every: int = 10
+    responses: int = 32
+    continuations: int = 0
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """
+    A study.
+
+    Args:
+        name (`str`): of the study.
+        tasks (`dict[str, TaskConfig]`): by name.
+        arms (`dict[str, Arm]`): by name.
+        experiments (`dict[str, Experiment]`): by name.
+        tuning ([`Tuning`]): how settings are chosen.
+        budget ([`Budget`]): of every run.
+        records ([`Records`]): what is kept for the analyses.
+        settings (`dict`): settings of [`~sapo_trl.SAPOConfig`] that all arms share; an arm's own come first.
+        model ([`~sapo_trl.study.task.ModelSize`]): size of the model.
+        warm_start (`dict`): further settings of [`~sapo_trl.study.task.WarmStartConfig`].
+        baseline (`str`): the arm that differences are taken to.
+    """
+
+    name: str
+    tasks: dict[str, TaskConfig]
+    arms: dict[str, Arm]
+    experiments: dict[str, Experiment]
+    tuning: Tuning
+    budget: Budget = field(default_factory=Budget)
+    records: Records = field(default_factory=Records)
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: ModelSize = field(default_factory=ModelSize)
+    warm_start: dict[str, Any] = field(default_factory=dict)
+    baseline: str = "sapo"
+
+    def __post_init__(self):
+        for name in self.settings:
+            _check_name("settings", name, [f.name for f in fields(SAPOConfig)])
+        for name in self.warm_start:
+            _check_name("warm_start", name, {f.name for f in fields(WarmStartConfig)} - {"task", "size"})
+        _check_name("baseline", self.baseline, self.arms)
+        _check_name("tuning.task", self.tuning.task, self.tasks)
+        for name, arm in self.arms.items():
+            if arm.tuned_as is not None:
+                _check_name(f"arms.{name}.tuned_as", arm.tuned_as, self.arms)
+                if self.arms[arm.tuned_as].tuned_as is not None:
+                    raise ValueError(f"arms.{name}.tuned_as={arm.tuned_as!r} is not tuned itself.")
+        for name, experiment in self.experiments.items():
+            for task in experiment.tasks:
+                _check_name(f"experiments.{name}.tasks", task, self.tasks)
+            for arm in experiment.arms:
+                _check_name(f"experiments.{name}.arms", arm, self.arms)
+            shared = set(experiment.seeds) & set(self.tuning.seeds)
+            if shared:
+                raise ValueError(
+                    f"experiments.{name}.seeds and tuning.seeds share {sorted(shared)}: settings would be chosen on "
+                    "runs that are compared."
+                )
+
+
+def load_study(path: str | Path) -> StudyConfig:
+    """
+    Read a study from a YAML file.
+
+    Args:
+        path (`str` or `Path`): the file.
+
+    Returns:
+        [`StudyConfig`]. Raises `ValueError` naming the entry that is wrong.
+    """
+    content = yaml.safe_load(Path(path).read_text())
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{str(path)!r} must hold a mapping with name, tasks, arms, experiments and tuning.")
+    content = dict(content)
+    sections: dict[str, Any] = {}
+    for name, kind in (("tasks", TaskConfig), ("arms", Arm), ("experiments", Experiment)):
+        entries = content.pop(name, None)
+        if not isinstance(entries, Mapping) or not entries:
+            raise ValueError(f"{name} is missing in {str(path)!r}: a mapping from names to their settings.")
+        sections[name] = {key: _build(kind, entry or {}, f"{name}.{key}") for key, entry in entries.items()}
+    for name, kind in (("tuning", Tuning), ("budget", Budget), ("records", Records), ("model", ModelSize)):
+        if name in content:
+            sections[name] = _build(kind, content.pop(name), name)
+    return _build(StudyConfig, {**content, **sections}, str(path))
+
+
+def _build(kind: type[Section], entry: Any, where: str) -> Section:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where} must be a mapping, got {entry!r}.")
+    for name in entry:
+        _check_name(where, name, [f.name for f in fields(kind)])
+    try:
+        return kind(**entry)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_name(where: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ValueError(f"{where}: {name!r} is not known.{nearest_name(name, known)}")

@@ -1,0 +1,185 @@
+"""The study's figures, each with its data beside it; told apart by line style and marker, not by colour alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .results import StudyResults, metrics_of
+from .statistics import mean_interval, paired_difference
+
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, darkest first.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+_GRID = 40
+"""Points on the common axis that runs with unequal steps are read at."""
+
+
+def styles(names: Sequence[str]) -> dict[str, dict]:
+    """A style for each name: no two share both line and marker."""
+    cycle = zip(itertools.cycle(_COLOURS), itertools.cycle(_LINES), itertools.cycle(_MARKERS), strict=False)
+    return {
+        name: {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.4}
+        for name, (colour, line, marker) in zip(names, cycle, strict=False)
+    }
+
+
+def training_curves(
+    results: StudyResults, task: str, arms: Sequence[str], columns: dict[str, str], x: str = "completions"
+) -> pd.DataFrame:
+    """
+    What the runs of some arms have logged, on a common axis, smoothed over a twentieth of training.
+
+    Args:
+        results ([`StudyResults`]): the runs.
+        task (`str`): the task.
+        arms (`Sequence[str]`): arms, of which some may have no run.
+        columns (`dict[str, str]`): logged names, and what to call them.
+        x (`str`, *optional*, defaults to `"completions"`): `"completions"` or `"seconds"`.
+
+    Returns:
+        `pd.DataFrame`: `arm`, `seed`, the axis and the columns (NaN where a run logs none).
+    """
+    runs = results.runs
+    runs = runs[(runs["task"] == task) & (runs["measure"] == "accuracy") & runs["arm"].isin(arms)]
+    tables = []
+    for _, run in runs.iterrows():
+        metrics = metrics_of(run)
+        window = max(len(metrics) // 20, 1)
+        grid = np.linspace(0, metrics[x].iloc[-1], _GRID)
+        table = pd.DataFrame({"arm": run["arm"], "seed": run["seed"], x: grid})
+        for name, label in columns.items():
+            if name in metrics:
+                smooth = metrics[name].rolling(window, min_periods=1, center=True).mean()
+                table[label] = np.interp(grid, metrics[x], smooth)
+            else:
+                table[label] = np.nan
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Sequence[str], title: str) -> None:
+    """One panel per column of [`training_curves`]: the mean over seeds, its bootstrap band where there are several."""
+    columns = [name for name in curves.columns if name not in ("arm", "seed", x)]
+    figure = _figure(5.2 * len(columns) + 1.8, 4.0)
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    style = styles(arms)
+    for panel, column in zip(panels, columns, strict=True):
+        for arm in arms:
+            of_arm = curves[curves["arm"] == arm].dropna(subset=[column])
+            if of_arm.empty:
+                continue
+            # Runs of an arm differ in length on the time axis: where the shortest ends, so does the mean.
+            end = of_arm.groupby("seed")[x].max().min()
+            grid = np.linspace(0, end, _GRID)
+            rows = np.stack([np.interp(grid, run[x], run[column]) for _, run in of_arm.groupby("seed")])
+            panel.plot(grid, rows.mean(axis=0), markevery=6, label=arm, **style[arm])
+            if len(rows) > 1:
+                bands = [mean_interval(rows[:, i]) for i in range(_GRID)]
+                panel.fill_between(
+                    grid, [b.low for b in bands], [b.high for b in bands], color=style[arm]["color"], alpha=0.12, lw=0
+                )
+        panel.set(xlabel=x_label, ylabel=column)
+        panel.grid(alpha=0.3)
+    figure.suptitle(title)
+    _legend(figure, panels)
+    _save(figure, path, curves)
+
+
+def plot_differences(
+    path: Path,
+    results: StudyResults,
+    tasks: Sequence[str],
+    arms: Sequence[str],
+    baseline: str,
+    axis: Iterable[float],
+    axis_label: str,
+) -> None:
+    """Differences of arms to the baseline over a dial of the task, with Student's 95 % intervals."""
+    axis = list(axis)
+    rows = []
+    for arm in arms:
+        for task, position in zip(tasks, axis, strict=True):
+            scores, reference = results.scores(task, arm), results.scores(task, baseline)
+            if scores.keys() & reference.keys():
+                difference = paired_difference(scores, reference)
+                rows.append(
+                    {
+                        "arm": arm,
+                        "task": task,
+                        axis_label: position,
+                        "difference": difference.interval.value,
+                        "low": difference.t_low,
+                        "high": difference.t_high,
+                    }
+                )
+    data = pd.DataFrame(rows)
+    figure = _figure(6.5, 4.2)
+    panel = figure.add_subplot()
+    style = styles(arms)
+    offsets = np.linspace(-0.015, 0.015, max(len(arms), 1)) * (max(axis) - min(axis) or 1)
+    for arm, offset in zip(arms, offsets, strict=True):
+        of_arm = data[data["arm"] == arm]
+        if not of_arm.empty:
+            errors = [of_arm["difference"] - of_arm["low"], of_arm["high"] - of_arm["difference"]]
+            panel.errorbar(
+                of_arm[axis_label] + offset, of_arm["difference"], errors, capsize=3, label=arm, **style[arm]
+            )
+    panel.axhline(0, color="black", linewidth=0.8)
+    panel.set(xlabel=axis_label, ylabel=f"accuracy minus {baseline}'s")
+    panel.set_xticks(axis)
+    panel.grid(alpha=0.3)
+    _legend(figure, [panel])
+    _save(figure, path, data)
+
+
+def plot_accuracies(
+    path: Path, results: StudyResults, task: str, arms: Sequence[str], title: str, column: str = "accuracy"
+) -> None:
+    """Every run of some arms as a point, their mean and its bootstrap interval beside it."""
+    rows, figure = [], _figure(7.0, 0.42 * len(arms) + 1.6)
+    panel = figure.add_subplot()
+    for position, arm in enumerate(arms):
+        scores = results.scores(task, arm, column)
+        if not scores:
+            continue
+        rows += [{"arm": arm, "seed": seed, column: score} for seed, score in scores.items()]
+        interval = mean_interval(list(scores.values()))
+        errors = [[interval.value - interval.low], [interval.high - interval.value]]
+        panel.scatter(list(scores.values()), [position] * len(scores), s=18, facecolors="none", edgecolors="#555555")
+        panel.errorbar(interval.value, position + 0.22, xerr=errors, fmt="D", color="black", capsize=3, markersize=5)
+    panel.set_yticks(range(len(arms)), arms)
+    panel.invert_yaxis()
+    panel.set(xlabel=column.replace("_", " "), title=title)
+    panel.grid(axis="x", alpha=0.3)
+    _save(figure, path, pd.DataFrame(rows))
+
+
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    entries = {}
+    for panel in panels:  # an arm may be in some of them only
+        entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False, fontsize=9)
+
+
+def _save(figure: Figure, path: Path, data: pd.DataFrame) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    data.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not pyplot: that would choose a backend for the whole process and keep the figure alive.
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

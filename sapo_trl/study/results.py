@@ -1,0 +1,87 @@
+"""A study's finished runs as tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .cells import Cell, comparison_cells, result_of, tuning_cells
+from .config import StudyConfig
+from .run_cell import METRICS_NAME
+from .runner import CELLS_FOLDER
+from .tuning import chosen_learning_rates, tuning_table
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """
+    What a study has found.
+
+    Args:
+        runs (`pd.DataFrame`):
+            one row per finished comparison run: what its `result.json` holds, `samples` of its arm and its `folder`.
+        tuning (`pd.DataFrame`): one row per tuning run.
+        learning_rates (`dict[str, float]`): the chosen ones, by tuned arm.
+        missing (`list[str]`): names of the runs that are not finished.
+    """
+
+    runs: pd.DataFrame
+    tuning: pd.DataFrame
+    learning_rates: dict[str, float]
+    missing: list[str]
+
+    def scores(self, task: str, arm: str, column: str = "accuracy") -> dict[int, float]:
+        """A result of each seed's run of an arm on a task."""
+        runs = self.runs
+        chosen = runs[(runs["task"] == task) & (runs["arm"] == arm) & (runs["measure"] == "accuracy")]
+        return dict(zip(chosen["seed"], chosen[column], strict=True))
+
+
+def load_results(study: StudyConfig, output_dir: str | Path) -> StudyResults:
+    """
+    Read what is finished of a study.
+
+    Args:
+        study ([`StudyConfig`]): the study.
+        output_dir (`str` or `Path`): its folder.
+
+    Returns:
+        [`StudyResults`]. Raises `ValueError` if its tuning is not finished.
+    """
+    cells_dir = Path(output_dir) / CELLS_FOLDER
+    tuning = [(cell, result_of(cells_dir / cell.name)) for cell in tuning_cells(study)]
+    open_runs = [cell.name for cell, result in tuning if result is None]
+    if open_runs:
+        raise ValueError(
+            f"{len(open_runs)} of {len(tuning)} tuning runs are not finished in {str(output_dir)!r}, for example "
+            f"{open_runs[0]!r}: run the study first, or again to continue it."
+        )
+    learning_rates = chosen_learning_rates(tuning)
+    rows, missing = [], []
+    for cell in comparison_cells(study, learning_rates):
+        result = result_of(cells_dir / cell.name)
+        if result is None:
+            missing.append(cell.name)
+        else:
+            rows.append(_row(cell, result, cells_dir / cell.name))
+    if not rows:
+        raise ValueError(f"No comparison run is finished in {str(output_dir)!r}: run the study again to continue it.")
+    return StudyResults(pd.DataFrame(rows), tuning_table(tuning), learning_rates, missing)
+
+
+def metrics_of(run: pd.Series) -> pd.DataFrame:
+    """What a run has logged, one row per rollout, with the responses that it had trained on before it."""
+    rows = [json.loads(line) for line in (Path(run["folder"]) / METRICS_NAME).read_text().splitlines()]
+    metrics = pd.DataFrame(rows)
+    per_rollout = run["completions"] / max(len(metrics), 1)
+    metrics["completions"] = [index * per_rollout for index in range(len(metrics))]
+    metrics["seconds"] = [index * run["seconds"] / max(len(metrics), 1) for index in range(len(metrics))]
+    return metrics
+
+
+def _row(cell: Cell, result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return {**result, "samples": cell.arm.samples, "folder": str(folder)}

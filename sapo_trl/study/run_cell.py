@@ -1,0 +1,264 @@
+"""Runs one cell of a study in a process of its own: `python -m sapo_trl.study.run_cell FOLDER CACHE`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, TrainerCallback
+
+from ..analysis import GradientVariance
+from ..boundary_noise import NoisyBoundaries, RandomCuts
+from ..callbacks import SegmentationCallback
+from ..config import SAPOConfig
+from ..config_checks import LEARNED_CRITICS
+from ..diagnostics import ValueDiagnostics
+from ..embedded import load_processor
+from ..presets import preset_settings
+from ..segmentation import Segmenter
+from ..trainer import SAPOTrainer
+from ..trainer.parts import make_segmenter
+from .cells import CELL_NAME, RESULT_NAME, Cell
+from .task import (
+    OracleSegmenter,
+    code_reward,
+    evaluate_task,
+    longest_response,
+    make_problems,
+    to_task_prompts,
+    warm_start,
+)
+
+
+METRICS_NAME = "metrics.jsonl"
+RESPONSES_FOLDER = "responses"
+VALUES_FOLDER = "values"
+_PACKAGES = ("accelerate", "peft", "sapo_trl", "torch", "transformers", "trl")
+# Problems of different seeds do not overlap more than chance has it; these of the evaluation are the same for all.
+_EVALUATION_SEED = 7
+
+
+def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
+    """
+    Train one cell and measure it. A cell that was cut off is run again from its beginning.
+
+    Args:
+        folder (`str` or `Path`):
+            Its folder, with `cell.json`. Gets `metrics.jsonl`, what the study wants recorded, and, once all is done,
+            `result.json`.
+        cache_dir (`str` or `Path`):
+            Folder of finished warm starts.
+
+    Returns:
+        `dict`: the content of `result.json`.
+    """
+    folder = Path(folder)
+    cell = Cell.from_json((folder / CELL_NAME).read_text())
+    for name in (RESPONSES_FOLDER, VALUES_FOLDER, "trainer"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    checkpoint = warm_start(cache_dir, cell.policy)
+    auto_class = AutoModelForImageTextToText if cell.task.pictures else AutoModelForCausalLM
+    model, processor = auto_class.from_pretrained(checkpoint), load_processor(checkpoint)
+
+    args = cell_config(cell, folder / "trainer")
+    prompts = args.max_steps // args.num_mini_batches * args.generation_batch_size // args.num_generations
+    gradients = GradientVariance() if cell.measure == "gradient_variance" else None
+    metrics = _MetricsFile(folder / METRICS_NAME)
+    trainer = SAPOTrainer(
+        model,
+        code_reward,
+        args,
+        to_task_prompts(make_problems(cell.task, prompts, seed=1000 + cell.seed)),
+        processing_class=processor,
+        segmenter=cell_segmenter(cell, args),
+        peft_config=_adapters(cell),
+        callbacks=[metrics, *_recorders(cell, args, folder), *([gradients] if gradients else [])],
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    result = {
+        "arm": cell.arm_name,
+        "preset": cell.arm.preset,
+        "task": cell.task_name,
+        "seed": cell.seed,
+        "learning_rate": cell.learning_rate,
+        "split": cell.split,
+        "measure": cell.measure,
+        "seconds": seconds,
+        "optimizer_steps": trainer.state.global_step,
+        **_costs(trainer.state.log_history, args),
+        "reward_curve": [row["reward"] for row in metrics.rows],
+        **(asdict(gradients.result()) if gradients else _evaluation(trainer.model, processor, cell)),
+        "environment": environment(),
+    }
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    # Last, and at once: with this file the cell is finished.
+    unfinished = folder / f"{RESULT_NAME}.incomplete"
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.rename(folder / RESULT_NAME)
+    return result
+
+
+def cell_config(cell: Cell, output_dir: Path) -> SAPOConfig:
+    """The trainer's settings: the study's, then the arm's, then what the comparison fixes for all."""
+    budget = cell.budget
+    responses = budget.responses * cell.arm.samples
+    settings = {**cell.settings, **cell.arm.settings}
+    if cell.measure == "gradient_variance":
+        settings["max_grad_norm"] = 0.0
+        if preset_settings(cell.arm.preset).get("critic", "separate") in LEARNED_CRITICS:
+            # No gradient of the policy meanwhile; then what is measured is a critic that has seen something.
+            settings["critic_warmup_steps"] = budget.rollouts * budget.mini_batches // 2
+    return SAPOConfig.from_preset(
+        cell.arm.preset,
+        **settings,
+        output_dir=str(output_dir),
+        learning_rate=cell.learning_rate,
+        seed=cell.seed,
+        max_steps=budget.rollouts * budget.mini_batches,
+        num_mini_batches=budget.mini_batches,
+        per_device_train_batch_size=responses // budget.mini_batches,
+        max_completion_length=longest_response(cell.task),
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        logging_steps=budget.mini_batches,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def cell_segmenter(cell: Cell, args: SAPOConfig) -> Segmenter | None:
+    """The arm's own segmenter, if it has one."""
+    if cell.arm.segmenter == "random_cuts":
+        return RandomCuts(make_segmenter(args), seed=cell.seed)
+    if cell.arm.segmenter == "noisy":
+        return NoisyBoundaries(make_segmenter(args), cell.arm.boundary_noise, seed=cell.seed)
+    if cell.arm.segmenter == "oracle_decisions":
+        return OracleSegmenter("decisions")
+    return None
+
+
+def _adapters(cell: Cell) -> LoraConfig | None:
+    rank = cell.arm.lora_rank
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
+
+
+def environment() -> dict[str, Any]:
+    """What the run was computed with."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        **{name: version(name) for name in _PACKAGES},
+    }
+
+
+class _MetricsFile(TrainerCallback):
+    """Writes what the trainer logs to a file, one JSON object a line, as it happens."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+        path.write_text("")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" not in logs:  # the summary at the end
+            return
+        row = {"step": state.global_step, **logs}
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _recorders(cell: Cell, args: SAPOConfig, folder: Path) -> list[TrainerCallback]:
+    records = cell.records
+    if records is None:
+        return []
+    recorders: list[TrainerCallback] = [
+        SegmentationCallback(folder / RESPONSES_FOLDER, every=records.every, max_responses=records.responses)
+    ]
+    if records.continuations and args.learns_critic:
+        recorders.append(
+            ValueDiagnostics(
+                every=records.every,
+                num_continuations=records.continuations,
+                max_responses=records.responses,
+                output_dir=folder / VALUES_FOLDER,
+            )
+        )
+    return recorders
+
+
+def _costs(log_history: list[dict[str, float]], args: SAPOConfig) -> dict[str, float]:
+    """What the run has used: responses trained on, and tokens trained on and sampled, continuations included."""
+    rows = [row for row in log_history if "reward" in row]
+    trained = sum(row["completions/mean_length"] * args.generation_batch_size for row in rows)
+    tree = sum(row.get("tree/tokens", 0.0) for row in rows)
+    continued = sum(row.get("monte_carlo/tokens", 0.0) for row in rows)
+    return {
+        "completions": len(rows) * args.generation_batch_size,
+        "trained_tokens": trained,
+        "sampled_tokens": tree or trained + continued,
+    }
+
+
+def _evaluation(model: PreTrainedModel, processor: Any, cell: Cell) -> dict[str, Any]:
+    problems = cell.budget.test_problems
+    sampled, greedy = (
+        evaluate_task(
+            model, processor, cell.task, problems, split=cell.split, temperature=temperature, seed=_EVALUATION_SEED
+        )
+        for temperature in (1.0, 0.0)
+    )
+    return {
+        "accuracy": sampled.accuracy,
+        "greedy_accuracy": greedy.accuracy,
+        "right_decisions": sampled.right_decisions,
+        "right_decisions_at_gate": sampled.at_gate,
+        "complete": sampled.complete,
+    }
+
+
+def _end_with_parent() -> None:
+    """A study that is killed leaves no cell behind that would go on writing into its folder."""
+    sys.stdin.read()
+    os._exit(1)
+
+
+def main(folder: str, cache_dir: str) -> int:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # A second thread gains little on models so small, and the study runs two cells at a time.
+    torch.set_num_threads(1)
+    run_cell(folder, cache_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,201 @@
+"""Runs a study's cells, a few at a time, each in a process of its own; finished ones are never run again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from .cells import CELL_NAME, Cell, comparison_cells, result_of, tuning_cells
+from .config import StudyConfig
+from .task.warm_start import warm_start
+from .tuning import chosen_learning_rates
+
+
+LOG_NAME = "log.txt"
+CELLS_FOLDER = "cells"
+_POLL_SECONDS = 0.2
+
+
+class CellFailed(RuntimeError):
+    """A cell's process has ended without a result."""
+
+
+@dataclass
+class _Running:
+    cell: Cell
+    process: subprocess.Popen
+    started: float
+
+
+def run_study(
+    study: StudyConfig,
+    output_dir: str | Path,
+    *,
+    cache_dir: str | Path,
+    jobs: int = 2,
+    console: Console | None = None,
+) -> None:
+    """
+    Run what is missing of a study: warm starts, tuning, then the comparisons with the settings that tuning has chosen.
+
+    Args:
+        study ([`StudyConfig`]):
+            The study.
+        output_dir (`str` or `Path`):
+            Its folder, with a subfolder for each cell.
+        cache_dir (`str` or `Path`):
+            Folder of finished warm starts.
+        jobs (`int`, *optional*, defaults to `2`):
+            Cells that run at the same time.
+        console ([`~rich.console.Console`], *optional*):
+            Where progress is shown.
+
+    Raises:
+        CellFailed: if a cell fails. The others that are running are waited for, and what is finished stays.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs} must be at least 1.")
+    cells_dir = Path(output_dir) / CELLS_FOLDER
+    cells_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(cells_dir.parent / ".lock", timeout=0):
+            _run(study, cells_dir, cache_dir, jobs, console or Console())
+    except Timeout as error:
+        raise ValueError(f"output_dir={str(output_dir)!r} is in use: another process runs a study there.") from error
+
+
+def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, console: Console) -> None:
+    tuning = tuning_cells(study)
+    # What tuning will choose decides no count and (nearly) no time.
+    guess = dict.fromkeys([cell.arm_name for cell in tuning], study.tuning.learning_rate[0])
+    expected = [*tuning, *comparison_cells(study, guess)]
+    with Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[news]}"),
+        TimeElapsedColumn(),
+        console=console,
+    ) as progress:
+        _make_warm_starts(expected, cache_dir, progress)
+        show = _Progress(progress, len(expected), jobs, cells_dir)
+        _run_cells(tuning, cells_dir, cache_dir, jobs, show, later=expected[len(tuning) :])
+        rates = chosen_learning_rates((cell, result_of(cells_dir / cell.name)) for cell in tuning)
+        _run_cells(comparison_cells(study, rates), cells_dir, cache_dir, jobs, show, later=[])
+
+
+def _make_warm_starts(cells: list[Cell], cache_dir: str | Path, progress: Progress) -> None:
+    """First, and one after the other, so that no two cells train the same one."""
+    configs = list(dict.fromkeys(cell.policy for cell in cells))
+    bar = progress.add_task("Warm starts", total=len(configs), news="")
+    for config in configs:
+        warm_start(
+            cache_dir,
+            config,
+            on_progress=lambda news: progress.update(bar, news=f"step {news.step}, right lines {news.accuracy:.0%}"),
+        )
+        progress.advance(bar)
+    progress.update(bar, news="")
+
+
+class _Progress:
+    """The bar of all cells, with the time that is left at the speed of the cells so far; lines where no bar can be."""
+
+    def __init__(self, progress: Progress, total: int, jobs: int, cells_dir: Path):
+        self.progress = progress
+        self.total = total
+        self.done = 0
+        self.jobs = jobs
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.cells_dir = cells_dir
+        self.left = ""
+        self.bar: TaskID = progress.add_task("Runs", total=total, news="")
+
+    def finished(self, cell: Cell, now: bool = True) -> None:
+        """Count a cell that has a result, made now or in an earlier call."""
+        result = result_of(self.cells_dir / cell.name)
+        self.seconds[cell.arm_name].append(result["seconds"])
+        self.done += 1
+        self.progress.advance(self.bar)
+        if now and not self.progress.console.is_terminal:
+            found = f"accuracy {result['accuracy']:.3f}, " if "accuracy" in result else ""
+            self.progress.console.print(
+                f"{self.done}/{self.total} {cell.name}: {found}{result['seconds']:.0f} s{self.left}",
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
+            )
+
+    def show(self, running: list[_Running], waiting: list[Cell]) -> None:
+        known = [seconds for of_arm in self.seconds.values() for seconds in of_arm]
+        if known:
+            # Arms differ tenfold in cost: each by its own runs, unseen ones by the mean of all.
+            mean = statistics.mean(known)
+            costs = {arm: statistics.mean(of_arm) for arm, of_arm in self.seconds.items()}
+            left = sum(costs.get(cell.arm_name, mean) for cell in waiting)
+            left += sum(max(costs.get(r.cell.arm_name, mean) - (time.monotonic() - r.started), 0) for r in running)
+            self.left = f" (about {left / self.jobs / 60:.0f} min left)"
+        self.progress.update(self.bar, news=", ".join(run.cell.arm_name for run in running) + self.left)
+
+
+def _run_cells(
+    cells: list[Cell], cells_dir: Path, cache_dir: str | Path, jobs: int, show: _Progress, later: list[Cell]
+) -> None:
+    waiting = []
+    for cell in cells:
+        if result_of(cells_dir / cell.name) is None:
+            waiting.append(cell)
+        else:
+            show.finished(cell, now=False)
+    running: list[_Running] = []
+    failed: list[Cell] = []
+    try:
+        while running or (waiting and not failed):
+            while waiting and not failed and len(running) < jobs:
+                running.append(_start(waiting.pop(0), cells_dir, cache_dir))
+            show.show(running, [*waiting, *later])
+            time.sleep(_POLL_SECONDS)
+            for run in [run for run in running if run.process.poll() is not None]:
+                running.remove(run)
+                if run.process.returncode == 0:
+                    show.finished(run.cell)
+                else:
+                    failed.append(run.cell)
+    finally:
+        # Interrupted: the cells are of no use to anyone.
+        for run in running:
+            run.process.terminate()
+        for run in running:
+            run.process.wait()
+    if failed:
+        log = cells_dir / failed[0].name / LOG_NAME
+        last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise CellFailed(f"The run {failed[0].name} failed; its log is {log}:\n{last_lines}")
+
+
+def _start(cell: Cell, cells_dir: Path, cache_dir: str | Path) -> _Running:
+    folder = cells_dir / cell.name
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+    folder.mkdir()
+    (folder / CELL_NAME).write_text(cell.to_json())
+    with (folder / LOG_NAME).open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sapo_trl.study.run_cell", str(folder), str(cache_dir)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.PIPE,  # ends with this process, and the cell with it
+            # Several cells share the machine: a thread each, or they wait for one another.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+    return _Running(cell, process, time.monotonic())

@@ -1,0 +1,86 @@
+"""The true steps of a response: where each begins and ends, where its decision is, and whether that was right."""
+
+import re
+from dataclasses import dataclass
+
+from ...rewards.completion import last_boxed
+from .problems import Problem
+from .vocabulary import CELLS, LABELS, PREAMBLE, RIGHT, WRONG
+
+
+# A step begins with its gate's label and has the chosen cell with its number; what is between is up to the policy.
+_STEP = re.compile(rf"([{LABELS}]) [^\n]*? ([{CELLS}])(\d)(?: (?:{RIGHT}|{WRONG}))?(?:\n|$)")
+_PREAMBLE = re.compile(rf"{PREAMBLE}[^\n]*\n")
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    One step of a response.
+
+    Args:
+        start (`int`): its first character.
+        end (`int`): the character behind its last one, the line break.
+        decision (`int`): the character that names the chosen cell.
+        cell (`str`): the chosen cell.
+        right (`bool`): whether it is the right one.
+        read (`bool`): whether the number written beside it is the cell's.
+    """
+
+    start: int
+    end: int
+    decision: int
+    cell: str
+    right: bool
+    read: bool
+
+
+@dataclass(frozen=True)
+class SolutionSteps:
+    """
+    What a response did.
+
+    Args:
+        steps (`tuple[Step, ...]`): its steps in order, up to the first that is missing or malformed.
+        complete (`bool`): whether it has all of the problem's steps.
+        correct (`bool`): whether its boxed code is the answer, which is all that the reward looks at.
+    """
+
+    steps: tuple[Step, ...]
+    complete: bool
+    correct: bool
+
+    @property
+    def first_error(self) -> int | None:
+        """Index of the first wrong decision; `None` without any."""
+        return next((index for index, step in enumerate(self.steps) if not step.right), None)
+
+
+def read_steps(problem: Problem, response: str) -> SolutionSteps:
+    """
+    Find the true steps of a response.
+
+    Args:
+        problem ([`Problem`]):
+            The problem that it answers.
+        response (`str`):
+            The response, without special tokens.
+    """
+    steps = []
+    preamble = _PREAMBLE.match(response)
+    position = preamble.end() if preamble else 0
+    for label, right in zip(LABELS, problem.right_cells, strict=False):
+        match = _STEP.match(response, position)
+        if match is None or match.group(1) != label:
+            break
+        cell = match.group(2)
+        is_read = int(match.group(3)) == problem.number(cell)
+        steps.append(Step(match.start(), match.end(), match.start(2), cell, cell == right, is_read))
+        position = match.end()
+    return SolutionSteps(tuple(steps), len(steps) == len(problem.signs), is_correct(response, problem.answer))
+
+
+def is_correct(response: str, answer: str) -> bool:
+    r"""Whether the last `\boxed{}` has the answer."""
+    boxed = last_boxed(response)
+    return boxed is not None and boxed.strip() == answer

@@ -1,0 +1,278 @@
+"""The study: what it runs, what it chooses, and that its report finds what was planted."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from sapo_trl.cli import main as cli
+from sapo_trl.study.cells import RESULT_NAME, Cell, comparison_cells, tuning_cells
+from sapo_trl.study.config import StudyConfig, load_study
+from sapo_trl.study.report import comparison_table, verdict, write_report
+from sapo_trl.study.results import load_results
+from sapo_trl.study.run_cell import METRICS_NAME, cell_config
+from sapo_trl.study.runner import CELLS_FOLDER
+from sapo_trl.study.tuning import chosen_learning_rates
+
+
+ROOT = Path(__file__).parent.parent
+STUDIES = ROOT / "trainer_configs" / "study"
+
+TINY = {
+    "name": "A tiny study",
+    "tasks": {"short": {"gates": 2}, "long": {"gates": 4}},
+    "arms": {
+        "sapo": {"preset": "sapo"},
+        "better": {"preset": "ppo"},
+        "equal": {"preset": "grpo"},
+        "sapo_random": {"preset": "sapo", "segmenter": "random_cuts", "tuned_as": "sapo"},
+    },
+    "experiments": {
+        "main": {"tasks": ["short"], "arms": ["sapo", "better", "equal", "sapo_random"], "seeds": [0, 1, 2, 3, 4]},
+        "lengths": {"tasks": ["short", "long"], "arms": ["sapo", "better"], "seeds": [0, 1, 2, 3, 4]},
+    },
+    "tuning": {"learning_rate": [0.001, 0.002], "seeds": [100], "task": "short"},
+    "budget": {"rollouts": 4, "responses": 16, "mini_batches": 2, "test_problems": 32},
+    "settings": {"beta": 0.0, "critic_learning_rate": 0.001},
+}
+
+
+def study_from(content: dict, folder: Path) -> StudyConfig:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load_study(path)
+
+
+def changed(**sections) -> dict:
+    content = json.loads(json.dumps(TINY))
+    for name, entries in sections.items():
+        content[name] = {**content[name], **entries} if isinstance(entries, dict) else entries
+    return content
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("sections", "message"),
+        [
+            ({"arms": {"new": {"preset": "sappo"}}}, r"arms\.new: preset=.sappo. does .* you mean `sapo`\?"),
+            ({"arms": {"new": {"preset": "ppo", "settings": {"lamb": 1}}}}, r"settings: .lamb. is not known\..*`lam`"),
+            ({"arms": {"new": {"preset": "ppo", "boundary_noise": 0.5}}}, "belongs to `segmenter: noisy`"),
+            ({"arms": {"new": {"preset": "ppo", "tuned_as": "sapo_random"}}}, "is not tuned itself"),
+            ({"budget": {"responses": 15}}, r"budget: responses=15 must be a multiple of mini_batches=2"),
+            ({"budget": {"response": 15}}, r"budget: 'response' is not known\. Did you mean `responses`"),
+            ({"tuning": {"seeds": [3]}}, r"seeds and tuning\.seeds share \[3\]"),
+            ({"tuning": {"task": "middle"}}, r"tuning\.task: 'middle' is not known"),
+            ({"tasks": {"short": {"gates": 0}}}, r"tasks\.short: `gates` must be a whole number from 1"),
+            ({"experiments": {"main": {"tasks": ["short"], "arms": ["sapo"], "seeds": []}}}, "seeds is empty"),
+            ({"baseline": "grpo"}, r"baseline: 'grpo' is not known"),
+        ],
+    )  # fmt: skip
+    def test_errors_name_the_entry(self, sections, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            study_from(changed(**sections), tmp_path)
+
+    def test_no_mapping(self, tmp_path):
+        (tmp_path / "study.yaml").write_text("- 1\n")
+        with pytest.raises(ValueError, match="must hold a mapping"):
+            load_study(tmp_path / "study.yaml")
+
+    @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+    def test_every_arm_of_the_published_studies_is_a_valid_configuration(self, path, tmp_path):
+        study = load_study(path)
+        rates = dict.fromkeys(study.arms, study.tuning.learning_rate[0])
+        cells = {cell.arm_name: cell for cell in comparison_cells(study, rates)}
+        assert cells
+        for cell in cells.values():
+            args = cell_config(cell, tmp_path)
+            assert args.generation_batch_size == study.budget.responses * cell.arm.samples
+            assert args.max_steps == study.budget.rollouts * study.budget.mini_batches
+
+
+class TestCells:
+    def test_arms_differ_in_what_is_compared_and_in_nothing_else(self, tmp_path):
+        study = study_from(TINY, tmp_path)
+        configs = [cell_config(cell, tmp_path) for cell in tuning_cells(study)]
+        shared = ("max_steps", "seed", "beta", "critic_learning_rate", "generation_batch_size", "temperature")
+        for name in shared:
+            assert len({getattr(config, name) for config in configs}) == 1, name
+
+    def test_tuning_is_equal_and_apart_from_the_comparison(self, tmp_path):
+        study = study_from(TINY, tmp_path)
+        tuning = tuning_cells(study)
+        assert {(c.arm_name, c.learning_rate) for c in tuning} == {
+            (arm, rate) for arm in ("sapo", "better", "equal") for rate in (0.001, 0.002)
+        }
+        assert {c.split for c in tuning} == {"tune"} and {c.seed for c in tuning} == {100}
+        compared = comparison_cells(study, {"sapo": 0.001, "better": 0.002, "equal": 0.001})
+        assert {c.split for c in compared} == {"test"} and {c.seed for c in compared} == {0, 1, 2, 3, 4}
+        assert {c.learning_rate for c in compared if c.arm_name == "sapo_random"} == {0.001}
+        # 4 arms on the short task, which both experiments share, and 2 on the long one.
+        assert len(compared) == len({c.name for c in compared}) == 5 * (4 + 2)
+
+    def test_a_cell_survives_its_file(self, tmp_path):
+        study = study_from({**TINY, "records": {"seeds": [0], "every": 5}}, tmp_path)
+        cells = comparison_cells(study, {"sapo": 0.001, "better": 0.001, "equal": 0.001})
+        assert {cell.seed for cell in cells if cell.records is not None} == {0}
+        for cell in cells:
+            assert Cell.from_json(cell.to_json()) == cell
+
+    def test_names_change_with_what_decides_a_run(self, tmp_path):
+        def names(content: dict) -> set[str]:
+            return {cell.name for cell in tuning_cells(study_from(content, tmp_path))}
+
+        assert names(TINY) == names(changed(name="Another title"))
+        assert not names(TINY) & names(changed(budget={"rollouts": 5}))
+        assert not names(TINY) & names(changed(settings={"beta": 0.1}))
+
+    def test_the_best_mean_is_chosen_and_of_equals_the_smallest(self, tmp_path):
+        study = study_from(changed(tuning={"seeds": [100, 101]}), tmp_path)
+        accuracies = {("sapo", 0.002, 100): 0.9, ("sapo", 0.002, 101): 0.1, ("sapo", 0.001, 100): 0.6}
+        results = [
+            (c, {"accuracy": accuracies.get((c.arm_name, c.learning_rate, c.seed), 0.5), "seconds": 1.0})
+            for c in tuning_cells(study)
+        ]
+        # sapo: 0.55 beats 0.5; the others are level.
+        assert chosen_learning_rates(results) == {"sapo": 0.001, "better": 0.001, "equal": 0.001}
+
+
+def write_synthetic_runs(study: StudyConfig, output_dir: Path, effects: dict[str, float]) -> None:
+    """Finished runs as they would be if the arms had these effects."""
+    rng = np.random.default_rng(0)
+    level = {seed: rng.normal(0.5, 0.05) for seed in range(5)}
+    learning_rates = {"sapo": 0.001, "better": 0.001, "equal": 0.001}
+    for cell in [*tuning_cells(study), *comparison_cells(study, learning_rates)]:
+        accuracy = 0.5 if cell.split == "tune" else level[cell.seed] + effects[cell.arm_name] + rng.normal(0, 0.01)
+        folder = output_dir / CELLS_FOLDER / cell.name
+        folder.mkdir(parents=True)
+        rows = [{"step": 2 * i + 2, "reward": accuracy * i / 4, "entropy": 1.0} for i in range(4)]
+        (folder / METRICS_NAME).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        result = {
+            "arm": cell.arm_name,
+            "preset": cell.arm.preset,
+            "task": cell.task_name,
+            "seed": cell.seed,
+            "learning_rate": cell.learning_rate,
+            "split": cell.split,
+            "measure": cell.measure,
+            "seconds": 3.0,
+            "optimizer_steps": 8,
+            "completions": 64,
+            "trained_tokens": 640.0,
+            "sampled_tokens": 640.0,
+            "reward_curve": [row["reward"] for row in rows],
+            "accuracy": accuracy,
+            "greedy_accuracy": accuracy + 0.1,
+            "environment": {"commit": "0123456789ab", "torch": "2.13.0"},
+        }
+        (folder / RESULT_NAME).write_text(json.dumps(result))
+
+
+class TestReport:
+    @pytest.fixture(scope="class")
+    def planted(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("planted")
+        study = study_from(TINY, folder)
+        effects = {"sapo": 0.0, "better": 0.1, "equal": 0.0, "sapo_random": -0.1}
+        write_synthetic_runs(study, folder, effects)
+        results = load_results(study, folder)
+        write_report(study, results, folder / "report.md", folder / "figures")
+        return study, results, folder
+
+    def test_what_was_planted_is_found_and_nothing_else(self, planted):
+        study, results, _ = planted
+        table = comparison_table(study, results, "short", list(study.arms)).set_index("arm")
+        found = {arm: verdict(row) for arm, row in table.iterrows()}
+        assert found == {"sapo": "", "better": "better", "equal": "not told apart", "sapo_random": "worse"}
+        assert table.loc["better", "difference"] == pytest.approx(0.1, abs=0.02)
+
+    def test_the_report_says_so(self, planted):
+        _, _, folder = planted
+        text = (folder / "report.md").read_text()
+        lines = {line.split("**")[1]: line for line in text.splitlines() if line.startswith("- **")}
+        assert "`better` on short" in lines["Better than `sapo`"] and "`better` on long" in lines["Better than `sapo`"]
+        assert "`sapo_random` on short" in lines["Worse than `sapo`"]
+        assert "`equal` on short" in lines["Not told apart from `sapo`"]
+        assert "missing" not in text
+        # Every run is there: five seeds for each row.
+        rows = [line for line in text.splitlines() if line.startswith("| ") and "responses" not in line]
+        assert sum("| 5 | 0." in row for row in rows) == 4 + 2 + 2
+
+    def test_every_picture_is_there_with_its_data(self, planted):
+        _, _, folder = planted
+        links = [part.split(")")[0] for part in (folder / "report.md").read_text().split("](")[1:]]
+        pictures = [link for link in links if link.endswith(".png")]
+        assert len(pictures) >= 5
+        for picture in pictures:
+            assert (folder / picture).stat().st_size > 5000
+            assert (folder / picture).with_suffix(".csv").stat().st_size > 20
+
+    def test_an_unfinished_study_says_what_is_missing(self, planted, tmp_path):
+        study, _, folder = planted
+        one = next((folder / CELLS_FOLDER).glob("test-long-better-seed4*")) / RESULT_NAME
+        content = one.read_text()
+        one.unlink()
+        try:
+            results = load_results(study, folder)
+            assert len(results.missing) == 1 and "long-better-seed4" in results.missing[0]
+            write_report(study, results, tmp_path / "report.md", tmp_path / "figures")
+            assert "not finished: 1 runs are missing" in (tmp_path / "report.md").read_text()
+        finally:
+            one.write_text(content)
+
+    def test_nothing_to_report(self, tmp_path):
+        with pytest.raises(ValueError, match="6 of 6 tuning runs are not finished"):
+            load_results(study_from(TINY, tmp_path), tmp_path)
+
+
+class TestCommand:
+    def test_bad_input(self, tmp_path, capsys):
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(changed(tuning={"task": "middle"})))
+        assert cli(["study", "report", "--config", str(tmp_path / "study.yaml")]) == 2
+        assert "tuning.task: 'middle' is not known" in " ".join(capsys.readouterr().err.split())
+        assert cli(["study", "run", "--config", str(tmp_path / "missing.yaml")]) == 2
+
+    def test_help(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli(["study", "--help"])
+        assert stop.value.code == 0
+        assert "run what is missing of a study" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_where_it_was(tmp_path):
+    """Finished runs are never run again, runs that were cut off are, and no process is left behind."""
+    content = changed(
+        budget={"rollouts": 2, "test_problems": 8},
+        tuning={"learning_rate": [0.001]},
+        experiments={
+            "main": {"tasks": ["short"], "arms": ["sapo", "equal"], "seeds": [0]},
+            "lengths": {"tasks": ["short"], "arms": ["sapo_random"], "seeds": [0]},
+        },
+    )
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "sapo_trl.cli", "study", "run", "--config", str(tmp_path / "study.yaml")]
+    command += ["--output-dir", str(tmp_path / "runs")]
+    cells = tmp_path / "runs" / CELLS_FOLDER
+    process = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 600
+    while not list(cells.glob(f"*/{RESULT_NAME}")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in cells.glob(f"*/{RESULT_NAME}")}
+    time.sleep(2)  # for the cells to notice
+    alive = subprocess.run(["pgrep", "-f", f"run_cell {cells}"], capture_output=True, text=True).stdout.split()
+    assert not alive
+    assert len(finished) < 5
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    after = {path: path.stat().st_mtime_ns for path in cells.glob(f"*/{RESULT_NAME}")}
+    assert len(after) == 5
+    assert all(after[path] == written for path, written in finished.items())
+    assert "Not told apart" in (tmp_path / "runs" / "report.md").read_text()
