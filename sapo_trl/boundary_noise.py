@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .segmentation import Segmenter, _cut_at_largest
+from .segmentation import Segmenter, _cut_at_largest, accepted_inputs
 from .segments import Segments
-from .trainer.parts import accepted_inputs
 
 
 @dataclass(frozen=True)

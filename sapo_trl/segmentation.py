@@ -8,6 +8,7 @@ policy that produced the rollout.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ __all__ = [
     "SequenceSegmenter",
     "StepSegmenter",
     "TokenSegmenter",
+    "accepted_inputs",
     "entropy_segments",
     "is_uncertain",
     "token_texts",
@@ -53,6 +55,15 @@ class Segmenter(Protocol):
     """
 
     def __call__(self, entropies: torch.Tensor, mask: torch.Tensor) -> Segments: ...
+
+
+def accepted_inputs(segmenter: Segmenter) -> list[str]:
+    """Which of the optional inputs a segmenter takes."""
+    optional = ["logps", "completion_ids", "tokenizer"]
+    parameters = inspect.signature(segmenter).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return optional
+    return [name for name in optional if name in parameters]
 
 
 def entropy_segments(

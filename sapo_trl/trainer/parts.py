@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,15 +50,6 @@ def make_role_aware_weighting(args: SAPOConfig) -> RoleAwareWeighting:
         clip=args.role_clip,
         seed=args.seed,
     )
-
-
-def accepted_inputs(segmenter: Segmenter) -> list[str]:
-    """Which of the optional inputs a segmenter takes."""
-    optional = ["logps", "completion_ids", "tokenizer"]
-    parameters = inspect.signature(segmenter).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return optional
-    return [name for name in optional if name in parameters]
 
 
 def make_value_head(

@@ -33,7 +33,7 @@ from ..reward_calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler, monte_carlo_values
 from ..sampler_correction import importance_correction, logp_difference
-from ..segmentation import Segmenter, is_uncertain
+from ..segmentation import Segmenter, accepted_inputs, is_uncertain
 from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
 from ..validation import (
@@ -52,7 +52,7 @@ from .critic import CRITIC_FOLDER, Critic
 from .critic_warmup import CriticWarmup
 from .deepspeed_critic import DeepSpeedCritic
 from .grpo_bridge import Batch, GivenRollout, GRPOBridge, PolicyForward, RolloutRecord, TrainingIsOver
-from .parts import accepted_inputs, check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
+from .parts import check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
 from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
 
