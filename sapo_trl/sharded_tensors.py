@@ -55,7 +55,10 @@ def total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     norms = [gathered(torch.nn.utils.get_total_norm(kind)) for kind in (in_pieces, in_one) if kind]
     if not norms:
         return torch.zeros(())
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if len(norms) == 1:
+        return norms[0]
+    # With CPU offload what is in pieces is elsewhere.
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]))
 
 
 def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -24,6 +24,15 @@ HEAD_CONFIG_NAME = "value_head.json"
 MODES = ("separate", "shared", "adapter")
 
 
+class _Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, also where its weights are kept or gathered in half precision."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Out of autocast, which would compute in half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class SegmentValueHead(nn.Module):
     """
     Values of a policy's states.
@@ -61,7 +70,7 @@ class SegmentValueHead(nn.Module):
         # No module: the policy behind it is no part of the critic.
         self.adapter = adapter
         # float32 whatever the backbone's dtype: values are regression targets, and bf16 has three digits.
-        self.head = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        self.head = _Float32Linear(hidden_size, 1, dtype=torch.float32)
         # Values start close to 0 (std 0.1 on normalised hidden states) but not at 0, where the head would pass no
         # gradient on to the backbone.
         nn.init.normal_(self.head.weight, std=0.1 / hidden_size**0.5)
@@ -232,10 +241,8 @@ class SegmentValueHead(nn.Module):
                     hidden_states = self.adapter.hidden_states(**model_inputs, use_cache=False)
                 else:
                     hidden_states = self.backbone(**model_inputs, use_cache=False).last_hidden_state
-        # Out of autocast, which would run the head in half precision.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            # A copy, because FSDP2 cannot hook into the backward of a view that somebody changes in place.
-            return self.head(hidden_states.float()).squeeze(-1).clone()
+        # A copy, because FSDP2 cannot hook into the backward of a view that somebody changes in place.
+        return self.head(hidden_states).squeeze(-1).clone()
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from sapo_trl import SAPOTrainer
+from sapo_trl.callbacks import RolloutCallback
 from sapo_trl.embedded import build_processor, build_tokenizer
 from sapo_trl.sharded_tensors import gathered
 
@@ -27,6 +28,13 @@ def completions_of_prompts(prompts: list, trainer: SAPOTrainer) -> list[list[int
         length = int(torch.randint(1, 9, (), generator=generator))
         rows.append(torch.randint(20, 250, (length,), generator=generator).tolist())
     return rows
+
+
+class LastRollout(RolloutCallback):
+    """Keeps what the models say of the latest rollout."""
+
+    def on_rollout(self, args, state, control, rollout, metrics):
+        self.logps, self.values = rollout.logps.clone(), rollout.values.clone()
 
 
 def elements(module: torch.nn.Module) -> int:
@@ -84,6 +92,8 @@ def main(
     )
     if spoiled is not None:
         spoil(trainer, *spoiled)
+    last = LastRollout()
+    trainer.add_callback(last)
     trainer.train(resume_from_checkpoint=checkpoint)
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
     names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
@@ -111,6 +121,8 @@ def main(
         for name, module in zip(("policy", "critic"), modules, strict=True):
             state[name] = {key: gathered(tensor).clone() for key, tensor in module.state_dict().items()}
     state |= {
+        "logps": last.logps,
+        "values": last.values,
         "log": {name: logged(trainer, name) for name in names},
     }
     torch.save(state, folder / f"rank{trainer.accelerator.process_index}.pt")

@@ -36,6 +36,7 @@ def run_with_deepspeed(folder: Path, stage: int, family: str, settings: dict, ze
         "gradient_accumulation_steps": "auto",
         "train_batch_size": "auto",
         "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
     }
     if stage == 3:
         deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
@@ -194,3 +195,13 @@ def test_a_model_in_pieces_is_not_copied(tmp_path):
 def test_an_adapter_critic_is_refused_with_zero_3(tmp_path):
     with pytest.raises(AssertionError, match="cannot be trained with ZeRO-3"):
         run_with_deepspeed(tmp_path, 3, "qwen2", {"max_steps": 1, "critic": "adapter"})
+
+
+@pytest.mark.parametrize(("stage", "critic"), [(2, "separate"), (3, "separate"), (2, "adapter")])
+def test_half_precision_stays_inside_of_the_models(stage, critic, tmp_path):
+    """As the launch files have it: the engines keep weights in bfloat16, the head computes in float32."""
+    settings = {"critic": critic, "max_steps": 2, "bf16": True, "learning_rate": 1e-3, "critic_learning_rate": 1e-3}
+    for run in run_with_deepspeed(tmp_path, stage, "qwen2", settings):
+        assert run["values"].dtype == torch.float32
+        assert (run["values"] != run["values"].bfloat16().float()).any()
+        assert run["values"].isfinite().all() and run["logps"].isfinite().all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ class Critic:
                 "A critic cannot be trained under FSDP1, which PyTorch is giving up: set `fsdp_version: 2` in the "
                 'accelerate config, or `critic="none"`.'
             )
+        if uses_fsdp and accelerator.mixed_precision == "fp16" and value_head.mode != "shared":
+            raise ValueError(
+                "A critic cannot be trained under FSDP2 in fp16, whose gradient scaler would skip steps on some "
+                'processes only: set `mixed_precision: bf16` in the accelerate config, or `critic="shared"`.'
+            )
         self.args = args
         self.accelerator = accelerator
         # An adapter's parameters are none of the module's, and of a head alone there is nothing to shard: nothing that
@@ -86,12 +92,16 @@ class Critic:
         optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer_kwargs["lr"] = args.critic_learning_rate
         weight_decay = args.weight_decay if args.critic_weight_decay is None else args.critic_weight_decay
-        decayed, not_decayed = [], []
+        own = {id(parameter) for parameter in value_head.parameters()}
+        # An adapter's parameters are in groups of their own: FSDP2 will put pieces in their places, and an optimizer's
+        # fused step takes no group of pieces and whole tensors.
+        groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = defaultdict(list)
         for name, parameter in value_head.learned_parameters():
-            (decayed if name in decay_parameter_names else not_decayed).append(parameter)
-        if not decayed and not not_decayed:
+            groups[id(parameter) in own, name in decay_parameter_names].append((name, parameter))
+        if not groups:
             raise ValueError('The critic has no trainable parameter: unfreeze its head, or set `critic="none"`.')
-        dtype = next((p.dtype for p in [*decayed, *not_decayed] if p.dtype in (torch.bfloat16, torch.float16)), None)
+        dtypes = {parameter.dtype for _, parameter in value_head.learned_parameters()}
+        dtype = next((dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)), None)
         if dtype is not None:
             logger.warning(
                 "The critic's weights are %s, which rounds most updates at `critic_learning_rate=%g` away. Load the "
@@ -99,13 +109,14 @@ class Critic:
                 dtype,
                 args.critic_learning_rate,
             )
-        groups = [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": not_decayed, "weight_decay": 0.0},
-        ]
-        self.optimizer = optimizer_class([group for group in groups if group["params"]], **optimizer_kwargs)
-        names = {parameter: name for name, parameter in value_head.learned_parameters()}
-        self._names = [[names[parameter] for parameter in group["params"]] for group in self.optimizer.param_groups]
+        self._names = [[name for name, _ in group] for group in groups.values()]
+        self.optimizer = optimizer_class(
+            [
+                {"params": [parameter for _, parameter in group], "weight_decay": weight_decay if is_decayed else 0.0}
+                for (_, is_decayed), group in groups.items()
+            ],
+            **optimizer_kwargs,
+        )
         # The policy's scaler belongs to the policy's optimizer; under fp16 the critic needs one of its own.
         self.scaler = torch.amp.GradScaler(
             accelerator.device.type, enabled=accelerator.mixed_precision == "fp16" and accelerator.device.type != "cpu"
@@ -177,10 +188,11 @@ class Critic:
         Returns:
             `torch.Tensor`: 0-dimensional, its norm before.
         """
-        self.scaler.unscale_(self.optimizer)
         if not self._is_wrapped and self.accelerator.num_processes > 1:
-            self._average_gradients()
-        return clip_grad_norm(self._parameters, self.args.critic_max_grad_norm)
+            self._average_gradients()  # first, so that all processes see one's overflow
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_grad_norm(self._parameters, self.args.critic_max_grad_norm)
+        return norm.to(self.accelerator.device)
 
     def step(self, skip: bool = False) -> None:
         """
@@ -210,12 +222,15 @@ class Critic:
     def save_optimizer(self, folder: str | Path) -> None:
         """Write everything but the weights, for [`Critic.load`]; called on all processes."""
         state = {
-            "optimizer": gathered_state(self.optimizer.state_dict(), keep=self.args.should_save),
+            "optimizer": self._whole_optimizer_state(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             "scaler": self.scaler.state_dict(),
         }
         if self.args.should_save:
             torch.save(state, Path(folder) / OPTIMIZER_STATE_NAME)
+
+    def _whole_optimizer_state(self) -> dict[str, Any] | None:
+        return gathered_state(self.optimizer.state_dict(), keep=self.args.should_save)
 
     def load_weights(self, checkpoint: str | Path) -> None:
         """
@@ -244,7 +259,8 @@ class Critic:
         self.load_weights(checkpoint)
         state_file = Path(checkpoint) / OPTIMIZER_STATE_NAME
         if state_file.is_file():  # absent with `save_only_model=True`
-            state = torch.load(state_file, map_location="cpu", weights_only=True)
+            # Mapped: of a whole optimizer's state each process needs its pieces, one tensor after the other.
+            state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)
             self.optimizer.load_state_dict(self._in_pieces(state["optimizer"]))
             if state["scheduler"] is not None and self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
@@ -252,7 +268,9 @@ class Critic:
 
     def _in_pieces(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state of the whole optimizer, as this process's share of it wants it."""
-        for parameter, of_parameter in zip(self._parameters, state["state"].values(), strict=False):
+        parameters = self._parameters
+        for index, of_parameter in state["state"].items():  # not in order, and not of all
+            parameter = parameters[index]
             for name, value in of_parameter.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     of_parameter[name] = sharded_like(value, parameter)

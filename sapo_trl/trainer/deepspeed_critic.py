@@ -88,6 +88,9 @@ class DeepSpeedCritic(Critic):
         with deepspeed.zero.GatheredParameters(list(self.value_head.parameters()), modifier_rank=0):
             yield
 
+    def _whole_optimizer_state(self) -> None:
+        """In the engine's own checkpoint."""
+
     def save_optimizer(self, folder: str | Path) -> None:
         super().save_optimizer(folder)
         self.engine.save_checkpoint(str(Path(folder) / ENGINE_FOLDER), tag=_TAG)

@@ -16,7 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +165,8 @@ class GRPOBridge(GRPOTrainer):
             sample = self.rollout_func
             self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
         self.add_callback(_EpochOrder(self))
+        if self.accelerator.is_fsdp2 and hasattr(self.model, "peft_config"):
+            self.add_callback(_AdaptersFirst(self))
 
     # ------------------------------------------------------------------ hooks
 
@@ -475,6 +477,14 @@ class GRPOBridge(GRPOTrainer):
         self._record.forwards.append((logps, _policy_forward(logps, entropies, values, aux_loss)))
         return logps, entropies, aux_loss
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2:
+            # accelerate would have modules' outputs in half precision: log-probabilities in steps of 1/64, and values.
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.mixed_precision_policy is not None:
+                plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
         return self.policy_loss(model, inputs)
 
@@ -732,9 +742,13 @@ def _whole_lm_head(model: Callable) -> Iterator[None]:
         yield
         return
     head.unshard()
-    yield
-    if not torch.is_grad_enabled():
+    try:
+        yield
+    except BaseException:
         head.reshard()
+        raise
+    if not torch.is_grad_enabled():
+        head.reshard()  # else the backward needs it, and puts it away
 
 
 def collapsed(ids: list[int], token_id: int) -> list[int]:
@@ -769,6 +783,23 @@ class _EpochOrder(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             raise TrainingIsOver
+
+
+class _AdaptersFirst(TrainerCallback):
+    """
+    Runs an FSDP2 policy once before anything else does.
+
+    In its first forward FSDP2 looks up in which dtype trainable parameters want their gradients. That of a run with a
+    reference would be the reference's, with the adapters off: of none, and in half precision the backward would fail.
+    """
+
+    def __init__(self, trainer: GRPOBridge):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        token = torch.zeros((1, 1), dtype=torch.long, device=self.trainer.accelerator.device)
+        with torch.no_grad():
+            self.trainer.model(input_ids=token)
 
 
 def _prompts_of(inputs: list[dict[str, Any]]) -> list:
