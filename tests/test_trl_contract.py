@@ -67,7 +67,14 @@ ATTRIBUTES = {
     "_pending_extra_logs",
 }
 # Public methods that the trainer overrides.
-OVERRIDDEN = {"__init__", "train", "training_step", "create_scheduler", "save_model"}
+OVERRIDDEN = {
+    "__init__",
+    "create_accelerator_and_postprocess",
+    "train",
+    "training_step",
+    "create_scheduler",
+    "save_model",
+}
 
 
 def private_names_of_trl() -> set[str]:
