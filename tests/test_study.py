@@ -1,10 +1,12 @@
 """The study: what it runs, what it chooses, and that its report finds what was planted."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,14 @@ import pytest
 import yaml
 
 from sapo_trl.cli import main as cli
+from sapo_trl.study import cells
 from sapo_trl.study.cells import RESULT_NAME, Cell, comparison_cells, tuning_cells
+from sapo_trl.study.comparisons import comparisons, verdict
 from sapo_trl.study.config import StudyConfig, load_study
-from sapo_trl.study.report import comparison_table, verdict, write_report
+from sapo_trl.study.report import write_report
 from sapo_trl.study.results import load_results
 from sapo_trl.study.run_cell import METRICS_NAME, cell_config
-from sapo_trl.study.runner import CELLS_FOLDER
+from sapo_trl.study.runner import CELLS_FOLDER, run_study
 from sapo_trl.study.tuning import chosen_learning_rates
 
 
@@ -35,7 +39,8 @@ TINY = {
     },
     "experiments": {
         "main": {"tasks": ["short"], "arms": ["sapo", "better", "equal", "sapo_random"], "seeds": [0, 1, 2, 3, 4]},
-        "lengths": {"tasks": ["short", "long"], "arms": ["sapo", "better"], "seeds": [0, 1, 2, 3, 4]},
+        # Shares some of the runs above, but not all of their seeds.
+        "lengths": {"tasks": ["short", "long"], "arms": ["sapo", "better"], "seeds": [0, 1, 2, 3]},
     },
     "tuning": {"learning_rate": [0.001, 0.002], "seeds": [100], "task": "short"},
     "budget": {"rollouts": 4, "responses": 16, "mini_batches": 2, "test_problems": 32},
@@ -45,7 +50,7 @@ TINY = {
 
 def study_from(content: dict, folder: Path) -> StudyConfig:
     path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return load_study(path)
 
 
@@ -70,6 +75,9 @@ class TestConfig:
             ({"tuning": {"task": "middle"}}, r"tuning\.task: 'middle' is not known"),
             ({"tasks": {"short": {"gates": 0}}}, r"tasks\.short: `gates` must be a whole number from 1"),
             ({"experiments": {"main": {"tasks": ["short"], "arms": ["sapo"], "seeds": []}}}, "seeds is empty"),
+            ({"experiments": {"main": {"tasks": ["short"], "arms": ["sapo"] * 2, "seeds": [0]}}}, "something twice"),
+            ({"tuning": {"learning_rate": ["1e-3"]}}, "with a decimal point"),
+            ({"settings": {"max_steps": 3}}, "'max_steps' is decided by the study"),
             ({"baseline": "grpo"}, r"baseline: 'grpo' is not known"),
         ],
     )  # fmt: skip
@@ -86,9 +94,9 @@ class TestConfig:
     def test_every_arm_of_the_published_studies_is_a_valid_configuration(self, path, tmp_path):
         study = load_study(path)
         rates = dict.fromkeys(study.arms, study.tuning.learning_rate[0])
-        cells = {cell.arm_name: cell for cell in comparison_cells(study, rates)}
-        assert cells
-        for cell in cells.values():
+        of_arms = {cell.arm_name: cell for cell in comparison_cells(study, rates)}
+        assert of_arms
+        for cell in of_arms.values():
             args = cell_config(cell, tmp_path)
             assert args.generation_batch_size == study.budget.responses * cell.arm.samples
             assert args.max_steps == study.budget.rollouts * study.budget.mini_batches
@@ -112,14 +120,14 @@ class TestCells:
         compared = comparison_cells(study, {"sapo": 0.001, "better": 0.002, "equal": 0.001})
         assert {c.split for c in compared} == {"test"} and {c.seed for c in compared} == {0, 1, 2, 3, 4}
         assert {c.learning_rate for c in compared if c.arm_name == "sapo_random"} == {0.001}
-        # 4 arms on the short task, which both experiments share, and 2 on the long one.
-        assert len(compared) == len({c.name for c in compared}) == 5 * (4 + 2)
+        # 4 arms on the short task, some runs of which both experiments share, and 2 on the long one.
+        assert len(compared) == len({c.name for c in compared}) == 5 * 4 + 4 * 2
 
     def test_a_cell_survives_its_file(self, tmp_path):
         study = study_from({**TINY, "records": {"seeds": [0], "every": 5}}, tmp_path)
-        cells = comparison_cells(study, {"sapo": 0.001, "better": 0.001, "equal": 0.001})
-        assert {cell.seed for cell in cells if cell.records is not None} == {0}
-        for cell in cells:
+        compared = comparison_cells(study, {"sapo": 0.001, "better": 0.001, "equal": 0.001})
+        assert {cell.seed for cell in compared if cell.records is not None} == {0}
+        for cell in compared:
             assert Cell.from_json(cell.to_json()) == cell
 
     def test_names_change_with_what_decides_a_run(self, tmp_path):
@@ -129,6 +137,18 @@ class TestCells:
         assert names(TINY) == names(changed(name="Another title"))
         assert not names(TINY) & names(changed(budget={"rollouts": 5}))
         assert not names(TINY) & names(changed(settings={"beta": 0.1}))
+
+    def test_names_change_with_a_preset_of_the_same_name(self, tmp_path, monkeypatch):
+        cell = tuning_cells(study_from(TINY, tmp_path))[0]
+        before = cell.name
+        monkeypatch.setattr(cells, "preset_settings", lambda name: {"lam": 0.5})
+        assert cell.name != before
+
+    def test_settings_that_do_not_fit_stop_a_study_before_it_runs(self, tmp_path):
+        study = study_from(changed(arms={"equal": {"preset": "grpo", "settings": {"lam": 7.0}}}), tmp_path)
+        with pytest.raises(ValueError, match=r"arms\.equal: .*lam"):
+            run_study(study, tmp_path / "runs", cache_dir=tmp_path / "cache")
+        assert not (tmp_path / "cache").exists()
 
     def test_the_best_mean_is_chosen_and_of_equals_the_smallest(self, tmp_path):
         study = study_from(changed(tuning={"seeds": [100, 101]}), tmp_path)
@@ -160,10 +180,11 @@ def write_synthetic_runs(study: StudyConfig, output_dir: Path, effects: dict[str
             "learning_rate": cell.learning_rate,
             "split": cell.split,
             "measure": cell.measure,
+            "failed": None,
             "seconds": 3.0,
             "optimizer_steps": 8,
             "completions": 64,
-            "trained_tokens": 640.0,
+            "rollout_tokens": 640.0,
             "sampled_tokens": 640.0,
             "reward_curve": [row["reward"] for row in rows],
             "accuracy": accuracy,
@@ -186,7 +207,7 @@ class TestReport:
 
     def test_what_was_planted_is_found_and_nothing_else(self, planted):
         study, results, _ = planted
-        table = comparison_table(study, results, "short", list(study.arms)).set_index("arm")
+        table = comparisons(study, results)[0].table.set_index("arm")
         found = {arm: verdict(row) for arm, row in table.iterrows()}
         assert found == {"sapo": "", "better": "better", "equal": "not told apart", "sapo_random": "worse"}
         assert table.loc["better", "difference"] == pytest.approx(0.1, abs=0.02)
@@ -199,9 +220,10 @@ class TestReport:
         assert "`sapo_random` on short" in lines["Worse than `sapo`"]
         assert "`equal` on short" in lines["Not told apart from `sapo`"]
         assert "missing" not in text
-        # Every run is there: five seeds for each row.
+        # Each experiment has its own seeds' runs.
         rows = [line for line in text.splitlines() if line.startswith("| ") and "responses" not in line]
-        assert sum("| 5 | 0." in row for row in rows) == 4 + 2 + 2
+        assert sum("| 5 | 0." in row for row in rows) == 4 and sum("| 4 | 0." in row for row in rows) == 2 + 2
+        assert "P(beats `sapo`)" in text and "| 1.00 [1.000, 1.000] |" in text
 
     def test_every_picture_is_there_with_its_data(self, planted):
         _, _, folder = planted
@@ -214,16 +236,37 @@ class TestReport:
 
     def test_an_unfinished_study_says_what_is_missing(self, planted, tmp_path):
         study, _, folder = planted
-        one = next((folder / CELLS_FOLDER).glob("test-long-better-seed4*")) / RESULT_NAME
+        one = next((folder / CELLS_FOLDER).glob("test-long-better-seed3*")) / RESULT_NAME
         content = one.read_text()
         one.unlink()
         try:
             results = load_results(study, folder)
-            assert len(results.missing) == 1 and "long-better-seed4" in results.missing[0]
+            assert len(results.missing) == 1 and "long-better-seed3" in results.missing[0]
             write_report(study, results, tmp_path / "report.md", tmp_path / "figures")
             assert "not finished: 1 runs are missing" in (tmp_path / "report.md").read_text()
         finally:
             one.write_text(content)
+
+    @pytest.mark.parametrize(
+        "kept", ["test-short-sapo-seed0", "test-short-better", "test-long-sapo", "test-short-equal"]
+    )
+    def test_a_report_of_any_part_of_a_study(self, kept, planted, tmp_path):
+        study, _, folder = planted
+        for cell in (folder / CELLS_FOLDER).iterdir():
+            if cell.name.startswith(("tune", kept)):
+                shutil.copytree(cell, tmp_path / CELLS_FOLDER / cell.name)
+        results = load_results(study, tmp_path)
+        write_report(study, results, tmp_path / "report.md", tmp_path / "figures")
+        assert "not finished" in (tmp_path / "report.md").read_text()
+
+    def test_diverged_and_untested_runs_are_named(self, planted, tmp_path):
+        study, results, _ = planted
+        runs = results.runs[(results.runs["seed"] == 0) & (results.runs["task"] == "short")].copy()
+        runs["failed"] = [None if arm != "equal" else "not finite" for arm in runs["arm"]]
+        write_report(study, replace(results, runs=runs), tmp_path / "report.md", tmp_path / "figures")
+        text = (tmp_path / "report.md").read_text()
+        assert "**Diverged**, counted as accuracy 0: `equal` (seed 0, short)." in text
+        assert "**Not tested, for want of seeds**: `better` on short (" in text
 
     def test_nothing_to_report(self, tmp_path):
         with pytest.raises(ValueError, match="6 of 6 tuning runs are not finished"):

@@ -75,7 +75,13 @@ def test_one_seed_has_no_interval():
 
 def test_equal_scores_are_no_difference():
     difference = paired_difference({0: 0.5, 1: 0.25}, {0: 0.5, 1: 0.25})
-    assert difference.p_value == 1.0 and difference.t_low == difference.t_high == 0.0
+    assert difference.p_value == 1.0 and difference.interval.value == 0.0
+
+
+def test_two_runs_that_differ_alike_by_chance_prove_nothing():
+    difference = paired_difference({0: 0.5, 1: 0.25}, {0: 0.498, 1: 0.248})
+    assert difference.interval.value == pytest.approx(0.002)
+    assert np.isnan(difference.p_value) and np.isnan(difference.t_low)
 
 
 def test_interquartile_mean_of_known_numbers():

@@ -35,7 +35,9 @@ def write_analyses(study: StudyConfig, results: StudyResults, figures_dir: Path,
     Returns:
         `list[str]`: Markdown sections; none for what no run has recorded.
     """
-    main = next(e for e in study.experiments.values() if e.measure == "accuracy")
+    main = next((e for e in study.experiments.values() if e.measure == "accuracy"), None)
+    if main is None:
+        return [section for section in [_gradients(results, figures_dir, link)] if section]
     recorded = _first_run(results, main.tasks[0], study.baseline, recorded=True)
     sections = [
         _critics(results, main, figures_dir, link),
@@ -76,7 +78,7 @@ def _entropy(results: StudyResults, experiment: Experiment, figures_dir: Path, l
 
 
 def _curves(results: StudyResults, experiment: Experiment, path: Path, columns: dict[str, str]) -> bool:
-    curves = training_curves(results, experiment.tasks[0], experiment.arms, columns)
+    curves = training_curves(results, experiment.tasks[0], experiment.arms, experiment.seeds, columns)
     curves = curves.drop(columns=[name for name in columns.values() if curves[name].isna().all()])
     logged = [name for name in columns.values() if name in curves]
     arms = [arm for arm in experiment.arms if curves.loc[curves["arm"] == arm, logged].notna().any(axis=None)]
@@ -108,7 +110,9 @@ def _gradients(results: StudyResults, figures_dir: Path, link: str) -> str:
     if runs.empty:
         return ""
     columns = ["noise_to_signal", "noise_to_signal_error", "trace", "squared_mean", "steps"]
-    table = runs.groupby("arm", sort=False)[columns].mean().reset_index().rename(columns={"arm": "setting"})
+    # One run of each: errors are of that run.
+    table = runs.sort_values("seed").groupby(["task", "arm"], sort=False)[columns].first().reset_index()
+    table["setting"] = table["arm"] if table["task"].nunique() == 1 else table["arm"] + ", " + table["task"]
     plot_gradient_noise(figures_dir / "gradient_variance.png", table)
     shown = table[["setting", "trace", "squared_mean", "noise_to_signal", "noise_to_signal_error"]].copy()
     for name in shown.columns[1:]:
@@ -153,7 +157,7 @@ def _lift(run: pd.Series, figures_dir: Path, link: str) -> str:
     plot_lift(figures_dir / "lift.png", pd.concat(points, ignore_index=True), "Lift of value jumps by entropy")
     return (
         f"## Do values jump where entropy is high?\n\nThe paper's Fig. 3, from a run of `{run['arm']}` (seed "
-        f"{run['seed']}); definitions in [analysis.md](analysis.md). A Lift of 1 is no relation; Monte-Carlo values "
+        f"{run['seed']}); the definitions are in docs/analysis.md. A Lift of 1 is no relation; Monte-Carlo values "
         "are known at the borders of segments only, and their noise pulls the curve towards 1.\n\n"
         f"{markdown_table(pd.DataFrame(tests))}\n\n![Lift]({link}/lift.png)\n"
     )
@@ -177,8 +181,7 @@ def _borders(run: pd.Series, figures_dir: Path, link: str) -> str:
 
 
 def _first_run(results: StudyResults, task: str, arm: str, recorded: bool = False) -> pd.Series | None:
-    runs = results.runs
-    runs = runs[(runs["task"] == task) & (runs["arm"] == arm) & (runs["measure"] == "accuracy")]
+    runs = results.runs_of(task, [arm])
     if recorded:
         runs = runs[[(Path(folder) / RESPONSES_FOLDER).is_dir() for folder in runs["folder"]]]
     return None if runs.empty else runs.sort_values("seed").iloc[0]

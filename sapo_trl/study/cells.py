@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..presets import preset_settings
 from .config import Arm, Budget, Records, StudyConfig
 from .task import ModelSize, TaskConfig, WarmStartConfig
+from .task.warm_start import fingerprint
 
 
 RESULT_NAME = "result.json"
@@ -59,12 +61,18 @@ class Cell:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides the run; a study whose settings are changed runs what they change again."""
+        """
+        Of the settings that decide the run, the preset's among them, and of the policy that it starts from: a study
+        whose settings are changed runs what they change again. Not of this package's other code: the report says which
+        commits its runs are of.
+        """
         content = asdict(self)
+        content["preset"] = preset_settings(self.arm.preset)
+        content["policy"] = fingerprint(self.policy)
         for name in ("arm_name", "task_name"):  # what it is called decides nothing
             del content[name]
         del content["arm"]["tuned_as"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
     @property
     def name(self) -> str:
@@ -122,7 +130,10 @@ def comparison_cells(study: StudyConfig, learning_rates: dict[str, float]) -> li
 def result_of(folder: Path) -> dict[str, Any] | None:
     """What a finished run has found; `None` while it is not finished."""
     path = folder / RESULT_NAME
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # the second after a power cut
+        return None
 
 
 def _cell(

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         path = arguments.report or output_dir / "report.md"
         write_report(study, load_results(study, output_dir), path, arguments.figures or path.parent / "figures")
     except CellFailed as error:
-        console.print(f"[bold red]Error:[/] {error}", highlight=False, markup=True)
+        console.print("Error:", str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
     except (OSError, ValueError) as error:
         console.print("Error:", str(error), style="red", highlight=False, markup=False)

@@ -16,6 +16,23 @@ from .task import ModelSize, TaskConfig, WarmStartConfig
 
 
 SEGMENTERS = ("none", "random_cuts", "noisy", "oracle_decisions")
+# What the study itself decides, for all arms alike.
+FIXED_SETTINGS = (
+    "output_dir",
+    "learning_rate",
+    "seed",
+    "max_steps",
+    "num_mini_batches",
+    "per_device_train_batch_size",
+    "max_completion_length",
+    "gradient_checkpointing",
+    "use_cpu",
+    "bf16",
+    "logging_steps",
+    "save_strategy",
+    "report_to",
+    "disable_tqdm",
+)
 MEASURES = ("accuracy", "gradient_variance")
 
 Section = TypeVar("Section")
@@ -53,8 +70,7 @@ class Arm:
     def __post_init__(self):
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} does not exist.{nearest_name(self.preset, PRESETS)}")
-        for name in self.settings:
-            _check_name("settings", name, [f.name for f in fields(SAPOConfig)])
+        _check_settings(self.settings)
         if self.segmenter not in SEGMENTERS:
             raise ValueError(f"segmenter={self.segmenter!r} must be one of {', '.join(SEGMENTERS)}.")
         if not 0.0 <= self.boundary_noise <= 1.0:
@@ -91,8 +107,12 @@ class Experiment:
     def __post_init__(self):
         if self.measure not in MEASURES:
             raise ValueError(f"measure={self.measure!r} must be one of {', '.join(MEASURES)}.")
-        if not self.seeds:
-            raise ValueError("seeds is empty: name at least one.")
+        for name in ("tasks", "arms", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise ValueError(f"{name} is empty: name at least one.")
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name}={values} names something twice.")
 
 
 @dataclass(frozen=True)
@@ -138,6 +158,12 @@ class Tuning:
     def __post_init__(self):
         if not self.learning_rate or not self.seeds:
             raise ValueError("learning_rate and seeds must name at least one value each.")
+        for rate in self.learning_rate:
+            if not isinstance(rate, float) or rate <= 0:
+                raise ValueError(
+                    f"learning_rate={rate!r} must be a positive number with a decimal point, such as 1.0e-4 (1e-4 is "
+                    "text to YAML)."
+                )
 
 
 @dataclass(frozen=True)
@@ -191,8 +217,7 @@ class StudyConfig:
     baseline: str = "sapo"
 
     def __post_init__(self):
-        for name in self.settings:
-            _check_name("settings", name, [f.name for f in fields(SAPOConfig)])
+        _check_settings(self.settings)
         for name in self.warm_start:
             _check_name("warm_start", name, {f.name for f in fields(WarmStartConfig)} - {"task", "size"})
         _check_name("baseline", self.baseline, self.arms)
@@ -250,6 +275,13 @@ def _build(kind: type[Section], entry: Any, where: str) -> Section:
         return kind(**entry)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    for name in settings:
+        _check_name("settings", name, [f.name for f in fields(SAPOConfig)])
+        if name in FIXED_SETTINGS:
+            raise ValueError(f"settings: {name!r} is decided by the study (budget, tuning, seeds) for all arms alike.")
 
 
 def _check_name(where: str, name: str, known: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .results import StudyResults, metrics_of
-from .statistics import mean_interval, paired_difference
+from .statistics import mean_interval
 
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, darkest first.
@@ -34,7 +34,12 @@ def styles(names: Sequence[str]) -> dict[str, dict]:
 
 
 def training_curves(
-    results: StudyResults, task: str, arms: Sequence[str], columns: dict[str, str], x: str = "completions"
+    results: StudyResults,
+    task: str,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    columns: dict[str, str],
+    x: str = "completions",
 ) -> pd.DataFrame:
     """
     What the runs of some arms have logged, on a common axis, smoothed over a twentieth of training.
@@ -43,17 +48,18 @@ def training_curves(
         results ([`StudyResults`]): the runs.
         task (`str`): the task.
         arms (`Sequence[str]`): arms, of which some may have no run.
+        seeds (`Sequence[int]`): seeds, of which some may have no run.
         columns (`dict[str, str]`): logged names, and what to call them.
         x (`str`, *optional*, defaults to `"completions"`): `"completions"` or `"seconds"`.
 
     Returns:
         `pd.DataFrame`: `arm`, `seed`, the axis and the columns (NaN where a run logs none).
     """
-    runs = results.runs
-    runs = runs[(runs["task"] == task) & (runs["measure"] == "accuracy") & runs["arm"].isin(arms)]
-    tables = []
-    for _, run in runs.iterrows():
+    tables = [pd.DataFrame(columns=["arm", "seed", x, *columns.values()])]
+    for _, run in results.runs_of(task, arms, seeds).iterrows():
         metrics = metrics_of(run)
+        if metrics.empty:  # of a run that failed at once
+            continue
         window = max(len(metrics) // 20, 1)
         grid = np.linspace(0, metrics[x].iloc[-1], _GRID)
         table = pd.DataFrame({"arm": run["arm"], "seed": run["seed"], x: grid})
@@ -64,7 +70,7 @@ def training_curves(
             else:
                 table[label] = np.nan
         tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
 def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Sequence[str], title: str) -> None:
@@ -95,73 +101,56 @@ def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Se
     _save(figure, path, curves)
 
 
-def plot_differences(
-    path: Path,
-    results: StudyResults,
-    tasks: Sequence[str],
-    arms: Sequence[str],
-    baseline: str,
-    axis: Iterable[float],
-    axis_label: str,
-) -> None:
-    """Differences of arms to the baseline over a dial of the task, with Student's 95 % intervals."""
-    axis = list(axis)
-    rows = []
-    for arm in arms:
-        for task, position in zip(tasks, axis, strict=True):
-            scores, reference = results.scores(task, arm), results.scores(task, baseline)
-            if scores.keys() & reference.keys():
-                difference = paired_difference(scores, reference)
-                rows.append(
-                    {
-                        "arm": arm,
-                        "task": task,
-                        axis_label: position,
-                        "difference": difference.interval.value,
-                        "low": difference.t_low,
-                        "high": difference.t_high,
-                    }
-                )
-    data = pd.DataFrame(rows)
+def plot_differences(path: Path, data: pd.DataFrame, x: str, baseline: str) -> None:
+    """
+    Differences of arms to the baseline over a dial of the task, with Student's 95 % intervals.
+
+    Args:
+        path (`Path`): PNG to write.
+        data (`pd.DataFrame`): `arm`, the dial, `difference`, `t_low` and `t_high` (NaN without an interval).
+        x (`str`): column of the dial.
+        baseline (`str`): what the differences are to.
+    """
     figure = _figure(6.5, 4.2)
     panel = figure.add_subplot()
+    arms = list(dict.fromkeys(data["arm"]))
     style = styles(arms)
-    offsets = np.linspace(-0.015, 0.015, max(len(arms), 1)) * (max(axis) - min(axis) or 1)
-    for arm, offset in zip(arms, offsets, strict=True):
+    spread = data[x].max() - data[x].min() or 1
+    for arm, offset in zip(arms, np.linspace(-0.015, 0.015, len(arms)) * spread, strict=True):
         of_arm = data[data["arm"] == arm]
-        if not of_arm.empty:
-            errors = [of_arm["difference"] - of_arm["low"], of_arm["high"] - of_arm["difference"]]
-            panel.errorbar(
-                of_arm[axis_label] + offset, of_arm["difference"], errors, capsize=3, label=arm, **style[arm]
-            )
+        errors = [of_arm["difference"] - of_arm["t_low"], of_arm["t_high"] - of_arm["difference"]]
+        panel.errorbar(of_arm[x] + offset, of_arm["difference"], errors, capsize=3, label=arm, **style[arm])
     panel.axhline(0, color="black", linewidth=0.8)
-    panel.set(xlabel=axis_label, ylabel=f"accuracy minus {baseline}'s")
-    panel.set_xticks(axis)
+    panel.set(xlabel=x, ylabel=f"accuracy minus {baseline}'s")
+    panel.set_xticks(sorted(set(data[x])))
     panel.grid(alpha=0.3)
     _legend(figure, [panel])
     _save(figure, path, data)
 
 
-def plot_accuracies(
-    path: Path, results: StudyResults, task: str, arms: Sequence[str], title: str, column: str = "accuracy"
-) -> None:
-    """Every run of some arms as a point, their mean and its bootstrap interval beside it."""
-    rows, figure = [], _figure(7.0, 0.42 * len(arms) + 1.6)
+def plot_accuracies(path: Path, runs: pd.DataFrame, arms: Sequence[str], title: str) -> None:
+    """
+    Every run as a point, the mean of each arm and its bootstrap interval beside it.
+
+    Args:
+        path (`Path`): PNG to write.
+        runs (`pd.DataFrame`): `arm`, `seed` and `accuracy`.
+        arms (`Sequence[str]`): arms that have runs, from the top.
+        title (`str`): above the axes.
+    """
+    figure = _figure(7.0, 0.42 * len(arms) + 1.6)
     panel = figure.add_subplot()
     for position, arm in enumerate(arms):
-        scores = results.scores(task, arm, column)
-        if not scores:
-            continue
-        rows += [{"arm": arm, "seed": seed, column: score} for seed, score in scores.items()]
-        interval = mean_interval(list(scores.values()))
+        scores = runs.loc[runs["arm"] == arm, "accuracy"]
+        interval = mean_interval(scores)
         errors = [[interval.value - interval.low], [interval.high - interval.value]]
-        panel.scatter(list(scores.values()), [position] * len(scores), s=18, facecolors="none", edgecolors="#555555")
+        panel.scatter(scores, [position] * len(scores), s=18, facecolors="none", edgecolors="#555555")
         panel.errorbar(interval.value, position + 0.22, xerr=errors, fmt="D", color="black", capsize=3, markersize=5)
     panel.set_yticks(range(len(arms)), arms)
     panel.invert_yaxis()
-    panel.set(xlabel=column.replace("_", " "), title=title)
+    panel.set(xlabel="accuracy", title=title)
     panel.grid(axis="x", alpha=0.3)
-    _save(figure, path, pd.DataFrame(rows))
+    _save(figure, path, runs[["arm", "seed", "accuracy"]])
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
 
 from .analyses import write_analyses
-from .config import Experiment, StudyConfig
+from .comparisons import SIGNIFICANCE, Comparison, comparisons, verdict
+from .config import StudyConfig
 from .figures import plot_accuracies, plot_curves, plot_differences, training_curves
 from .markdown import markdown_table
 from .results import StudyResults
-from .statistics import (
-    adjusted_p_values,
-    interquartile_mean,
-    mean_interval,
-    paired_difference,
-    probability_of_improvement,
-)
+from .statistics import interquartile_mean, probability_of_improvement
 
 
-SIGNIFICANCE = 0.05
+CHAIN_LENGTH = "length of the chain (decisions)"
 
 
 def write_report(study: StudyConfig, results: StudyResults, path: str | Path, figures_dir: str | Path) -> None:
@@ -37,172 +32,159 @@ def write_report(study: StudyConfig, results: StudyResults, path: str | Path, fi
         figures_dir (`str` or `Path`): folder for the figures, each with its data as CSV.
     """
     path, figures_dir = Path(path), Path(figures_dir)
-    figures_dir.mkdir(parents=True, exist_ok=True)
-    link = _relative(figures_dir, path.parent)
-    parts = [f"# {study.name}\n", _how(study, results)]
-    verdicts = []
-    for name, experiment in study.experiments.items():
-        if experiment.measure == "accuracy":
-            text, found = _experiment(study, results, name, experiment, figures_dir, link)
-            parts.append(text)
-            verdicts += found
-    parts.insert(1, _verdicts(study, verdicts, results))
-    parts += write_analyses(study, results, figures_dir, link)
-    parts += [_tuning(results), _environment(results)]
     path.parent.mkdir(parents=True, exist_ok=True)
+    figures_dir.mkdir(parents=True, exist_ok=True)
+    link = Path(os.path.relpath(figures_dir, path.parent)).as_posix()
+    found = comparisons(study, results)
+    parts = [f"# {study.name}\n", _verdicts(study, found, results), _how(study, results)]
+    for name, group in groupby(found, key=lambda comparison: comparison.name):
+        parts.append(_experiment(study, results, name, list(group), figures_dir, link))
+    parts += write_analyses(study, results, figures_dir, link)
+    parts += [_tuning(study, results), _environment(results)]
     path.write_text("\n".join(parts).rstrip() + "\n")
-    results.runs.drop(
-        columns=["reward_curve", "environment", "folder", "right_decisions_at_gate"], errors="ignore"
-    ).to_csv(figures_dir / "runs.csv", index=False, float_format="%.6g")
+    for name, table in (("runs", results.runs), ("tuning", results.tuning)):
+        numbers = [column for column in table.columns if not table[column].map(_is_nested).any()]
+        table[numbers].drop(columns="folder", errors="ignore").to_csv(figures_dir / f"{name}.csv", index=False)
 
 
-def comparison_table(study: StudyConfig, results: StudyResults, task: str, arms: Sequence[str]) -> pd.DataFrame:
-    """
-    One row per arm with finished runs on a task: its accuracy, its paired difference to the baseline, its costs.
-
-    Args:
-        study ([`StudyConfig`]): the study.
-        results ([`StudyResults`]): its finished runs.
-        task (`str`): the task.
-        arms (`Sequence[str]`): the arms.
-
-    Returns:
-        `pd.DataFrame`: numbers, not text; `p_adjusted` is for the number of arms in this table.
-    """
-    baseline = results.scores(task, study.baseline)
-    rows = []
-    for arm in arms:
-        scores = results.scores(task, arm)
-        if not scores:
-            continue
-        accuracy = mean_interval(list(scores.values()))
-        row = {
-            "arm": arm,
-            "seeds": len(scores),
-            "accuracy": accuracy.value,
-            "low": accuracy.low,
-            "high": accuracy.high,
-        }
-        greedy = results.scores(task, arm, "greedy_accuracy")
-        row["greedy_accuracy"] = sum(greedy.values()) / len(greedy)
-        row |= dict.fromkeys(("difference", "t_low", "t_high", "p_value"), math.nan)
-        if arm != study.baseline and scores.keys() & baseline.keys():
-            difference = paired_difference(scores, baseline)
-            row |= {
-                "difference": difference.interval.value,
-                "t_low": difference.t_low,
-                "t_high": difference.t_high,
-                "p_value": difference.p_value,
-            }
-        for column in ("completions", "optimizer_steps", "trained_tokens", "sampled_tokens", "seconds"):
-            costs = results.scores(task, arm, column)
-            row[column] = sum(costs.values()) / len(costs)
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    if not table.empty:
-        table["p_adjusted"] = adjusted_p_values(table["p_value"])
-    return table
-
-
-def verdict(row: pd.Series) -> str:
-    """What a row of [`comparison_table`] says about its arm: `"better"`, `"worse"`, `"not told apart"` or `""`."""
-    if math.isnan(row["difference"]):
-        return ""
-    if math.isnan(row["p_adjusted"]):
-        return "one seed"
-    if row["p_adjusted"] >= SIGNIFICANCE:
-        return "not told apart"
-    return "better" if row["difference"] > 0 else "worse"
+def _verdicts(study: StudyConfig, found: list[Comparison], results: StudyResults) -> str:
+    lines = ["## What held, what did not, what could not be told\n"]
+    if results.missing:
+        lines.append(f"**This study is not finished: {len(results.missing)} runs are missing.**\n")
+    groups = {
+        "better": f"Better than `{study.baseline}`",
+        "worse": f"Worse than `{study.baseline}`",
+        "not told apart": f"Not told apart from `{study.baseline}`",
+        "not tested": "Not tested, for want of seeds",
+    }
+    for kind, title in groups.items():
+        entries = {}  # experiments may share runs: each comparison once
+        for comparison in found:
+            for _, row in comparison.table.iterrows():
+                if verdict(row) == kind:
+                    p = "" if math.isnan(row["p_adjusted"]) else f", p = {row['p_adjusted']:.2g}"
+                    text = f"`{row['arm']}` on {comparison.task} ({row['difference']:+.3f}{p})"
+                    entries.setdefault((row["arm"], comparison.task), text)
+        if entries or kind != "not tested":
+            lines.append(f"- **{title}**: {'; '.join(entries.values()) or 'none'}.")
+    failed = results.runs[results.runs["failed"].notna()]
+    if not failed.empty:
+        names = ", ".join(f"`{run['arm']}` (seed {run['seed']}, {run['task']})" for _, run in failed.iterrows())
+        lines.append(f"- **Diverged**, counted as accuracy 0: {names}.")
+    return "\n".join(lines) + "\n"
 
 
 def _how(study: StudyConfig, results: StudyResults) -> str:
-    budget = study.budget
+    budget, rates = study.budget, study.tuning.learning_rate
     critic = study.settings.get("critic_learning_rate")
-    finished = len(results.runs)
+    multiples = [f"`{name}` {arm.samples} times as many" for name, arm in study.arms.items() if arm.samples > 1]
     missing = f"; {len(results.missing)} are missing" if results.missing else ""
     lines = [
         "## How it was measured\n",
-        f"- Every run: {budget.rollouts} rollouts of {budget.responses} responses, {budget.mini_batches} optimizer "
-        f"steps each, from the same warm-started policy; then {budget.test_problems} test problems, sampled at "
+        f"- Every run: {budget.rollouts} rollouts of {budget.responses} responses"
+        + (f" ({', '.join(multiples)})" if multiples else "")
+        + f", {budget.mini_batches} optimizer steps each; then {budget.test_problems} test problems, sampled at "
         "temperature 1 and decoded greedily. No test problem was used to choose anything.",
-        f"- Tuning: the learning rate, {len(study.tuning.learning_rate)} values "
-        f"({', '.join(f'{rate:g}' for rate in study.tuning.learning_rate)}), "
-        f"{len(study.tuning.seeds)} seed(s) each, on task `{study.tuning.task}` and a split of its own; the same for "
-        "every arm that is tuned. Variants of an algorithm take its learning rate."
-        + (f" A learned critic's learning rate is {critic:g} in all arms." if critic else ""),
-        f"- {finished} runs are compared{missing}; every run that finished is in the tables and in `runs.csv`.",
-        "- *Difference*: mean over seeds of the accuracy minus that of "
-        f"`{study.baseline}` from the same seed, with Student's 95 % interval; `p`: paired t-test, adjusted for the "
-        f"number of arms in its table (Benjamini–Hochberg). *Better* or *worse* is p < {SIGNIFICANCE}; all else is "
-        "*not told apart*, which is not the same as equal. Brackets behind a mean are bootstrap intervals over "
-        "seeds, too narrow for so few of them.",
-        "- *Sampled tokens* are those of the responses and of all continuations; *seconds* are wall time on one core "
-        "beside another run.\n",
+        f"- Tuning: the learning rate, {len(rates)} values ({', '.join(f'{rate:g}' for rate in rates)}), "
+        f"{len(study.tuning.seeds)} seed(s) each, on `{study.tuning.task}` and a split of its own; the same for every "
+        "arm that is tuned. Variants of an algorithm take its learning rate."
+        + (f" A learned critic's learning rate is {critic:g} everywhere and was not tuned." if critic else ""),
+        f"- {len(results.runs)} runs are compared{missing}; all that finished are in the tables and in `runs.csv`, "
+        "tuning runs in `tuning.csv`.",
+        "- All runs of a task start from one warm-started policy and are measured on the same test problems: "
+        "intervals are about the randomness of reinforcement learning, not about other policies or problems. Runs of one seed "
+        "see the same problems in the same order; groups see fewer of them, in another order.",
+        f"- *Difference*: mean over seeds of the accuracy minus that of `{study.baseline}` with the same seed, with "
+        "Student's 95 % interval. `p`: paired t-test, adjusted for all comparisons of the study (Benjamini–Hochberg). "
+        f"*Better* or *worse* is p < {SIGNIFICANCE}; all else is *not told apart*, which is not the same as equal. "
+        "Brackets behind a mean are bootstrap intervals over seeds, too narrow for so few of them.",
+        "- *Sampled tokens* are those of rollouts and of all continuations, *rollout tokens* the former alone; "
+        "*seconds* are wall time on one core beside another run.\n",
     ]
     return "\n".join(lines)
 
 
 def _experiment(
-    study: StudyConfig, results: StudyResults, name: str, experiment: Experiment, figures_dir: Path, link: str
-) -> tuple[str, list[tuple[str, str, pd.Series]]]:
-    lines, found = [f"## {name.replace('_', ' ').capitalize()}\n"], []
+    study: StudyConfig, results: StudyResults, name: str, found: list[Comparison], figures_dir: Path, link: str
+) -> str:
+    experiment = found[0].experiment
+    lines = [f"## {name.replace('_', ' ').capitalize()}\n"]
     if experiment.question:
-        lines.append(f"{experiment.question}\n")
-    for task in experiment.tasks:
-        table = comparison_table(study, results, task, experiment.arms)
-        if table.empty:
-            lines.append(f"No run on `{task}` is finished.\n")
-            continue
-        table = table.sort_values("accuracy", ascending=False, ignore_index=True)
-        found += [(name, task, row) for _, row in table.iterrows()]
+        lines.append(f"{experiment.question.strip()}\n")
+    for comparison in found:
+        task, arms = comparison.task, list(comparison.table["arm"])
         if len(experiment.tasks) > 1:
             lines.append(f"### {task}\n")
-        lines.append(_comparison(table, study.baseline))
+        lines.append(_table(comparison.table, study.baseline))
         stem = f"{name}_{task}"
-        plot_accuracies(figures_dir / f"{stem}.png", results, task, list(table["arm"]), f"{name}, {task}")
+        runs = results.runs_of(task, arms, experiment.seeds)
+        plot_accuracies(figures_dir / f"{stem}.png", runs, arms, f"{name}, {task}")
         lines.append(f"\n![Accuracy of every run]({link}/{stem}.png)\n")
     if len(experiment.tasks) == 1 and len(experiment.arms) > 2:
-        lines += _curves(results, experiment, name, figures_dir, link)
-    if len(experiment.tasks) > 1:
-        lines += _across_tasks(study, results, name, experiment, figures_dir, link)
-    return "\n".join(lines), found
+        lines += _curves(results, found[0], figures_dir, link)
+    if len(found) > 1:
+        lines += _across_tasks(study, results, found, figures_dir, link)
+    return "\n".join(lines)
 
 
-def _curves(results: StudyResults, experiment: Experiment, name: str, figures_dir: Path, link: str) -> list[str]:
-    lines, task = [], experiment.tasks[0]
+def _table(table: pd.DataFrame, baseline: str) -> str:
+    rows = []
+    for _, row in table.iterrows():
+        difference = ""
+        if not math.isnan(row["difference"]):
+            difference = f"{row['difference']:+.3f}"
+            if not math.isnan(row["t_low"]):
+                difference += f" [{row['t_low']:+.3f}, {row['t_high']:+.3f}]"
+        rows.append(
+            {
+                "arm": f"**`{row['arm']}`**" if row["arm"] == baseline else f"`{row['arm']}`",
+                "seeds": row["seeds"],
+                "accuracy": f"{row['accuracy']:.3f} {_bracket(row['low'], row['high'])}",
+                "greedy": f"{row['greedy_accuracy']:.3f}",
+                "difference": difference,
+                "p": "" if math.isnan(row["p_adjusted"]) else f"{row['p_adjusted']:.2g}",
+                "verdict": verdict(row),
+                "responses": f"{row['completions']:,.0f}",
+                "steps": f"{row['optimizer_steps']:,.0f}",
+                "rollout tokens": f"{row['rollout_tokens']:,.0f}",
+                "sampled tokens": f"{row['sampled_tokens']:,.0f}",
+                "seconds": f"{row['seconds']:.0f}",
+            }
+        )
+    return markdown_table(pd.DataFrame(rows))
+
+
+def _curves(results: StudyResults, comparison: Comparison, figures_dir: Path, link: str) -> list[str]:
+    lines, experiment, task = [], comparison.experiment, comparison.task
+    arms = [arm for arm in experiment.arms if arm in set(comparison.table["arm"])]
     for x, label in (("completions", "responses trained on"), ("seconds", "seconds (one core)")):
-        curves = training_curves(results, task, experiment.arms, {"reward": "accuracy of rollouts"}, x)
-        plot_curves(figures_dir / f"{name}_over_{x}.png", curves, x, label, experiment.arms, f"{name}, {task}")
-        lines.append(f"![Accuracy over {label}]({link}/{name}_over_{x}.png)\n")
+        curves = training_curves(results, task, arms, experiment.seeds, {"reward": "accuracy of rollouts"}, x)
+        stem = f"{comparison.name}_over_{x}"
+        plot_curves(figures_dir / f"{stem}.png", curves, x, label, arms, f"{comparison.name}, {task}")
+        lines.append(f"![Accuracy over {label}]({link}/{stem}.png)\n")
     return lines
 
 
 def _across_tasks(
-    study: StudyConfig, results: StudyResults, name: str, experiment: Experiment, figures_dir: Path, link: str
+    study: StudyConfig, results: StudyResults, found: list[Comparison], figures_dir: Path, link: str
 ) -> list[str]:
-    gates = [study.tasks[task].gates for task in experiment.tasks]
-    arms = [arm for arm in experiment.arms if arm != study.baseline]
-    lines = []
-    if len(set(gates)) == len(gates):
-        plot_differences(
-            figures_dir / f"{name}_differences.png",
-            results,
-            experiment.tasks,
-            arms,
-            study.baseline,
-            gates,
-            "length of the chain (decisions)",
-        )
-        lines.append(f"![Differences over the length of the chain]({link}/{name}_differences.png)\n")
+    experiment, name, lines = found[0].experiment, found[0].name, []
+    compared = pd.concat(
+        [c.table.assign(task=c.task, **{CHAIN_LENGTH: study.tasks[c.task].gates}) for c in found], ignore_index=True
+    ).dropna(subset=["difference"])
+    if not compared.empty and compared.groupby("arm")[CHAIN_LENGTH].nunique().max() == len(found):
+        data = compared[["arm", "task", CHAIN_LENGTH, "difference", "t_low", "t_high"]]
+        plot_differences(figures_dir / f"{name}_differences.png", data, CHAIN_LENGTH, study.baseline)
+        lines.append(f"![Differences over the {CHAIN_LENGTH}]({link}/{name}_differences.png)\n")
     rows = []
+    reference = _scores(results, experiment.tasks, study.baseline, experiment.seeds)
     for arm in experiment.arms:
-        scores = {task: list(results.scores(task, arm).values()) for task in experiment.tasks}
-        if not all(scores.values()) or len({len(row) for row in scores.values()}) > 1:
-            continue  # an unfinished arm has no mean over tasks
+        scores = _scores(results, experiment.tasks, arm, experiment.seeds)
+        if scores is None:
+            continue
         middle = interquartile_mean(scores)
-        row = {"arm": f"`{arm}`", "interquartile mean": f"{_number(middle.value)} {_bracket(middle.low, middle.high)}"}
-        reference = {task: list(results.scores(task, study.baseline).values()) for task in experiment.tasks}
-        if arm != study.baseline and all(reference.values()):
+        row = {"arm": f"`{arm}`", "interquartile mean": f"{middle.value:.3f} {_bracket(middle.low, middle.high)}"}
+        if arm != study.baseline and reference is not None:
             wins = probability_of_improvement(scores, reference)
             row[f"P(beats `{study.baseline}`)"] = f"{wins.value:.2f} {_bracket(wins.low, wins.high)}"
         rows.append(row)
@@ -215,89 +197,45 @@ def _across_tasks(
     return lines
 
 
-def _verdicts(study: StudyConfig, found: list[tuple[str, str, pd.Series]], results: StudyResults) -> str:
-    lines = ["## What held, what did not, what could not be told\n"]
-    if results.missing:
-        lines.append(f"**This study is not finished: {len(results.missing)} runs are missing.**\n")
-    groups = {
-        "better": f"Better than `{study.baseline}`",
-        "worse": f"Worse than `{study.baseline}`",
-        "not told apart": f"Not told apart from `{study.baseline}`",
-    }
-    for kind, title in groups.items():
-        # Experiments may share runs: each pair of arm and task once, as in the experiment that comes first.
-        entries = {}
-        for _, task, row in found:
-            if verdict(row) == kind:
-                text = f"`{row['arm']}` on {task} ({row['difference']:+.3f}, p = {row['p_adjusted']:.2g})"
-                entries.setdefault((row["arm"], task), text)
-        lines.append(f"- **{title}**: {'; '.join(entries.values()) or 'none'}.")
-    return "\n".join(lines) + "\n"
+def _scores(results: StudyResults, tasks: list[str], arm: str, seeds: list[int]) -> dict[str, list[float]] | None:
+    """Scores of an arm on every task; `None` while some are missing, for then there is no mean over tasks."""
+    scores = {task: list(results.scores(task, arm, seeds).values()) for task in tasks}
+    return scores if all(len(row) == len(seeds) for row in scores.values()) else None
 
 
-def _tuning(results: StudyResults) -> str:
+def _tuning(study: StudyConfig, results: StudyResults) -> str:
     table = results.tuning.groupby(["arm", "learning_rate"])["accuracy"].mean().unstack()
-    table.columns = [f"{rate:g}" for rate in table.columns]
-    table = table.map(_number)
-    table.insert(0, "chosen", [f"{results.learning_rates[arm]:g}" for arm in table.index])
-    table = table.reset_index().rename(columns={"arm": "arm"})
-    table["arm"] = [f"`{arm}`" for arm in table["arm"]]
+    ends = (min(study.tuning.learning_rate), max(study.tuning.learning_rate))
+    rows = []
+    for arm, accuracies in table.iterrows():
+        rate = results.learning_rates[arm]
+        row = {"arm": f"`{arm}`", "chosen": f"{rate:g}" + (" (end of the grid)" if rate in ends else "")}
+        rows.append(row | {f"{rate:g}": f"{accuracy:.3f}" for rate, accuracy in accuracies.items()})
     hours = results.tuning["seconds"].sum() / 3600
-    return "\n".join(
-        [
-            "## Tuning\n",
-            f"Mean accuracy on the tuning split; {len(results.tuning)} runs, {hours:.1f} core hours.\n",
-            markdown_table(table),
-            "",
-        ]
+    return (
+        f"## Tuning\n\nMean accuracy on the tuning split; {len(results.tuning)} runs, {hours:.1f} core hours.\n\n"
+        f"{markdown_table(pd.DataFrame(rows))}\n"
     )
 
 
 def _environment(results: StudyResults) -> str:
     environments = pd.DataFrame(list(results.runs["environment"]))
     lines = ["## Computed with\n"]
+    mixed = []
     for name in environments.columns:
-        values = environments[name].astype(str).unique()
+        values = sorted(environments[name].astype(str).unique())
         lines.append(f"- {name}: {', '.join(values)}")
+        mixed += [name] if len(values) > 1 else []
+    if mixed:
+        lines.append(f"\n**The runs were not all computed with the same {', '.join(mixed)}.**\n")
     hours = results.runs["seconds"].sum() / 3600
     lines.append(f"- core hours of the compared runs: {hours:.1f}")
     return "\n".join(lines) + "\n"
 
 
-def _comparison(table: pd.DataFrame, baseline: str) -> str:
-    rows = []
-    for _, row in table.iterrows():
-        difference = ""
-        if not math.isnan(row["difference"]):
-            difference = f"{row['difference']:+.3f}"
-            if not math.isnan(row["t_low"]):
-                difference += f" {_bracket(row['t_low'], row['t_high'], signed=True)}"
-        rows.append(
-            {
-                "arm": f"**`{row['arm']}`**" if row["arm"] == baseline else f"`{row['arm']}`",
-                "seeds": row["seeds"],
-                "accuracy": f"{_number(row['accuracy'])} {_bracket(row['low'], row['high'])}",
-                "greedy": _number(row["greedy_accuracy"]),
-                "difference": difference,
-                "p": "" if math.isnan(row["p_adjusted"]) else f"{row['p_adjusted']:.2g}",
-                "verdict": verdict(row),
-                "responses": f"{row['completions']:,.0f}",
-                "steps": f"{row['optimizer_steps']:,.0f}",
-                "trained tokens": f"{row['trained_tokens']:,.0f}",
-                "sampled tokens": f"{row['sampled_tokens']:,.0f}",
-                "seconds": f"{row['seconds']:.0f}",
-            }
-        )
-    return markdown_table(pd.DataFrame(rows))
+def _bracket(low: float, high: float) -> str:
+    return f"[{low:.3f}, {high:.3f}]"
 
 
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3f}"
-
-
-def _bracket(low: float, high: float, signed: bool = False) -> str:
-    return f"[{low:+.3f}, {high:+.3f}]" if signed else f"[{low:.3f}, {high:.3f}]"
-
-
-def _relative(folder: Path, start: Path) -> str:
-    return Path(os.path.relpath(folder, start)).as_posix()
+def _is_nested(value: object) -> bool:
+    return isinstance(value, dict | list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,29 @@ class StudyResults:
     learning_rates: dict[str, float]
     missing: list[str]
 
-    def scores(self, task: str, arm: str, column: str = "accuracy") -> dict[int, float]:
-        """A result of each seed's run of an arm on a task."""
+    def scores(
+        self, task: str, arm: str, seeds: Collection[int] | None = None, column: str = "accuracy"
+    ) -> dict[int, Any]:
+        """
+        A result of each seed's run of an arm on a task.
+
+        Args:
+            task (`str`): the task.
+            arm (`str`): the arm.
+            seeds (`Collection[int]`, *optional*): of an experiment; by default all that have run.
+            column (`str`, *optional*, defaults to `"accuracy"`): what to read.
+
+        Returns:
+            `dict[int, Any]`: by seed; empty if none has run.
+        """
+        chosen = self.runs_of(task, [arm], seeds)
+        return {} if chosen.empty else dict(zip(chosen["seed"], chosen[column], strict=True))
+
+    def runs_of(self, task: str, arms: Collection[str], seeds: Collection[int] | None = None) -> pd.DataFrame:
+        """The finished runs of some arms on a task whose accuracy was measured."""
         runs = self.runs
-        chosen = runs[(runs["task"] == task) & (runs["arm"] == arm) & (runs["measure"] == "accuracy")]
-        return dict(zip(chosen["seed"], chosen[column], strict=True))
+        is_chosen = (runs["task"] == task) & runs["arm"].isin(arms) & (runs["measure"] == "accuracy")
+        return runs[is_chosen & (True if seeds is None else runs["seed"].isin(seeds))]
 
 
 def load_results(study: StudyConfig, output_dir: str | Path) -> StudyResults:

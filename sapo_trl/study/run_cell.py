@@ -52,6 +52,8 @@ VALUES_FOLDER = "values"
 _PACKAGES = ("accelerate", "peft", "sapo_trl", "torch", "transformers", "trl")
 # Problems of different seeds do not overlap more than chance has it; these of the evaluation are the same for all.
 _EVALUATION_SEED = 7
+# What torch says of probabilities that are not numbers.
+_SAMPLING_FAILED = "probability tensor contains"
 
 
 def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
@@ -90,8 +92,15 @@ def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
         peft_config=_adapters(cell),
         callbacks=[metrics, *_recorders(cell, args, folder), *([gradients] if gradients else [])],
     )
-    started = time.perf_counter()
-    trainer.train()
+    started, failed = time.perf_counter(), None
+    try:
+        trainer.train()
+        measured = asdict(gradients.result()) if gradients else _evaluation(trainer.model, processor, cell)
+    except (FloatingPointError, RuntimeError) as error:
+        if not isinstance(error, FloatingPointError) and _SAMPLING_FAILED not in str(error):
+            raise
+        # A policy of which nothing is left is a finding, not a mistake: it solves nothing.
+        failed, measured = str(error), {"accuracy": 0.0, "greedy_accuracy": 0.0}
     seconds = time.perf_counter() - started
     result = {
         "arm": cell.arm_name,
@@ -101,17 +110,22 @@ def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
         "learning_rate": cell.learning_rate,
         "split": cell.split,
         "measure": cell.measure,
-        "seconds": seconds,
+        "failed": failed,
+        # Without what only recorded runs pay for.
+        "seconds": seconds - sum(row.get("time/value_diagnostics", 0.0) for row in metrics.rows),
         "optimizer_steps": trainer.state.global_step,
         **_costs(trainer.state.log_history, args),
         "reward_curve": [row["reward"] for row in metrics.rows],
-        **(asdict(gradients.result()) if gradients else _evaluation(trainer.model, processor, cell)),
+        **measured,
         "environment": environment(),
     }
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     # Last, and at once: with this file the cell is finished.
     unfinished = folder / f"{RESULT_NAME}.incomplete"
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    with unfinished.open("w") as file:
+        file.write(json.dumps(result, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.rename(folder / RESULT_NAME)
     return result
 
@@ -123,7 +137,7 @@ def cell_config(cell: Cell, output_dir: Path) -> SAPOConfig:
     settings = {**cell.settings, **cell.arm.settings}
     if cell.measure == "gradient_variance":
         settings["max_grad_norm"] = 0.0
-        if preset_settings(cell.arm.preset).get("critic", "separate") in LEARNED_CRITICS:
+        if {"critic": "separate", **preset_settings(cell.arm.preset), **settings}["critic"] in LEARNED_CRITICS:
             # No gradient of the policy meanwhile; then what is measured is a critic that has seen something.
             settings["critic_warmup_steps"] = budget.rollouts * budget.mini_batches // 2
     return SAPOConfig.from_preset(
@@ -213,15 +227,15 @@ def _recorders(cell: Cell, args: SAPOConfig, folder: Path) -> list[TrainerCallba
 
 
 def _costs(log_history: list[dict[str, float]], args: SAPOConfig) -> dict[str, float]:
-    """What the run has used: responses trained on, and tokens trained on and sampled, continuations included."""
+    """What the run has used: responses and tokens of rollouts, and tokens sampled, continuations included."""
     rows = [row for row in log_history if "reward" in row]
-    trained = sum(row["completions/mean_length"] * args.generation_batch_size for row in rows)
+    rollouts = sum(row["completions/mean_length"] * args.generation_batch_size for row in rows)
     tree = sum(row.get("tree/tokens", 0.0) for row in rows)
     continued = sum(row.get("monte_carlo/tokens", 0.0) for row in rows)
     return {
         "completions": len(rows) * args.generation_batch_size,
-        "trained_tokens": trained,
-        "sampled_tokens": tree or trained + continued,
+        "rollout_tokens": rollouts,
+        "sampled_tokens": tree or rollouts + continued,
     }
 
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from .cells import CELL_NAME, Cell, comparison_cells, result_of, tuning_cells
 from .config import StudyConfig
+from .run_cell import cell_config
 from .task.warm_start import warm_start
 from .tuning import chosen_learning_rates
 
@@ -80,6 +81,7 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
     # What tuning will choose decides no count and (nearly) no time.
     guess = dict.fromkeys([cell.arm_name for cell in tuning], study.tuning.learning_rate[0])
     expected = [*tuning, *comparison_cells(study, guess)]
+    _check_settings(expected, cells_dir)
     with Progress(
         TextColumn("{task.description:<22}"),
         BarColumn(),
@@ -93,6 +95,15 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
         _run_cells(tuning, cells_dir, cache_dir, jobs, show, later=expected[len(tuning) :])
         rates = chosen_learning_rates((cell, result_of(cells_dir / cell.name)) for cell in tuning)
         _run_cells(comparison_cells(study, rates), cells_dir, cache_dir, jobs, show, later=[])
+
+
+def _check_settings(cells: list[Cell], folder: Path) -> None:
+    """Every arm's settings, before hours are spent on others."""
+    for cell in {(cell.arm_name, cell.task_name, cell.measure): cell for cell in cells}.values():
+        try:
+            cell_config(cell, folder)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"arms.{cell.arm_name}: {error}") from error
 
 
 def _make_warm_starts(cells: list[Cell], cache_dir: str | Path, progress: Progress) -> None:

@@ -35,9 +35,9 @@ class Difference:
 
     Args:
         interval ([`Interval`]): the mean difference with its bootstrap interval.
-        t_low (`float`): lower end of Student's interval; NaN with one pair.
+        t_low (`float`): lower end of Student's interval; NaN with one pair, or with equal differences.
         t_high (`float`): its upper end.
-        p_value (`float`): of the two-sided paired t-test; NaN with one pair.
+        p_value (`float`): of the two-sided paired t-test; NaN with one pair, or with equal differences that are not 0.
         pairs (`int`): number of pairs.
     """
 
@@ -89,9 +89,10 @@ def paired_difference(
     interval = mean_interval(differences, confidence=confidence, seed=seed)
     if len(shared) < 2:
         return Difference(interval, np.nan, np.nan, np.nan, len(shared))
-    if np.ptp(differences) == 0:  # no spread to test against
-        p_value = 1.0 if differences[0] == 0 else 0.0
-        return Difference(interval, interval.value, interval.value, p_value, len(shared))
+    if np.ptp(differences) == 0:
+        # Scores are shares of a few hundred problems, so ties happen, and there is no spread to test against.
+        p_value = 1.0 if differences[0] == 0 else np.nan
+        return Difference(interval, np.nan, np.nan, p_value, len(shared))
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(confidence)
     return Difference(interval, float(low), float(high), float(test.pvalue), len(shared))

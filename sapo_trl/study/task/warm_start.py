@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def warm_start(
         `RuntimeError` if the model has not learned the task's form within `max_steps`.
     """
     config = config or WarmStartConfig()
-    folder = Path(cache_dir) / f"study-{_fingerprint(config)}"
+    folder = Path(cache_dir) / f"study-{fingerprint(config)}"
     if folder.exists():
         return folder
     processor = build_task_processor(config.task)
@@ -126,7 +127,8 @@ def warm_start(
     return folder
 
 
-def _fingerprint(config: WarmStartConfig) -> str:
+@lru_cache
+def fingerprint(config: WarmStartConfig) -> str:
     """Of everything that decides the result: settings, the code of this task and of what it builds on, libraries."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     here = Path(__file__).parent
