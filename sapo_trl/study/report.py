@@ -92,8 +92,8 @@ def _how(study: StudyConfig, results: StudyResults) -> str:
         f"- {len(results.runs)} runs are compared{missing}; all that finished are in the tables and in `runs.csv`, "
         "tuning runs in `tuning.csv`.",
         "- All runs of a task start from one warm-started policy and are measured on the same test problems: "
-        "intervals are about the randomness of reinforcement learning, not about other policies or problems. Runs of one seed "
-        "see the same problems in the same order; groups see fewer of them, in another order.",
+        "intervals are about the randomness of reinforcement learning, not about other policies or problems. Runs of "
+        "one seed see the same problems in the same order; groups see fewer of them, in another order.",
         f"- *Difference*: mean over seeds of the accuracy minus that of `{study.baseline}` with the same seed, with "
         "Student's 95 % interval. `p`: paired t-test, adjusted for all comparisons of the study (Benjamini–Hochberg). "
         f"*Better* or *worse* is p < {SIGNIFICANCE}; all else is *not told apart*, which is not the same as equal. "
