@@ -1,4 +1,4 @@
-"""The demo's two pictures."""
+"""The demo's two pictures, and how all of this package's pictures look."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,21 @@ from .embedded import Evaluation
 
 SEGMENT_COLOURS = ("#a6cee3", "#fdbf6f", "#b2df8a", "#fb9a99", "#cab2d6", "#ffff99")
 """Light enough for black text on them; neighbouring segments never share one."""
+
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, darkest first.
+_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
+
+
+def curve_styles(count: int) -> list[dict[str, str]]:
+    """Styles for some curves: marker, line or colour alone tell neighbours apart, markers alone eleven curves."""
+    kinds = (_COLOURS, _LINES, _MARKERS)
+    return [
+        dict(zip(("color", "linestyle", "marker"), (kind[i % len(kind)] for kind in kinds), strict=True))
+        for i in range(count)
+    ]
 
 
 def plot_learning_curve(
@@ -31,7 +46,7 @@ def plot_learning_curve(
         after ([`~sapo_trl.embedded.Evaluation`]):
             On other test problems, after it.
     """
-    figure = _figure(7.5, 4.2)
+    figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
     # A rollout's accuracy is that of the policy before it learned from it.
     seen = [i * responses_per_rollout for i in range(len(accuracies))]
@@ -70,7 +85,7 @@ def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any])
             The problem it answers: `images`, `problem` and `answer`.
     """
     tokens, segment_ids = response["tokens"], response["segment_ids"]
-    figure = _figure(14, 4.4)
+    figure = new_figure(14, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1, 5))
     left.imshow(problem["images"][0], interpolation="nearest")
     left.set_axis_off()
@@ -99,7 +114,8 @@ def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any])
     figure.savefig(path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure without a window, of this size in inches."""
     # Not pyplot: that would choose a backend for the whole process and keep the figure alive.
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

@@ -311,5 +311,5 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     assert all(after[path] == written for path, written in finished.items())
     report = (tmp_path / "runs" / "report.md").read_text()
     assert "missing" not in report
-    for title in ("Are segment critics steadier?", "Do values jump", "Do cuts fall", "geometric-mean ratio"):
+    for title in ("Are segment critics steadier?", "Do values jump", "fall on true borders?", "geometric-mean ratio"):
         assert title in report

@@ -8,16 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..plots import _figure
-
-
-STYLES = (
-    {"color": "#000000", "linestyle": "-", "marker": "o"},
-    {"color": "#0072b2", "linestyle": "--", "marker": "s"},
-    {"color": "#d55e00", "linestyle": ":", "marker": "^"},
-    {"color": "#009e73", "linestyle": "-.", "marker": "D"},
-)
-"""Line, marker and (from Okabe and Ito's palette) colour: any one of them tells the curves apart."""
+from ..plots import curve_styles, new_figure
 
 
 def plot_lift(path: Path, table: pd.DataFrame, title: str) -> list[Path]:
@@ -32,10 +23,10 @@ def plot_lift(path: Path, table: pd.DataFrame, title: str) -> list[Path]:
     Returns:
         `list[Path]`: what was written, the PNG and the CSV.
     """
-    figure = _figure(6.5, 4.2)
+    figure = new_figure(6.5, 4.2)
     axes = figure.add_subplot()
     for style, (name, curve) in zip(
-        _styles(table["curve"].nunique()), table.groupby("curve", sort=False), strict=True
+        curve_styles(table["curve"].nunique()), table.groupby("curve", sort=False), strict=True
     ):
         axes.fill_between(curve["share"], curve["low"], curve["high"], color=style["color"], alpha=0.12, linewidth=0)
         axes.plot(curve["share"], curve["lift"], label=name, markersize=4, linewidth=1.2, **style)
@@ -55,10 +46,10 @@ def plot_ratio_bias(path: Path, table: pd.DataFrame) -> list[Path]:
     Returns:
         `list[Path]`: what was written, the PNG and the CSV.
     """
-    figure = _figure(6.5, 4.2)
+    figure = new_figure(6.5, 4.2)
     axes = figure.add_subplot()
     for style, (column, label) in zip(
-        STYLES, (("bias", "arithmetic − geometric mean"), ("bound", "bound")), strict=False
+        curve_styles(2), (("bias", "arithmetic − geometric mean"), ("bound", "bound")), strict=False
     ):
         # A logarithmic axis has no place for the zeros of updates in which the policy had not moved.
         positive = table[table[column] > 0]
@@ -80,7 +71,7 @@ def plot_borders(path: Path, table: pd.DataFrame) -> list[Path]:
     Returns:
         `list[Path]`: what was written, the PNG and the CSV.
     """
-    figure = _figure(5, 3.8)
+    figure = new_figure(5, 3.8)
     axes = figure.add_subplot()
     _intervals(axes, table["measure"].tolist(), table["value"], table["low"], table["high"], "cuts of the run")
     axes.plot(range(len(table)), table["chance"], "_", color="#d55e00", markersize=28, label="as many random cuts")
@@ -99,16 +90,12 @@ def plot_gradient_noise(path: Path, table: pd.DataFrame) -> list[Path]:
     Returns:
         `list[Path]`: what was written, the PNG and the CSV.
     """
-    figure = _figure(5, 3.8)
+    figure = new_figure(5, 3.8)
     axes = figure.add_subplot()
     ratio, reach = table["noise_to_signal"], 2 * table["noise_to_signal_error"].fillna(0)
     _intervals(axes, table["setting"].tolist(), ratio, ratio - reach, ratio + reach, "± 2 standard errors")
     axes.set(ylabel="trace of covariance / squared mean", title="Noise to signal of the policy's gradient")
     return _save(figure, axes, path, table)
-
-
-def _styles(count: int) -> list[dict[str, str]]:
-    return [STYLES[index % len(STYLES)] for index in range(count)]
 
 
 def _intervals(axes: Axes, names: list[str], values: pd.Series, low: pd.Series, high: pd.Series, label: str) -> None:

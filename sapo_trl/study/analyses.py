@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..analysis import border_agreement, lift_curve, read_responses, read_values, token_jumps, trend_test
-from ..analysis.borders import borders_of, cuts_of
+from ..analysis.borders import cuts_of
 from ..analysis.figures import plot_borders, plot_gradient_noise, plot_lift, plot_ratio_bias
 from ..analysis.lift import STAGES, stages, valued_state_jumps
 from ..analysis.ratio_bias import logged_bias
@@ -16,10 +16,7 @@ from .figures import plot_curves, training_curves
 from .markdown import markdown_table
 from .results import StudyResults, metrics_of
 from .run_cell import RESPONSES_FOLDER, VALUES_FOLDER
-
-
-TRUE_STEPS = r"\n+"
-"""A step of the study's task is a line."""
+from .task.oracle_cuts import border_characters, tokens_at
 
 
 def write_analyses(study: StudyConfig, results: StudyResults, figures_dir: Path, link: str) -> list[str]:
@@ -165,19 +162,22 @@ def _lift(run: pd.Series, figures_dir: Path, link: str) -> str:
 
 def _borders(run: pd.Series, figures_dir: Path, link: str) -> str:
     responses = read_responses(Path(run["folder"]) / RESPONSES_FOLDER, columns=("segment_ids", "tokens"))
-    agreement = border_agreement(
-        [cuts_of(ids) for ids in responses["segment_ids"]],
-        [borders_of(tokens, TRUE_STEPS) for tokens in responses["tokens"]],
-        [len(ids) for ids in responses["segment_ids"]],
-    )
-    table = agreement.table()
-    plot_borders(figures_dir / "borders.png", table)
-    precision, recall = (table.set_index("measure").loc[name] for name in ("precision", "recall"))
-    return (
-        f"## Do cuts fall on the borders of true steps?\n\nOf the cuts of `{run['arm']}` {precision['value']:.0%} do "
-        f"(as many random cuts: {precision['chance']:.0%}), and {recall['value']:.0%} of the borders have a cut "
-        f"(random: {recall['chance']:.0%}).\n\n![Cuts on borders]({link}/borders.png)\n"
-    )
+    lines = []
+    for kind, what in (("steps", "a border of the task's steps"), ("decisions", "a decision")):
+        agreement = border_agreement(
+            [cuts_of(ids) for ids in responses["segment_ids"]],
+            [tokens_at(border_characters("".join(tokens), kind), list(tokens)) for tokens in responses["tokens"]],
+            [len(ids) for ids in responses["segment_ids"]],
+        )
+        table = agreement.table()
+        plot_borders(figures_dir / f"borders_{kind}.png", table)
+        precision, recall = (table.set_index("measure").loc[name] for name in ("precision", "recall"))
+        lines.append(
+            f"{precision['value']:.0%} of the cuts are right behind {what} (as many random cuts: "
+            f"{precision['chance']:.0%}), and {recall['value']:.0%} of these places have a cut (random: "
+            f"{recall['chance']:.0%}).\n\n![Cuts on {kind}]({link}/borders_{kind}.png)\n"
+        )
+    return f"## Do the cuts of `{run['arm']}` fall on true borders?\n\n" + "\n".join(lines)
 
 
 def _first_run(results: StudyResults, task: str, arm: str, recorded: bool = False) -> pd.Series | None:

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..plots import curve_styles, new_figure
 from .results import StudyResults, metrics_of
 from .statistics import mean_interval
 
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, darkest first.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_LINES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _GRID = 40
 """Points on the common axis that runs with unequal steps are read at."""
 
 
 def styles(names: Sequence[str]) -> dict[str, dict]:
-    """A style for each name: no two share both line and marker."""
-    cycle = zip(itertools.cycle(_COLOURS), itertools.cycle(_LINES), itertools.cycle(_MARKERS), strict=False)
-    return {
-        name: {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.4}
-        for name, (colour, line, marker) in zip(names, cycle, strict=False)
-    }
+    """A style for each name."""
+    looks = (look | {"markersize": 4, "linewidth": 1.4} for look in curve_styles(len(names)))
+    return dict(zip(names, looks, strict=True))
 
 
 def training_curves(
@@ -64,11 +56,13 @@ def training_curves(
         grid = np.linspace(0, metrics[x].iloc[-1], _GRID)
         table = pd.DataFrame({"arm": run["arm"], "seed": run["seed"], x: grid})
         for name, label in columns.items():
-            if name in metrics:
-                smooth = metrics[name].rolling(window, min_periods=1, center=True).mean()
-                table[label] = np.interp(grid, metrics[x], smooth)
-            else:
+            logged = metrics.dropna(subset=[name]) if name in metrics else metrics.iloc[:0]
+            if logged.empty:
                 table[label] = np.nan
+                continue
+            # What is measured now and then has as many points as it was measured, and is not smoothed.
+            smooth = logged[name].rolling(window if len(logged) == len(metrics) else 1, 1, center=True).mean()
+            table[label] = np.interp(grid, logged[x], smooth, left=np.nan, right=np.nan)
         tables.append(table)
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
@@ -76,7 +70,7 @@ def training_curves(
 def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Sequence[str], title: str) -> None:
     """One panel per column of [`training_curves`]: the mean over seeds, its bootstrap band where there are several."""
     columns = [name for name in curves.columns if name not in ("arm", "seed", x)]
-    figure = _figure(5.2 * len(columns) + 1.8, 4.0)
+    figure = new_figure(5.2 * len(columns) + 1.8, 4.0)
     panels = figure.subplots(1, len(columns), squeeze=False)[0]
     style = styles(arms)
     for panel, column in zip(panels, columns, strict=True):
@@ -86,7 +80,7 @@ def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Se
                 continue
             # Runs of an arm differ in length on the time axis: where the shortest ends, so does the mean.
             end = of_arm.groupby("seed")[x].max().min()
-            grid = np.linspace(0, end, _GRID)
+            grid = np.linspace(of_arm.groupby("seed")[x].min().max(), end, _GRID)
             rows = np.stack([np.interp(grid, run[x], run[column]) for _, run in of_arm.groupby("seed")])
             panel.plot(grid, rows.mean(axis=0), markevery=6, label=arm, **style[arm])
             if len(rows) > 1:
@@ -111,7 +105,7 @@ def plot_differences(path: Path, data: pd.DataFrame, x: str, baseline: str) -> N
         x (`str`): column of the dial.
         baseline (`str`): what the differences are to.
     """
-    figure = _figure(6.5, 4.2)
+    figure = new_figure(6.5, 4.2)
     panel = figure.add_subplot()
     arms = list(dict.fromkeys(data["arm"]))
     style = styles(arms)
@@ -138,7 +132,7 @@ def plot_accuracies(path: Path, runs: pd.DataFrame, arms: Sequence[str], title: 
         arms (`Sequence[str]`): arms that have runs, from the top.
         title (`str`): above the axes.
     """
-    figure = _figure(7.0, 0.42 * len(arms) + 1.6)
+    figure = new_figure(7.0, 0.42 * len(arms) + 1.6)
     panel = figure.add_subplot()
     for position, arm in enumerate(arms):
         scores = runs.loc[runs["arm"] == arm, "accuracy"]
@@ -165,10 +159,3 @@ def _save(figure: Figure, path: Path, data: pd.DataFrame) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     data.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
-
-
-def _figure(width: float, height: float) -> Figure:
-    # Not pyplot: that would choose a backend for the whole process and keep the figure alive.
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
