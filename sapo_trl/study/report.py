@@ -120,7 +120,7 @@ def _experiment(
         runs = results.runs_of(task, arms, experiment.seeds)
         plot_accuracies(figures_dir / f"{stem}.png", runs, arms, f"{name}, {task}")
         lines.append(f"\n![Accuracy of every run]({link}/{stem}.png)\n")
-    if len(experiment.tasks) == 1 and len(experiment.arms) > 2:
+    if len(experiment.tasks) == 1 and len(found[0].table) > 1:
         lines += _curves(results, found[0], figures_dir, link)
     if len(found) > 1:
         lines += _across_tasks(study, results, found, figures_dir, link)
