@@ -5,7 +5,11 @@ A server that samples from other weights than those that are trained raises no e
 the difference between the trainer's and the sampler's log-probabilities of the same tokens, so every test looks at it.
 """
 
+import json
+import os
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from sapo_trl.generation import SamplerLostError, VLLMServerRollout, train_with_checkpoint
+from sapo_trl.trainer.grpo_bridge import collapsed
 
 from ..testing_utils import FAMILIES, Recorder, sapo_trainer
 from .servers import VLLM_PYTHON, build_text_model, running_server, save_for_vllm
@@ -193,3 +198,62 @@ class TestImages:
             trainer.train()
             print("images:", sampled.differences())
             assert max(sampled.differences()) < IN_SYNC
+
+
+class TestColocatedEngine:
+    @pytest.mark.parametrize("is_collapsed", [True, False])
+    def test_it_answers_the_prompts_that_are_trained_on(self, is_collapsed, qwen2_5_vl_processor, tmp_path):
+        """
+        An engine gets prompts whose runs of image placeholders are collapsed, and makes the trained prompts of them:
+        the same token ids, and transformers' greedy tokens with their log-probabilities. Of expanded ones, which TRL
+        1.16 hands over, it makes others.
+        """
+        family = FAMILIES["qwen2_5_vl"](qwen2_5_vl_processor)
+        model = family.build_model()
+        save_for_vllm(model, family.processing_class, tmp_path / "model")
+        trainer = sapo_trainer(family, tmp_path, model=model)
+        rows = list(trainer.train_dataset.select(range(3)))
+        prompts = trainer.tokenized_prompts(rows)
+        token_ids = prompts.ids
+        if is_collapsed:
+            token_ids = [collapsed(ids, trainer.processing_class.image_token_id) for ids in token_ids]
+        requests = []
+        for row, (ids, images) in enumerate(zip(token_ids, prompts.images, strict=True)):
+            names = [f"{row}-{index}.png" for index in range(len(images))]
+            for name, image in zip(names, images, strict=True):
+                image.save(tmp_path / name)
+            requests.append({"prompt_ids": ids, "images": names})
+        assert any(request["images"] for request in requests)
+        (tmp_path / "requests.json").write_text(json.dumps(requests))
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        script = Path(__file__).with_name("engine.py")
+        result = subprocess.run(
+            [VLLM_PYTHON, str(script), str(tmp_path)],
+            env={**os.environ, **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        answers = json.loads((tmp_path / "answers.json").read_text())
+        if not is_collapsed:
+            assert [answer["prompt_ids"] for answer in answers] != prompts.ids
+            return
+        for row, answer in enumerate(answers):
+            assert answer["prompt_ids"] == prompts.ids[row]
+            batch = prompts.model_inputs([row], [answer["token_ids"]], trainer.tokenizer.pad_token_id, "cpu")
+            with torch.no_grad():
+                logps = trainer.policy_forward(trainer.model, batch).logps[0]
+                logits = model(**logits_inputs(batch)).logits[0, -len(answer["token_ids"]) - 1 : -1]
+            assert logits.argmax(-1).tolist() == answer["token_ids"]
+            torch.testing.assert_close(logps, torch.tensor(answer["logps"]), rtol=0, atol=IN_SYNC)
+
+
+def logits_inputs(batch):
+    """A rollout's batch as the model's forward takes it."""
+    names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+    inputs = {name: batch[name] for name in names if name in batch}
+    inputs["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    inputs["attention_mask"] = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    return inputs
