@@ -95,13 +95,14 @@ def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
     started, failed = time.perf_counter(), None
     try:
         trainer.train()
+        seconds = time.perf_counter() - started
         measured = asdict(gradients.result()) if gradients else _evaluation(trainer.model, processor, cell)
     except (FloatingPointError, RuntimeError) as error:
         if not isinstance(error, FloatingPointError) and _SAMPLING_FAILED not in str(error):
             raise
         # A policy of which nothing is left is a finding, not a mistake: it solves nothing.
+        seconds = time.perf_counter() - started
         failed, measured = str(error), {"accuracy": 0.0, "greedy_accuracy": 0.0}
-    seconds = time.perf_counter() - started
     result = {
         "arm": cell.arm_name,
         "preset": cell.arm.preset,
