@@ -1,0 +1,1 @@
+"""Benchmarks: problems in, generations kept, scores with intervals out."""
