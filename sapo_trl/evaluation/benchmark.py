@@ -1,4 +1,4 @@
-"""What a benchmark is: where its rows are, how one becomes a problem, how an answer scores, what the scores add up to."""
+"""What a benchmark is: its rows, how one becomes a problem, how answers score, and what scores add up to."""
 
 from __future__ import annotations
 
