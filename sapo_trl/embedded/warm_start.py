@@ -1,14 +1,9 @@
 """The supervised warm start: from random weights to a policy that reads well and adds carelessly."""
 
-import hashlib
-import json
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,18 +11,17 @@ from transformers import ProcessorMixin, Qwen2_5_VLForConditionalGeneration
 
 from .drawing import draw_quadrilateral
 from .evaluation import encode_prompts
+from .imitation import IGNORED_LABEL, ImitationStep, Schedule, append_solutions, fingerprint, imitate, save_once
 from .model import build_model
 from .problems import SIDES, Problem, sample_problems
 from .processor import build_processor
 from .solutions import reference_solution
 
 
-IGNORED_LABEL = -100
 READING_TOKENS = 4
 """A reading such as `AB=7` and its newline; its third token is the length."""
 
 VALIDATION_PROBLEMS = 128
-STEPS_PER_VALIDATION = 20
 
 
 @dataclass(frozen=True)
@@ -104,41 +98,19 @@ def warm_start(
         Raises `RuntimeError` if the model has not learned to read within `max_steps`.
     """
     config = config or WarmStartConfig()
-    folder = Path(cache_dir) / f"embedded-{_fingerprint(config)}"
+    folder = Path(cache_dir) / f"embedded-{fingerprint(config, [Path(__file__).parent])}"
     if folder.exists():
         return folder
     processor = build_processor()
     model = build_model(processor.tokenizer, seed=config.seed)
     train(model, processor, config, on_progress)
-    # Written elsewhere and moved at once: a folder under the final name is a finished one.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
-    try:
-        model.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        (unfinished / "warm_start.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process has finished the same folder meanwhile
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    save_once(folder, model, processor, config)
     return folder
 
 
 def default_cache_dir() -> Path:
     """`$SAPO_TRL_CACHE` if set, else `~/.cache/sapo_trl`."""
     return Path(os.environ.get("SAPO_TRL_CACHE") or "~/.cache/sapo_trl").expanduser()
-
-
-def _fingerprint(config: WarmStartConfig) -> str:
-    """Of everything that decides the result: settings, this package's code, and the libraries that compute."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    for library in ("pillow", "tokenizers", "torch", "transformers"):
-        digest.update(version(library).encode())
-    return digest.hexdigest()[:12]
 
 
 def train(
@@ -158,38 +130,29 @@ def train(
     problems = sample_problems(config.problems + VALIDATION_PROBLEMS, seed=config.seed)
     validation = encode_solutions(processor, problems[config.problems :], rng=rng)
     batches = _batches(problems[: config.problems], config.batch_size, rng)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98))
-    step, reading, solved, cooldown_left = 0, 0.0, 0.0, None
-    model.train()
-    while cooldown_left != 0:
-        if cooldown_left is None and step % STEPS_PER_VALIDATION == 0:
-            reading, solved = validation_accuracy(model, validation)
-            if reading >= config.target_reading_accuracy and solved >= config.target_solved:
-                cooldown_left = config.cooldown_steps
-            elif step >= config.max_steps:
-                raise RuntimeError(
-                    f"After {step} steps the warm start with seed={config.seed} reads {reading:.1%} of the lengths "
-                    f"(target {config.target_reading_accuracy:.1%}) and solves {solved:.1%} of the problems (target "
-                    f"{config.target_solved:.1%}). Use another `seed`, or raise `max_steps`."
-                )
-        learning_rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
-        if cooldown_left is not None:
-            learning_rate *= 0.05 + 0.95 * cooldown_left / config.cooldown_steps
-            cooldown_left -= 1
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        error_rate = 0.0 if cooldown_left is None else config.error_rate
-        loss = model(
-            **encode_solutions(processor, next(batches), rng=rng, error_rate=error_rate), use_cache=False
-        ).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
+
+    def draw_batch(cooling: bool) -> dict[str, torch.Tensor]:
+        error_rate = config.error_rate if cooling else 0.0
+        return encode_solutions(processor, next(batches), rng=rng, error_rate=error_rate)
+
+    def on_step(news: ImitationStep[tuple[float, float]]) -> None:
         if on_progress is not None:
-            on_progress(WarmStartProgress(step, loss.item(), reading, solved, cooldown_left))
-    model.eval()
+            on_progress(WarmStartProgress(news.step, news.loss, *news.accuracy, news.cooldown_steps_left))
+
+    (reading, solved), is_reached = imitate(
+        model,
+        Schedule(config.learning_rate, config.warmup_steps, config.cooldown_steps, config.max_steps),
+        draw_batch=draw_batch,
+        measure=lambda: validation_accuracy(model, validation),
+        is_reached=lambda found: found[0] >= config.target_reading_accuracy and found[1] >= config.target_solved,
+        on_step=on_step,
+    )
+    if not is_reached:
+        raise RuntimeError(
+            f"After {config.max_steps} steps the warm start with seed={config.seed} reads {reading:.1%} of the "
+            f"lengths (target {config.target_reading_accuracy:.1%}) and solves {solved:.1%} of the problems (target "
+            f"{config.target_solved:.1%}). Use another `seed`, or raise `max_steps`."
+        )
 
 
 def encode_solutions(
@@ -205,23 +168,8 @@ def encode_solutions(
         {"images": [draw_quadrilateral(p.lengths, rng)], "problem": f"<image>{p.question}", "answer": p.answer}
         for p in problems
     ]
-    inputs = encode_prompts(processor, rows)
-    tokenizer = processor.tokenizer
-    responses = tokenizer(
-        [reference_solution(p, error_rate=error_rate, rng=rng) + tokenizer.eos_token for p in problems],
-        padding=True,
-        padding_side="right",
-        return_tensors="pt",
-    )
-    labels = responses["input_ids"].masked_fill(responses["attention_mask"] == 0, IGNORED_LABEL)
-    response_part = {
-        "input_ids": responses["input_ids"],
-        "attention_mask": responses["attention_mask"],
-        "mm_token_type_ids": torch.zeros_like(labels),
-        "labels": labels,
-    }
-    prompt_part = {**inputs, "labels": torch.full_like(inputs["input_ids"], IGNORED_LABEL)}
-    return prompt_part | {name: torch.cat([prompt_part[name], response_part[name]], 1) for name in response_part}
+    solutions = [reference_solution(p, error_rate=error_rate, rng=rng) for p in problems]
+    return append_solutions(encode_prompts(processor, rows), solutions, processor.tokenizer)
 
 
 @torch.no_grad()

@@ -1,20 +1,19 @@
 """The supervised warm start: from random weights to a policy that reads well and believes things about the signs."""
 
-import hashlib
-import json
 import random
-import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from ... import embedded
 from ...embedded import build_processor
+from ...embedded.imitation import IGNORED_LABEL, Schedule, append_solutions, imitate, save_once
+from ...embedded.imitation import ImitationStep as WarmStartProgress
+from ...embedded.imitation import fingerprint as code_fingerprint
 from .config import TaskConfig
 from .drawing import draw_cells
 from .model import ModelSize, build_model
@@ -25,9 +24,7 @@ from .tokenizer import build_tokenizer
 from .vocabulary import CELLS, FILLER_WORDS
 
 
-IGNORED_LABEL = -100
 VALIDATION_PROBLEMS = 64
-STEPS_PER_VALIDATION = 20
 
 
 @dataclass(frozen=True)
@@ -65,17 +62,6 @@ class WarmStartConfig:
     target: float = 0.95
 
 
-@dataclass(frozen=True)
-class WarmStartProgress:
-    """What the progress callback gets after every step. `accuracy` is measured every 20 steps until the cooldown."""
-
-    step: int
-    loss: float
-    accuracy: float
-    cooldown_steps_left: int | None
-    """`None` before the cooldown."""
-
-
 def build_task_processor(config: TaskConfig) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The processor of a task with pictures, the tokenizer of one without."""
     tokenizer = build_tokenizer()
@@ -111,33 +97,14 @@ def warm_start(
     tokenizer = getattr(processor, "tokenizer", processor)
     model = build_model(tokenizer, pictures=config.task.pictures, size=config.size, seed=config.task.world)
     train(model, processor, config, on_progress)
-    # Written elsewhere and moved at once: a folder under the final name is a finished one.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
-    try:
-        model.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        (unfinished / "warm_start.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process has finished the same folder meanwhile
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    save_once(folder, model, processor, config)
     return folder
 
 
 @lru_cache
 def fingerprint(config: WarmStartConfig) -> str:
     """Of everything that decides the result: settings, the code of this task and of what it builds on, libraries."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    here = Path(__file__).parent
-    for folder in (here, here.parent.parent / "embedded"):
-        for source in sorted(folder.glob("*.py")):
-            digest.update(source.read_bytes())
-    for library in ("pillow", "tokenizers", "torch", "transformers"):
-        digest.update(version(library).encode())
-    return digest.hexdigest()[:12]
+    return code_fingerprint(config, [Path(__file__).parent, Path(embedded.__file__).parent])
 
 
 def train(
@@ -153,35 +120,19 @@ def train(
     tokenizer = getattr(processor, "tokenizer", processor)
     rng = random.Random(f"warm start {task.world}")
     validation = _solved_batch(processor, task, VALIDATION_PROBLEMS, rng, split="tune")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98))
-    step, accuracy, cooldown_left = 0, 0.0, None
-    model.train()
-    while cooldown_left != 0:
-        if cooldown_left is None and step % STEPS_PER_VALIDATION == 0:
-            accuracy = line_accuracy(model, validation, tokenizer)
-            if accuracy >= config.target:
-                cooldown_left = config.cooldown_steps
-            elif step >= config.max_steps:
-                raise RuntimeError(
-                    f"After {step} steps the warm start of {task} writes {accuracy:.1%} of the lines as it should "
-                    f"(target {config.target:.1%}). Use another `world`, or raise `max_steps`."
-                )
-        learning_rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
-        if cooldown_left is not None:
-            learning_rate *= 0.05 + 0.95 * cooldown_left / config.cooldown_steps
-            cooldown_left -= 1
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        batch = _solved_batch(processor, task, config.batch_size, rng)
-        loss = model(**batch, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if on_progress is not None:
-            on_progress(WarmStartProgress(step, loss.item(), accuracy, cooldown_left))
-    model.eval()
+    accuracy, is_reached = imitate(
+        model,
+        Schedule(config.learning_rate, config.warmup_steps, config.cooldown_steps, config.max_steps),
+        draw_batch=lambda cooling: _solved_batch(processor, task, config.batch_size, rng),
+        measure=lambda: line_accuracy(model, validation, tokenizer),
+        is_reached=lambda accuracy: accuracy >= config.target,
+        on_step=on_progress or (lambda news: None),
+    )
+    if not is_reached:
+        raise RuntimeError(
+            f"After {config.max_steps} steps the warm start of {task} writes {accuracy:.1%} of the lines as it should "
+            f"(target {config.target:.1%}). Use another `world`, or raise `max_steps`."
+        )
 
 
 def _solved_batch(
@@ -216,20 +167,8 @@ def encode_solutions(
     rows = [{"problem": question(task, p), "answer": p.answer} for p in problems]
     if task.pictures:
         rows = [row | {"images": [draw_cells(p.numbers, rng)]} for row, p in zip(rows, problems, strict=True)]
-    prompt = dict(encode_prompts(processor, rows))
     tokenizer = getattr(processor, "tokenizer", processor)
-    response = tokenizer(
-        [solution + tokenizer.eos_token for solution in solutions],
-        padding=True,
-        padding_side="right",
-        return_tensors="pt",
-    )
-    labels = response["input_ids"].masked_fill(response["attention_mask"] == 0, IGNORED_LABEL)
-    added = {"input_ids": response["input_ids"], "attention_mask": response["attention_mask"], "labels": labels}
-    if "mm_token_type_ids" in prompt:
-        added["mm_token_type_ids"] = torch.zeros_like(labels)
-    prompt["labels"] = torch.full_like(prompt["input_ids"], IGNORED_LABEL)
-    return prompt | {name: torch.cat([prompt[name], added[name]], 1) for name in added}
+    return append_solutions(encode_prompts(processor, rows), solutions, tokenizer)
 
 
 @torch.no_grad()
