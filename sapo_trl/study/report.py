@@ -14,6 +14,7 @@ from .comparisons import SIGNIFICANCE, Comparison, comparisons, verdict
 from .config import StudyConfig
 from .figures import plot_accuracies, plot_curves, plot_differences, training_curves
 from .markdown import markdown_table
+from .qualification import write_qualification
 from .results import StudyResults
 from .statistics import interquartile_mean, probability_of_improvement
 
@@ -36,12 +37,13 @@ def write_report(study: StudyConfig, results: StudyResults, path: str | Path, fi
     figures_dir.mkdir(parents=True, exist_ok=True)
     link = Path(os.path.relpath(figures_dir, path.parent)).as_posix()
     found = comparisons(study, results)
-    parts = [f"# {study.name}\n", _verdicts(study, found, results), _how(study, results)]
+    parts = [f"# {study.name}\n", _verdicts(study, found, results), write_qualification(study, results)]
+    parts.append(_how(study, results))
     for name, group in groupby(found, key=lambda comparison: comparison.name):
         parts.append(_experiment(study, results, name, list(group), figures_dir, link))
     parts += write_analyses(study, results, figures_dir, link)
     parts += [_tuning(study, results), _environment(results)]
-    path.write_text("\n".join(parts).rstrip() + "\n")
+    path.write_text("\n".join(part for part in parts if part).rstrip() + "\n")
     for name, table in (("runs", results.runs), ("tuning", results.tuning)):
         numbers = [column for column in table.columns if not table[column].map(_is_nested).any()]
         table[numbers].drop(columns="folder", errors="ignore").to_csv(figures_dir / f"{name}.csv", index=False)

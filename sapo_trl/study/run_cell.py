@@ -220,7 +220,7 @@ def _recorders(cell: Cell, args: SAPOConfig, folder: Path) -> list[TrainerCallba
             ValueDiagnostics(
                 every=records.every,
                 num_continuations=records.continuations,
-                max_responses=records.responses,
+                max_responses=records.valued_responses,
                 output_dir=folder / VALUES_FOLDER,
             )
         )
