@@ -101,7 +101,7 @@ def _how(study: StudyConfig, results: StudyResults) -> str:
         f"*Better* or *worse* is p < {SIGNIFICANCE}; all else is *not told apart*, which is not the same as equal. "
         "Brackets behind a mean are bootstrap intervals over seeds, too narrow for so few of them.",
         "- *Sampled tokens* are those of rollouts and of all continuations, *rollout tokens* the former alone; "
-        "*seconds* are wall time on one core beside another run.\n",
+        "*CPU seconds* are those of training on one core, evaluation and analyses aside.\n",
     ]
     return "\n".join(lines)
 
@@ -150,7 +150,7 @@ def _table(table: pd.DataFrame, baseline: str) -> str:
                 "steps": f"{row['optimizer_steps']:,.0f}",
                 "rollout tokens": f"{row['rollout_tokens']:,.0f}",
                 "sampled tokens": f"{row['sampled_tokens']:,.0f}",
-                "seconds": f"{row['seconds']:.0f}",
+                "CPU seconds": f"{row['cpu_seconds']:.0f}",
             }
         )
     return markdown_table(pd.DataFrame(rows))
@@ -159,7 +159,7 @@ def _table(table: pd.DataFrame, baseline: str) -> str:
 def _curves(results: StudyResults, comparison: Comparison, figures_dir: Path, link: str) -> list[str]:
     lines, experiment, task = [], comparison.experiment, comparison.task
     arms = [arm for arm in experiment.arms if arm in set(comparison.table["arm"])]
-    for x, label in (("completions", "responses trained on"), ("seconds", "seconds (one core)")):
+    for x, label in (("completions", "responses trained on"), ("cpu_seconds", "CPU seconds (one core)")):
         curves = training_curves(results, task, arms, experiment.seeds, {"reward": "accuracy of rollouts"}, x)
         stem = f"{comparison.name}_over_{x}"
         plot_curves(figures_dir / f"{stem}.png", curves, x, label, arms, f"{comparison.name}, {task}")
@@ -215,7 +215,7 @@ def _tuning(study: StudyConfig, results: StudyResults) -> str:
         rows.append(row | {f"{rate:g}": f"{accuracy:.3f}" for rate, accuracy in accuracies.items()})
     hours = results.tuning["seconds"].sum() / 3600
     return (
-        f"## Tuning\n\nMean accuracy on the tuning split; {len(results.tuning)} runs, {hours:.1f} core hours.\n\n"
+        f"## Tuning\n\nMean accuracy on the tuning split; {len(results.tuning)} runs, {hours:.1f} hours of runs.\n\n"
         f"{markdown_table(pd.DataFrame(rows))}\n"
     )
 
@@ -231,7 +231,7 @@ def _environment(results: StudyResults) -> str:
     if mixed:
         lines.append(f"\n**The runs were not all computed with the same {', '.join(mixed)}.**\n")
     hours = results.runs["seconds"].sum() / 3600
-    lines.append(f"- core hours of the compared runs: {hours:.1f}")
+    lines.append(f"- hours of compared runs, with their evaluation and recordings: {hours:.1f}")
     return "\n".join(lines) + "\n"
 
 
