@@ -17,7 +17,8 @@ from sapo_trl.cli import main as cli
 from sapo_trl.study import cells
 from sapo_trl.study.cells import RESULT_NAME, Cell, comparison_cells, tuning_cells
 from sapo_trl.study.comparisons import comparisons, verdict
-from sapo_trl.study.config import StudyConfig, load_study
+from sapo_trl.study.config import Qualification, StudyConfig, load_study
+from sapo_trl.study.qualification import qualification_tests, write_qualification
 from sapo_trl.study.report import write_report
 from sapo_trl.study.results import load_results
 from sapo_trl.study.run_cell import METRICS_NAME, cell_config
@@ -47,6 +48,14 @@ TINY = {
     "settings": {"beta": 0.0, "critic_learning_rate": 0.001},
 }
 
+QUALIFICATION = {
+    "task": "short",
+    "seeds": [0, 1, 2, 3, 4],
+    "exact": "better",
+    "controls": ["equal"],
+    "critics": ["sapo"],
+}
+
 
 def study_from(content: dict, folder: Path) -> StudyConfig:
     path = folder / "study.yaml"
@@ -57,7 +66,7 @@ def study_from(content: dict, folder: Path) -> StudyConfig:
 def changed(**sections) -> dict:
     content = json.loads(json.dumps(TINY))
     for name, entries in sections.items():
-        content[name] = {**content[name], **entries} if isinstance(entries, dict) else entries
+        content[name] = {**content.get(name, {}), **entries} if isinstance(entries, dict) else entries
     return content
 
 
@@ -78,6 +87,10 @@ class TestConfig:
             ({"experiments": {"main": {"tasks": ["short"], "arms": ["sapo"] * 2, "seeds": [0]}}}, "something twice"),
             ({"tuning": {"learning_rate": ["1e-3"]}}, "with a decimal point"),
             ({"settings": {"max_steps": 3}}, "'max_steps' is decided by the study"),
+            ({"records": {"arms": ["bettr"]}}, r"records\.arms: 'bettr' is not known\. Did you mean `better`"),
+            ({"qualification": {**QUALIFICATION, "exact": "vineppo"}}, "qualification: 'vineppo' is not known"),
+            ({"qualification": {**QUALIFICATION, "critics": []}}, "qualification: critics is empty"),
+            ({"qualification": {**QUALIFICATION, "seeds": [4, 9]}}, r"no experiment runs 'better' on .* seeds \[9\]"),
             ({"baseline": "grpo"}, r"baseline: 'grpo' is not known"),
         ],
     )  # fmt: skip
@@ -127,6 +140,9 @@ class TestCells:
         study = study_from({**TINY, "records": {"seeds": [0], "every": 5}}, tmp_path)
         compared = comparison_cells(study, {"sapo": 0.001, "better": 0.001, "equal": 0.001})
         assert {cell.seed for cell in compared if cell.records is not None} == {0}
+        recorded = study_from({**TINY, "records": {"seeds": [0, 1], "arms": ["sapo"], "every": 5}}, tmp_path)
+        cells_of_both = comparison_cells(recorded, {"sapo": 0.001, "better": 0.001, "equal": 0.001})
+        assert {(c.arm_name, c.seed) for c in cells_of_both if c.records is not None} == {("sapo", 0), ("sapo", 1)}
         for cell in compared:
             assert Cell.from_json(cell.to_json()) == cell
 
@@ -181,7 +197,8 @@ def write_synthetic_runs(study: StudyConfig, output_dir: Path, effects: dict[str
             "split": cell.split,
             "measure": cell.measure,
             "failed": None,
-            "seconds": 3.0,
+            "seconds": 4.0,
+            "cpu_seconds": 3.0,
             "optimizer_steps": 8,
             "completions": 64,
             "rollout_tokens": 640.0,
@@ -224,6 +241,40 @@ class TestReport:
         rows = [line for line in text.splitlines() if line.startswith("| ") and "responses" not in line]
         assert sum("| 5 | 0." in row for row in rows) == 4 and sum("| 4 | 0." in row for row in rows) == 2 + 2
         assert "P(beats `sapo`)" in text and "| 1.00 [1.000, 1.000] |" in text
+
+    @pytest.mark.parametrize(
+        ("exact", "control", "explained", "verdict"),
+        [
+            ("better", "equal", 0.3, "`short` qualifies"),
+            ("equal", "sapo", 0.3, "does not qualify** (accuracy of `equal` minus that of `sapo`)"),
+            ("better", "equal", 0.0, "does not qualify** (explained variance of Monte-Carlo values by the critic of"),
+            ("sapo_random", "sapo", 0.3, "does not qualify** (accuracy of `sapo_random` minus"),
+            ("better", "equal", None, "does not qualify** (some of its runs are missing)"),
+        ],
+    )
+    def test_a_task_qualifies_by_exact_credit_and_a_critic_that_knows(
+        self, planted, tmp_path, exact, control, explained, verdict
+    ):
+        study, results, _ = planted
+        wanted = Qualification(task="short", seeds=[0, 1, 2, 3, 4], exact=exact, controls=[control], critics=["sapo"])
+        runs, rng = results.runs.copy(), np.random.default_rng(0)
+        folders = []
+        for _, run in runs.iterrows():
+            folder = tmp_path / "runs" / Path(run["folder"]).name
+            folder.mkdir(parents=True)
+            rows = [json.loads(line) for line in (Path(run["folder"]) / METRICS_NAME).read_text().splitlines()]
+            if explained is not None:
+                rows[0]["value_diagnostics/explained_variance"] = 0.9  # not the last one: says nothing
+                rows[2]["value_diagnostics/explained_variance"] = explained + rng.normal(0, 0.05)
+            (folder / METRICS_NAME).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            folders.append(str(folder))
+        runs["folder"] = folders
+        results = replace(results, runs=runs)
+        text = write_qualification(replace(study, qualification=wanted), results)
+        assert verdict in text
+        if explained == 0.3:
+            tests = list(qualification_tests(wanted, results).values())
+            assert tests[1].interval.value == pytest.approx(0.3, abs=0.1) and tests[1].pairs == 5
 
     def test_every_picture_is_there_with_its_data(self, planted):
         _, _, folder = planted

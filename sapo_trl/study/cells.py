@@ -139,7 +139,8 @@ def result_of(folder: Path) -> dict[str, Any] | None:
 def _cell(
     study: StudyConfig, arm: str, task: str, seed: int, learning_rate: float, split: str, measure: str = "accuracy"
 ) -> Cell:
-    recorded = split == "test" and measure == "accuracy" and seed in study.records.seeds
+    records = study.records
+    recorded = split == "test" and measure == "accuracy" and seed in records.seeds and arm in (records.arms or [arm])
     return Cell(
         arm_name=arm,
         arm=study.arms[arm],
@@ -153,7 +154,7 @@ def _cell(
         warm_start=study.warm_start,
         split=split,
         measure=measure,
-        records=replace(study.records, seeds=[]) if recorded else None,
+        records=replace(records, seeds=[], arms=[]) if recorded else None,
     )
 
 

@@ -14,7 +14,7 @@ from .statistics import adjusted_p_values, mean_interval, paired_difference
 
 
 SIGNIFICANCE = 0.05
-COSTS = ("completions", "optimizer_steps", "rollout_tokens", "sampled_tokens", "seconds")
+COSTS = ("completions", "optimizer_steps", "rollout_tokens", "sampled_tokens", "cpu_seconds")
 
 
 @dataclass(frozen=True)

@@ -173,16 +173,46 @@ class Records:
 
     Args:
         seeds (`list[int]`, *optional*): seeds whose runs are recorded; by default none.
-        every (`int`, *optional*, defaults to `10`): every so many rollouts.
+        arms (`list[str]`, *optional*): arms whose runs are recorded; by default all.
+        every (`int`, *optional*, defaults to `10`): every so many rollouts, the first one included.
         responses (`int`, *optional*, defaults to `32`): responses of a recorded rollout.
+        valued_responses (`int`, *optional*, defaults to `8`): of these, how many a learned critic is examined on.
         continuations (`int`, *optional*, defaults to `0`):
             continuations for the Monte-Carlo values that a learned critic is compared with; `0` compares none.
     """
 
     seeds: list[int] = field(default_factory=list)
+    arms: list[str] = field(default_factory=list)
     every: int = 10
     responses: int = 32
+    valued_responses: int = 8
     continuations: int = 0
+
+
+@dataclass(frozen=True)
+class Qualification:
+    """
+    What has to hold before a task may compare algorithms: exact credit is worth something on it, and a critic can
+    learn something.
+
+    Args:
+        task (`str`): the task.
+        seeds (`list[int]`): seeds of the runs.
+        exact (`str`): the arm with exact (Monte-Carlo) values.
+        controls (`list[str]`): arms without credit inside a response, which it has to beat.
+        critics (`list[str]`): arms whose critics' values have to explain Monte-Carlo values, in recorded runs.
+    """
+
+    task: str
+    seeds: list[int]
+    exact: str
+    controls: list[str]
+    critics: list[str]
+
+    def __post_init__(self):
+        for name in ("seeds", "controls", "critics"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: name at least one.")
 
 
 @dataclass(frozen=True)
@@ -202,6 +232,7 @@ class StudyConfig:
         model ([`~sapo_trl.study.task.ModelSize`]): size of the model.
         warm_start (`dict`): further settings of [`~sapo_trl.study.task.WarmStartConfig`].
         baseline (`str`): the arm that differences are taken to.
+        qualification ([`Qualification`], *optional*): what the report asks of the task first.
     """
 
     name: str
@@ -215,9 +246,13 @@ class StudyConfig:
     model: ModelSize = field(default_factory=ModelSize)
     warm_start: dict[str, Any] = field(default_factory=dict)
     baseline: str = "sapo"
+    qualification: Qualification | None = None
 
     def __post_init__(self):
         _check_settings(self.settings)
+        for name in self.records.arms:
+            _check_name("records.arms", name, self.arms)
+        self._check_qualification()
         for name in self.warm_start:
             _check_name("warm_start", name, {f.name for f in fields(WarmStartConfig)} - {"task", "size"})
         _check_name("baseline", self.baseline, self.arms)
@@ -237,6 +272,26 @@ class StudyConfig:
                 raise ValueError(
                     f"experiments.{name}.seeds and tuning.seeds share {sorted(shared)}: settings would be chosen on "
                     "runs that are compared."
+                )
+
+    def _check_qualification(self) -> None:
+        wanted = self.qualification
+        if wanted is None:
+            return
+        _check_name("qualification.task", wanted.task, self.tasks)
+        for arm in (wanted.exact, *wanted.controls, *wanted.critics):
+            _check_name("qualification", arm, self.arms)
+            missing = [
+                seed
+                for seed in wanted.seeds
+                if not any(
+                    wanted.task in e.tasks and arm in e.arms and seed in e.seeds and e.measure == "accuracy"
+                    for e in self.experiments.values()
+                )
+            ]
+            if missing:
+                raise ValueError(
+                    f"qualification: no experiment runs {arm!r} on {wanted.task!r} with the seeds {missing}."
                 )
 
 
@@ -260,7 +315,13 @@ def load_study(path: str | Path) -> StudyConfig:
         if not isinstance(entries, Mapping) or not entries:
             raise ValueError(f"{name} is missing in {str(path)!r}: a mapping from names to their settings.")
         sections[name] = {key: _build(kind, entry or {}, f"{name}.{key}") for key, entry in entries.items()}
-    for name, kind in (("tuning", Tuning), ("budget", Budget), ("records", Records), ("model", ModelSize)):
+    for name, kind in (
+        ("tuning", Tuning),
+        ("budget", Budget),
+        ("records", Records),
+        ("model", ModelSize),
+        ("qualification", Qualification),
+    ):
         if name in content:
             sections[name] = _build(kind, content.pop(name), name)
     return _build(StudyConfig, {**content, **sections}, str(path))

@@ -42,7 +42,7 @@ def training_curves(
         arms (`Sequence[str]`): arms, of which some may have no run.
         seeds (`Sequence[int]`): seeds, of which some may have no run.
         columns (`dict[str, str]`): logged names, and what to call them.
-        x (`str`, *optional*, defaults to `"completions"`): `"completions"` or `"seconds"`.
+        x (`str`, *optional*, defaults to `"completions"`): `"completions"` or `"cpu_seconds"`.
 
     Returns:
         `pd.DataFrame`: `arm`, `seed`, the axis and the columns (NaN where a run logs none).

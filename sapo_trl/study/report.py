@@ -14,6 +14,7 @@ from .comparisons import SIGNIFICANCE, Comparison, comparisons, verdict
 from .config import StudyConfig
 from .figures import plot_accuracies, plot_curves, plot_differences, training_curves
 from .markdown import markdown_table
+from .qualification import write_qualification
 from .results import StudyResults
 from .statistics import interquartile_mean, probability_of_improvement
 
@@ -36,12 +37,13 @@ def write_report(study: StudyConfig, results: StudyResults, path: str | Path, fi
     figures_dir.mkdir(parents=True, exist_ok=True)
     link = Path(os.path.relpath(figures_dir, path.parent)).as_posix()
     found = comparisons(study, results)
-    parts = [f"# {study.name}\n", _verdicts(study, found, results), _how(study, results)]
+    parts = [f"# {study.name}\n", _verdicts(study, found, results), write_qualification(study, results)]
+    parts.append(_how(study, results))
     for name, group in groupby(found, key=lambda comparison: comparison.name):
         parts.append(_experiment(study, results, name, list(group), figures_dir, link))
     parts += write_analyses(study, results, figures_dir, link)
     parts += [_tuning(study, results), _environment(results)]
-    path.write_text("\n".join(parts).rstrip() + "\n")
+    path.write_text("\n".join(part for part in parts if part).rstrip() + "\n")
     for name, table in (("runs", results.runs), ("tuning", results.tuning)):
         numbers = [column for column in table.columns if not table[column].map(_is_nested).any()]
         table[numbers].drop(columns="folder", errors="ignore").to_csv(figures_dir / f"{name}.csv", index=False)
@@ -99,7 +101,7 @@ def _how(study: StudyConfig, results: StudyResults) -> str:
         f"*Better* or *worse* is p < {SIGNIFICANCE}; all else is *not told apart*, which is not the same as equal. "
         "Brackets behind a mean are bootstrap intervals over seeds, too narrow for so few of them.",
         "- *Sampled tokens* are those of rollouts and of all continuations, *rollout tokens* the former alone; "
-        "*seconds* are wall time on one core beside another run.\n",
+        "*CPU seconds* are those of training on one core, evaluation and analyses aside.\n",
     ]
     return "\n".join(lines)
 
@@ -148,7 +150,7 @@ def _table(table: pd.DataFrame, baseline: str) -> str:
                 "steps": f"{row['optimizer_steps']:,.0f}",
                 "rollout tokens": f"{row['rollout_tokens']:,.0f}",
                 "sampled tokens": f"{row['sampled_tokens']:,.0f}",
-                "seconds": f"{row['seconds']:.0f}",
+                "CPU seconds": f"{row['cpu_seconds']:.0f}",
             }
         )
     return markdown_table(pd.DataFrame(rows))
@@ -157,7 +159,7 @@ def _table(table: pd.DataFrame, baseline: str) -> str:
 def _curves(results: StudyResults, comparison: Comparison, figures_dir: Path, link: str) -> list[str]:
     lines, experiment, task = [], comparison.experiment, comparison.task
     arms = [arm for arm in experiment.arms if arm in set(comparison.table["arm"])]
-    for x, label in (("completions", "responses trained on"), ("seconds", "seconds (one core)")):
+    for x, label in (("completions", "responses trained on"), ("cpu_seconds", "CPU seconds (one core)")):
         curves = training_curves(results, task, arms, experiment.seeds, {"reward": "accuracy of rollouts"}, x)
         stem = f"{comparison.name}_over_{x}"
         plot_curves(figures_dir / f"{stem}.png", curves, x, label, arms, f"{comparison.name}, {task}")
@@ -213,7 +215,7 @@ def _tuning(study: StudyConfig, results: StudyResults) -> str:
         rows.append(row | {f"{rate:g}": f"{accuracy:.3f}" for rate, accuracy in accuracies.items()})
     hours = results.tuning["seconds"].sum() / 3600
     return (
-        f"## Tuning\n\nMean accuracy on the tuning split; {len(results.tuning)} runs, {hours:.1f} core hours.\n\n"
+        f"## Tuning\n\nMean accuracy on the tuning split; {len(results.tuning)} runs, {hours:.1f} hours of runs.\n\n"
         f"{markdown_table(pd.DataFrame(rows))}\n"
     )
 
@@ -229,7 +231,7 @@ def _environment(results: StudyResults) -> str:
     if mixed:
         lines.append(f"\n**The runs were not all computed with the same {', '.join(mixed)}.**\n")
     hours = results.runs["seconds"].sum() / 3600
-    lines.append(f"- core hours of the compared runs: {hours:.1f}")
+    lines.append(f"- hours of compared runs, with their evaluation and recordings: {hours:.1f}")
     return "\n".join(lines) + "\n"
 
 

@@ -98,7 +98,7 @@ def metrics_of(run: pd.Series) -> pd.DataFrame:
     metrics = pd.DataFrame(rows)
     per_rollout = run["completions"] / max(len(metrics), 1)
     metrics["completions"] = [index * per_rollout for index in range(len(metrics))]
-    metrics["seconds"] = [index * run["seconds"] / max(len(metrics), 1) for index in range(len(metrics))]
+    metrics["cpu_seconds"] = [index * run["cpu_seconds"] / max(len(metrics), 1) for index in range(len(metrics))]
     return metrics
 
 
