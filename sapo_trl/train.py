@@ -118,8 +118,16 @@ class TrainArguments:
 
     def __post_init__(self):
         # Every mistake that can be seen without data shows at once.
-        if isinstance(self.columns, str):
-            self.columns = json.loads(self.columns)
+        if isinstance(self.columns, str):  # from the command line
+            try:
+                self.columns = json.loads(self.columns)
+            except json.JSONDecodeError:
+                pass
+        if self.columns is not None and not isinstance(self.columns, dict):
+            raise ValueError(
+                f"`columns` must name columns, such as {{problem: question, answer: final}} in YAML or "
+                f'{{"problem": "question", "answer": "final"}} on the command line, got {self.columns!r}.'
+            )
         check_roles(self.columns or {})
         if self.dataset_format is not None and self.dataset_format not in FORMATS:
             raise ValueError(
@@ -167,7 +175,8 @@ def main(argv: Sequence[str]) -> int:
         splits.append(arguments.dataset_test_split)
     with training_args.main_process_first(desc="preparing data"):  # the others read what it has cached
         loaded = [load_prompts(arguments, split, training_args.seed, processing_class) for split in splits]
-    train_dataset, eval_dataset = [dataset for dataset, _ in [*loaded, (None, None)][:2]]
+    train_dataset = loaded[0][0]
+    eval_dataset = loaded[1][0] if len(loaded) > 1 else None
     reports = [report for _, report in loaded if report is not None]
     if training_args.should_save and reports and not arguments.streaming:
         rich.print(*reports, sep="\n")

@@ -75,6 +75,11 @@ class TestImages:
             assert fitted.data == fitted.source == data
             assert fitted.before == fitted.after == (32, 24)
 
+    def test_pictures_in_memory(self):
+        for mode, colour in (("RGB", "red"), ("CMYK", (0, 255, 255, 0)), ("RGBA", (255, 0, 0, 255))):
+            fitted = fit_image(Image.new(mode, (4, 2), colour), ImageLimits(min_pixels=32))
+            assert (decoded(fitted.data).size, decoded(fitted.data).getpixel((0, 0))) == ((8, 4), (255, 0, 0))
+
     def test_every_mode_becomes_rgb(self):
         grey = np.array([[0, 32768, 65535]], dtype=np.uint16)
         assert np.array(decoded(fit_image(encoded(Image.fromarray(grey))).data))[0, :, 0].tolist() == [0, 128, 255]
@@ -126,6 +131,9 @@ class TestImages:
             (None, "missing image"),
             ({"bytes": None, "path": None}, "missing image"),
             ("https://example.org/a.png", "missing image"),
+            ("/" + "A" * 5000, "missing image"),
+            ("\0.png", "missing image"),
+            (Image.new("F", (3, 3)), "unreadable image"),
             (b"", "empty image"),
             (Image.new("RGB", (0, 5)), "empty image"),
             (b"GIF89a nonsense", "unreadable image"),
@@ -138,7 +146,7 @@ class TestImages:
             (png_header(10_000, 9_000), "huge image"),
             (png_header(402, 2), "narrow image"),
         ],
-        ids=str,
+        ids=lambda value: repr(value)[:30],
     )
     def test_reasons(self, value, reason):
         with pytest.raises(BadRow) as error:

@@ -157,6 +157,7 @@ class TestPublishedSchemas:
             for c in ("main", "socratic")
         ]
         (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+        Image.new("RGB", (9, 9)).save(tmp_path / "logo.png")  # no row
         settings = {"dataset_format": "gsm8k", "dataset_config": "socratic"}
         assert load_prompts(arguments(tmp_path, **settings), "train")[0][0]["prompt"][0]["content"] == "socratic?"
 
@@ -246,6 +247,7 @@ class TestSettings:
         [
             ({"prompt_template": "boxd"}, "Did you mean `boxed`"),
             ({"dataset_format": "geometry"}, "none of .*Did you mean `geometry3k`"),
+            ({"columns": "question"}, "`columns` must name columns.*got 'question'"),
             ({"columns": {"question": "q"}}, r"`columns` names a column for \['question'\]"),
             ({"columns": {"problem": "q"}, "dataset_format": "math"}, "Either `dataset_format` or `columns`"),
             ({"min_pixels": 900, "max_pixels": 800}, "must not exceed"),

@@ -155,6 +155,8 @@ class _Preparation:
     folders: tuple[Path, ...]
     processor: Processing | None
     max_prompt_length: int | None
+    version: int = 1
+    """To be raised when this package does something else to a row: `map`'s cache knows settings, not code."""
 
     def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         try:
@@ -184,7 +186,7 @@ class _Preparation:
             tokens = count_tokens(self.processor, prompt, [Image.open(io.BytesIO(image.data)) for image in fitted])
             if tokens > self.max_prompt_length:
                 raise BadRow("long prompt", f"{tokens} tokens, more than max_prompt_length={self.max_prompt_length}")
-        digest = hashlib.blake2b(json.dumps([prompt, str(answer)]).encode(), digest_size=16)
+        digest = hashlib.blake2b(json.dumps([prompt, str(answer)], default=str).encode(), digest_size=16)
         for image in fitted:
             digest.update(hashlib.blake2b(image.source).digest())
         sizes = [[*image.before, *image.after] for image in fitted]
@@ -237,7 +239,7 @@ def count_tokens(processor: Processing, prompt: str | list[dict[str, Any]], imag
 
 def _check_places(prompt: str | list[dict[str, Any]], images: list[Any] | None) -> None:
     """By TRL's own rule, where TRL would put pictures into a prompt."""
-    if not images and isinstance(prompt, str):
+    if images is None or (not images and isinstance(prompt, str)):
         return
     if isinstance(prompt, str):
         raise BadRow("image count", "a prompt of plain text has no place for pictures; write it as messages")

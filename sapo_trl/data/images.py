@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from .question import BadRow
 
 
 # Pillow finds the format by content. It would also run Ghostscript on PostScript, and has decoders that few test.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FILE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 MAX_SOURCE_PIXELS = 89_478_485
 """Width times height that is still decoded: a quarter of a GiB, where Pillow starts to warn of decompression bombs."""
@@ -65,7 +66,7 @@ class FittedImage:
     """A picture that can be trained on: RGB, upright, within the limits."""
 
     source: bytes
-    """The file it came from; PNG of a picture that had none."""
+    """The file it came from; PNG of a PIL image."""
     data: bytes
     """The file to train on: the source, if there was nothing to change, else PNG."""
     before: tuple[int, int]
@@ -90,18 +91,20 @@ def fit_image(value: Any, limits: ImageLimits | None = None, folders: Sequence[P
         [`FittedImage`]. Raises [`BadRow`] for a picture that is missing, unreadable, huge or narrow.
     """
     if isinstance(value, Image.Image):
-        # Checked first: a picture without pixels cannot be written either.
         _check_size(*value.size)
-        value = _png(value)
+        try:
+            value = _png(_rgb(value))
+        except Exception as error:  # it may be open, but not read yet
+            raise BadRow("unreadable image", f"{type(error).__name__}: {error}") from error
     source = _read(value, folders)
     if not source:
         raise BadRow("empty image", "a file of 0 bytes")
     try:
-        image = Image.open(io.BytesIO(source), formats=FORMATS)
+        image = Image.open(io.BytesIO(source), formats=FILE_FORMATS)
     except Image.DecompressionBombError as error:
         raise BadRow("huge image", str(error)) from error
     except UnidentifiedImageError as error:
-        raise BadRow("unreadable image", f"none of {', '.join(FORMATS)}, or without width or height") from error
+        raise BadRow("unreadable image", f"none of {', '.join(FILE_FORMATS)}, or without width or height") from error
     except Exception as error:  # what a decoder raises on a file made to break it is anyone's guess
         raise BadRow("unreadable image", f"{type(error).__name__}: {error}") from error
     _check_size(*image.size)
@@ -125,9 +128,13 @@ def _read(value: Any, folders: Sequence[Path]) -> bytes:
     if not isinstance(path, str | Path) or not str(path):
         raise BadRow("missing image", f"neither bytes nor a path: {value!r}")
     for candidate in (Path(path), *(folder / path for folder in folders)):
-        if candidate.is_absolute() and candidate.is_file():
-            return candidate.read_bytes()
-    raise BadRow("missing image", f"no file {str(path)!r}")
+        # `os.path.isfile`, because `Path.is_file` raises for a name that is too long, such as a whole file in base64.
+        if candidate.is_absolute() and os.path.isfile(candidate):
+            try:
+                return candidate.read_bytes()
+            except OSError as error:
+                raise BadRow("missing image", str(error)) from error
+    raise BadRow("missing image", f"no file {str(path)[:200]!r}")
 
 
 def _check_size(width: int, height: int) -> None:
@@ -158,7 +165,5 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _png(image: Image.Image) -> bytes:
     """Written fast rather than small: files live in a cache."""
     buffer = io.BytesIO()
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        image = image.convert("RGB")
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

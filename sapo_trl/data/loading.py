@@ -13,6 +13,8 @@ from PIL import Image
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 """From the ending of a file with rows to what reads it. Nothing among them runs code from the data, or unpickles."""
 
+_IMAGE_FOLDER = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
 
 def load_rows(
     name: str, config: str | None = None, split: str = "train", streaming: bool = False
@@ -48,9 +50,10 @@ def load_rows(
     elif path.is_dir():
         tables, beside_pictures = _tables(path)
         folders = tuple(sorted({table.resolve().parent for table in tables})) or (path.resolve(),)
-        if any(table.stem == "metadata" for table in tables):
+        if beside_pictures and any(table.name in _IMAGE_FOLDER for table in tables):
             arguments = {"path": "imagefolder", "data_dir": str(path)}
-        elif tables and beside_pictures:  # which `load_dataset` would take for the rows where they are more
+        elif tables and beside_pictures and not _names_its_files(path):
+            # Where there are more pictures than tables, `load_dataset` would take them for the rows.
             suffix = Counter(table.suffix for table in tables).most_common(1)[0][0]
             base = str(path.resolve())
             files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[suffix])
@@ -74,6 +77,12 @@ def load_rows(
             "`dataset_test_split`."
         )
     return (dataset[split] if base_split == split else load_dataset(**arguments, split=split)), folders
+
+
+def _names_its_files(folder: Path) -> bool:
+    """Whether it is a clone of a hub data set whose card says which files are which split."""
+    card = folder / "README.md"
+    return card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def _builder(suffix: str) -> str:
