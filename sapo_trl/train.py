@@ -1,21 +1,40 @@
 """`sapo-trl train`: [`SAPOTrainer`] from a YAML file and the command line."""
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+import rich
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from . import rewards
 from .config import SAPOConfig
-from .data import to_prompts
+from .data import (
+    FORMATS,
+    TEMPLATES,
+    CleaningReport,
+    DataFormat,
+    ImageLimits,
+    clean_prompts,
+    load_rows,
+    own_columns,
+    save_reports,
+    to_prompts,
+)
+from .data.formats import FORMAT_OF_HUB_ID
+from .data.own_columns import check_roles
+from .data.templates import template_text
 from .embedded import default_cache_dir, load_processor, make_problems, warm_start
 from .stop_on_signal import StopOnSignal
 from .trainer import SAPOTrainer
+from .validation import nearest_name
 
 
 EMBEDDED = "embedded"
@@ -29,32 +48,103 @@ class TrainArguments:
 
     Args:
         dataset_name (`str`, *optional*, defaults to `"embedded"`):
-            `"embedded"`, a local path or a hub id. The data set has a column `prompt` as TRL expects it, or the
-            columns `images`, `problem` and `answer`, which are converted.
+            `"embedded"`, a hub id, a file or a folder, see [`~sapo_trl.data.load_rows`]. `"embedded"` is taken as it
+            is: of the settings below only the splits and `embedded_problems` concern it.
         dataset_config (`str`, *optional*):
             Configuration of the data set.
+        dataset_format (`str`, *optional*):
+            A name from [`~sapo_trl.data.formats.FORMATS`], for copies of a data set that is known. Its own hub id
+            needs none. A data set with a column `prompt` is taken to have TRL's form.
+        columns (`dict[str, str]`, *optional*):
+            Columns of a data set of your own, such as `{problem: question, answer: final, images: figure}`. By default
+            `problem`, `answer` and, if there is one, `images` or `image`.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
+            Split to train on, or a slice of it such as `"train[:90%]"`.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
             Split to evaluate on, if `eval_strategy` is set.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows as they are needed. `max_steps` must be set.
         embedded_problems (`int`, *optional*, defaults to `8192`):
             Number of problems of the embedded data set's training split, at most 23,916.
-        instruction (`str`, *optional*):
-            Appended to each `problem`, such as a demand to end with a `\\boxed{}`.
+        prompt_template (`str`, *optional*, defaults to `"none"`):
+            What stands around each question: a name from [`~sapo_trl.data.templates.TEMPLATES`], or a text, with
+            `{problem}` or to follow the question.
+        conversational (`bool`, *optional*, defaults to `True`):
+            `False` for prompts of plain text, for models without a chat template. Text data only.
+        min_pixels (`int`, *optional*):
+            Pixels that smaller pictures are enlarged to.
+        max_pixels (`int`, *optional*):
+            Pixels that larger pictures are reduced to.
+        max_prompt_length (`int`, *optional*):
+            Tokens of a prompt, those of its pictures included. Longer ones are left out.
+        strict (`bool`, *optional*, defaults to `False`):
+            Rows that cannot be used are an error. By default they are left out, counted and listed in
+            `OUTPUT_DIR/data_report.json`.
         reward_funcs (`list[str]`, *optional*, defaults to `["accuracy_reward"]`):
             Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`.
     """
 
-    dataset_name: str = field(default=EMBEDDED, metadata={"help": "'embedded', a local path or a hub id."})
+    dataset_name: str = field(default=EMBEDDED, metadata={"help": "'embedded', a hub id, a file or a folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    dataset_format: str | None = field(
+        default=None, metadata={"help": f"Format of a copy of a known data set: one of {', '.join(FORMATS)}."}
+    )
+    columns: dict[str, str] | str | None = field(
+        default=None,
+        metadata={"help": 'Columns of another data set, as in \'{"problem": "question", "answer": "final"}\'.'},
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, or a slice of it."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, or a slice of it."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; set `max_steps`."})
     embedded_problems: int = field(default=8192, metadata={"help": "Training problems of the embedded data set."})
-    instruction: str | None = field(default=None, metadata={"help": "Appended to each `problem`."})
+    prompt_template: str = field(
+        default="none",
+        metadata={"help": f"One of {', '.join(TEMPLATES)}; or a text, with {{problem}} or to follow the question."},
+    )
+    conversational: bool = field(
+        default=True,
+        metadata={"help": "Whether prompts are messages; plain text is for models without chat template."},
+    )
+    min_pixels: int | None = field(default=None, metadata={"help": "Pixels that smaller pictures are enlarged to."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Pixels that larger pictures are reduced to."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt, pictures included; longer ones are left out."}
+    )
+    strict: bool = field(default=False, metadata={"help": "Rows that cannot be used are an error, not left out."})
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy_reward"],
         metadata={"help": "Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`."},
     )
+
+    def __post_init__(self):
+        # Every mistake that can be seen without data shows at once.
+        if isinstance(self.columns, str):  # from the command line
+            try:
+                self.columns = json.loads(self.columns)
+            except json.JSONDecodeError:
+                pass
+        if self.columns is not None and not isinstance(self.columns, dict):
+            raise ValueError(
+                f"`columns` must name columns, such as {{problem: question, answer: final}} in YAML or "
+                f'{{"problem": "question", "answer": "final"}} on the command line, got {self.columns!r}.'
+            )
+        check_roles(self.columns or {})
+        if self.dataset_format is not None and self.dataset_format not in FORMATS:
+            raise ValueError(
+                f"`dataset_format={self.dataset_format!r}` is none of {list(FORMATS)}."
+                f"{nearest_name(self.dataset_format, FORMATS)}"
+            )
+        if self.dataset_format is not None and self.columns:
+            raise ValueError("Either `dataset_format` or `columns` says what a row is made of; set one of them.")
+        template_text(self.prompt_template)
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"`max_prompt_length` must be at least 1, got {self.max_prompt_length}.")
+        _ = self.image_limits
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """`min_pixels` and `max_pixels`."""
+        return ImageLimits(self.min_pixels, self.max_pixels)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,10 +158,6 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--model_name_or_path is required: 'embedded', a local path or a hub id")
     # What needs no model first, so that a mistake shows at once.
     reward_funcs = [find_reward(name) for name in arguments.reward_funcs]
-    train_dataset = load_prompts(arguments, arguments.dataset_train_split, training_args.seed)
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_dataset = load_prompts(arguments, arguments.dataset_test_split, training_args.seed)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -81,21 +167,36 @@ def main(argv: Sequence[str]) -> int:
     model = model_args.model_name_or_path
     if model == EMBEDDED:
         model = str(warm_start(default_cache_dir(), on_progress=_print_progress))
+    processing_class = load_processor(
+        model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+    )
+    splits = [arguments.dataset_train_split]
+    if training_args.eval_strategy != "no":
+        splits.append(arguments.dataset_test_split)
+    with training_args.main_process_first(desc="preparing data"):  # the others read what it has cached
+        loaded = [load_prompts(arguments, split, training_args.seed, processing_class) for split in splits]
+    train_dataset = loaded[0][0]
+    eval_dataset = loaded[1][0] if len(loaded) > 1 else None
+    reports = [report for _, report in loaded if report is not None]
+    if training_args.should_save and reports and not arguments.streaming:
+        rich.print(*reports, sep="\n")
+        save_reports(reports, Path(training_args.output_dir) / "data_report.json")
     trainer = SAPOTrainer(
         model,
         reward_funcs,
         training_args,
         train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_processor(
-            model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        ),
+        processing_class=processing_class,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
     stop = StopOnSignal()
     trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=_checkpoint(training_args))
+    if training_args.should_save and reports and arguments.streaming:  # only now they have been read
+        rich.print(*reports, sep="\n")
+        save_reports(reports, Path(training_args.output_dir) / "data_report.json")
     if stop.received is not None:
         trainer.accelerator.print(f"Stopped by a signal; resume from {training_args.output_dir}")
         trainer.accelerator.end_training()
@@ -121,20 +222,61 @@ def _checkpoint(training_args: SAPOConfig) -> str | None:
     return checkpoint
 
 
-def load_prompts(arguments: TrainArguments, split: str, seed: int = 0) -> Dataset:
-    """Load one split as TRL trains on it. Raises `ValueError` if the split or a column is missing."""
+def load_prompts(
+    arguments: TrainArguments,
+    split: str,
+    seed: int = 0,
+    processor: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+) -> tuple[Dataset | IterableDataset, CleaningReport | None]:
+    """
+    Load one split as TRL trains on it.
+
+    Args:
+        arguments ([`TrainArguments`]):
+            What to load.
+        split (`str`):
+            Split, or a slice of it.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the embedded data set.
+        processor (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            The model's; `max_prompt_length` needs it.
+
+    Returns:
+        `tuple[Dataset | IterableDataset, CleaningReport | None]`: the prompts, and what became of the rows; `None` for
+        the embedded data set. Raises `ValueError` if the split or a column is missing, or no row can be used.
+    """
     if arguments.dataset_name == EMBEDDED:
         n = arguments.embedded_problems if split == "train" else 512
-        return to_prompts(make_problems(n, split=split, seed=seed))
-    dataset = load_dataset(arguments.dataset_name, name=arguments.dataset_config)
-    if not isinstance(dataset, DatasetDict) or split not in dataset:
-        raise ValueError(
-            f"{arguments.dataset_name!r} has no split {split!r}; it has {list(dataset)}. Set `dataset_train_split` "
-            "and `dataset_test_split`."
-        )
-    if "prompt" in dataset[split].column_names:
-        return dataset[split]
-    return to_prompts(dataset[split], arguments.instruction)
+        return to_prompts(make_problems(n, split=split, seed=seed)), None
+    known = FORMAT_OF_HUB_ID.get(arguments.dataset_name)
+    config = arguments.dataset_config
+    if config is None and known is not None and not Path(arguments.dataset_name).exists():
+        config = known.config
+    rows, folders = load_rows(arguments.dataset_name, config, split, arguments.streaming)
+    return clean_prompts(
+        rows,
+        _data_format(arguments, rows),
+        prompt_template=arguments.prompt_template,
+        conversational=arguments.conversational,
+        limits=arguments.image_limits,
+        folders=folders,
+        processor=processor,
+        max_prompt_length=arguments.max_prompt_length,
+        strict=arguments.strict,
+        name=split,
+    )
+
+
+def _data_format(arguments: TrainArguments, rows: Dataset | IterableDataset) -> DataFormat | None:
+    """What a row is made of, by what the user says, else by the hub id, else by the columns."""
+    if arguments.dataset_format is not None:
+        return FORMATS[arguments.dataset_format]
+    columns = rows.column_names or []
+    if arguments.columns:
+        return own_columns(columns, arguments.columns)
+    if arguments.dataset_name in FORMAT_OF_HUB_ID:
+        return FORMAT_OF_HUB_ID[arguments.dataset_name]
+    return None if "prompt" in columns else own_columns(columns)
 
 
 def find_reward(name: str) -> Callable[..., list[float]]:

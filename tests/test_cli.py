@@ -95,8 +95,8 @@ def test_train_refuses_unknown_settings(tmp_path):
 
 def test_data_sets_from_a_folder(tmp_path):
     make_problems(3).to_parquet(tmp_path / "train.parquet")
-    arguments = TrainArguments(dataset_name=str(tmp_path), instruction="Box it.")
-    row = load_prompts(arguments, "train")[0]
+    arguments = TrainArguments(dataset_name=str(tmp_path), prompt_template="Box it.")
+    row = load_prompts(arguments, "train")[0][0]
     assert row["prompt"][0]["content"][0] == {"type": "image"}
     assert row["prompt"][0]["content"][1]["text"].endswith(" Box it.")
     assert isinstance(row["images"][0], Image.Image)
@@ -106,13 +106,13 @@ def test_data_sets_from_a_folder(tmp_path):
 
 def test_data_sets_with_prompts_stay_as_they_are(tmp_path):
     Dataset.from_dict({"prompt": ["1 + 1?"], "answer": ["2"]}).to_json(tmp_path / "train.jsonl")
-    rows = load_prompts(TrainArguments(dataset_name=str(tmp_path)), "train")
+    rows, _ = load_prompts(TrainArguments(dataset_name=str(tmp_path)), "train")
     assert list(rows) == [{"prompt": "1 + 1?", "answer": "2"}]
 
 
 def test_data_sets_with_other_columns_are_refused(tmp_path):
     Dataset.from_dict({"question": ["1 + 1?"], "answer": ["2"]}).to_json(tmp_path / "train.jsonl")
-    with pytest.raises(ValueError, match=r"Missing columns \['images', 'problem'\]"):
+    with pytest.raises(ValueError, match=r"No column for 'problem'.*\['answer', 'question'\].*`columns:"):
         load_prompts(TrainArguments(dataset_name=str(tmp_path)), "train")
 
 

@@ -23,12 +23,6 @@ FOLDER = Path("trainer_configs")
 PROMPTS, MINI_BATCHES, ROLLOUTS = 512, 4, 200
 """The paper's training: prompts per rollout, optimizer steps per rollout, rollouts."""
 
-_BOX = r"The final answer MUST BE put in \boxed{}."
-_THINK = (
-    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
-    "reasoning process MUST BE enclosed within <think> </think> tags."
-)
-
 
 @dataclass(frozen=True)
 class Model:
@@ -162,23 +156,57 @@ _SFT_NOTES = (
 DEEPSEEKMATH = Model("deepseekmath_7b", "realtreetune/deepseekmath-7b-sft-GSM8K", _SFT_NOTES)
 RHO = Model("rho_1.1b", "realtreetune/rho-1b-sft-MATH", _SFT_NOTES)
 
+# What EasyR1 publishes for Geometry3K; the paper names none.
+_PIXELS = {"min_pixels": 262_144, "max_pixels": 4_194_304}
 GEO3K = Data(
     "geo3k",
     {
         "dataset_name": "hiyouga/geometry3k",
-        "instruction": f"{_THINK} {_BOX}",
+        "prompt_template": "think_boxed",
+        **_PIXELS,
         "reward_funcs": ["accuracy_reward", "format_reward"],
         "reward_weights": [0.9, 0.1],
     },
 )
 GEO3K_THINKING = Data(
     "geo3k",
-    {"dataset_name": "hiyouga/geometry3k", "instruction": _BOX, "reward_funcs": ["accuracy_reward"]},
+    {
+        "dataset_name": "hiyouga/geometry3k",
+        "prompt_template": "boxed",
+        **_PIXELS,
+        "reward_funcs": ["accuracy_reward"],
+    },
     ("The model's chat template opens <think> in the prompt: a reward for writing the tag would always be 0.",),
 )
-_LOCAL = ("A folder with the columns `prompt` and `answer`; docs/scaling.md says how to make it.",)
-GSM8K = Data("gsm8k", {"dataset_name": "data/gsm8k", "reward_funcs": ["accuracy_reward"]}, _LOCAL)
-MATH = Data("math", {"dataset_name": "data/math", "reward_funcs": ["accuracy_reward"]}, _LOCAL)
+GEO3K_STEPS = Data(
+    "geo3k",
+    {**GEO3K.settings, "prompt_template": "think_steps_boxed"},
+    (
+        "Another prompt than the other files': the paper gives none for this run, and without being asked for steps a",
+        "model seldom writes 'Step 1:'. A response without steps is one segment.",
+    ),
+)
+_PLAIN = ("Prompts are plain text, not messages: such checkpoints need not have a chat template.",)
+GSM8K = Data(
+    "gsm8k",
+    {
+        "dataset_name": "openai/gsm8k",
+        "prompt_template": "boxed",
+        "conversational": False,
+        "reward_funcs": ["accuracy_reward"],
+    },
+    _PLAIN,
+)
+MATH = Data(
+    "math",
+    {
+        "dataset_name": "nlile/hendrycks-MATH-benchmark",
+        "prompt_template": "boxed",
+        "conversational": False,
+        "reward_funcs": ["accuracy_reward"],
+    },
+    ("12,000 train and 500 test rows: the split of PRM800K, see docs/data.md.", *_PLAIN),
+)
 
 
 def _colocated_vllm(share: float, **more: Any) -> dict[str, Any]:
@@ -224,7 +252,10 @@ _OTHER_TABLES = ("sapo", "grpo", "ppo")
 
 RUNS = (
     *(Run(QWEN25_3B, GEO3K, preset, EIGHT_ZERO2, 4) for preset in _TABLE_1),
-    *(Run(QWEN25_7B, GEO3K, preset, EIGHT_ZERO3, 4) for preset in (*_TABLE_1, *_ABLATIONS)),
+    *(
+        Run(QWEN25_7B, GEO3K_STEPS if preset == "sapo_step" else GEO3K, preset, EIGHT_ZERO3, 4)
+        for preset in (*_TABLE_1, *_ABLATIONS)
+    ),
     *(Run(QWEN3_4B, GEO3K_THINKING, preset, EIGHT_ZERO3, 4) for preset in _OTHER_TABLES),
     *(Run(DEEPSEEKMATH, GSM8K, preset, EIGHT_ZERO3, 4) for preset in _OTHER_TABLES),
     *(Run(RHO, MATH, preset, ONE_80GB, 4) for preset in _OTHER_TABLES),

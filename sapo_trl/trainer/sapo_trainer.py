@@ -105,7 +105,7 @@ class SAPOTrainer(GRPOBridge):
         model="Qwen/Qwen2.5-VL-3B-Instruct",
         reward_funcs=accuracy_reward,
         args=SAPOConfig(output_dir="sapo"),
-        train_dataset=to_prompts(dataset, instruction=r"Put the answer in \\boxed{}."),
+        train_dataset=to_prompts(dataset, prompt_template="boxed"),
     )
     trainer.train()
     ```

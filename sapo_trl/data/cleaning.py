@@ -1,0 +1,280 @@
+"""From rows as they are to prompts that can be trained on, in one pass: convert, check, resize, count."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+
+from .images import ImageLimits, fit_image
+from .prompts import check_columns, question_prompt
+from .question import BadRow, DataFormat, as_list
+from .report import CleaningReport
+from .templates import template_text
+
+
+Processing = PreTrainedTokenizerBase | ProcessorMixin
+
+# Columns that carry what the pass found from the rows to the report. The report cannot be filled on the way: `map`
+# reads what it has done before from its cache.
+_NOTES = Features(
+    {
+        "_row": Value("int64"),
+        "_reason": Value("string"),
+        "_detail": Value("string"),
+        "_digest": Value("string"),
+        "_sizes": List(List(Value("int64"))),
+    }
+)
+
+
+def clean_prompts(
+    dataset: Dataset | IterableDataset,
+    data_format: DataFormat | None = None,
+    *,
+    prompt_template: str = "none",
+    conversational: bool = True,
+    limits: ImageLimits | None = None,
+    folders: Sequence[Path] = (),
+    processor: Processing | None = None,
+    max_prompt_length: int | None = None,
+    strict: bool = False,
+    name: str = "data",
+) -> tuple[Dataset | IterableDataset, CleaningReport]:
+    """
+    Convert a data set to TRL's columns and leave out what cannot be trained on: rows without question or answer, with
+    pictures that are missing, unreadable, empty, huge or narrow, or that are not as many as their places in the text,
+    with too long a prompt, and rows that repeat an earlier one (same prompt, pictures and answer).
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows as loaded. Its features must be known.
+        data_format ([`~sapo_trl.data.question.DataFormat`], *optional*):
+            How a row is read. `None` for a data set that has a column `prompt`, which stays as it is.
+        prompt_template (`str`, *optional*, defaults to `"none"`):
+            Name or text, see [`~sapo_trl.data.templates.template_text`].
+        conversational (`bool`, *optional*, defaults to `True`):
+            `False` for prompts of plain text; for data sets without pictures.
+        limits ([`~sapo_trl.data.images.ImageLimits`], *optional*):
+            Pixels that a picture may have; it is resized to them.
+        folders (`Sequence[Path]`, *optional*):
+            Where relative paths of pictures are looked up.
+        processor (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            Counts the tokens of a prompt, those of its pictures included.
+        max_prompt_length (`int`, *optional*):
+            Tokens that a prompt may have. Needs `processor`.
+        strict (`bool`, *optional*, defaults to `False`):
+            An error where rows would be left out: after the pass, or at the first of them in a stream.
+        name (`str`, *optional*, defaults to `"data"`):
+            What to call the data set in the report and in errors.
+
+    Returns:
+        `tuple[Dataset | IterableDataset, CleaningReport]`: `prompt`, `images` if there are pictures, `answer`, and the
+        columns that the prompt did not replace, other pictures excepted. The report of a stream counts as it is read,
+        and starts anew with each pass.
+
+    Raises:
+        ValueError: if a column is missing, no row is left, or a row would be left out and `strict` is set.
+    """
+    if dataset.features is None:
+        raise ValueError(f"The features of {name!r} must be known; `IterableDataset.cast` tells a stream its own.")
+    if max_prompt_length is not None and processor is None:
+        raise ValueError(f"`max_prompt_length={max_prompt_length}` needs a `processor` that counts tokens.")
+    features = dict(dataset.features)
+    if data_format is None:
+        check_columns(features, ("prompt",))
+        pictures = next((column for column in ("images", "image") if column in features), None)
+    else:
+        check_columns(features, data_format.columns)
+        pictures = data_format.images
+        if pictures is not None and not conversational:
+            raise ValueError(f"`conversational=False` is for text; {name!r} has pictures, in {pictures!r}.")
+    of_images = [column for column, feature in features.items() if _holds_images(feature)]
+    for column in of_images:
+        dataset = dataset.cast_column(column, _undecoded(features[column]))
+    prepare = _Preparation(
+        data_format,
+        pictures,
+        template_text(prompt_template),
+        conversational,
+        limits or ImageLimits(),
+        tuple(folders),
+        processor,
+        max_prompt_length,
+    )
+    made = _made_features(data_format, pictures, conversational)
+    # A picture that nobody has checked must not be there to be decoded; under these two names TRL would look for some.
+    removed = {*of_images, *{"image", "images"} & set(features), *(data_format.consumed if data_format else ())}
+    stays = {column: feature for column, feature in features.items() if column not in removed | set(made)}
+    settings = {
+        "with_indices": True,
+        "remove_columns": sorted(removed),
+        "features": Features({**stays, **made, **_NOTES}),
+    }
+    report = CleaningReport(name)
+    if isinstance(dataset, IterableDataset):
+        sieve = _Sieve(report, strict)
+        passed = dataset.map(prepare, **settings).filter(sieve, input_columns=list(_NOTES))
+        return passed.remove_columns(list(_NOTES)), report
+
+    # Files next to the data may have changed since, which `map`'s cache would not notice.
+    fresh = {"load_from_cache_file": False} if folders else {}
+    mapped = dataset.map(prepare, **settings, **fresh, writer_batch_size=100, desc=f"Preparing {name}")
+    sieve = _Sieve(report, strict=False)
+    good = [row for row, notes in enumerate(mapped.select_columns(list(_NOTES))) if sieve(*notes.values())]
+    if strict and report.bad:
+        raise ValueError(
+            f"{len(mapped) - len(good)} of {len(mapped)} rows of {name!r} cannot be used (strict=True). "
+            f"{report.summary()}. Without `strict` they are left out."
+        )
+    if not good:
+        raise ValueError(
+            f"None of the {len(mapped)} rows of {name!r} can be used. {report.examples or 'It is empty'}."
+        )
+    kept = mapped.remove_columns(list(_NOTES))
+    return (kept if len(good) == len(kept) else kept.select(good)), report
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What is done to a row: an object, not a closure, so that `map` can tell whether it has done the same before."""
+
+    data_format: DataFormat | None
+    pictures: str | None
+    template: str
+    conversational: bool
+    limits: ImageLimits
+    folders: tuple[Path, ...]
+    processor: Processing | None
+    max_prompt_length: int | None
+    version: int = 1
+    """To be raised when this package does something else to a row: `map`'s cache knows settings, not code."""
+
+    def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        try:
+            return {**self._columns(row), "_row": number, "_reason": None, "_detail": None}
+        except BadRow as bad:
+            blank = dict.fromkeys(_made_features(self.data_format, self.pictures, self.conversational))
+            notes = {"_row": number, "_reason": bad.reason, "_detail": bad.detail, "_digest": None, "_sizes": []}
+            return {**blank, **notes}
+
+    def _columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if self.data_format is None:
+            columns: dict[str, Any] = {}
+            prompt, answer = row["prompt"], row.get("answer", "unknown")
+            if not _text_of(prompt).strip():
+                raise BadRow("empty prompt", f"the prompt is {prompt!r}")
+            if answer is None or not str(answer).strip():
+                raise BadRow("empty answer", f"the answer is {answer!r}")
+            images = None if self.pictures is None else as_list(row[self.pictures])
+        else:
+            columns = question_prompt(self.data_format.read(row), self.template, self.conversational)
+            prompt, answer, images = columns["prompt"], columns["answer"], columns.get("images")
+        fitted = [fit_image(image, self.limits, self.folders) for image in images or ()]
+        _check_places(prompt, images)
+        if images is not None:
+            columns["images"] = [{"bytes": image.data, "path": None} for image in fitted]
+        if self.max_prompt_length is not None:
+            tokens = count_tokens(self.processor, prompt, [Image.open(io.BytesIO(image.data)) for image in fitted])
+            if tokens > self.max_prompt_length:
+                raise BadRow("long prompt", f"{tokens} tokens, more than max_prompt_length={self.max_prompt_length}")
+        digest = hashlib.blake2b(json.dumps([prompt, str(answer)], default=str).encode(), digest_size=16)
+        for image in fitted:
+            digest.update(hashlib.blake2b(image.source).digest())
+        sizes = [[*image.before, *image.after] for image in fitted]
+        return {**columns, "_digest": digest.hexdigest(), "_sizes": sizes}
+
+
+class _Sieve:
+    """Which rows of one pass stay. Fills the report."""
+
+    def __init__(self, report: CleaningReport, strict: bool):
+        self.report = report
+        self.strict = strict
+        self.seen: dict[str, int] = {}
+
+    def __call__(self, row: int, reason: str | None, detail: str | None, digest: str | None, sizes: list) -> bool:
+        if row == 0:  # a stream is read anew
+            self.report.clear()
+            self.seen.clear()
+        if reason is None and digest in self.seen:
+            reason, detail = "duplicate", f"the same as row {self.seen[digest]}"
+        if reason is None:
+            self.seen[digest] = row
+            self.report.add_good(sizes)
+            return True
+        if self.strict:
+            raise ValueError(f"Row {row} of {self.report.name!r} cannot be used (strict=True). {reason}: {detail}.")
+        self.report.add_bad(row, reason, detail)
+        return False
+
+
+def count_tokens(processor: Processing, prompt: str | list[dict[str, Any]], images: Sequence[Image.Image] = ()) -> int:
+    """
+    Tokens of a prompt as the trainer encodes it, a picture's included.
+
+    Args:
+        processor (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            The model's.
+        prompt (`str` or `list[dict]`):
+            Text, or messages.
+        images (`Sequence[PIL.Image.Image]`, *optional*):
+            Pictures of the messages.
+    """
+    if isinstance(prompt, str):
+        return len(getattr(processor, "tokenizer", processor)(prompt)["input_ids"])
+    if isinstance(processor, ProcessorMixin):
+        prompt = prepare_multimodal_messages(prompt, list(images))
+    encoded = processor.apply_chat_template([prompt], add_generation_prompt=True, tokenize=True, return_dict=True)
+    return len(encoded["input_ids"][0])
+
+
+def _check_places(prompt: str | list[dict[str, Any]], images: list[Any] | None) -> None:
+    """By TRL's own rule, where TRL would put pictures into a prompt."""
+    if images is None or (not images and isinstance(prompt, str)):
+        return
+    if isinstance(prompt, str):
+        raise BadRow("image count", "a prompt of plain text has no place for pictures; write it as messages")
+    try:
+        prepare_multimodal_messages(prompt, images)
+    except ValueError as error:
+        raise BadRow("image count", str(error)) from error
+
+
+def _text_of(prompt: str | list[dict[str, Any]] | None) -> str:
+    if prompt is None or isinstance(prompt, str):
+        return prompt or ""
+    contents = [message["content"] for message in prompt]
+    return "".join(
+        content if isinstance(content, str) else "".join(block.get("text") or "" for block in content or ())
+        for content in contents
+    )
+
+
+def _made_features(data_format: DataFormat | None, pictures: str | None, conversational: bool) -> dict[str, Any]:
+    """Features of the columns that the pass makes, rather than leaves."""
+    made: dict[str, Any] = {}
+    if data_format is not None:
+        # JSON, for an image block has no `text`.
+        content = Value("string") if pictures is None else List(Json())
+        made["prompt"] = List({"role": Value("string"), "content": content}) if conversational else Value("string")
+        made["answer"] = Value("string")
+    if pictures is not None:
+        made["images"] = List(ImageFeature())
+    return made
+
+
+def _holds_images(feature: Any) -> bool:
+    return isinstance(feature, ImageFeature) or isinstance(feature, List) and _holds_images(feature.feature)
+
+
+def _undecoded(feature: Any) -> Any:
+    return List(_undecoded(feature.feature)) if isinstance(feature, List) else ImageFeature(decode=False)

@@ -1,0 +1,25 @@
+"""
+[`hiyouga/geometry3k`](https://huggingface.co/datasets/hiyouga/geometry3k): geometry with a diagram, free-form answers.
+
+Splits: 2,101 train, 300 validation, 601 test. `answer` is LaTeX without `$`, such as `2 \\sqrt { 221 }`. The card also
+lists `id`, `choices` and `ground_truth` (the letter of the choice); they stay, unused.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .question import DataFormat, Question, as_list, as_text
+
+
+def read(row: Mapping[str, Any]) -> Question:
+    """The text has its `<image>` already."""
+    return Question(as_text(row["problem"]), as_text(row["answer"]), as_list(row["images"]))
+
+
+GEOMETRY3K = DataFormat(
+    columns=("images", "problem", "answer"),
+    read=read,
+    consumed=("problem",),
+    images="images",
+    hub_ids=("hiyouga/geometry3k",),
+)

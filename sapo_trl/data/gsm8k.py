@@ -1,0 +1,27 @@
+"""
+[`openai/gsm8k`](https://huggingface.co/datasets/openai/gsm8k): grade-school word problems, 7,473 train and 1,319 test
+rows. `answer` is a worked solution that ends with `#### 1,234`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .question import BadRow, DataFormat, Question, as_text
+
+
+def final_number(solution: str) -> str:
+    """What follows the last `####`, without commas. Raises [`BadRow`] if there is none."""
+    _, mark, answer = solution.rpartition("####")
+    if not mark:
+        raise BadRow("empty answer", f"no #### in the solution {solution[-80:]!r}")
+    return answer.replace(",", "").strip()
+
+
+def read(row: Mapping[str, Any]) -> Question:
+    """The worked solution goes: under the name `answer` it would be taken for the answer."""
+    return Question(as_text(row["question"]), final_number(as_text(row["answer"])))
+
+
+GSM8K = DataFormat(
+    columns=("question", "answer"), read=read, consumed=("question",), hub_ids=("openai/gsm8k",), config="main"
+)

@@ -1,0 +1,98 @@
+"""Rows from the hub or from files."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.data_files import DataFilesDict, get_data_patterns
+from PIL import Image
+
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+"""From the ending of a file with rows to what reads it. Nothing among them runs code from the data, or unpickles."""
+
+_IMAGE_FOLDER = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def load_rows(
+    name: str, config: str | None = None, split: str = "train", streaming: bool = False
+) -> tuple[Dataset | IterableDataset, tuple[Path, ...]]:
+    """
+    Load one split.
+
+    Args:
+        name (`str`):
+            A hub id; a file (`.parquet`, `.jsonl`, `.json`, `.csv`), whose rows are the split `"train"`; or a folder:
+            of such files, with their split in their names, or of pictures with a `metadata.jsonl` (an ImageFolder).
+        config (`str`, *optional*):
+            Configuration, of a data set that has several.
+        split (`str`, *optional*, defaults to `"train"`):
+            A split, or a slice of one such as `"train[:90%]"`.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Rows one by one, as they are read, instead of all at once. Slices cannot be streamed.
+
+    Returns:
+        `tuple[Dataset | IterableDataset, tuple[Path, ...]]`: the rows, and the folders where the paths in them start;
+        none for a hub id.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ValueError: if a file is of another kind, or there is no such split.
+    """
+    path = Path(name).expanduser()
+    arguments: dict[str, Any] = {"path": name, "name": config}
+    folders: tuple[Path, ...] = ()
+    if path.is_file():
+        arguments = {"path": _builder(path.suffix), "data_files": {"train": str(path)}}
+        folders = (path.resolve().parent,)
+    elif path.is_dir():
+        tables, beside_pictures = _tables(path)
+        folders = tuple(sorted({table.resolve().parent for table in tables})) or (path.resolve(),)
+        if beside_pictures and any(table.name in _IMAGE_FOLDER for table in tables):
+            arguments = {"path": "imagefolder", "data_dir": str(path)}
+        elif tables and beside_pictures and not _names_its_files(path):
+            # Where there are more pictures than tables, `load_dataset` would take them for the rows.
+            suffix = Counter(table.suffix for table in tables).most_common(1)[0][0]
+            base = str(path.resolve())
+            files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[suffix])
+            arguments = {
+                "path": _builder(suffix),
+                "data_files": {str(key): list(value) for key, value in files.items()},
+            }
+    elif path.is_absolute() or path.suffix in BUILDERS or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"`dataset_name={name!r}` is neither a file nor a folder.")
+
+    base_split = re.split(r"\[", split, maxsplit=1)[0]
+    if streaming and base_split != split:
+        raise ValueError(f"The slice {split!r} cannot be streamed; stream {base_split!r}, or set `streaming: false`.")
+    dataset = load_dataset(**arguments, streaming=streaming)
+    if streaming and base_split in dataset and dataset[base_split].features is None:
+        # A stream of CSV finds its columns in its first rows, for which `datasets` has no public method.
+        dataset[base_split] = dataset[base_split]._resolve_features()
+    if base_split not in dataset:
+        raise ValueError(
+            f"{name!r} has no split {base_split!r}; it has {list(dataset)}. Set `dataset_train_split` and "
+            "`dataset_test_split`."
+        )
+    return (dataset[split] if base_split == split else load_dataset(**arguments, split=split)), folders
+
+
+def _names_its_files(folder: Path) -> bool:
+    """Whether it is a clone of a hub data set whose card says which files are which split."""
+    card = folder / "README.md"
+    return card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def _builder(suffix: str) -> str:
+    if suffix not in BUILDERS:
+        raise ValueError(f"A data set's file must end with one of {list(BUILDERS)}, got {suffix!r}.")
+    return BUILDERS[suffix]
+
+
+def _tables(folder: Path) -> tuple[list[Path], bool]:
+    """The files with rows in a folder, and whether there are pictures, too."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    pictures = Image.registered_extensions()
+    return [file for file in files if file.suffix in BUILDERS], any(file.suffix.lower() in pictures for file in files)

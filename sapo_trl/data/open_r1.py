@@ -1,0 +1,44 @@
+r"""
+[`lmms-lab/multimodal-open-r1-8k-verified`](https://huggingface.co/datasets/lmms-lab/multimodal-open-r1-8k-verified):
+about 7,690 train rows of mixed visual mathematics, with `image`, `problem`, `solution`, `original_question` and
+`original_answer`. `solution` is `<think>…</think> <answer>…</answer>`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..rewards.completion import last_boxed
+from .question import BadRow, DataFormat, Question, as_list, as_text, with_placeholders
+
+
+def tagged_answer(solution: str) -> str:
+    r"""
+    What the last `<answer>` tags enclose, without `$…$` or `\boxed{…}` around all of it: accuracy rewards take LaTeX
+    without either. Raises [`BadRow`] if there are no tags.
+    """
+    found = re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL)
+    if not found:
+        raise BadRow("empty answer", f"no <answer> tags in the solution {solution[-80:]!r}")
+    answer = found[-1].strip()
+    if len(answer) > 1 and answer[0] == answer[-1] == "$" and answer.count("$") == 2:
+        answer = answer[1:-1].strip()
+    box = last_boxed(answer)
+    return box if box is not None and re.fullmatch(r"\\boxed\{\s*" + re.escape(box) + r"\s*\}", answer) else answer
+
+
+def read(row: Mapping[str, Any]) -> Question:
+    """One picture a row, which the text does not mention."""
+    images = as_list(row["image"])
+    return Question(
+        with_placeholders(as_text(row["problem"]), images), tagged_answer(as_text(row["solution"])), images
+    )
+
+
+OPEN_R1 = DataFormat(
+    columns=("image", "problem", "solution"),
+    read=read,
+    consumed=("problem", "image"),
+    images="image",
+    hub_ids=("lmms-lab/multimodal-open-r1-8k-verified",),
+)

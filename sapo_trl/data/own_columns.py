@@ -1,0 +1,60 @@
+"""Any data set, by the names of its columns."""
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
+
+from .question import DataFormat, Question, as_list, as_text, with_placeholders
+
+
+ROLES = ("problem", "answer", "images")
+"""What a column can be named for; pictures are optional."""
+
+
+def own_columns(found: Collection[str], names: Mapping[str, str] | None = None) -> DataFormat:
+    """
+    The format of a data set whose columns are named.
+
+    Args:
+        found (`Collection[str]`):
+            Columns of the data set.
+        names (`Mapping[str, str]`, *optional*):
+            From `"problem"`, `"answer"` and `"images"` to columns. A role that is not named is taken by the column of
+            its own name; pictures also by a column `image`.
+
+    Returns:
+        [`DataFormat`]. Raises `ValueError` if a column does not exist.
+    """
+    names = dict(names or {})
+    check_roles(names)
+    pictures = next((name for name in ("images", "image") if name in found), None)
+    chosen = {"problem": "problem", "answer": "answer", "images": pictures, **names}
+    missing = [f"{role!r} ({name!r})" for role, name in chosen.items() if name is not None and name not in found]
+    if missing:
+        raise ValueError(
+            f"No column for {' and '.join(missing)}: the data set has the columns {sorted(found)}. Name yours, such "
+            "as `columns: {problem: question, answer: final, images: figure}`; or set `dataset_format`, if the data "
+            "set is a copy of one that is known. A column `prompt` in TRL's form needs neither."
+        )
+    columns = tuple(name for name in chosen.values() if name is not None)
+    return DataFormat(
+        columns=columns,
+        read=partial(_read, chosen=chosen),
+        consumed=tuple(name for name in columns if name != "answer"),  # that one is written anew
+        images=chosen["images"],
+    )
+
+
+def check_roles(names: Mapping[str, str]) -> None:
+    """Raises `ValueError` if a column is named for something that a question does not have."""
+    unknown = sorted(set(names) - set(ROLES))
+    if unknown:
+        raise ValueError(f"`columns` names a column for {unknown}; it can name one for each of {list(ROLES)}.")
+
+
+def _read(row: Mapping[str, Any], chosen: Mapping[str, str | None]) -> Question:
+    text, answer = as_text(row[chosen["problem"]]), as_text(row[chosen["answer"]])
+    if chosen["images"] is None:
+        return Question(text, answer)
+    images = as_list(row[chosen["images"]])
+    return Question(with_placeholders(text, images), answer, images)

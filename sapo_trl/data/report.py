@@ -1,0 +1,99 @@
+"""What became of the rows of a data set."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+_ROWS_SHOWN = 8
+
+
+@dataclass
+class CleaningReport:
+    """
+    Counts of one pass over a data set. `print` of [rich](https://rich.readthedocs.io) shows it as a table.
+
+    Args:
+        name (`str`): what the rows are, such as `"train"`.
+        rows (`int`): rows read.
+        bad (`dict[str, list[int]]`): from a reason to the numbers of the rows that were left out for it, from 0.
+        examples (`dict[str, str]`): from a reason to what is wrong with the first of these rows.
+        images (`int`): pictures of the rows that were kept.
+        resized (`int`): how many of them were resized.
+        largest_before (`tuple[int, int]`): width and height of the picture with most pixels before resizing.
+        largest_after (`tuple[int, int]`): the same afterwards.
+    """
+
+    name: str = "data"
+    rows: int = 0
+    bad: dict[str, list[int]] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+    images: int = 0
+    resized: int = 0
+    largest_before: tuple[int, int] = (0, 0)
+    largest_after: tuple[int, int] = (0, 0)
+
+    @property
+    def kept(self) -> int:
+        """Rows that are trained on."""
+        return self.rows - sum(map(len, self.bad.values()))
+
+    def add_good(self, sizes: Iterable[Iterable[int]]) -> None:
+        """Count a row that is kept; `sizes` are width and height before and after, four numbers a picture."""
+        self.rows += 1
+        for width, height, new_width, new_height in sizes:
+            self.images += 1
+            self.resized += (width, height) != (new_width, new_height)
+            self.largest_before = max(self.largest_before, (width, height), key=_pixels)
+            self.largest_after = max(self.largest_after, (new_width, new_height), key=_pixels)
+
+    def add_bad(self, row: int, reason: str, detail: str) -> None:
+        """Count a row that is left out."""
+        self.rows += 1
+        self.bad.setdefault(reason, []).append(row)
+        self.examples.setdefault(reason, f"row {row}: {detail}")
+
+    def clear(self) -> None:
+        """Start anew, as each pass over a stream does."""
+        vars(self).update(vars(CleaningReport(self.name)))
+
+    def summary(self) -> str:
+        """The bad rows in one line, each reason with the rows it fits."""
+        return "; ".join(f"{reason}: {_numbers(rows)}" for reason, rows in self.bad.items()) or "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        return {**vars(self), "kept": self.kept}
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.name}: {self.kept:,} of {self.rows:,} rows", title_justify="left")
+        for heading in ("left out", "rows", "which", "the first"):
+            table.add_column(heading)
+        for reason, rows in self.bad.items():
+            table.add_row(reason, f"{len(rows):,}", _numbers(rows), self.examples[reason])
+        if not self.bad:
+            table.add_row("nothing", "0", "", "")
+        if self.images:
+            before, after = ("×".join(map(str, size)) for size in (self.largest_before, self.largest_after))
+            table.caption = f"{self.images:,} pictures, {self.resized:,} resized; the largest {before}, then {after}"
+        return table
+
+
+def save_reports(reports: Iterable[CleaningReport], path: str | Path) -> None:
+    """Write reports to a JSON file, by their names."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({report.name: report.to_dict() for report in reports}, indent=2) + "\n", "utf-8")
+
+
+def _pixels(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _numbers(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
+    return shown if len(rows) <= _ROWS_SHOWN else f"{shown}, … ({len(rows):,} rows)"
