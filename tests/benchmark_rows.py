@@ -66,6 +66,8 @@ def mathvista_row(pid: str, question: str, answer: str, answer_type: str, **valu
         "pid": pid,
         "question": question,
         "decoded_image": picture(),
+        "choices": None,
+        "precision": None,
         "answer": answer,
         "answer_type": answer_type,
         "question_type": "multi_choice" if is_choice else "free_form",
@@ -102,15 +104,17 @@ def dynamath_row(seed: str, question: str, answer: str, kind: str) -> dict:
     }
 
 
-def mmbench_row(index: int, answer: str, *options: str, hint: str | None = None) -> dict:
-    filled = dict.fromkeys("ABCD", "nan") | dict(zip("ABCD", options, strict=False))
+def mmbench_row(index: int, answer: str, *options: str, **values) -> dict:
     return {
         "index": str(index),
         "question": "What is it?",
-        "hint": hint,
+        "hint": None,
         "answer": answer,
+        **(dict.fromkeys("ABCD", "nan") | dict(zip("ABCD", options, strict=False))),
+        "category": "object localization",
         "image": picture(),
-    } | filled
+        **values,
+    }
 
 
 def science_row(**values) -> dict:

@@ -180,8 +180,8 @@ def test_disciplines_are_those_published():
         ("mmmu", ROWS["mmmu"][0] | {"image_2": None}, "`image_2` in row 0 of mmmu must be an image"),
         ("mmstar", ROWS["mmstar"][0] | {"answer": "AB"}, "must be one of ABCD, got 'AB'"),
         ("mmbench", mmbench_row(1, "C", "yes", "no"), "must be one of its options"),
-        ("mmbench", mmbench_row(1, "D", "yes", "no") | {"D": "maybe"}, "without a gap"),
-        ("mmbench", mmbench_row(1, "A", "yes") | {"image": "241"}, "`image` in row 0 of mmbench is no image"),
+        ("mmbench", mmbench_row(1, "D", "yes", "no", D="maybe"), "without a gap"),
+        ("mmbench", mmbench_row(1, "A", "yes", image="241"), "`image` in row 0 of mmbench is no image"),
         ("geo3k", ROWS["geo3k"][0] | {"images": []}, "has 1 image placeholders but 0 images"),
     ],
 )

@@ -22,7 +22,7 @@ _FORMATTING = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[,;:! ]|[$*`]")
 # At most a few marks between the announcement and the letter, and no end of a sentence. No colon after "choice": that
 # is how questions list their options.
 _ANNOUNCED = re.compile(
-    r"(?:(?i:\banswer\b(?:\s+(?:is|was|would\s+be|must\s+be))?)[^\w.;!?]{0,12}"
+    r"(?:(?i:\banswer\b(?:\s+(?:is|was|would\s+be|must\s+be))?)[^\w.,;!?]{0,12}"
     r"|(?i:\b(?:option|choice|choose|chose|select|pick)\b(?:\s+is)?)[\s(\[\"']{1,4})"
     r"(?P<after>[A-Za-z0-9])(?![\w'’])"
     r"|(?<![\w'’-])(?P<before>[A-Z0-9])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b"

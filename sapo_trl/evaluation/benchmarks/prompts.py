@@ -47,14 +47,14 @@ def ask(question: str, instruction: str, num_images: int = 0, in_place: bool = F
         model takes blocks. Raises `ValueError` if placeholders and images differ in number.
     """
     text = f"{question.strip()}\n\n{instruction}"
-    if not num_images:
-        return [{"role": "user", "content": text}]
     pieces = _PLACEHOLDER.split(text) if in_place else [""] * num_images + [text]
     if len(pieces) - 1 != num_images:
         raise ValueError(
             f"The question {question!r} has {len(pieces) - 1} image placeholders but {num_images} images; one "
             "placeholder each is needed."
         )
+    if not num_images:
+        return [{"role": "user", "content": text}]
     content: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}]
     for piece in pieces[1:]:
         content += [{"type": "image"}, {"type": "text", "text": piece}]
