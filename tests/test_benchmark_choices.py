@@ -35,6 +35,7 @@ fragments = st.lists(
         (r"\boxed{B. a circle}", "B"),
         (r"\boxed{\textbf{B.} a circle}", "B"),
         (r"\boxed{B: a circle}", "B"),
+        (r"\boxed{B:round}", "B"),
         (r"\boxed{Option B}", "B"),
         (r"\boxed{\text{A Circle}}", "B"),
         (r"\boxed{5\text{ cm}}", "A"),

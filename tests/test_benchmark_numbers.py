@@ -69,6 +69,8 @@ from sapo_trl.rewards.numbers import is_close, numeric_reward, read_number, read
         ("9^{9^{9^9}}", None),
         ("9^{999999999}", None),
         ("9" * 5000, None),
+        ("5 " + "a" * 190 + "!", None),
+        ("5" + " cm^2" * 30 + "!", None),
         ("{" * 150, None),
         (r"\sqrt{" * 20 + "2" + "}" * 20, 2 ** (0.5**20)),
         ("٣", None),

@@ -27,7 +27,7 @@ _ANNOUNCED = re.compile(
     r"(?P<after>[A-Za-z0-9])(?![\w'’])"
     r"|(?<![\w'’-])(?P<before>[A-Z0-9])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b"
 )
-_MARKED_LINE = re.compile(r"[(\[]?([A-Za-z0-9])(?:[)\]]|[.:](?!\w))")
+_MARKED_LINE = re.compile(r"[(\[]?([A-Z0-9])(?:[)\]:]|\.(?!\w))")
 _IN_PARENTHESES = re.compile(r"\(([A-Z0-9])\)")
 _UNIT_OR_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
 # "The answer is A triangle": a word follows, so this is the article, or "I". After these words it is not.
@@ -187,9 +187,9 @@ def _last_of(found: Sequence[str], letters: Sequence[str]) -> str | None:
 def _mentioned_option(text: str, letters: Sequence[str], options: Sequence[str] | None) -> str | None:
     """The option whose text ends last; of two that end together the longer ("red" in "dark red")."""
     line, mentions = plain_text(text), []
-    for letter, option in zip(letters, options or letters, strict=True):
+    for letter, option in zip(letters, options or (), strict=options is not None):
         wanted = plain_text(option)
-        if options is not None and wanted:
-            ends = [match.end() for match in re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", line)]
-            mentions += [(end, len(wanted), letter) for end in ends[-1:]]
+        if wanted:
+            found = re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", line)
+            mentions += [(match.end(), len(wanted), letter) for match in found]
     return max(mentions)[2] if mentions else None

@@ -39,8 +39,9 @@ _NUMBER = re.compile(
 )
 _MIXED = re.compile(r"\s+([0-9]+)\s*/\s*([0-9]+)")
 _SYMBOL = re.compile(r"\s*(\\pi(?![a-zA-Z])|\\sqrt(?![a-zA-Z])|\\frac|[{}*/^+-])")
-# Words, and single letters only where they are units: 5x is no number. Squares and cubes may follow.
-_UNIT = re.compile(r"(?:\s|[%°'\"./²³]|\^\{?[23]\}?|[A-Za-zµμΩ]{2,}|[mgshLNJKVAWCFTΩ](?![A-Za-z]))*")
+# Words, and single letters only where they are units: 5x is no number. Squares and cubes may follow. Possessive, since
+# there are exponentially many ways to cut letters into words.
+_UNIT = re.compile(r"(?:\s|[%°'\"./²³]|\^\{?[23]\}?|[A-Za-zµμΩ]{2,}+|[mgshLNJKVAWCFTΩ](?![A-Za-z]))*+")
 
 
 def read_number(text: str) -> float | None:

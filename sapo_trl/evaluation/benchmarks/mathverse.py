@@ -53,7 +53,7 @@ MATHVERSE = Benchmark(
     split="vision_only",
     to_problem=to_problem,
     score=score,
-    keep=lambda row: row["problem_version"] == VERSION,
+    keep=lambda row: row.get("problem_version", VERSION) == VERSION,  # `to_problem` names a missing column
     scoring_note=(
         "The authors have one language model extract the answer and another compare it; here a letter is read by "
         "rules, and a free-form answer must stand in a box and is compared by math-verify. Their score of reasoning "

@@ -42,7 +42,7 @@ SCIENCEQA = Benchmark(
     to_problem=to_problem,
     score=score_choice,
     aggregate=accuracy_by("subject"),
-    keep=lambda row: row["image"] is not None,
+    keep=lambda row: "image" not in row or row["image"] is not None,  # `to_problem` names a missing column
     scoring_note=(
         "lmms-eval takes a response that is a letter, or starts with `A.`, and nothing else; here responses may "
         "reason first. The authors' average over text and image questions is not computed."
