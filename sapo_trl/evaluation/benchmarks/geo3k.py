@@ -1,0 +1,36 @@
+r"""
+Geometry3K, free form: the test split of `hiyouga/geometry3k`.
+
+Paper: https://huggingface.co/papers/2105.04165. Schema: the data set's card, with `images`, `problem` (one `<image>`
+an image), `answer` (LaTeX such as `6 \sqrt { 3 }`), and since a later commit `id`, `choices` and `ground_truth`, which
+are not used here; 601 rows.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..benchmark import Benchmark, Problem
+from .prompts import FREE_FORM, ask
+from .rows import require, to_image
+from .scoring import score_mathematics
+
+
+def to_problem(row: Mapping[str, Any], i: int) -> Problem:
+    require(row, "geo3k", i, ("images", "problem", "answer"))
+    images = [to_image(image, f"`images` in row {i} of geo3k") for image in row["images"]]
+    prompt = ask(row["problem"], FREE_FORM, len(images), in_place=True)
+    return Problem(id=str(i), prompt=prompt, answer=row["answer"].strip(), images=images)
+
+
+GEO3K = Benchmark(
+    name="geo3k",
+    title="Geo3K",
+    dataset="hiyouga/geometry3k",
+    split="test",
+    to_problem=to_problem,
+    score=score_mathematics,
+    scoring_note=(
+        "Published runs of this recipe compare with mathruler; here it is math-verify. lmms-eval's `geometry3k` is "
+        "another task: it lists four options and asks for a letter."
+    ),
+)

@@ -1,0 +1,87 @@
+r"""
+MathVista, testmini.
+
+Paper: https://huggingface.co/papers/2310.02255. Schema: the card of `AI4Math/MathVista`, with `pid`, `question`,
+`image` (a path), `decoded_image`, `choices` (list of strings), `unit`, `precision` (float64), `answer`,
+`question_type` (`multi_choice` or `free_form`), `answer_type` (`text`, `integer`, `float` or `list`), `metadata`
+(struct) and `query` (the published prompt, which lists options as `(A) ...`); 1,000 rows. The answer to a multiple
+choice question is the option's text.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...rewards.choices import extract_choice, letters_of
+from ...rewards.numbers import is_close, read_numbers
+from ..benchmark import Benchmark, Problem, Score
+from .prompts import FREE_FORM, ONE_LETTER, ask
+from .rows import is_given, require, to_image
+from .scoring import score_box
+
+
+COLUMNS = ("pid", "query", "decoded_image", "choices", "precision", "answer", "question_type", "answer_type")
+
+
+def to_problem(row: Mapping[str, Any], i: int) -> Problem:
+    require(row, "mathvista", i, COLUMNS)
+    is_choice = row["question_type"] == "multi_choice"
+    answer_type = "choice" if is_choice else row["answer_type"]
+    if answer_type not in _RULES:
+        raise ValueError(f"`answer_type` in row {i} of mathvista must be one of {list(_RULES)}, got {answer_type!r}.")
+    if is_choice and row["answer"] not in row["choices"]:
+        raise ValueError(f"`answer` in row {i} of mathvista must be one of {row['choices']}, got {row['answer']!r}.")
+    return Problem(
+        id=row["pid"],
+        prompt=ask(row["query"], ONE_LETTER if is_choice else FREE_FORM, num_images=1),
+        answer=row["answer"],
+        images=[to_image(row["decoded_image"], f"`decoded_image` in row {i} of mathvista")],
+        fields={
+            "answer_type": answer_type,
+            "precision": int(row["precision"]) if is_given(row["precision"]) else 0,
+            "options": list(row["choices"] or ()),
+            "task": (row.get("metadata") or {}).get("task"),
+        },
+    )
+
+
+def score(problem: Problem, text: str) -> Score:
+    return _RULES[problem.fields["answer_type"]](problem, text)
+
+
+def _score_choice(problem: Problem, text: str) -> Score:
+    # By the option's text: a few questions list the same text twice.
+    options = problem.fields["options"]
+    letters = letters_of(options)
+    letter = extract_choice(text, letters, options)
+    return Score(float(letter is not None and options[letters.index(letter)] == problem.answer), letter)
+
+
+def _score_integer(problem: Problem, text: str) -> Score:
+    return score_box(text, lambda box: is_close(box, problem.answer))
+
+
+def _score_float(problem: Problem, text: str) -> Score:
+    return score_box(text, lambda box: is_close(box, problem.answer, precision=problem.fields["precision"]))
+
+
+def _score_list(problem: Problem, text: str) -> Score:
+    gold = read_numbers(problem.answer)
+    return score_box(text, lambda box: gold is not None and read_numbers(box) == gold)
+
+
+_RULES = {"choice": _score_choice, "integer": _score_integer, "float": _score_float, "list": _score_list}
+
+MATHVISTA = Benchmark(
+    name="mathvista",
+    title="MathVista",
+    dataset="AI4Math/MathVista",
+    split="testmini",
+    to_problem=to_problem,
+    score=score,
+    scoring_note=(
+        "The authors have a language model extract the answer, take the option with the smallest edit distance to it, "
+        "and cut decimals off where an integer is asked for, so that 14.7 counts as 14; here the answer must stand in "
+        "a box (a letter may be announced), name an option, and equal the integer. Floats are rounded to the "
+        "question's precision on both sides, as theirs."
+    ),
+)

@@ -1,0 +1,115 @@
+r"""
+MMMU, validation: several images a question, multiple choice and open questions.
+
+Paper: https://huggingface.co/papers/2311.16502. Schema: the card of `lmms-lab/MMMU` (the 30 subjects of `MMMU/MMMU` in
+one), with the strings `id` (`validation_Art_1`), `question`, `options` (a Python list as text), `explanation`,
+`img_type`, `answer`, `topic_difficulty`, `question_type` (`multiple-choice` or `open`), `subfield`, and the images
+`image_1` to `image_7`; 900 rows. `<image 1>` in a question or an option is where `image_1` belongs. The answer to an
+open question may be a list of right ones, as text.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ...rewards.choices import letters_of, plain_text
+from ...rewards.equivalence import is_equivalent
+from ...rewards.numbers import is_close
+from ..benchmark import Benchmark, Problem, Score
+from .prompts import FREE_FORM, ONE_LETTER, ask, list_options
+from .rows import require, to_image
+from .scoring import accuracy_by, score_box, score_choice
+
+
+DISCIPLINES = {
+    "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
+    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Health and Medicine": (
+        "Basic_Medical_Science",
+        "Clinical_Medicine",
+        "Diagnostics_and_Laboratory_Medicine",
+        "Pharmacy",
+        "Public_Health",
+    ),
+    "Humanities and Social Science": ("History", "Literature", "Sociology", "Psychology"),
+    "Tech and Engineering": (
+        "Agriculture",
+        "Architecture_and_Engineering",
+        "Computer_Science",
+        "Electronics",
+        "Energy_and_Power",
+        "Materials",
+        "Mechanical_Engineering",
+    ),
+}
+"""The published disciplines, with their subjects as ids have them."""
+
+_DISCIPLINE_OF = {subject: discipline for discipline, subjects in DISCIPLINES.items() for subject in subjects}
+_ID = re.compile(r"[a-z]+_(\w+)_\d+")
+_IMAGE = re.compile(r"<image (\d)>")
+
+
+def to_problem(row: Mapping[str, Any], i: int) -> Problem:
+    require(row, "mmmu", i, ("id", "question", "options", "answer", "question_type"))
+    subject = _ID.fullmatch(row["id"])
+    if not subject or subject[1] not in _DISCIPLINE_OF:
+        raise ValueError(f"`id` in row {i} of mmmu must be such as `validation_Art_1`, got {row['id']!r}.")
+    fields: dict[str, Any] = {"subject": subject[1], "discipline": _DISCIPLINE_OF[subject[1]]}
+    question = row["question"]
+    is_choice = row["question_type"] == "multiple-choice"
+    if is_choice:
+        options = _python_list(row["options"], "options", i)
+        fields |= {"letters": letters_of(options), "options": options}
+        if row["answer"] not in fields["letters"]:
+            raise ValueError(f"`answer` in row {i} of mmmu must be one of {fields['letters']}, got {row['answer']!r}.")
+        question = f"{question}\n{list_options(options)}"
+    else:
+        answer = row["answer"]
+        fields["answers"] = _python_list(answer, "answer", i) if answer.startswith("[") else [answer]
+    if not _IMAGE.search(question):
+        question = f"<image 1>{question}"
+    names = [f"image_{number}" for number in _IMAGE.findall(question)]
+    return Problem(
+        id=row["id"],
+        prompt=ask(question, ONE_LETTER if is_choice else FREE_FORM, len(names), in_place=True),
+        answer=row["answer"],
+        images=[to_image(row.get(name), f"`{name}` in row {i} of mmmu") for name in names],
+        fields=fields,
+    )
+
+
+def score(problem: Problem, text: str) -> Score:
+    if "letters" in problem.fields:
+        return score_choice(problem, text)
+    return score_box(text, lambda box: any(_is_right(box, gold) for gold in problem.fields["answers"]))
+
+
+def _is_right(answer: str, gold: str) -> bool:
+    """Equal as text, as numbers with two decimals (the authors' rule), or as mathematics."""
+    return plain_text(answer) == plain_text(gold) or is_close(answer, gold, precision=2) or is_equivalent(answer, gold)
+
+
+def _python_list(text: str, field: str, i: int) -> list[str]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"`{field}` in row {i} of mmmu must be a Python list as text, got {text!r}.") from error
+    return [str(item) for item in value]
+
+
+MMMU = Benchmark(
+    name="mmmu",
+    title="MMMU",
+    dataset="lmms-lab/MMMU",
+    split="validation",
+    to_problem=to_problem,
+    score=score,
+    aggregate=accuracy_by("discipline"),
+    scoring_note=(
+        "The authors draw a random option where none can be read, and count an open answer as right if the gold is "
+        "anywhere in a key phrase of the response; here nothing is drawn, and an open answer must stand in a box and "
+        "be equal: as text, as a number with two decimals, or for math-verify."
+    ),
+)

@@ -1,0 +1,61 @@
+"""How questions are put: instructions, lettered options, and messages with images in their places."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ...rewards.choices import letters_of
+
+
+_THINK = (
+    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
+    "reasoning process MUST BE enclosed within <think> </think> tags. "
+)
+FREE_FORM = _THINK + r"The final answer MUST BE put in \boxed{}."
+"""The prompt of the Geometry3K recipes."""
+ONE_LETTER = _THINK + r"The final answer MUST BE the letter of the right option, put in \boxed{}."
+SEVERAL_LETTERS = (
+    _THINK
+    + r"The final answer MUST BE the letter of the right option, put in \boxed{}. If several options are right, "
+    "give all their letters, separated by commas."
+)
+
+_PLACEHOLDER = re.compile(r"<image(?: ?\d+)?>")
+
+
+def list_options(options: Sequence[str]) -> str:
+    """Options as lines: `A. first`."""
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(letters_of(options), options, strict=True))
+
+
+def ask(question: str, instruction: str, num_images: int = 0, in_place: bool = False) -> list[dict[str, Any]]:
+    """
+    A question as one user message.
+
+    Args:
+        question (`str`):
+            The question, with its options.
+        instruction (`str`):
+            How to answer.
+        num_images (`int`, *optional*, defaults to `0`):
+            Images that come with the question. They stand before it.
+        in_place (`bool`, *optional*, defaults to `False`):
+            Put them instead where the question has `<image>` or `<image 1>`, one for each of these.
+
+    Returns:
+        `list`: One message. Its content is a plain string if there is no image: not every chat template of a text
+        model takes blocks. Raises `ValueError` if placeholders and images differ in number.
+    """
+    text = f"{question.strip()}\n\n{instruction}"
+    pieces = _PLACEHOLDER.split(text) if in_place else [""] * num_images + [text]
+    if len(pieces) - 1 != num_images:
+        raise ValueError(
+            f"The question {question!r} has {len(pieces) - 1} image placeholders but {num_images} images; one "
+            "placeholder each is needed."
+        )
+    if not num_images:
+        return [{"role": "user", "content": text}]
+    content: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}]
+    for piece in pieces[1:]:
+        content += [{"type": "image"}, {"type": "text", "text": piece}]
+    return [{"role": "user", "content": [block for block in content if block.get("text") != ""]}]

@@ -1,0 +1,50 @@
+r"""
+ScienceQA: the test questions that come with an image, the configuration `ScienceQA-IMG`.
+
+Paper: https://huggingface.co/papers/2209.09513. Schema: the card of `lmms-lab/ScienceQA`, with `image`, `question`,
+`choices` (list of strings), `answer` (int8, from 0), `hint`, `task`, `grade`, `subject`, `topic`, `category`, `skill`,
+`lecture`, `solution`; 2,017 test rows. The 2,224 questions without an image are left out, also if the rows read are
+those of `ScienceQA-FULL`: they measure the language model, and the numbers that multi-modal papers report are IMG's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...rewards.choices import letters_of
+from ..benchmark import Benchmark, Problem
+from .prompts import ONE_LETTER, ask, list_options
+from .rows import is_given, require, to_image
+from .scoring import accuracy_by, score_choice
+
+
+def to_problem(row: Mapping[str, Any], i: int) -> Problem:
+    require(row, "scienceqa", i, ("image", "question", "choices", "answer", "hint", "subject"))
+    options, answer = list(row["choices"]), int(row["answer"])
+    letters = letters_of(options)
+    if not 0 <= answer < len(options):
+        raise ValueError(f"`answer` in row {i} of scienceqa must lie in [0, {len(options)}), got {answer}.")
+    context = f"Context: {row['hint']}\n" if is_given(row["hint"]) else ""
+    return Problem(
+        id=str(i),
+        prompt=ask(f"{context}{row['question']}\n{list_options(options)}", ONE_LETTER, num_images=1),
+        answer=letters[answer],
+        images=[to_image(row["image"], f"`image` in row {i} of scienceqa")],
+        fields={"letters": letters, "options": options, "subject": row["subject"]},
+    )
+
+
+SCIENCEQA = Benchmark(
+    name="scienceqa",
+    title="ScienceQA",
+    dataset="lmms-lab/ScienceQA",
+    config="ScienceQA-IMG",
+    split="test",
+    to_problem=to_problem,
+    score=score_choice,
+    aggregate=accuracy_by("subject"),
+    keep=lambda row: "image" not in row or row["image"] is not None,  # `to_problem` names a missing column
+    scoring_note=(
+        "lmms-eval takes a response that is a letter, or starts with `A.`, and nothing else; here responses may "
+        "reason first. The authors' average over text and image questions is not computed."
+    ),
+)
