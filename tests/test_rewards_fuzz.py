@@ -58,12 +58,18 @@ LATEX = st.recursive(
         st.tuples(inner, inner).map(lambda parts: rf"\frac{{{parts[0]}}}{{{parts[1]}}}"),
         st.tuples(inner, inner).map(lambda parts: f"{parts[0]}^{{{parts[1]}}}"),
         inner.map(lambda part: rf"\sqrt{{{part}}}"),
-        inner.map(lambda part: f"({part})!"),
-        inner.map(lambda part: "{" * 40 + part + "}" * 40),
         inner.map(lambda part: rf"\left({part}, {part}\right)"),
         st.lists(st.one_of(inner, st.sampled_from(COMMANDS)), max_size=6).map("".join),
     ),
     max_leaves=8,
+)
+# What takes long for sure, so there is one of it among others: each costs its time and a new process.
+BOMBS = st.one_of(
+    st.integers(10, 900).map(lambda depth: "{" * depth + "1" + "}" * depth),
+    st.integers(10, 300).map(lambda depth: "2^{" * depth + "2" + "}" * depth),
+    st.integers(10**5, 10**40).map(lambda number: f"{number}!"),
+    st.integers(10**9, 10**40).map(lambda number: rf"\sqrt{{7^{{{number}}}}}"),
+    LATEX.map(lambda part: rf"((\sqrt{{{part}}})!)!"),
 )
 # Nothing that is generated equals this but by writing it.
 GOLD = r"\sqrt{7919} + 104729"
@@ -95,14 +101,14 @@ def child_ids() -> set[int]:
 FUZZ = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@given(st.lists(LATEX, min_size=10, max_size=10))
+@given(st.lists(LATEX, min_size=9, max_size=9, unique=True), BOMBS)
 @settings(max_examples=5, **FUZZ)
-def test_fifty_answers(answers):
-    check(answers)
+def test_fifty_answers(answers, bomb):
+    check([*answers, bomb])
 
 
 @pytest.mark.slow
-@given(st.lists(LATEX, min_size=25, max_size=25))
+@given(st.lists(LATEX, min_size=24, max_size=24, unique=True), BOMBS)
 @settings(max_examples=40, **FUZZ)
-def test_a_thousand_answers(answers):
-    check(answers)
+def test_a_thousand_answers(answers, bomb):
+    check([*answers, bomb])

@@ -57,9 +57,10 @@ def kept_in_check(seconds: float) -> Iterator[None]:
 
 def limit_memory(num_bytes: int) -> None:
     """Make what needs more a `MemoryError`, and no crash a core file."""
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    soft = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    if sys.platform != "darwin":  # which refuses this limit
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        soft = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

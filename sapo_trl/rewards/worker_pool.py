@@ -106,7 +106,9 @@ class Worker:
                     reply = None
                 if reply is not None:
                     return json.loads(reply)
-                if process.wait() == -signal.SIGPROF:
+                out_of_time = process.wait() == -signal.SIGPROF
+                self.stop()
+                if out_of_time:
                     break
         except TimeoutError:
             self.stop()
