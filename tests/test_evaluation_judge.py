@@ -136,6 +136,12 @@ def test_one_question_that_is_refused_or_answered_oddly_has_no_verdict(endpoint,
     assert judge(endpoint, tmp_path, judge_workers=1).verdicts(samples) == [None, None, True]
 
 
+def test_an_endpoint_that_refuses_everything_is_an_error(endpoint, tmp_path):
+    endpoint.failures = [400, 422]
+    with pytest.raises(JudgeError, match="no verdict on any answer; it said '4"):
+        judge(endpoint, tmp_path).verdicts([(problem(), "right 1"), (problem(), "right 2")])
+
+
 def test_an_endpoint_that_is_none(tmp_path):
     settings = {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "m", "judge_retries": 1, "judge_timeout": 5.0}
     with pytest.raises(JudgeError, match=r"judge_url='http://127.0.0.1:9/v1/chat/completions' failed 2 time"):

@@ -224,12 +224,16 @@ def test_many_parts_become_one_file_and_nothing_is_lost(tmp_path):
     files = PartFiles(tmp_path, GENERATIONS)
     for number in range(MERGE_AT + 2):
         files.append([{"benchmark": "toy", **row(number)}])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"part-000000-0000{MERGE_AT - 1}.parquet",
-        f"part-0000{MERGE_AT}-0000{MERGE_AT}.parquet",
-        f"part-0000{MERGE_AT + 1}-0000{MERGE_AT + 1}.parquet",
-    ]
-    assert files.table()["row"].to_pylist() == list(range(MERGE_AT + 2))
+    names = [f"part-000000-0000{MERGE_AT - 1}.parquet"]
+    names += [f"part-0000{number}-0000{number}.parquet" for number in (MERGE_AT, MERGE_AT + 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for number in range(MERGE_AT + 2, 2 * MERGE_AT):
+        files.append([{"benchmark": "toy", **row(number)}])
+    assert len(list(tmp_path.iterdir())) == 2
+    assert files.table()["row"].to_pylist() == list(range(2 * MERGE_AT))
+    files.merge()
+    assert len(list(tmp_path.iterdir())) == 1
+    assert files.table()["row"].to_pylist() == list(range(2 * MERGE_AT))
 
 
 def test_what_a_kill_leaves_between_two_steps_does_not_count(tmp_path):
@@ -347,11 +351,11 @@ def test_other_rows_or_weights_under_the_same_names_are_refused(finished, rows, 
     assert "other weights under the same `model`" in capsys.readouterr().err
 
 
-def test_scores_can_be_made_again_from_what_is_stored(finished, tmp_path):
+def test_scores_can_be_made_again_from_what_is_stored(finished):
     folder = finished[0]
     before = json.loads((folder / "results.json").read_text())["benchmarks"]["text"]["metrics"]
     generous = {**TOYS, "text": replace(TEXT, score=lambda problem, text: Score(1.0, "anything"))}
-    arguments = ["--model", "gone", "--output_dir", str(folder), "--score_only"]
+    arguments = ["--output_dir", str(folder), "--score_only"]
     assert main(arguments, generous, Console(file=io.StringIO())) == 0
     after = json.loads((folder / "results.json").read_text())["benchmarks"]
     assert after["text"]["metrics"]["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
@@ -359,7 +363,7 @@ def test_scores_can_be_made_again_from_what_is_stored(finished, tmp_path):
     assert json.loads((folder / "results.json").read_text())["benchmarks"]["text"]["metrics"] == before
 
 
-def test_a_scorer_that_fails_is_counted_and_costs_no_other_its_score(finished, capsys):
+def test_a_scorer_that_fails_is_counted_and_costs_no_other_its_score(finished):
     def fails_sometimes(problem, text):
         if problem.id == "q1":
             raise RecursionError("too deep")

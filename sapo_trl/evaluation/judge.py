@@ -71,6 +71,7 @@ class Judge:
         self._path = folder / CACHE_NAME
         self._lock = Lock()
         self._verdicts = _read_verdicts(self._path)
+        self._refusal: str | None = None
 
     @property
     def name(self) -> str:
@@ -93,7 +94,7 @@ class Judge:
 
         Raises:
             JudgeError: if the endpoint does not answer after all repetitions, or refuses the key or the model. What it
-                has said until then is kept.
+                has said until then is kept. The same if it gives no verdict at all: a setting is wrong then.
         """
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(self._verdict, problem, text, on_progress) for problem, text in samples]
@@ -103,7 +104,10 @@ class Judge:
             for future in futures:
                 if not future.cancelled() and future.exception() is not None:
                     raise future.exception()
-            return [future.result() for future in futures]
+            verdicts = [future.result() for future in futures]
+        if samples and not any(verdict is not None for verdict in verdicts):
+            raise JudgeError(f"judge_url={self.url!r} gave no verdict on any answer; it said {self._refusal!r}.")
+        return verdicts
 
     def _verdict(self, problem: Problem, text: str, on_progress: Callable[[], None]) -> bool | None:
         question = "\n".join(message_text(message) for message in problem.prompt)
@@ -112,14 +116,16 @@ class Judge:
             {"role": "system", "content": INSTRUCTION},
             {"role": "user", "content": json.dumps(content, ensure_ascii=False)},
         ]
-        payload = {"model": self.model, "messages": messages, "temperature": 0.0, "max_tokens": 512}
+        payload = {"model": self.model, "messages": messages, "temperature": 0.0}
         key = hashlib.blake2b(json.dumps(payload, sort_keys=True).encode(), digest_size=16).hexdigest()
         with self._lock:
             verdict = self._verdicts.get(key)
         if verdict is None:
             reply = self._ask(payload)
             verdict = _read_reply(reply)
-            if verdict is not None:
+            if verdict is None:
+                self._refusal = reply or self._refusal
+            else:
                 self._keep(key, verdict, problem.id)
         with self._lock:
             on_progress()
@@ -143,6 +149,7 @@ class Judge:
                 if error.code < 400 or error.code in (401, 403, 404):
                     raise JudgeError(f"judge_url={self.url!r} refuses: {trouble}") from error
                 if error.code < 500 and error.code not in (408, 429):
+                    self._refusal = trouble
                     return None
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 trouble = f"{type(error).__name__}: {error}"

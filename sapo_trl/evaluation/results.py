@@ -44,7 +44,7 @@ def run_results(
     for row in store.problems():
         problems[row["benchmark"]][row["row"]] = stored_problem(row)
     lengths: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in store.generations():
+    for row in store.generations(["tokens", "finish_reason"]):
         lengths[row["benchmark"]].append(row)
     by_problem: dict[str, dict[int, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for score in scores:

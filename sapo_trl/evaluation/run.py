@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,20 +52,23 @@ def run_evaluation(
     """
     console = console or Console()
     folder = arguments.run_folder
-    if arguments.score_only and not (folder / EVAL_NAME).is_file():
-        raise ValueError(f"`score_only`: {str(folder)!r} has no {EVAL_NAME}, so there is nothing to score.")
-    chosen = {} if arguments.score_only and not arguments.benchmarks else None
-    if chosen is None:
-        chosen = chosen_benchmarks(arguments.benchmarks, benchmarks)
+    if arguments.score_only:
+        if not (folder / EVAL_NAME).is_file():
+            raise ValueError(f"`score_only`: {str(folder)!r} has no {EVAL_NAME}, so there is nothing to score.")
+        with _locked(folder):
+            return _score(arguments, benchmarks, console)
+    paths = chosen_benchmarks(arguments.benchmarks, benchmarks)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        if not arguments.score_only:
-            _generate_missing(arguments, {name: benchmarks[name] for name in chosen}, chosen, console)
+        _generate_missing(arguments, benchmarks, paths, console)
         return _score(arguments, benchmarks, console)
 
 
 def _generate_missing(
-    arguments: EvalArguments, chosen: Mapping[str, Benchmark], paths: Mapping[str, str | None], console: Console
+    arguments: EvalArguments,
+    benchmarks: Mapping[str, Benchmark],
+    paths: Mapping[str, str | None],
+    console: Console,
 ) -> None:
     folder = arguments.run_folder
     model = arguments.model
@@ -74,13 +77,13 @@ def _generate_missing(
     located = replace(arguments, model=model)
     rows = {
         name: load_rows(
-            benchmark,
-            paths[name],
+            benchmarks[name],
+            path,
             limit=arguments.limit,
             min_pixels=arguments.min_pixels,
             max_pixels=arguments.max_pixels,
         )
-        for name, benchmark in chosen.items()
+        for name, path in paths.items()
     }
     record = _record(arguments, located, rows)
     _check_same_run(folder, record)
@@ -236,7 +239,7 @@ def _settings_line(settings: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _locked(folder: Path):
+def _locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -92,7 +92,7 @@ class EvalArguments:
         output_dir (`str`, *optional*):
             Run folder. Defaults to `outputs/eval-MODEL`. The same command continues what is there.
         score_only (`bool`, *optional*, defaults to `False`):
-            Generate nothing: score again what is stored.
+            Generate nothing: score again all that `output_dir` holds.
         page_answers (`int`, *optional*, defaults to `5000`):
             Generations on the page at most.
 
@@ -159,7 +159,7 @@ class EvalArguments:
     harness_model: str | None = field(default=None, metadata={"help": "lmms-eval's name for the kind of model."})
 
     def __post_init__(self):
-        if not self.model:
+        if not self.model and not (self.score_only and self.output_dir):
             raise ValueError("`model` is not set: 'embedded', a folder or a hub id.")
         self.benchmarks = [name for entry in self.benchmarks for name in entry.split(",") if name]
         _among("backend", self.backend, BACKENDS)

@@ -25,7 +25,7 @@ PROBLEMS = pa.schema(
         "prompt": pa.string(),  # JSON
         "answer": pa.string(),
         "fields": pa.string(),  # JSON
-        "thumbnails": pa.list_(pa.binary()),  # WebP
+        "thumbnails": pa.list_(pa.large_binary()),  # WebP
     }
 )
 GENERATIONS = pa.schema(
@@ -35,7 +35,7 @@ GENERATIONS = pa.schema(
         "id": pa.string(),
         "generation": pa.int64(),
         "seed": pa.int64(),
-        "text": pa.string(),
+        "text": pa.large_string(),
         "tokens": pa.int64(),
         "finish_reason": pa.string(),
     }
@@ -74,14 +74,18 @@ class PartFiles:
         parts = self._parts()
         number = parts[-1][1] + 1 if parts else 0
         self._write(number, number, pa.Table.from_pylist(list(rows), self.schema))
-        if sum(first == last for first, last, _ in parts) + 1 >= MERGE_AT:
-            self.merge()
+        singles = [part for part in self._parts() if part[0] == part[1]]
+        if len(singles) >= MERGE_AT:
+            # Not the merged files again: a long run would write its beginning over and over.
+            self._merge(singles)
 
     def merge(self) -> None:
         """Make one file of all."""
-        parts = self._parts()
+        self._merge(self._parts())
+
+    def _merge(self, parts: Sequence[tuple[int, int, Path]]) -> None:
         if len(parts) > 1:
-            self._write(parts[0][0], parts[-1][1], self.table())
+            self._write(parts[0][0], parts[-1][1], pa.concat_tables([pq.read_table(path) for _, _, path in parts]))
             self.tidy()
 
     def tidy(self) -> None:
@@ -173,10 +177,11 @@ class GenerationStore:
         """The problems: rows of [`PROBLEMS`], sorted by benchmark and row."""
         return self.problem_files.table().sort_by([("benchmark", "ascending"), ("row", "ascending")]).to_pylist()
 
-    def generations(self) -> list[dict[str, Any]]:
-        """The generations: rows of [`GENERATIONS`], sorted by benchmark, row and number."""
-        order = [(name, "ascending") for name in ("benchmark", "row", "generation")]
-        return self.generation_files.table().sort_by(order).to_pylist()
+    def generations(self, columns: list[str] | None = None) -> list[dict[str, Any]]:
+        """The generations: rows of [`GENERATIONS`] or some of its columns, sorted by benchmark, row and number."""
+        key = ["benchmark", "row", "generation"]
+        table = self.generation_files.table(columns and [*key, *columns])
+        return table.sort_by([(name, "ascending") for name in key]).to_pylist()
 
 
 def stored_problem(row: dict[str, Any]) -> Problem:
