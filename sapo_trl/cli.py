@@ -1,4 +1,4 @@
-"""The `sapo-trl` command: `sapo-trl demo`, `sapo-trl train`, `sapo-trl plan` and `sapo-trl analyze`."""
+"""The `sapo-trl` command: `demo`, `train`, `eval`, `plan`, `analyze` and `study`."""
 
 import argparse
 import sys
@@ -22,7 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .train import main as train_main
 
         return train_main(argv[1:])
-    if argv[:1] == ["plan"]:  # so does this one's
+    if argv[:1] == ["eval"]:  # so do this one's
+        from .evaluation.command import main as eval_main
+
+        return eval_main(argv[1:])
+    if argv[:1] == ["plan"]:
         from .planner.command import main as plan_main
 
         return plan_main(argv[1:])
@@ -40,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a model; settings from a YAML file (--config) and the command line")
+    commands.add_parser("eval", help="evaluate a model on benchmarks, and table the results beside the paper's")
     commands.add_parser("plan", help="compute the GPU memory that a training needs, and what would make it fit")
     commands.add_parser("analyze", help="ask the recordings of a finished run what its segments do")
     commands.add_parser("study", help="compare algorithms: several seeds, equal budgets and tuning, one report")
