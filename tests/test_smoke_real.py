@@ -13,7 +13,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from examples.smoke_real.__main__ import CONFIG, main, what_is_wrong
+from examples.smoke_real.__main__ import CONFIG, main, remove_last_run, what_is_wrong
 from examples.smoke_real.model import find_gguf, unpack_model
 from examples.smoke_real.questions import write_questions
 from sapo_trl import SAPOConfig, SAPOTrainer
@@ -90,15 +90,18 @@ class TestModel:
         assert mean_logp(ids.flip(1)) < mean_logp(ids) - 3
 
     def test_answers_and_stops(self, model, tokenizer):
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "What is the capital of France?"}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert end == tokenizer.eos_token_id == tokenizer.pad_token_id == model.generation_config.eos_token_id
+        sum_ = [{"role": "user", "content": "State the final answer to the following arithmetic problem: 6 + 0 ="}]
+        with_examples = tokenizer.apply_chat_template(sum_, add_generation_prompt=True, tokenize=False)
+        assert with_examples.count("<|im_start|>") == 2 + 4 and with_examples.endswith(
+            "6 + 0 =<|im_end|>\n<|im_start|>assistant\n"
         )
-        answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt.input_ids.shape[1] :]
-        assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
-        assert answer[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id == model.generation_config.eos_token_id
+        capital = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+        for prompt, expected in ((with_examples, r"\boxed{6}"), (capital, "Paris")):
+            ids = tokenizer(prompt, return_tensors="pt")
+            answer = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids.input_ids.shape[1] :]
+            assert expected in tokenizer.decode(answer) and answer[-1] == end
 
     def test_splits_text_as_it_was_trained(self, tokenizer):
         assert tokenizer.tokenize("in 1987:  42\n\n 52") == "in Ġ 1 9 8 7 : ĠĠ 4 2 ĊĊĠ 5 2".split()
@@ -206,7 +209,7 @@ def test_the_whole(folder, capfd):
     """With few questions, short answers and two steps; so short that there may be no right answer."""
     code = main(
         ["--output-dir", str(folder), "--questions", "2", "--max-new-tokens", "8", "--max_steps", "2"]
-        + ["--per_device_train_batch_size", "2", "--max_completion_length", "8", "--save_steps", "2"]
+        + ["--per_device_train_batch_size", "2", "--max_completion_length", "8"]
     )
     results = json.loads((folder / "results.json").read_text())
     for accuracies in results["accuracy"].values():
@@ -241,10 +244,22 @@ class TestVerdict:
         assert f"{right:.0f} of 8" in problem
 
 
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--output-dir", str(tmp_path)])
+    assert "run exists and is not of an earlier run: name another --output-dir" in capsys.readouterr().err
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "test.jsonl").touch()
+    (tmp_path / "model").mkdir()
+    remove_last_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_configuration_is_of_the_ordinary_kind():
     """It parses, and needs nothing but the folder that the script makes."""
     arguments, training_args, model_args = TrlParser((TrainArguments, SAPOConfig, ModelConfig)).parse_args_and_config(
         ["--config", str(CONFIG)]
     )
     assert Path(arguments.dataset_name).parent == Path(model_args.model_name_or_path).parent
-    assert training_args.save_steps == training_args.max_steps  # the log is read from the last checkpoint
+    assert training_args.save_strategy == "steps"  # the log is read from the last checkpoint

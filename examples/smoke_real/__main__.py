@@ -21,14 +21,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 # Before anything imports transformers: what is not on this machine is an error at once, not a minute of retries.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-os.environ.update(OFFLINE)
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pandas as pd  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -52,30 +52,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/smoke_real"), help="where everything goes")
-    parser.add_argument("--questions", type=int, default=24, help="held-out questions of each of the three sources")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in the evaluations")
+    parser.add_argument("--questions", type=int, default=16, help="held-out questions of each of the three sources")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in the evaluations")
     arguments, for_training = parser.parse_known_args(argv)
     console = Console()
     folder = arguments.output_dir
     seconds: dict[str, float] = {}
 
-    for part in ("questions", "before", "run", "after"):  # a new run; only the model stays
-        shutil.rmtree(folder / part, ignore_errors=True)
-    started = time.perf_counter()
-    model = unpack_model(folder / "model")
-    questions = write_questions(folder / "questions", test=arguments.questions)
-    seconds["prepare"] = time.perf_counter() - started
+    try:
+        remove_last_run(folder)
+    except FileExistsError as error:
+        parser.error(str(error))
 
     run = folder / "run"
     accuracies = {}
-    for name, adapter in (("before", None), ("after", run)):
-        if adapter is not None:
-            started = time.perf_counter()
-            train(model, questions, run, for_training, console)
-            seconds["train"] = time.perf_counter() - started
-        started = time.perf_counter()
-        accuracies[name] = evaluate(model, adapter, questions, folder / name, arguments.max_new_tokens, console)
-        seconds[name] = time.perf_counter() - started
+    with timed(seconds, "preparation"):
+        model = unpack_model(folder / "model")
+        questions = write_questions(folder / "questions", test=arguments.questions)
+    with timed(seconds, "evaluation before"):
+        accuracies["before"] = evaluate(model, None, questions, folder / "before", arguments.max_new_tokens, console)
+    with timed(seconds, "training"):
+        train(model, questions, run, for_training, console)
+    with timed(seconds, "evaluation after"):
+        accuracies["after"] = evaluate(model, run, questions, folder / "after", arguments.max_new_tokens, console)
 
     metrics = logged_metrics(run)
     problems = what_is_wrong(metrics, accuracies)
@@ -86,6 +85,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"Error: {problem}", style="red", markup=False)
     console.print(f"In {folder}: results.json; run, the adapters; before and after, every answer")
     return 1 if problems else 0
+
+
+def remove_last_run(folder: Path) -> None:
+    """Remove what an earlier call has left, but for the model. Raises `FileExistsError` if it is of somebody else."""
+    parts = [folder / name for name in ("before", "run", "after", "questions") if (folder / name).exists()]
+    if parts and not (folder / "questions" / "test.jsonl").is_file():
+        raise FileExistsError(f"{parts[0]} exists and is not of an earlier run: name another --output-dir.")
+    for part in parts:
+        shutil.rmtree(part)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note the seconds that the block takes."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
 
 
 def train(model: Path, questions: Path, run: Path, further: Sequence[str], console: Console) -> None:
@@ -115,9 +131,15 @@ def evaluate(
 
 
 def call(arguments: Sequence[str], console: Console) -> None:
-    """Run `sapo-trl` in a process of its own, so that one step's memory is free in the next."""
-    console.print("$", shlex.join(["sapo-trl", *arguments]), style="bold", markup=False, highlight=False)
-    subprocess.run([sys.executable, "-m", "sapo_trl.cli", *arguments], check=True)
+    """
+    Run `sapo-trl` in a process of its own, so that one step's memory is free in the next. If it fails, so does this
+    one, with its code: it has said why.
+    """
+    line = shlex.join(["sapo-trl", *arguments])
+    console.print(f"$ {line}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    code = subprocess.run([sys.executable, "-m", "sapo_trl.cli", *arguments]).returncode
+    if code:
+        raise SystemExit(code)
 
 
 def logged_metrics(run: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,15 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_LENGTH = 8192
 """Of the model's training. The file has it for the model, not for the tokenizer."""
 
+EXAMPLES = [
+    ("user", "State the final answer to the following arithmetic problem: 14 + 5 ="),
+    ("assistant", r"14 + 5 = 19. The final answer is \boxed{19}."),
+    ("user", "Tom has 8 apples and eats 3 of them. How many are left?"),
+    ("assistant", r"8 - 3 = 5. The final answer is \boxed{5}."),
+]
+"""A conversation that comes before every other: so small a model puts no answer in a box because it is told to."""
+_TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
+
 
 def find_gguf() -> Path:
     """
@@ -43,8 +52,8 @@ def unpack_model(folder: str | Path) -> Path:
             Where to.
 
     Returns:
-        `Path`: The folder. The weights are those of the file: 4 bits each (8 in the embeddings) before unpacking, so
-        this is not quite the model that its authors have published.
+        `Path`: The folder. It is not quite what the model's authors have published: the weights had 4 bits in the
+        file (the embeddings 8), and the chat template begins with [`EXAMPLES`] in the place of a system prompt.
     """
     folder = Path(folder)
     if folder.exists():
@@ -75,4 +84,17 @@ def load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
     tokenizer.model_max_length = MAX_LENGTH
+    tokenizer.chat_template = chat_template()
     return tokenizer
+
+
+def chat_template() -> str:
+    """The model's form of a conversation, after [`EXAMPLES`]: in the template, so that every prompt has them."""
+    turn = _TURN.format(role="{{ message['role'] }}", content="{{ message['content'] }}")
+    return (
+        "".join(_TURN.format(role=role, content=content) for role, content in EXAMPLES)
+        + "{% for message in messages %}"
+        + turn
+        + "{% endfor %}"
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )

@@ -20,16 +20,16 @@ class Row(TypedDict):
     source: str
 
 
-def write_questions(folder: str | Path, train: int = 256, test: int = 24, seed: int = 0) -> Path:
+def write_questions(folder: str | Path, train: int = 256, test: int = 16, seed: int = 0) -> Path:
     """
-    Write `train.jsonl` (sums) and `test.jsonl` (the same number of sums, word problems and competition problems).
+    Write `train.jsonl` (sums) and `test.jsonl` (as many sums, word problems and competition problems).
 
     Args:
         folder (`str` or `Path`):
             Where to.
         train (`int`, *optional*, defaults to `256`):
             Questions to train on.
-        test (`int`, *optional*, defaults to `24`):
+        test (`int`, *optional*, defaults to `16`):
             Held-out questions of each source, at most 79.
         seed (`int`, *optional*, defaults to `0`):
             Of the questions that are generated, and of the choice among the others.
@@ -38,7 +38,7 @@ def write_questions(folder: str | Path, train: int = 256, test: int = 24, seed: 
         `Path`: The folder, which `datasets` loads with the splits `train` and `test`. No question of one is in the
         other.
     """
-    sums = _distinct(_sums(2 * (train + test), seed))
+    sums = _distinct(_sums(2 * (train + test), seed))  # twice as many: the small ones repeat
     held_out, kept = sums[:test], sums[test : test + train]
     competition = list(_competition())
     if test > len(competition) or len(kept) < train:
@@ -69,7 +69,9 @@ def _word_problems(count: int, seed: int) -> Iterator[Row]:
     """Questions of GSM8K with other names and numbers (GSM-Symbolic), made by reasoning-gym."""
     import reasoning_gym
 
-    for item in reasoning_gym.create_dataset("gsm_symbolic", size=count, seed=seed):
+    items = reasoning_gym.create_dataset("gsm_symbolic", size=2 * count, seed=seed)
+    items = [item for item in items if _INTEGER.fullmatch(item["answer"])]  # nearly all
+    for item in items[:count]:
         yield Row(question=item["question"], answer=f"#### {item['answer']}", source="word problems")
 
 
