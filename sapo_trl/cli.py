@@ -1,4 +1,4 @@
-"""The `sapo-trl` command: `demo`, `train`, `eval`, `plan`, `analyze` and `study`."""
+"""The `sapo-trl` command: `demo`, `train`, `eval`, `plan`, `analyze`, `study` and `view`."""
 
 import argparse
 import sys
@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .study.command import main as study_main
 
         return study_main(argv[1:])
+    if argv[:1] == ["view"]:
+        from .viewer.command import main as view_main
+
+        return view_main(argv[1:])
 
     parser = argparse.ArgumentParser(
         prog="sapo-trl", description="Segment-Aligned Policy Optimization (arXiv 2605.01327) for TRL."
@@ -48,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("plan", help="compute the GPU memory that a training needs, and what would make it fit")
     commands.add_parser("analyze", help="ask the recordings of a finished run what its segments do")
     commands.add_parser("study", help="compare algorithms: several seeds, equal budgets and tuning, one report")
+    commands.add_parser("view", help="write a page to look at a run's responses, token by token")
     demo = commands.add_parser(
         "demo",
         help="train a tiny vision-language model on a CPU and show what it learned",
