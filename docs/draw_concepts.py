@@ -44,7 +44,7 @@ def write_tokens(ax: plt.Axes, ids: list[int], labels: list[str] = TOKENS) -> No
     for segment in set(ids):
         first, length = ids.index(segment), ids.count(segment)
         ax.add_patch(plt.Rectangle((first, 0), length, 1, fill=False, edgecolor="black", lw=2))
-    ax.set(xlim=(-0.05, len(ids) + 0.05), ylim=(-0.05, 1.05))
+    ax.set(xlim=(-0.15, len(ids) + 0.15), ylim=(-0.05, 1.05))
     ax.axis("off")
 
 
@@ -55,8 +55,8 @@ def draw_units(path: Path) -> None:
     cuts = segments_of_the_example().is_last[0].tolist()
     colours = ["black" if cut and position < len(cuts) - 1 else "#bbbbbb" for position, cut in enumerate(cuts)]
     axes[0].bar([position + 0.5 for position in range(len(ENTROPY))], ENTROPY, color=colours, width=0.7)
-    axes[0].set(xlim=(-0.05, len(ENTROPY) + 0.05), xticks=[], ylabel="entropy")
-    axes[0].set_title("Black: the 30 % of tokens at which the policy was least sure. Each ends a segment.", fontsize=10)
+    axes[0].set(xlim=(-0.15, len(ENTROPY) + 0.15), xticks=[], ylabel="entropy")
+    axes[0].set_title("Black: the 30 % of tokens where the policy was least sure. Each ends a segment.", fontsize=10)
     axes[0].spines[["top", "right"]].set_visible(False)
     for ax, name, partition in (
         (axes[1], f"tokens: {len(TOKENS)} units (PPO)", list(range(len(TOKENS)))),
@@ -81,7 +81,7 @@ def draw_credit(path: Path) -> None:
     starts = [position for position, first in enumerate(segments.is_first[0].tolist()) if first]
     axes[0].plot(range(len(TOKENS)), VALUES, color="#999999", lw=1, ls="--", label="value before each token")
     axes[0].plot(starts, [VALUES[start] for start in starts], "ko", label="before each segment: the ones that count")
-    axes[0].plot([len(TOKENS)], [REWARD], "k*", ms=12, label="reward")
+    axes[0].plot([len(TOKENS)], [REWARD], "k*", ms=12, label="reward", clip_on=False)
     axes[0].set(ylabel="value", ylim=(-0.05, 0.9))
     axes[0].legend(frameon=False, fontsize=9, ncols=3, loc="upper center")
     write_tokens(axes[1], ids)
@@ -89,7 +89,7 @@ def draw_credit(path: Path) -> None:
     axes[2].axhline(0, color="black", lw=0.8)
     axes[2].set(ylabel="advantage")
     for ax in (axes[0], axes[2]):
-        ax.set(xlim=(-0.05, len(TOKENS) + 0.05), xticks=[])
+        ax.set(xlim=(-0.15, len(TOKENS) + 0.15), xticks=[])
         ax.spines[["top", "right", "bottom"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
