@@ -27,7 +27,8 @@ ifneq ($(MADE_FOR),$(shell cat $(STAMP) 2>/dev/null))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help venv demo smoke-real test test-fast test-distributed test-qlora test-vllm study-quick study lint format bench clean
+.PHONY: help venv demo smoke-real test test-fast test-distributed test-qlora test-vllm study-quick study lint format bench \
+	docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -110,8 +111,12 @@ study: $(STAMP)  ## reproduce docs/results.md
 bench: $(STAMP)  ## time the segment operations against a loop
 	$(BIN)/python benchmarks/segment_ops.py
 
+docs: $(STAMP)  ## build the documentation into site/; installs mkdocs
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	$(BIN)/python -m mkdocs build --strict
+
 clean:  ## remove the environment, caches and build output
 	$(if $(wildcard $(VENV)/pyvenv.cfg),rm -rf $(VENV))
 	$(if $(wildcard $(VLLM_VENV)/pyvenv.cfg),rm -rf $(VLLM_VENV))
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find sapo_trl tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,120 @@
+"""
+Every setting for people to read: the tables of `docs/configuration.md`.
+
+`python -m sapo_trl.config_table` writes them into the folder it is called in, a clone of the repository.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from trl import GRPOConfig
+
+from .config import SAPOConfig
+from .train import TrainArguments
+
+
+TABLES_START, TABLES_END = "<!-- settings: start -->", "<!-- settings: end -->"
+DOCUMENT = Path("docs/configuration.md")
+
+_GROUP = re.compile(r"^ +> Parameters that control (.*)\n", re.MULTILINE)
+_PARAMETER = re.compile(r"^ {8}(\w+) \(.*\):\n((?:(?: {12}.*)?\n)+)", re.MULTILINE)
+
+
+def own_fields(config: type) -> dict[str, Field]:
+    """The settings that [`SAPOConfig`] adds to [`~trl.GRPOConfig`] or gives another default, by name."""
+    inherited = {setting.name: setting for setting in fields(GRPOConfig)}
+    return {
+        setting.name: setting
+        for setting in fields(config)
+        if setting.name not in inherited or _default(setting) != _default(inherited[setting.name])
+    }
+
+
+def described(docstring: str) -> dict[str, dict[str, str]]:
+    """
+    What a docstring says about each parameter.
+
+    Args:
+        docstring (`str`): with `> Parameters that control …` above each group of parameters.
+
+    Returns:
+        `dict[str, dict[str, str]]`: by group and name, in the order of the docstring.
+    """
+    _, *parts = _GROUP.split(docstring)
+    return {
+        group: {name: " ".join(text.split()) for name, text in _PARAMETER.findall(body)}
+        for group, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def markdown_tables() -> str:
+    """One table for each group of settings."""
+    own = own_fields(SAPOConfig)
+    hints = get_type_hints(SAPOConfig)
+    lines = []
+    for group, texts in described(SAPOConfig.__doc__).items():
+        lines += [f"### {group[0].upper()}{group[1:]}", "", *_HEADER]
+        for name, text in texts.items():
+            setting = own.pop(name, None) or next(f for f in fields(SAPOConfig) if f.name == name)
+            lines.append(_row(name, hints[name], _default(setting), text))
+        lines.append("")
+    inherited = {setting.name: setting for setting in fields(GRPOConfig)}
+    lines += ["### TRL's, with another default", "", *_HEADER]
+    for name, setting in own.items():
+        text = f"{setting.metadata['help']} TRL's default: {_code(_default(inherited[name]))}."
+        lines.append(_row(name, hints[name], _default(setting), text))
+    lines += ["", "## Settings of `sapo-trl train`", "", *_HEADER]
+    hints = get_type_hints(TrainArguments)
+    texts = dict(_PARAMETER.findall(TrainArguments.__doc__ + "\n"))
+    for setting in fields(TrainArguments):
+        lines.append(_row(setting.name, hints[setting.name], _default(setting), " ".join(texts[setting.name].split())))
+    return "\n".join(lines)
+
+
+_HEADER = ["| Setting | Type | Default | |", "| --- | --- | --- | --- |"]
+
+
+def _row(name: str, hint: Any, default: Any, text: str) -> str:
+    # A reference of the docstrings' kind, such as [`~trl.GRPOTrainer`], is code here.
+    text = re.sub(r"\[`~?(?:\w+\.)*(\w+)`\]", r"`\1`", text).replace("|", r"\|")
+    return f"| `{name}` | {_type(hint)} | {_code(default)} | {text} |"
+
+
+def _default(setting: Field) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+
+def _code(value: Any) -> str:
+    """A value as YAML has it, in backticks."""
+    if isinstance(value, str):  # not escaped: `\\s` would not be what is set
+        return f'`"{value}"`'
+    return f"`{json.dumps(getattr(value, 'value', value))}`"
+
+
+def _type(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_type(part) for part in get_args(hint) if part is not type(None)) + (
+            ", `null`" if type(None) in get_args(hint) else ""
+        )
+    if get_origin(hint) is not None:
+        return f"`{hint}`"
+    return f"`{hint.__name__}`" if inspect.isclass(hint) else f"`{hint}`"
+
+
+def main() -> None:
+    """Write the tables."""
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(TABLES_START)
+    _, _, after = rest.partition(TABLES_END)
+    text = f"{before}{TABLES_START}\n\n{markdown_tables()}\n\n{TABLES_END}{after}"
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
