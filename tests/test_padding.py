@@ -5,8 +5,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from sapo_trl.trainer.padding import RightAligned, equal_groups, group_rows, merge_rows, take_rows
@@ -241,3 +243,34 @@ def test_models_with_absolute_positions_keep_their_rows(family, tmp_path):
         assert not trainer.can_move_rows and len({width for _, width in shapes}) == 1
         outcomes.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]))
     torch.testing.assert_close(*outcomes, atol=1e-6, rtol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation makes, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@TEXT_FAMILY
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_logits_of_a_whole_batch_are_never_there(family, critic, tmp_path, monkeypatch):
+    """Neither when a rollout is scored nor in an update: TRL's head makes a tile of them after the other."""
+    largest = {}
+    # The vocabulary is smaller than TRL's tiles: with one tile, the logits are there, and the watch sees them.
+    for tile in (32, 32768):
+        monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", tile)
+        with LargestTensor() as watch:
+            _, _, shapes = trained(family, tmp_path / str(tile), True, critic=critic)
+        largest[tile] = watch.elements
+    rows, width = max(shapes, key=lambda shape: shape[0] * shape[1])
+    logits = rows * (width - 1) * len(family.tokenizer)
+    assert largest[32] < logits <= largest[32768]
