@@ -575,6 +575,10 @@ class SAPOTrainer(GRPOBridge):
 
     # -------------------------------------------------------------------------------------------------- the update
 
+    def weighs_rows_alike(self) -> bool:
+        # TRL's losses are means over a micro-batch, which weigh each micro-batch alike.
+        return self.args.loss_type not in TRL_LOSS_TYPES
+
     def policy_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         args = self.args
         training = self.mode == "train"
@@ -774,7 +778,8 @@ class SAPOTrainer(GRPOBridge):
         """
         if aggregation == "token-mean":
             return self._totals(batch)[unit]
-        rows = batch["segment_ids"].size(0) * self._micro_batches_per_step
+        batches = self.optimizer_step_batches(batch) if self.mode == "train" else [batch]
+        rows = sum(part["segment_ids"].size(0) for part in batches)
         return rows * self.max_completion_length if aggregation == "seq-mean-token-sum-norm" else rows
 
     def _totals(self, batch: Batch) -> dict[str, torch.Tensor]:
