@@ -193,7 +193,9 @@ def test_reading_the_harness_results():
             "exact_match_stderr,flexible-extract": 0.05,
         },
     )
-    found = read_harness_results(content, ["mmbench", "gsm8k"])
+    content["results"]["wemath_testmini_reasoning"] = {"acc_score,none": 0.5, "wemath_strict,none": "36.19%"}
+    found = read_harness_results(content, ["mmbench", "gsm8k", "wemath"])
+    assert found["wemath"]["metrics"]["strict"]["value"] == pytest.approx(0.3619)
     assert found["mmbench"]["metrics"] == {"accuracy": {"value": 0.815, "low": None, "high": None}}
     assert found["gsm8k"]["metrics"]["accuracy"]["value"] == 0.7
     assert found["gsm8k"]["metrics"]["accuracy"]["high"] == pytest.approx(0.798)
