@@ -217,8 +217,14 @@ class TestInABrowser:
         )
         assert shown(browser) == (["p4999"], "1 answer")
         print(f"{path.stat().st_size / 1e6:.1f} MB, loaded in {loaded:.1f} s, first search in {filtering:.0f} ms")
-        # Seconds would mean that every article is laid out; measured well below on a busy core.
-        assert loaded < 20 and filtering < 2000
+        # Times are the machine's; what keeps them short is that only what is near the window is laid out.
+        search(browser, "answer")
+        assert shown(browser)[1] == "5000 answers"
+        laid_out = (
+            "return [...document.querySelectorAll('pre')].map(e => e.checkVisibility({contentVisibilityAuto: true}))"
+        )
+        visible = browser.execute_script(laid_out)
+        assert visible[0] and sum(visible) < 50
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_text_has_contrast_in_both_schemes(self, browser, tmp_path, scheme):

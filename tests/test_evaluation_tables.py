@@ -88,12 +88,12 @@ def test_several_runs_scorers_and_other_benchmarks():
     judged = run(all_main(scorers=("judge gpt-4o", "rules")), name="sapo-7b")
     other = run({"gsm8k": entry(0.5, n=4), "mine": entry(0.25, title="Mine")}, name="tiny")
     main_table, text, others = make_tables([judged, other])
-    assert [row.name for row in main_table.rows][-2:] == ["sapo-7b", "tiny"]
-    assert main_table.rows[-2].scorer == "rules, then judge gpt-4o"
+    assert [row.name for row in main_table.rows][-2:] == ["SAPO, 7B", "sapo-7b"]
+    assert main_table.rows[-1].scorer == "rules, then judge gpt-4o"
     assert {row.name for row in main_table.rows if row.scorer == "paper"} >= {"SAPO, 7B", "Qwen2.5-VL-7B"}
     assert not any("3B" in row.name for row in main_table.rows)
     assert text.columns == ["GSM8K", "MATH500"] and "mean of 4 generations" in text.notes[1]
-    assert others.columns == ["Mine"] and others.rows[1].cells[0].value == 25.0
+    assert others.columns == ["Mine"] and others.rows[0].cells[0].value == 25.0
 
 
 def test_general_benchmarks_stand_beside_the_papers_average():
@@ -193,7 +193,9 @@ def test_reading_the_harness_results():
             "exact_match_stderr,flexible-extract": 0.05,
         },
     )
-    found = read_harness_results(content, ["mmbench", "gsm8k"])
+    content["results"]["wemath_testmini_reasoning"] = {"acc_score,none": 0.5, "wemath_strict,none": "36.19%"}
+    found = read_harness_results(content, ["mmbench", "gsm8k", "wemath"])
+    assert found["wemath"]["metrics"]["strict"]["value"] == pytest.approx(0.3619)
     assert found["mmbench"]["metrics"] == {"accuracy": {"value": 0.815, "low": None, "high": None}}
     assert found["gsm8k"]["metrics"]["accuracy"]["value"] == 0.7
     assert found["gsm8k"]["metrics"]["accuracy"]["high"] == pytest.approx(0.798)

@@ -155,15 +155,15 @@ def read_harness_results(content: Mapping[str, Any], names: Sequence[str]) -> di
     for name in names:
         task = TASKS[name]
         metrics = content.get("results", {}).get(task.name, {})
-        value = metrics.get(task.metric)
-        if not isinstance(value, int | float):
+        value = _number(metrics.get(task.metric))
+        if value is None:
             raise HarnessError(
-                f"lmms-eval's results have no number for {task.metric!r} of {task.name!r}, but {value!r}. Metrics "
-                f"there: {sorted(metrics)}."
+                f"lmms-eval's results have no number for {task.metric!r} of {task.name!r}, but "
+                f"{metrics.get(task.metric)!r}. Metrics there: {sorted(metrics)}."
             )
         metric, _, kept = task.metric.partition(",")
-        error = metrics.get(f"{metric}_stderr,{kept}")
-        margin = NORMAL_95 * error if isinstance(error, int | float) else None
+        error = _number(metrics.get(f"{metric}_stderr,{kept}"))  # "N/A" where it computes none
+        margin = None if error is None else NORMAL_95 * error
         samples = content.get("n-samples", {}).get(task.name, {})
         effective = int(samples.get("effective", 0))
         version = content.get("lmms_eval_version")
@@ -189,6 +189,16 @@ def read_harness_results(content: Mapping[str, Any], names: Sequence[str]) -> di
 
 def _scorer(task: Task, version: str | None) -> str:
     return f"lmms-eval{f' {version}' if version else ''}{', GPT judge' if task.asks_judge else ''}"
+
+
+def _number(value: Any) -> float | None:
+    """A number, also one that is written as a percentage, as We-Math's scores are; `None` for anything else."""
+    try:
+        if isinstance(value, str) and value.endswith("%"):
+            return float(value.removesuffix("%")) / 100
+        return None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 
 _PACKAGES = ("sapo_trl", "torch", "transformers", "vllm", "peft", "datasets", "math-verify")
@@ -30,22 +31,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def weights_fingerprint(model: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
+def weights_fingerprint(model: str, revision: str | None = None, config: str = "config.json") -> str | None:
     """
     What tells a model's weights from others under the same name.
 
     Args:
-        model (`str`): folder or hub id; also of an adapter.
+        model (`str`): folder or hub id of a model or an adapter.
         revision (`str`, *optional*): of a hub id.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): as for loading it.
+        config (`str`, *optional*, defaults to `"config.json"`): name of its configuration file.
 
     Returns:
         `str`: of a folder a hash of its weights' sizes and of pieces all over them (4 MB a file: reading 15 GB takes
         minutes, and training changes more than one tensor); of a hub id the commit.
     """
     if not os.path.isdir(model):
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-        return str(config._commit_hash)
+        return extract_commit_hash(cached_file(model, config, revision=revision), None)
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(model).glob("*.safetensors")):
         size = path.stat().st_size

@@ -173,9 +173,9 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 def _record(arguments: EvalArguments, located: EvalArguments, rows: Mapping[str, Rows]) -> dict[str, Any]:
     """What `eval.json` holds: everything that decides the generations, and what else explains the scores."""
-    weights = {"model": weights_fingerprint(located.model, arguments.revision, arguments.trust_remote_code)}
+    weights = {"model": weights_fingerprint(located.model, arguments.revision)}
     if arguments.adapter:
-        weights["adapter"] = weights_fingerprint(arguments.adapter)
+        weights["adapter"] = weights_fingerprint(arguments.adapter, config="adapter_config.json")
     return {
         "model_name": arguments.model_name,
         "settings": arguments.identity(),

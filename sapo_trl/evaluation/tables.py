@@ -140,8 +140,8 @@ def make_tables(runs: Sequence[Mapping[str, Any]]) -> list[ResultTable]:
         layouts["Others"] = (tuple(others), False, [])
     tables = []
     for title, (names, has_average, published) in layouts.items():
-        rows = [_run_row(run, names, has_average) for run in runs]
-        if any(cell for row in rows for cell in row.cells):
+        rows = [row for run in runs if any((row := _run_row(run, names, has_average)).cells)]
+        if rows:
             columns = [_column_title(name, runs) for name in names] + ["Avg"] * has_average
             tables.append(ResultTable(title, columns, [*published, *rows], _notes(runs, names, bool(published))))
     return tables

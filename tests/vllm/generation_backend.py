@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main(folder: Path, site_packages: str) -> None:
-    """Reads `requests.json` (messages, pictures, seeds), writes `generations.json`, twice and in two orders."""
+    """Reads `requests.json` (messages, pictures, seeds), writes `generations.json`: sampled, in reverse, greedy."""
     # Behind vLLM's own libraries, so that torch and transformers are vLLM's, and TRL and datasets are ours.
     sys.path.append(site_packages)
     from PIL import Image
@@ -20,9 +20,11 @@ def main(folder: Path, site_packages: str) -> None:
         for entry in content["requests"]
     ]
     backend = make_backend(EvalArguments(model=str(folder / "model"), backend="vllm", **content["settings"]))
-    there, back = backend.generate(requests), backend.generate(requests[::-1])[::-1]
-    generations = [[vars(generation) for generation in run] for run in (there, back)]
-    (folder / "generations.json").write_text(json.dumps(generations))
+    runs = {"there": backend.generate(requests), "back": backend.generate(requests[::-1])[::-1]}
+    backend.sampling["temperature"] = 0.0  # another engine would take another minute
+    runs["greedy"] = backend.generate(requests)
+    texts = {name: [vars(generation) for generation in run] for name, run in runs.items()}
+    (folder / "generations.json").write_text(json.dumps(texts))
 
 
 if __name__ == "__main__":

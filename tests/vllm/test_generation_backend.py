@@ -26,15 +26,14 @@ pytestmark = [
 ]
 
 
-def generate(folder, requests, **settings):
-    """Both runs of `generation_backend.py`."""
+def generate(folder, requests, settings):
+    """What `generation_backend.py` generates, in vLLM's environment."""
     entries = []
     for index, request in enumerate(requests):
         names = [f"{index}-{place}.png" for place in range(len(request.images))]
         for name, image in zip(names, request.images, strict=True):
             image.save(folder / name)
         entries.append({"prompt": request.prompt, "seed": request.seed, "images": names})
-    settings |= {"dtype": "float32", "vllm_max_model_length": 256}
     (folder / "requests.json").write_text(json.dumps({"requests": entries, "settings": settings}))
     environment = {
         **os.environ,
@@ -50,39 +49,30 @@ def generate(folder, requests, **settings):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=850,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     return json.loads((folder / "generations.json").read_text())
 
 
-@pytest.fixture
-def requests():
-    """Three with a picture, one without."""
-    rows = make_problems(3, split="test")
-    prompts = [geometry_prompt(row) for row in rows]
-    drawn = [Request(prompt["prompt"], 2**62 + seed, prompt["images"]) for seed, prompt in enumerate(prompts)]
-    return [*drawn, Request([{"role": "user", "content": "Find AB+BC."}], 3)]
-
-
-@pytest.fixture
-def family(qwen2_5_vl_processor, tmp_path):
+def test_samples_are_their_seeds_and_greedy_texts_those_of_transformers(qwen2_5_vl_processor, tmp_path):
+    """Three prompts with a picture, one without, and the first once more by another seed."""
     family = FAMILIES["qwen2_5_vl"](qwen2_5_vl_processor)
-    save_for_vllm(family.build_model(), family.processing_class, tmp_path / "model")
-    return family
+    model = family.build_model()
+    save_for_vllm(model, family.processing_class, tmp_path / "model")
+    prompts = [geometry_prompt(row) for row in make_problems(3, split="test")]
+    requests = [Request(prompt["prompt"], 2**62 + seed, prompt["images"]) for seed, prompt in enumerate(prompts)]
+    requests += [Request([{"role": "user", "content": "Find AB+BC."}], 3)]
+    requests += [Request(requests[0].prompt, 11, requests[0].images)]
 
+    settings = {"dtype": "float32", "max_new_tokens": 8}
+    sampling = {"temperature": 1.0, "top_p": 0.95, "vllm_max_model_length": 256}
+    found = generate(tmp_path, requests, settings | sampling)
+    assert found["there"] == found["back"]
+    assert found["there"][0]["text"] != found["there"][-1]["text"]
+    assert {generation["finish_reason"] for generation in found["there"]} <= {"stop", "length"}
+    assert all(1 <= generation["tokens"] <= 8 for generation in found["there"])
 
-def test_greedy_texts_are_those_of_transformers(family, requests, tmp_path):
-    settings = {"temperature": 0.0, "max_new_tokens": 8}
-    found, again = generate(tmp_path, requests, **settings)
-    family.processing_class.save_pretrained(tmp_path / "model")  # as this package's environment reads it
-    backend = TransformersBackend(EvalArguments(model=str(tmp_path / "model"), dtype="float32", **settings))
-    assert found == again == [vars(generation) for generation in backend.generate(requests)]
-
-
-def test_a_sample_is_its_seeds_in_any_order(family, requests, tmp_path):
-    twice = [*requests, Request(requests[0].prompt, 11, requests[0].images)]
-    found, again = generate(tmp_path, twice, temperature=1.0, top_p=0.95, max_new_tokens=16)
-    assert found == again
-    assert found[0]["text"] != found[-1]["text"]
-    assert all(1 <= generation["tokens"] <= 16 for generation in found)
+    family.processing_class.save_pretrained(tmp_path / "model")  # as this environment reads it
+    backend = TransformersBackend(EvalArguments(model=str(tmp_path / "model"), temperature=0.0, **settings))
+    assert found["greedy"] == [vars(generation) for generation in backend.generate(requests)]

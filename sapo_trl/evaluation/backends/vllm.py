@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
+
 from ..settings import EvalArguments
 from . import Generation, Request, message_text, plain_messages
 
@@ -98,8 +100,8 @@ def _conversation(request: Request) -> list[dict[str, Any]]:
 
 
 def _reserved_rank(adapter: str) -> int:
-    """The smallest of vLLM's ranks that an adapter in a folder fits in."""
-    rank = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    """The smallest of vLLM's ranks that an adapter fits in."""
+    rank = json.loads(Path(cached_file(adapter, "adapter_config.json")).read_text(encoding="utf-8"))["r"]
     fitting = [reserved for reserved in LORA_RANKS if reserved >= rank]
     if not fitting:
         raise ValueError(f"`adapter` has rank {rank}; vLLM takes {LORA_RANKS[-1]} at most.")
