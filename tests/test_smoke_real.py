@@ -155,7 +155,7 @@ def test_training(folder, model, tmp_path, monkeypatch):
         "model_name_or_path": folder / "model",
         "dataset_name": folder / "questions",
         "output_dir": tmp_path / "run",
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": 2,
         "max_completion_length": 12,
         "max_steps": 4,
     }
