@@ -106,7 +106,7 @@ def draw_ratios(path: Path) -> None:
         (axes[2], "sequence", segment_log_ratio(log_ratio, old, whole).exp()),
     ):
         ax.stairs(ratios[0].tolist(), color="black", lw=2, baseline=None)
-        ax.axhspan(0.8, 1.28, color="#e4e4e4", lw=0)
+        ax.axhspan(0.8, 1.28, color="#e4e4e4", lw=0, zorder=0)
         ax.axhline(1, color="#777777", lw=0.8, ls=":")
         ax.set(title=f"ratio per {name}", xlabel="token", ylim=(0.65, 1.4))
         ax.spines[["top", "right"]].set_visible(False)
