@@ -89,6 +89,8 @@ def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Se
                     grid, [b.low for b in bands], [b.high for b in bands], color=style[arm]["color"], alpha=0.12, lw=0
                 )
         panel.set(xlabel=x_label, ylabel=column)
+        if "explained variance" in column:
+            panel.set_ylim(-1, 1)  # a critic that has not learned yet can be at minus several hundred
         panel.grid(alpha=0.3)
     figure.suptitle(title)
     _legend(figure, panels)
