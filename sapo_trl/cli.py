@@ -1,9 +1,28 @@
-"""The `sapo-trl` command: `sapo-trl demo`, `sapo-trl train`, `sapo-trl plan` and `sapo-trl analyze`."""
+"""The `sapo-trl` command. Each subcommand parses its own arguments, and is imported when it is called."""
 
-import argparse
+from __future__ import annotations
+
+import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+from .validation import nearest_name
+
+
+# Module with a `main(argv)`, and a line of help.
+COMMANDS = {
+    "demo": ("demo", "train a tiny vision-language model on a CPU and show what it learned"),
+    "train": ("train", "train a model; settings from a YAML file (--config) and the command line"),
+    "eval": ("evaluation.command", "evaluate a model on benchmarks, and table the results beside the paper's"),
+    "view": ("viewer.command", "write a page to look at a run's responses, token by token"),
+    "analyze": ("analysis.command", "ask the recordings of a finished run what its segments do"),
+    "study": ("study.command", "compare algorithms: several seeds, equal budgets and tuning, one report"),
+    "plan": ("planner.command", "compute the GPU memory that a training needs, and what would make it fit"),
+    "presets": ("presets_command", "list the algorithms, or show the settings of one"),
+    "env": ("environment", "print versions and devices, for a report of a problem"),
+}
+
+USAGE = "usage: sapo-trl COMMAND [ARGUMENTS]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,55 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments after the program's name. Defaults to those of the process.
 
     Returns:
-        `int`: Exit code; not 0 if the demo could not show an improvement, or if what was planned does not fit.
+        `int`: Exit code: 0; 1 if what was asked for failed or came out wrong; 2 for wrong arguments; 75 if training
+        was stopped by a signal and left a checkpoint; 130 if something else was interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:  # TRL's parser takes all of the rest, `--help` included
-        from .train import main as train_main
-
-        return train_main(argv[1:])
-    if argv[:1] == ["plan"]:  # so does this one's
-        from .planner.command import main as plan_main
-
-        return plan_main(argv[1:])
-    if argv[:1] == ["analyze"]:
-        from .analysis.command import main as analyze_main
-
-        return analyze_main(argv[1:])
-    if argv[:1] == ["study"]:
-        from .study.command import main as study_main
-
-        return study_main(argv[1:])
-
-    parser = argparse.ArgumentParser(
-        prog="sapo-trl", description="Segment-Aligned Policy Optimization (arXiv 2605.01327) for TRL."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("train", help="train a model; settings from a YAML file (--config) and the command line")
-    commands.add_parser("plan", help="compute the GPU memory that a training needs, and what would make it fit")
-    commands.add_parser("analyze", help="ask the recordings of a finished run what its segments do")
-    commands.add_parser("study", help="compare algorithms: several seeds, equal budgets and tuning, one report")
-    demo = commands.add_parser(
-        "demo",
-        help="train a tiny vision-language model on a CPU and show what it learned",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="where the results go")
-    demo.add_argument("--rollouts", type=_positive, default=14, help="rollouts of 256 responses to train on")
-    demo.add_argument("--problems", type=_positive, default=1024, help="test problems for each measured accuracy")
-    demo.add_argument("--seed", type=int, default=0, help="seed of everything")
-    arguments = parser.parse_args(argv)
-
-    from .demo import run_demo
-
-    return run_demo(arguments.output_dir, arguments.rollouts, arguments.problems, arguments.seed)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        near = nearest_name(argv[0], COMMANDS)
+        print(f"{USAGE}\nsapo-trl: error: {argv[0]!r} is no command.{near}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", package=__package__)
+    return module.main(argv[1:])
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+def _help() -> str:
+    lines = [USAGE, "", "Segment-Aligned Policy Optimization (arXiv 2605.01327) for TRL.", ""]
+    lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join([*lines, "", "sapo-trl COMMAND --help says more."])
 
 
 if __name__ == "__main__":

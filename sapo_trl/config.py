@@ -188,6 +188,10 @@ class SAPOConfig(GRPOConfig):
             that divided by `max_completion_length` (`"seq-mean-token-sum-norm"`, as in Dr. GRPO).
         kl_aggregation (`str`, *optional*):
             The same for the KL term of the loss. Defaults to `loss_aggregation`.
+        avoid_padding (`bool`, *optional*, defaults to `True`):
+            Whether rows of like length go through the model together, without the padding that they have in common.
+            Optimizer steps see the same responses and give the same gradients; sums of floats differ in their order,
+            so that TRL's own losses are TRL's to the last bit only without it.
         num_mini_batches (`int`, *optional*):
             Optimizer steps per rollout batch. Defaults to 4, or to what `steps_per_generation` or
             `generation_batch_size` imply if one of those is set.
@@ -490,6 +494,13 @@ class SAPOConfig(GRPOConfig):
         metadata={
             "help": "The same for the KL term of the loss. Defaults to `loss_aggregation`.",
             "choices": list(AGGREGATIONS),
+        },
+    )
+    avoid_padding: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether rows of like length go through the model together, without the padding that they have in "
+            "common. The gradients of optimizer steps stay the same."
         },
     )
     num_mini_batches: int | None = field(

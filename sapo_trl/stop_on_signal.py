@@ -40,6 +40,8 @@ class StopOnSignal(TrainerCallback):
         self._previous = {number: signal.signal(number, self._receive) for number in signals}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once
         logger.warning("%s received: a checkpoint follows after this step.", signal.Signals(number).name)
         self.received = number
 

@@ -3,16 +3,18 @@
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import rich
+from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from . import rewards
 from .config import SAPOConfig
@@ -31,7 +33,10 @@ from .data import (
 from .data.formats import FORMAT_OF_HUB_ID
 from .data.own_columns import check_roles
 from .data.templates import template_text
+from .dry_run import show_dry_run
 from .embedded import default_cache_dir, load_processor, make_problems, warm_start
+from .progress import show_progress
+from .run_arguments import parse_run
 from .stop_on_signal import StopOnSignal
 from .trainer import SAPOTrainer
 from .validation import nearest_name
@@ -149,13 +154,19 @@ class TrainArguments:
 
 def main(argv: Sequence[str]) -> int:
     """
-    Parse `argv` (with `--config FILE` if wanted), train, save. Returns the exit code: 75 if a SIGTERM ended training
-    with a checkpoint.
+    Train with the settings of a file and of the command line, and save. Returns the exit code: 75 if a signal ended
+    training with a checkpoint.
     """
-    parser = TrlParser((TrainArguments, SAPOConfig, ModelConfig), prog="sapo-trl train")
-    arguments, training_args, model_args = parser.parse_args_and_config(list(argv))
+    request = parse_run(argv, TrainArguments, SAPOConfig, ModelConfig)
+    if request.launch:
+        launched = ["-m", "sapo_trl.cli", "train", *request.arguments]
+        launch_command(launch_command_parser().parse_args([*request.launch, *launched]))
+        return 0
+    arguments, training_args, model_args = request.settings
     if model_args.model_name_or_path is None:
-        parser.error("--model_name_or_path is required: 'embedded', a local path or a hub id")
+        wanted = "--model_name_or_path is required: 'embedded', a local path or a hub id"
+        print(f"sapo-trl train: error: {wanted}", file=sys.stderr)
+        return 2
     # What needs no model first, so that a mistake shows at once.
     reward_funcs = [find_reward(name) for name in arguments.reward_funcs]
     training_args.model_init_kwargs = {
@@ -191,8 +202,12 @@ def main(argv: Sequence[str]) -> int:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    stop = StopOnSignal()
+    if request.dry_run:
+        show_dry_run(trainer)
+        return 0
+    stop = StopOnSignal((signal.SIGTERM, signal.SIGINT))
     trainer.add_callback(stop)
+    show_progress(trainer)
     trainer.train(resume_from_checkpoint=_checkpoint(training_args))
     if training_args.should_save and reports and arguments.streaming:  # only now they have been read
         rich.print(*reports, sep="\n")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,3 +115,30 @@ def test_planned_memory_of_the_benchmark_counts_weights_and_optimizer(tmp_path):
         model = benchmark.Qwen2_5_VLForConditionalGeneration(config)
     backbone = sum(parameter.numel() for parameter in model.base_model.parameters())
     assert separate - shared == pytest.approx(16 * backbone, rel=1e-3)
+
+
+TINY_UPDATES = ["--size", "tiny", "--rollouts", "2", "--turns", "1", "--micro_batch", "2", "--accumulation", "2"]
+TINY_UPDATES += ["--completion_length", "32", "--image_size", "56"]
+
+
+@pytest.mark.slow
+def test_update_cost_benchmark_runs(tmp_path):
+    arguments = [sys.executable, str(BENCHMARKS / "update_cost.py"), *TINY_UPDATES, "--out", str(tmp_path)]
+    subprocess.run([*arguments, "--rows", "grpo", "sapo_shared"], check=True, capture_output=True, timeout=600)
+    report = json.loads((tmp_path / "update_cost.json").read_text())
+    rows = report["turns"][0]
+    assert rows.keys() == {"grpo", "sapo_shared"} and not any("error" in row for row in rows.values())
+    # TRL pads everything to the longest prompt and the longest response of the rollout.
+    assert 0 <= rows["sapo_shared"]["padding"] < rows["grpo"]["padding"] < 1
+    assert "| TRL GRPO |" in (tmp_path / "update_cost.md").read_text()
+
+
+@pytest.mark.slow
+def test_profile_benchmark_accounts_for_the_whole_step(tmp_path):
+    arguments = [sys.executable, str(BENCHMARKS / "profile_step.py"), *TINY_UPDATES, "--out", str(tmp_path)]
+    subprocess.run(arguments, check=True, capture_output=True, timeout=600)
+    found = json.loads((tmp_path / "profile_sapo_separate.json").read_text())
+    stages = found["stages"]
+    assert {f"{who}, forward to {what}" for who in ("policy", "critic") for what in ("score", "train")} < stages.keys()
+    assert {"backward", "optimizers", "everything else"} < stages.keys() and min(stages.values()) > 0
+    assert sum(stages.values()) == pytest.approx(found["seconds_per_rollout"])

@@ -5,12 +5,23 @@ import json
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from sapo_trl import SegmentationCallback
 from sapo_trl.callbacks import RolloutCallback, segmented_responses
+from sapo_trl.data import to_prompts
+from sapo_trl.embedded import make_problems
 
 from .strategies import token_lists
-from .testing_utils import Recorder, fixed_rollout, length_reward, logged, random_completions, sapo_trainer
+from .testing_utils import (
+    Recorder,
+    WeightRecorder,
+    fixed_rollout,
+    length_reward,
+    logged,
+    random_completions,
+    sapo_trainer,
+)
 
 
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
@@ -89,7 +100,7 @@ class TestFiles:
         recorder, folder = Recorder(), tmp_path / "new" / "segments"
         run(family, tmp_path / "run", [recorder, SegmentationCallback(folder, file_format)])
         names = [f"segments_{step:06d}_000.{file_format}" for step in (0, 2)]
-        assert sorted(path.name for path in folder.iterdir()) == names
+        assert sorted(path.name for path in folder.glob("segments_*")) == names
         for name, rollout, step in zip(names, recorder.rollouts, (0, 2), strict=True):
             rows = self.read(folder / name)
             assert len(rows) == 4
@@ -100,6 +111,10 @@ class TestFiles:
                 assert row["reward"] == pytest.approx(length_reward([completion.tolist()])[0])
                 assert "<|im_start|>user" in row["prompt"] and "<|endoftext|>" not in row["prompt"]
                 assert list(row["tokens"]) == [family.tokenizer.decode([token]) for token in completion.tolist()]
+                assert list(row["special"]) == [
+                    token in family.tokenizer.all_special_ids for token in completion.tolist()
+                ]
+                assert list(row["masked_tokens"]) == list(row["masked_positions"]) == []
                 assert list(row["segment_ids"]) == rollout.segments.ids[index, :length].tolist()
                 for column in ("logps", "entropies", "values", "advantages", "returns"):
                     expected = getattr(rollout, column)[index, :length].tolist()
@@ -109,7 +124,7 @@ class TestFiles:
     def test_every_and_max_responses(self, family, tmp_path):
         callback = SegmentationCallback(tmp_path / "segments", every=2, max_responses=3)
         run(family, tmp_path / "run", [callback], max_steps=6)
-        files = sorted((tmp_path / "segments").iterdir())
+        files = sorted((tmp_path / "segments").glob("segments_*"))
         assert [path.name for path in files] == ["segments_000000_000.parquet", "segments_000004_000.parquet"]
         assert [len(self.read(path)) for path in files] == [3, 3]
 
@@ -148,6 +163,99 @@ class TestFiles:
         assert unscored["reward"] is None and unscored["tokens"] == [] and unscored["values"] == []
         assert scored["reward"] == 1.0
         assert scored["tokens"] == [family.tokenizer.decode([token]) for token in (30, 32, 33)]
+        # What no segment has is kept apart, with its place.
+        assert scored["masked_tokens"] == [family.tokenizer.decode([31])] and scored["masked_positions"] == [1]
+        texts = [family.tokenizer.decode([token]) for token in (30, 31, 32, 33)]
+        assert unscored["masked_tokens"] == texts and unscored["masked_positions"] == [0] * 4
+
+    @TEXT_FAMILY
+    def test_special_tokens_are_marked(self, family, tmp_path):
+        end = family.tokenizer.eos_token_id
+        rollout = fixed_rollout(lambda prompts, _: [[30, end]] * len(prompts))
+        trainer = sapo_trainer(
+            family,
+            tmp_path / "run",
+            trainer_kwargs={"callbacks": [SegmentationCallback(tmp_path / "segments")], "rollout_func": rollout},
+        )
+        trainer.train()
+        for row in self.read(tmp_path / "segments" / "segments_000000_000.parquet"):
+            assert list(row["special"]) == [False, True]
+
+    @pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+    def test_images_are_written_once(self, family, tmp_path):
+        folder = tmp_path / "segments"
+        problems = make_problems(4)
+        trainer = sapo_trainer(
+            family,
+            tmp_path / "run",
+            max_steps=6,
+            trainer_kwargs={
+                "callbacks": [SegmentationCallback(folder, image_size=20)],
+                "rollout_func": fixed_rollout(random_completions(5)),
+                "train_dataset": to_prompts(problems),
+            },
+        )
+        trainer.train()
+        # Three rollouts of four responses, to four prompts.
+        named = [name for path in folder.glob("segments_*") for row in self.read(path) for name in row["images"]]
+        assert len(named) == 12 and len(set(named)) == 4
+        assert {path.name for path in (folder / "images").iterdir()} == set(named)
+        shrunk = []
+        for problem in problems:
+            image = problem["images"][0].convert("RGB")
+            image.thumbnail((20, 20))
+            shrunk.append(image.tobytes())
+        assert sorted(Image.open(folder / "images" / name).tobytes() for name in set(named)) == sorted(shrunk)
+
+    @TEXT_FAMILY
+    def test_ratios_are_those_of_the_update(self, family, tmp_path):
+        recorder, weights, folder = Recorder(), WeightRecorder(), tmp_path / "segments"
+        trainer = sapo_trainer(
+            family,
+            tmp_path / "run",
+            trainer_kwargs={
+                "callbacks": [recorder, weights, SegmentationCallback(folder, max_responses=3)],
+                "rollout_func": fixed_rollout(random_completions(5)),
+            },
+        )
+        weights.modules = [trainer.model]
+        trainer.train()
+        # Two optimizer steps: a response was seen by the policy of the first or by that of the second.
+        before, after_one_step = family.build_model().eval(), family.build_model().eval()
+        missing, unexpected = after_one_step.load_state_dict(weights.states[0][0], strict=False)
+        assert not unexpected and len(missing) <= 1  # a tied head is no parameter of its own
+        rollout = recorder.rollouts[0]
+        rows = self.read(folder / "ratios_000000_000.parquet")
+        assert [row["response"] for row in rows] == [0, 1, 2]
+        moved = 0
+        for index, row in enumerate(rows):
+            length = int(rollout.segments.mask[index].sum())
+            prompt = rollout.prompt_ids[index][rollout.prompt_mask[index].bool()]
+            ids = torch.cat([prompt, rollout.completion_ids[index, :length]])
+            differences = []
+            for model in (before, after_one_step):
+                with torch.no_grad():
+                    logps = model(ids[None]).logits[0].log_softmax(-1)
+                taken = logps[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None]).squeeze(1)
+                differences.append(taken - rollout.logps[index, :length])
+            recorded = torch.tensor(row["log_ratios"], dtype=torch.float32)
+            expected = differences[0] if recorded.abs().max() < 1e-4 else differences[1]
+            moved += recorded.abs().max() > 1e-4
+            torch.testing.assert_close(recorded, expected, atol=1e-4, rtol=1e-4)
+        assert 1 <= moved <= 2  # each step has two of the four responses
+
+    @TEXT_FAMILY
+    def test_without_an_update_no_ratios(self, family, tmp_path):
+        # TRL's loss does not tell its log-probabilities.
+        run(
+            family,
+            tmp_path / "run",
+            [SegmentationCallback(tmp_path / "segments")],
+            loss_type="grpo",
+            importance_sampling_level="token",
+            beta=0.0,
+        )
+        assert not list((tmp_path / "segments").glob("ratios_*"))
 
     def test_bad_arguments_are_named(self):
         with pytest.raises(ValueError, match='`file_format` must be "parquet" or "json", got \'csv\''):
@@ -156,3 +264,5 @@ class TestFiles:
             SegmentationCallback("x", every=0)
         with pytest.raises(ValueError, match="`max_responses` must be at least 1, got 0"):
             SegmentationCallback("x", max_responses=0)
+        with pytest.raises(ValueError, match="`image_size` must be at least 1, got 0"):
+            SegmentationCallback("x", image_size=0)

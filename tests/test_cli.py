@@ -1,17 +1,22 @@
 import io
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from datasets import Dataset
 from PIL import Image
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig, TrlParser
 
+import sapo_trl
 from sapo_trl import SAPOConfig
-from sapo_trl.cli import main
+from sapo_trl.cli import COMMANDS, main
 from sapo_trl.demo import colour_segments, demo_config, run_demo, training_accuracy
 from sapo_trl.embedded import (
     WarmStartConfig,
@@ -22,6 +27,7 @@ from sapo_trl.embedded import (
     sample_problems,
 )
 from sapo_trl.embedded.warm_start import encode_solutions, validation_accuracy
+from sapo_trl.presets import PRESETS, preset_settings
 from sapo_trl.rewards import accuracy_reward, format_reward
 from sapo_trl.train import TrainArguments, find_reward, load_prompts
 
@@ -80,17 +86,31 @@ def test_train_saves_a_model_that_loads(model_folder, tmp_path, capsys):
 
 
 def test_train_needs_a_model(capsys):
-    with pytest.raises(SystemExit) as error:
-        main(["train", "--use_cpu"])
-    assert error.value.code == 2
+    assert main(["train", "--use_cpu"]) == 2
     assert "--model_name_or_path is required" in capsys.readouterr().err
 
 
-def test_train_refuses_unknown_settings(tmp_path):
+def test_train_refuses_unknown_settings(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text("model_name_or_path: embedded\nuse_cpu: true\ntop_precent: 20\n")
-    with pytest.raises(ValueError, match="top_precent"):
+    with pytest.raises(SystemExit) as stop:
         main(["train", "--config", str(config)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "'top_precent'" in error and "Did you mean `top_percent`?" in error
+
+
+def test_dry_run_shows_what_would_be_done_and_trains_nothing(model_folder, tmp_path, capsys):
+    code = main(
+        ["train", "--config", str(EMBEDDED_CONFIG), "--model_name_or_path", model_folder, "--preset", "vc_ppo"]
+        + ["--output_dir", str(tmp_path / "out"), "--embedded_problems", "64", "--max_completion_length", "4"]
+        + ["--per_device_train_batch_size", "2", "--num_mini_batches", "3", "--max_steps", "7", "--dry_run"]
+    )
+    shown = " ".join(capsys.readouterr().out.split())
+    assert code == 0 and not (tmp_path / "out" / "critic").exists()
+    assert "segmentation: token" in shown and "critic_warmup_steps: 50" in shown
+    assert "responses of a rollout 6" in shown and "optimizer steps of a rollout 3" in shown
+    assert "optimizer steps of the run 7" in shown and "prompts of the data set 64" in shown
+    assert "4 tokens in 4 segments" in shown and "<|image_pad|>" in shown and "Nothing was trained" in shown
 
 
 def test_data_sets_from_a_folder(tmp_path):
@@ -131,12 +151,45 @@ def test_rewards_by_name_and_by_import_path(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- demo
 
 
-@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["demo", "--rollouts", "0"]])
-def test_bad_command_lines(arguments, capsys):
-    with pytest.raises(SystemExit) as error:
-        main(arguments)
-    assert error.value.code == 2
-    assert "sapo-trl" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: sapo-trl COMMAND"),
+        (["trian"], "Did you mean `train`?"),
+        (["demo", "--rollouts", "0"], "must be at least 1"),
+        (["presets", "vcppo"], "Did you mean `vc_ppo`?"),
+        (["env", "--verbose"], "unrecognized arguments: --verbose"),
+    ],
+)
+def test_bad_command_lines(arguments, message):
+    """Through the real entry point."""
+    done = subprocess.run([sys.executable, "-m", "sapo_trl.cli", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+def test_every_command_has_help(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"sapo-trl {command}" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {command} " in shown for command in COMMANDS)
+
+
+def test_presets_are_listed_and_shown_as_yaml(capsys):
+    assert main(["presets"]) == 0
+    listed = capsys.readouterr().out
+    assert all(preset in listed for preset in PRESETS)
+    assert main(["presets", "vc_ppo"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == preset_settings("vc_ppo")
+
+
+def test_env_names_the_versions(capsys):
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert f"sapo_trl version: {sapo_trl.__version__}" in shown and f"PyTorch version: {torch.__version__}" in shown
 
 
 def test_training_accuracy_is_read_off_the_log():

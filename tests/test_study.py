@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -39,7 +40,13 @@ TINY = {
         "sapo_random": {"preset": "sapo", "segmenter": "random_cuts", "tuned_as": "sapo"},
     },
     "experiments": {
-        "main": {"tasks": ["short"], "arms": ["sapo", "better", "equal", "sapo_random"], "seeds": [0, 1, 2, 3, 4]},
+        "main": {
+            "tasks": ["short"],
+            "arms": ["sapo", "better", "equal", "sapo_random"],
+            "seeds": [0, 1, 2, 3, 4],
+            "axis": {"sapo": 0, "better": 0.5},
+            "axis_label": "share of something",
+        },
         # Shares some of the runs above, but not all of their seeds.
         "lengths": {"tasks": ["short", "long"], "arms": ["sapo", "better"], "seeds": [0, 1, 2, 3]},
     },
@@ -91,6 +98,7 @@ class TestConfig:
             ({"qualification": {**QUALIFICATION, "exact": "vineppo"}}, "qualification: 'vineppo' is not known"),
             ({"qualification": {**QUALIFICATION, "critics": []}}, "qualification: critics is empty"),
             ({"qualification": {**QUALIFICATION, "seeds": [4, 9]}}, r"no experiment runs 'better' on .* seeds \[9\]"),
+            ({"experiments": {"main": {**TINY["experiments"]["main"], "axis": {"sapoo": 1}}}}, "axis: 'sapoo' is not"),
             ({"baseline": "grpo"}, r"baseline: 'grpo' is not known"),
         ],
     )  # fmt: skip
@@ -280,7 +288,9 @@ class TestReport:
         _, _, folder = planted
         links = [part.split(")")[0] for part in (folder / "report.md").read_text().split("](")[1:]]
         pictures = [link for link in links if link.endswith(".png")]
-        assert len(pictures) >= 5
+        assert len(pictures) >= 6
+        axis = pd.read_csv(folder / "figures" / "main_short_axis.csv")
+        assert {tuple(row) for row in axis[["arm", "share of something"]].to_numpy()} == {("sapo", 0), ("better", 0.5)}
         for picture in pictures:
             assert (folder / picture).stat().st_size > 5000
             assert (folder / picture).with_suffix(".csv").stat().st_size > 20

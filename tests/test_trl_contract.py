@@ -47,6 +47,7 @@ METHODS = {
         "compute_entropy",
         "compute_aux_loss",
     ],
+    "_prepare_inputs": ["generation_batch"],
     "_compute_loss": ["model", "inputs"],
     "_get_train_sampler": ["dataset"],
     "_get_output_dir": ["trial"],

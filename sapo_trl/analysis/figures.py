@@ -60,13 +60,14 @@ def plot_ratio_bias(path: Path, table: pd.DataFrame) -> list[Path]:
     return _save(figure, axes, path, table)
 
 
-def plot_borders(path: Path, table: pd.DataFrame) -> list[Path]:
+def plot_borders(path: Path, table: pd.DataFrame, what: str = "borders between steps") -> list[Path]:
     """
     Draw precision, recall and F1 of cuts with their intervals, beside chance.
 
     Args:
         path (`Path`): PNG to write.
         table (`pd.DataFrame`): of [`~sapo_trl.analysis.BorderAgreement.table`].
+        what (`str`, *optional*, defaults to `"borders between steps"`): the places that cuts are compared with.
 
     Returns:
         `list[Path]`: what was written, the PNG and the CSV.
@@ -75,7 +76,7 @@ def plot_borders(path: Path, table: pd.DataFrame) -> list[Path]:
     axes = figure.add_subplot()
     _intervals(axes, table["measure"].tolist(), table["value"], table["low"], table["high"], "cuts of the run")
     axes.plot(range(len(table)), table["chance"], "_", color="#d55e00", markersize=28, label="as many random cuts")
-    axes.set(ylim=(0, 1.05), title="Cuts on borders between steps")
+    axes.set(ylim=(0, 1.05), title=f"Cuts on {what}")
     return _save(figure, axes, path, table)
 
 

@@ -37,8 +37,8 @@ def read_responses(
         ValueError: if there is no such folder or file, or if a file is damaged or lacks a column.
     """
     frames = []
-    for path, step, process in _recorded_files(Path(folder), "segments", ("parquet", "json"), "SegmentationCallback"):
-        frame = _read_frame(path, ("step", "reward", *columns))
+    for path, step, process in recorded_files(Path(folder), "segments", ("parquet", "json"), "SegmentationCallback"):
+        frame = read_frame(path, ("step", "reward", *columns))
         lengths = frame[list(columns)].map(lambda cell: len(cell) if hasattr(cell, "__len__") else -1)
         if (scalar := (lengths < 0).any()).any():
             raise ValueError(f"{path}: column `{scalar.idxmax()}` must hold one list per response.")
@@ -66,8 +66,8 @@ def read_values(folder: str | Path) -> pd.DataFrame:
         ValueError: if there is no such folder or file, or if a file is damaged or lacks a column.
     """
     frames = [
-        _read_frame(path, VALUE_COLUMNS)[list(VALUE_COLUMNS)].assign(step=step, process=process)
-        for path, step, process in _recorded_files(Path(folder), "values", ("parquet",), "ValueDiagnostics")
+        read_frame(path, VALUE_COLUMNS)[list(VALUE_COLUMNS)].assign(step=step, process=process)
+        for path, step, process in recorded_files(Path(folder), "values", ("parquet",), "ValueDiagnostics")
     ]
     return pd.concat(frames, ignore_index=True)[["step", "process", *VALUE_COLUMNS]]
 
@@ -125,7 +125,22 @@ def flatten(responses: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarr
     return np.repeat(np.arange(len(responses)), lengths), flat
 
 
-def _recorded_files(folder: Path, kind: str, formats: tuple[str, ...], writer: str) -> list[tuple[Path, int, int]]:
+def recorded_files(folder: Path, kind: str, formats: tuple[str, ...], writer: str) -> list[tuple[Path, int, int]]:
+    """
+    Files `<kind>_<step>_<process>.<format>` in a folder, or in the one folder below it that has some.
+
+    Args:
+        folder (`Path`): where to look.
+        kind (`str`): first word of their names.
+        formats (`tuple[str]`): endings of their names.
+        writer (`str`): the callback that writes them, for the error.
+
+    Returns:
+        `list[tuple[Path, int, int]]`: path, step and process, in the order of the latter two.
+
+    Raises:
+        ValueError: if there is no such folder or file, if several folders have some, or one rollout is there twice.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder.")
     name = re.compile(rf"{kind}_(\d+)_(\d+)\.({'|'.join(formats)})")
@@ -146,7 +161,20 @@ def _recorded_files(folder: Path, kind: str, formats: tuple[str, ...], writer: s
     return chosen
 
 
-def _read_frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+def read_frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """
+    Read one of those files.
+
+    Args:
+        path (`Path`): a Parquet file, or one with a JSON object on each line.
+        columns (`tuple[str]`): what it must have.
+
+    Returns:
+        `pd.DataFrame`: all of its columns.
+
+    Raises:
+        ValueError: if it is damaged or lacks a column.
+    """
     try:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)

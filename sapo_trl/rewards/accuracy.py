@@ -1,24 +1,38 @@
 """Reward for a right answer."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
 from .completion import Completion, completion_text, last_boxed
-from .equivalence import is_equivalent
+from .equivalence import Verdict, are_equivalent
 
 
-def accuracy_reward(completions: list[Completion], answer: list[str], **kwargs) -> list[float]:
+def accuracy_reward(
+    completions: list[Completion],
+    answer: list[str | int | float | None],
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs,
+) -> list[float | None]:
     r"""
     1.0 for each completion whose last `\boxed{}` equals the answer as mathematics, else 0.0.
 
     Args:
         completions (`list`):
             Completions, each a string or a list of messages.
-        answer (`list[str]`):
-            Right answers as LaTeX without `$`, such as `6 \sqrt { 3 }`: the column that the data set has under this
-            name.
+        answer (`list`):
+            Right answers, the column that the data set has under this name: LaTeX such as `6 \sqrt { 3 }`, bare, in
+            `$` or in a box; plain text; or numbers. A row with `None` has no answer to compare with.
+        log_metric (`Callable`, *optional*):
+            The trainer's. Logs the shares of answers that could not be parsed and that ran out of time, as
+            `rewards/accuracy_reward/unparsed` and `rewards/accuracy_reward/timed_out`.
         **kwargs:
             The trainer's other columns, unused.
 
     Returns:
-        `list[float]`: One reward a completion. A completion without a box scores 0.0.
+        `list[float | None]`:
+            One reward a completion. A completion without a box scores 0.0. `None`, TRL's "does not apply", for a row
+            without an answer.
 
     Example:
 
@@ -29,11 +43,28 @@ def accuracy_reward(completions: list[Completion], answer: list[str], **kwargs) 
     [1.0, 0.0]
     ```
     """
-    if len(completions) != len(answer):
+    return score_boxes("accuracy_reward", completions, answer, log_metric)
+
+
+def score_boxes(
+    name: str,
+    completions: Sequence[Completion],
+    answers: Sequence[str | int | float | None],
+    log_metric: Callable[[str, float], None] | None = None,
+) -> list[float | None]:
+    """[`accuracy_reward`] for a reward function with another name in the log."""
+    if len(completions) != len(answers):
         raise ValueError(
-            f"{len(completions)} completions came with {len(answer)} values of `answer`; one each needed."
+            f"{len(completions)} completions came with {len(answers)} values of `answer`; one each needed."
         )
-    boxes = (last_boxed(completion_text(completion)) for completion in completions)
-    return [
-        float(box is not None and is_equivalent(box, gold)) for box, gold in zip(boxes, map(str, answer), strict=True)
-    ]
+    rewards: list[float | None] = [None if gold is None else 0.0 for gold in answers]
+    boxes = [last_boxed(completion_text(completion)) for completion in completions]
+    rows = [row for row, gold in enumerate(answers) if gold is not None and boxes[row] is not None]
+    verdicts = are_equivalent([boxes[row] for row in rows], [answers[row] for row in rows])
+    for row, verdict in zip(rows, verdicts, strict=True):
+        rewards[row] = float(verdict is Verdict.EQUAL)
+    number = len(rewards) - rewards.count(None)
+    if log_metric is not None and number:
+        for verdict in (Verdict.UNPARSED, Verdict.TIMED_OUT):
+            log_metric(f"rewards/{name}/{verdict}", verdicts.count(verdict) / number)
+    return rewards

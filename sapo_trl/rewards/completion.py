@@ -1,7 +1,11 @@
 """What a reward reads off a completion: its text, and its boxed answer."""
 
+import re
 from collections.abc import Mapping, Sequence
 
+
+# Braces, and pairs of a backslash and what it escapes: `\{` groups nothing.
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 Completion = str | Sequence[Mapping]
 """Plain text, or the messages of a conversation (the trainer passes what the prompts were)."""
@@ -25,18 +29,12 @@ def last_boxed(text: str) -> str | None:
     A last box that is never closed is no answer either, and an earlier one does not stand in for it: the response was
     cut off while it gave its answer.
     """
-    before, opening, rest = text.rpartition("\\boxed{")
+    _, opening, rest = text.rpartition("\\boxed{")
     if not opening:
         return None
     depth = 1
-    for i, character in enumerate(rest):
-        if character in "{}" and not _is_escaped(rest, i):
-            depth += 1 if character == "{" else -1
+    for match in _BRACE.finditer(rest):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return rest[:i].strip()
+            return rest[: match.start()].strip()
     return None
-
-
-def _is_escaped(text: str, i: int) -> bool:
-    r"""Whether an odd number of backslashes stands before position `i`, as in `\{`, a brace that groups nothing."""
-    return (i - len(text[:i].rstrip("\\"))) % 2 == 1

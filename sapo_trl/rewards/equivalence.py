@@ -1,30 +1,186 @@
-"""Whether two LaTeX answers are the same as mathematics."""
+"""Whether two answers are the same as mathematics."""
 
+from __future__ import annotations
+
+import atexit
+import os
 import re
 import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
+from fractions import Fraction
+from functools import lru_cache
 
-from . import math_verify_worker
+from .notation import as_latex, without_spaces
+from .worker_pool import WorkerPool
 
 
-# Past this length Python refuses to read a number, and no answer is meant.
+MAX_LENGTH = 2000
+"""Characters of an answer. A longer one counts as unparsed: no answer is meant, and no parser is tried on it."""
+
+# Past some length Python refuses to read an integer, and no answer is meant.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})")
+_WORDS = re.compile(r"(?:\\(?:text|textbf|textit|mathrm|mathbf)\{([A-Za-z ]+)\}|([A-Za-z ]+))")
+
+# math-verify rounds decimals to six places. Numbers further apart than this are different however they are rounded; so
+# are small ones of which six places would leave nothing to compare, if they differ by a hundredth.
+_APART = Fraction(1, 100_000)
+_RELATIVELY_APART = Fraction(1, 100)
 
 
-def is_equivalent(answer: str, gold: str) -> bool:
+class Verdict(StrEnum):
+    """What became of an answer."""
+
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    UNPARSED = "unparsed"
+    """Not equal as text, and one of the two, answer or gold, is empty, too long, or nothing that math-verify reads."""
+    TIMED_OUT = "timed_out"
+    """The comparison took more time than it may, or killed its process."""
+
+
+_pool = WorkerPool()
+_counts: Counter[Verdict] = Counter()
+_counts_lock = threading.Lock()
+
+
+def is_equivalent(answer: str | int | float, gold: str | int | float) -> bool:
     r"""
-    Whether `answer` and `gold`, both LaTeX without `$`, are equal: as text, as integers, or for math-verify.
+    Whether an answer equals the gold answer as mathematics.
 
-    The first two need no parser, and neither can be wrong: equal texts are equal, and two integers are equal or not.
+    Args:
+        answer (`str`): LaTeX or plain text, with or without `$` or a box.
+        gold (`str`, `int` or `float`): the right answer, likewise.
+
+    Returns:
+        `bool`: `False` also where [`are_equivalent`] says `UNPARSED` or `TIMED_OUT`.
+
+    Example:
+
+    ```python
+    >>> from sapo_trl.rewards.equivalence import is_equivalent
+
+    >>> is_equivalent(r"\frac{12}{2}\sqrt{3}", r"6 \sqrt { 3 }"), is_equivalent("3", r"6 \sqrt { 3 }")
+    (True, False)
+    ```
     """
-    answer, gold = answer.strip(), gold.strip()
+    return are_equivalent([answer], [gold])[0] is Verdict.EQUAL
+
+
+def are_equivalent(answers: Sequence[str | int | float], golds: Sequence[str | int | float]) -> list[Verdict]:
+    """
+    Compare answers with gold answers, pair by pair, several pairs at a time.
+
+    Equal texts, words and plain numbers are decided here. All others are sent to worker processes, each comparison
+    with a hard limit of time and memory, see [`configure_scoring`]. Repeated pairs are compared once. Works from any
+    thread, in an event loop (which waits), and in forked processes.
+
+    Args:
+        answers (`Sequence[str]`): LaTeX or plain text, with or without `$` or a box.
+        golds (`Sequence[str | int | float]`): the right answers, as many.
+
+    Returns:
+        `list[Verdict]`: one a pair.
+
+    Raises:
+        ValueError: if the numbers of answers and golds differ, or one is a number that is not finite.
+        TypeError: if one is neither text nor number.
+        RuntimeError: if no worker process can be started.
+    """
+    if len(answers) != len(golds):
+        raise ValueError(f"{len(answers)} answers came with {len(golds)} gold answers; one each needed.")
+    pairs = [(_readable(answer), _readable(gold)) for answer, gold in zip(answers, golds, strict=True)]
+    found = {pair: _at_sight(*pair) for pair in pairs}
+    hard = [pair for pair, verdict in found.items() if verdict is None]
+    if len(hard) == 1:
+        found[hard[0]] = _compared(*hard[0])
+    elif hard:
+        with ThreadPoolExecutor(_pool.num_workers) as threads:  # they only wait for the processes
+            found.update(zip(hard, threads.map(_compared, *zip(*hard, strict=True)), strict=True))
+    verdicts = [found[pair] for pair in pairs]
+    with _counts_lock:
+        _counts.update(verdicts)
+    return verdicts
+
+
+def scoring_counts() -> dict[Verdict, int]:
+    """How many answers got which verdict in this process so far."""
+    with _counts_lock:
+        return {verdict: _counts[verdict] for verdict in Verdict}
+
+
+def configure_scoring(num_workers: int = 2, timeout: float = 5.0, memory_bytes: int = 2 << 30) -> None:
+    """
+    Set how answers are compared in this process from now on, and forget what was compared before.
+
+    Args:
+        num_workers (`int`, *optional*, defaults to `2`):
+            Most worker processes at a time, some 60 MB each.
+        timeout (`float`, *optional*, defaults to `5.0`):
+            Seconds of computing for one comparison.
+        memory_bytes (`int`, *optional*, defaults to `2 << 30`):
+            Address space of a worker.
+    """
+    global _pool
+    old, _pool = _pool, WorkerPool(num_workers, timeout, memory_bytes)
+    old.close()
+    _compared.cache_clear()
+
+
+def _readable(value: str | int | float) -> str:
+    if isinstance(value, str) and len(value) > MAX_LENGTH:
+        return value
+    return as_latex(value)
+
+
+def _at_sight(answer: str, gold: str) -> Verdict | None:
+    """The verdict where no parser is needed for it, else `None`."""
     if not answer or not gold:
-        return False
+        return Verdict.UNPARSED
     if answer == gold:
-        return True
+        return Verdict.EQUAL
+    if len(answer) > MAX_LENGTH or len(gold) > MAX_LENGTH:
+        return Verdict.UNPARSED
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
-        return int(answer) == int(gold)
-    # math-verify limits its time by a signal, which only a main thread can receive. Without a limit an answer such as
-    # 9^{9^{9^9}} would run for ever, so any other thread asks a process that has a main thread of its own.
-    if threading.current_thread() is threading.main_thread():
-        return math_verify_worker.compare(answer, gold)
-    return math_verify_worker.compare_in_process(answer, gold)
+        return Verdict.EQUAL if int(answer) == int(gold) else Verdict.DIFFERENT
+    if _DECIMAL.fullmatch(answer) and _DECIMAL.fullmatch(gold):
+        a, b = Fraction(answer), Fraction(gold)
+        if a == b:
+            return Verdict.EQUAL
+        return Verdict.DIFFERENT if abs(a - b) > min(_APART, _RELATIVELY_APART * max(abs(a), abs(b))) else None
+    if without_spaces(answer) == without_spaces(gold):
+        return Verdict.EQUAL
+    words, gold_words = _WORDS.fullmatch(answer), _WORDS.fullmatch(gold)
+    if words and gold_words and _folded(words) == _folded(gold_words):
+        return Verdict.EQUAL
+    return None
+
+
+def _folded(words: re.Match) -> str:
+    return (words[1] or words[2]).strip().casefold()
+
+
+# Responses to one prompt repeat each other. Timeouts are kept too: what hung once would hang again.
+@lru_cache(maxsize=16_384)
+def _compared(answer: str, gold: str) -> Verdict:
+    verdict = _pool.compare(answer, gold)
+    return Verdict.TIMED_OUT if verdict is None else Verdict(verdict)
+
+
+def _close_pool() -> None:
+    _pool.close()
+
+
+def _after_fork_in_child() -> None:
+    # Locks may be held by threads that the child does not have.
+    global _pool, _counts_lock
+    _pool.forget()
+    _pool = WorkerPool(_pool.num_workers, _pool.timeout, _pool.memory_bytes)
+    _counts_lock = threading.Lock()
+
+
+atexit.register(_close_pool)
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -170,7 +170,7 @@ def _borders(run: pd.Series, figures_dir: Path, link: str) -> str:
             [len(ids) for ids in responses["segment_ids"]],
         )
         table = agreement.table()
-        plot_borders(figures_dir / f"borders_{kind}.png", table)
+        plot_borders(figures_dir / f"borders_{kind}.png", table, "borders between steps" if kind == "steps" else kind)
         precision, recall = (table.set_index("measure").loc[name] for name in ("precision", "recall"))
         lines.append(
             f"{precision['value']:.0%} of the cuts are right behind {what} (as many random cuts: "

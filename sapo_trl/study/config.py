@@ -96,6 +96,8 @@ class Experiment:
         measure (`str`, *optional*, defaults to `"accuracy"`):
             `"accuracy"`: after training. `"gradient_variance"`: of gradients at the warm-started policy, which stays
             as it is while a learned critic learns.
+        axis (`dict[str, float]`, *optional*): arms that differ by a number, and that number: drawn as a curve.
+        axis_label (`str`, *optional*): what the number is.
     """
 
     tasks: list[str]
@@ -103,8 +105,14 @@ class Experiment:
     seeds: list[int]
     question: str = ""
     measure: str = "accuracy"
+    axis: dict[str, float] = field(default_factory=dict)
+    axis_label: str = ""
 
     def __post_init__(self):
+        for arm, number in self.axis.items():
+            _check_name("axis", arm, self.arms)
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ValueError(f"axis: {arm}={number!r} must be a number.")
         if self.measure not in MEASURES:
             raise ValueError(f"measure={self.measure!r} must be one of {', '.join(MEASURES)}.")
         for name in ("tasks", "arms", "seeds"):

@@ -122,6 +122,31 @@ def plot_differences(path: Path, data: pd.DataFrame, x: str, baseline: str) -> N
     _save(figure, path, data)
 
 
+def plot_axis(path: Path, data: pd.DataFrame, x: str) -> None:
+    """
+    Accuracy over a number that arms differ by: every run, and the means with their bootstrap intervals.
+
+    Args:
+        path (`Path`): PNG to write.
+        data (`pd.DataFrame`): `arm`, `seed`, `accuracy` and the number.
+        x (`str`): column of the number.
+    """
+    figure = new_figure(6.0, 4.0)
+    panel = figure.add_subplot()
+    means = {number: mean_interval(of_number) for number, of_number in data.groupby(x)["accuracy"]}
+    values = [interval.value for interval in means.values()]
+    errors = [
+        [interval.value - interval.low for interval in means.values()],
+        [interval.high - interval.value for interval in means.values()],
+    ]
+    panel.scatter(data[x], data["accuracy"], s=18, facecolors="none", edgecolors="#555555", label="one run")
+    panel.errorbar(list(means), values, errors, fmt="D-", color="black", capsize=3, markersize=5, label="mean")
+    panel.set(xlabel=x, ylabel="accuracy")
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=9)
+    _save(figure, path, data)
+
+
 def plot_accuracies(path: Path, runs: pd.DataFrame, arms: Sequence[str], title: str) -> None:
     """
     Every run as a point, the mean of each arm and its bootstrap interval beside it.

@@ -12,7 +12,7 @@ import pandas as pd
 from .analyses import write_analyses
 from .comparisons import SIGNIFICANCE, Comparison, comparisons, verdict
 from .config import StudyConfig
-from .figures import plot_accuracies, plot_curves, plot_differences, training_curves
+from .figures import plot_accuracies, plot_axis, plot_curves, plot_differences, training_curves
 from .markdown import markdown_table
 from .qualification import write_qualification
 from .results import StudyResults
@@ -122,6 +122,12 @@ def _experiment(
         runs = results.runs_of(task, arms, experiment.seeds)
         plot_accuracies(figures_dir / f"{stem}.png", runs, arms, f"{name}, {task}")
         lines.append(f"\n![Accuracy of every run]({link}/{stem}.png)\n")
+        on_axis = runs[runs["arm"].isin(experiment.axis)]
+        if not on_axis.empty:
+            label = experiment.axis_label or "number that the arms differ by"
+            on_axis = on_axis[["arm", "seed", "accuracy"]].assign(**{label: on_axis["arm"].map(experiment.axis)})
+            plot_axis(figures_dir / f"{stem}_axis.png", on_axis, label)
+            lines.append(f"![Accuracy over the {label}]({link}/{stem}_axis.png)\n")
     if len(experiment.tasks) == 1 and len(found[0].table) > 1:
         lines += _curves(results, found[0], figures_dir, link)
     if len(found) > 1:

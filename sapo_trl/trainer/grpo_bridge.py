@@ -47,6 +47,7 @@ from ..sharded_tensors import total_norm
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
+from .padding import RightAligned, equal_groups, group_rows, merge_rows, take_rows
 
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ PROCESS_STATE_NAME = "process_state_{}.pt"
 # What TRL's forward takes besides the model: the multimodal tensors among these are forwarded by name, so that a key
 # that a new TRL version adds passes through.
 _FORWARD_KEYS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+# Of these, the ones that say how to compute; the others have a row for each response, or its images.
+_FORWARD_OPTIONS = ("logits_to_keep", "compute_entropy", "compute_aux_loss")
 
 Batch = dict[str, Any]
 
@@ -149,6 +152,7 @@ class GRPOBridge(GRPOTrainer):
         self._record: RolloutRecord | None = None
         self._staging: Path | None = None
         self._train_sampler: Sampler | None = None
+        self._tapped: list[torch.Tensor] | None = None
         reference = _copy_for_reference(model, args, kwargs.get("peft_config"))
         if reference is None:
             super().__init__(model, reward_funcs, args, **kwargs)
@@ -161,6 +165,9 @@ class GRPOBridge(GRPOTrainer):
                 args.beta = beta
             self._use_reference(reference)
         self.placeholder_ids = placeholder_ids(self.model.config)
+        # A model that knows absolute positions is given the same ones each time: its rows stay where they are.
+        text_config = self.model.config.get_text_config()
+        self.can_move_rows = args.avoid_padding and getattr(text_config, "rope_parameters", None) is not None
         if self.rollout_func is not None and self.placeholder_ids:
             sample = self.rollout_func
             self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
@@ -206,6 +213,10 @@ class GRPOBridge(GRPOTrainer):
         Returns:
             `torch.Tensor`: 0-dimensional.
         """
+        raise NotImplementedError
+
+    def weighs_rows_alike(self) -> bool:
+        """Whether the loss may be computed on micro-batches with different numbers of rows."""
         raise NotImplementedError
 
     def shared_values(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -485,6 +496,14 @@ class GRPOBridge(GRPOTrainer):
             if plugin.mixed_precision_policy is not None:
                 plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
+    def _prepare_inputs(self, generation_batch):
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.mode == "train" and self.args.avoid_padding and self._buffered_inputs is not buffered:
+            self._buffered_inputs = self._by_length(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
         return self.policy_loss(model, inputs)
 
@@ -680,9 +699,52 @@ class GRPOBridge(GRPOTrainer):
             logger.info("Loading %d weights that %s holds under other names.", len(missing), folder)
             policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
 
-    def _run_over_tokens(self, model: Callable, *args, **kwargs):
-        """TRL's forward over a batch's completions, also where a chunk of it has no image or too many placeholders."""
-        length = kwargs["logits_to_keep"] if "logits_to_keep" in kwargs else args[2]
+    def _by_length(self, batches: list[Batch]) -> list[Batch]:
+        """Micro-batches of a rollout, their rows exchanged within each optimizer step so that like lengths meet."""
+        regrouped, window = [], self.args.gradient_accumulation_steps
+        for first in range(0, len(batches), window):
+            rows = merge_rows(batches[first : first + window])
+            lengths = (rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)).tolist()
+            if self.weighs_rows_alike():
+                columns = rows["prompt_mask"].size(1) + rows["completion_mask"].size(1)
+                groups = group_rows(lengths, window, self.args.per_device_train_batch_size * columns)
+            else:
+                groups = equal_groups(lengths, window)
+            # With their lengths, which the device need not be asked for again.
+            rows["token_counts"] = lengths
+            regrouped += [take_rows(rows, group) for group in groups]
+        return regrouped
+
+    def _run_over_tokens(self, model: Callable, *args, batch_size: int | None = None, **kwargs):
+        """TRL's forward over a batch's completions, `batch_size` rows at a time, those of like length together."""
+        inputs = dict(zip(_FORWARD_KEYS[2:], args, strict=False)) | kwargs
+        total = inputs["input_ids"].size(0)
+        if not self.can_move_rows or batch_size is None or batch_size >= total:
+            return self._run_rows(model, batch_size=batch_size, **inputs)
+        options = {name: inputs.pop(name) for name in _FORWARD_OPTIONS if name in inputs}
+        inputs.pop("width", None)
+        rows = merge_rows([{name: value for name, value in inputs.items() if value is not None}])
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        groups = group_rows(lengths, -(-total // batch_size), batch_size * inputs["input_ids"].size(1))
+        logps, entropies, aux_losses = zip(
+            *(
+                self._run_rows(model, width=max(lengths[row] for row in group), **options, **take_rows(rows, group))
+                for group in groups
+            ),
+            strict=True,
+        )
+        back = torch.tensor([row for group in groups for row in group], device=logps[0].device).argsort()
+        if self._tapped:
+            self._tapped[-len(groups) :] = [torch.cat(self._tapped[-len(groups) :])[back]]
+        return (
+            torch.cat(logps)[back],
+            None if entropies[0] is None else torch.cat(entropies)[back],
+            None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+        )
+
+    def _run_rows(self, model: Callable, *, width: int | None = None, **kwargs):
+        """The same for rows of any length, also where a chunk has no image or too many placeholders."""
+        length = kwargs["logits_to_keep"]
 
         def run(**inputs):
             # Of a batch with images TRL passes every chunk some, if only none; vision towers refuse empty tensors.
@@ -691,9 +753,26 @@ class GRPOBridge(GRPOTrainer):
                 # The labels, which TRL has taken from the same ids, keep them.
                 inputs = hide_placeholders(inputs, length, self.placeholder_ids, self._tokenizer.pad_token_id)
             with _whole_lm_head(model):
-                return model(**inputs)
+                return self._without_padding(model, inputs, width) if self.can_move_rows else model(**inputs)
 
-        return super()._get_per_token_logps_and_entropies(run, *args, **kwargs)
+        return super()._get_per_token_logps_and_entropies(run, **kwargs)
+
+    def _without_padding(self, model: Callable, inputs: dict[str, Any], width: int | None) -> Any:
+        """A model's outputs at the tokens of its inputs, of which it is not given columns that are padding alone."""
+        aligned = RightAligned.of(inputs["attention_mask"], width)
+        shape = inputs["input_ids"].shape
+        moved = {
+            name: aligned.move(value) if torch.is_tensor(value) and value.shape == shape else value
+            for name, value in inputs.items()
+        }
+        outputs = model(**moved)
+        # Position p predicts token p + 1: the last has nothing to predict.
+        outputs.log_probs = aligned.restore(outputs.log_probs)[:, :-1]
+        if getattr(outputs, "entropy", None) is not None:
+            outputs.entropy = aligned.restore(outputs.entropy)[:, :-1]
+        if self._tapped:
+            self._tapped[-1] = aligned.restore(self._tapped[-1])[:, :-1]
+        return outputs
 
     @contextlib.contextmanager
     def _value_tap(self) -> Iterator[list[torch.Tensor]]:
@@ -710,10 +789,12 @@ class GRPOBridge(GRPOTrainer):
                     values.append(chunk[:, :-1])
 
         handle = backbone_of(self.accelerator.unwrap_model(self.model)).register_forward_hook(read)
+        self._tapped = values
         try:
             yield values
         finally:
             handle.remove()
+            self._tapped = None
 
     def _use_reference(self, reference: PreTrainedModel) -> None:
         """Install a frozen copy of the policy where TRL keeps the reference model."""
@@ -825,6 +906,8 @@ def _forward_inputs(batch: Batch) -> dict[str, Any]:
     inputs["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     inputs["attention_mask"] = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     inputs["logits_to_keep"] = batch["completion_ids"].size(1)
+    if "token_counts" in batch:
+        inputs["width"] = max(batch["token_counts"])
     return inputs
 
 

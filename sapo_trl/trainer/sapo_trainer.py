@@ -305,6 +305,8 @@ class SAPOTrainer(GRPOBridge):
         batch["old_values"] = values
         batch["segment_ids"] = segments.ids
         batch["policy_mask"] = policy_mask
+        # TRL shuffles: with these, callbacks know the rows of micro-batches again.
+        batch["rollout_rows"] = torch.arange(len(rewards), device=rewards.device)
         if self.args.loss_type not in TRL_LOSS_TYPES or record.given is not None or "old_per_token_logps" in batch:
             # Without them TRL's losses take the ratio as exactly 1, which it is when it needs none.
             batch["old_per_token_logps"] = forward.logps
@@ -324,6 +326,8 @@ class SAPOTrainer(GRPOBridge):
             tokenizer=self.tokenizer,
             mode=self.mode,
             continuations=self._continuations(record),
+            completion_mask=batch["completion_mask"],
+            images=_images_of(record.inputs),
         )
         self._log_rollout(rollout, policy_mask, seconds)
         if record.given is not None:
@@ -550,13 +554,16 @@ class SAPOTrainer(GRPOBridge):
             self._accumulator.add_mean(
                 "value/explained_variance", explained_variance(values, returns, states, self._sum_over_processes)
             )
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, RolloutCallback):
-                callback.on_rollout(self.args, self.state, self.control, rollout, self._accumulator)
+        for callback in self._rollout_callbacks:
+            callback.on_rollout(self.args, self.state, self.control, rollout, self._accumulator)
         mean_advantages = rollout.advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         self.replace_logged_advantages(self.accelerator.gather(mean_advantages).tolist())
         self.add_to_log({f"time/{stage}": spent for stage, spent in seconds.items()})
         self.add_to_log(self._accumulator.flush(self.accelerator))
+
+    @property
+    def _rollout_callbacks(self) -> list[RolloutCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, RolloutCallback)]
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -567,6 +574,10 @@ class SAPOTrainer(GRPOBridge):
         return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
 
     # -------------------------------------------------------------------------------------------------- the update
+
+    def weighs_rows_alike(self) -> bool:
+        # TRL's losses are means over a micro-batch, which weigh each micro-batch alike.
+        return self.args.loss_type not in TRL_LOSS_TYPES
 
     def policy_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         args = self.args
@@ -594,6 +605,10 @@ class SAPOTrainer(GRPOBridge):
         segments, mask, old_logps = Segments(batch["segment_ids"]), batch["policy_mask"], batch["old_per_token_logps"]
         forward = self.policy_forward(model, batch)
         self._micro_batch_values = forward.values
+        if self.mode == "train":
+            log_ratios = forward.logps.detach() - old_logps
+            for callback in self._rollout_callbacks:
+                callback.on_policy_forward(self.args, self.state, self.control, batch["rollout_rows"], log_ratios)
 
         ratio_segments = segments if args.importance_sampling_level == "segment" else None
         if args.importance_sampling_level == "sequence":
@@ -763,7 +778,8 @@ class SAPOTrainer(GRPOBridge):
         """
         if aggregation == "token-mean":
             return self._totals(batch)[unit]
-        rows = batch["segment_ids"].size(0) * self._micro_batches_per_step
+        batches = self.optimizer_step_batches(batch) if self.mode == "train" else [batch]
+        rows = sum(part["segment_ids"].size(0) for part in batches)
         return rows * self.max_completion_length if aggregation == "seq-mean-token-sum-norm" else rows
 
     def _totals(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -853,6 +869,12 @@ def _loss_mask(batch: Batch) -> torch.Tensor:
     """bool `(B, T)`: tokens that the policy produced and that count."""
     mask = batch["completion_mask"].bool()
     return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
+
+
+def _images_of(inputs: list[dict[str, Any]]) -> list[list[Any]] | None:
+    """The images of each row of a data set, from the columns in which TRL looks for them; `None` without any."""
+    images = [row.get("images") or ([row["image"]] if row.get("image") is not None else []) for row in inputs]
+    return images if any(images) else None
 
 
 def _count(batches: list[Batch], positive_lm_threshold: float) -> dict[str, torch.Tensor]:

@@ -1,0 +1,113 @@
+"""
+Where the time of a training step goes: the model's forwards and backwards, the optimizers, and everything else.
+
+The set-up is that of `update_cost.py`: given responses of log-normal lengths, so nothing is generated.
+
+    python benchmarks/profile_step.py --row sapo_separate --out results                 # on a GPU
+    python benchmarks/profile_step.py --row sapo_separate --size tiny --out results     # on a CPU too
+
+It writes `profile_ROW.json` and prints a table. Everything else is segmentation, advantages, losses, metrics,
+collation, logging and transformers' own loop. On a GPU the device is waited for at each border between two stages, so
+that what it does is counted where it was asked for: a step takes somewhat longer than without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory_and_speed import StepTimer, machine, now
+from transformers import TrainerCallback
+from update_cost import MINI_BATCHES, ROWS, make_trainer
+from update_cost import parser as update_cost_parser
+
+
+class Stages(TrainerCallback):
+    """Seconds by stage, from the second rollout on; of stages within others only the outermost counts."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._inside = False
+        self._counts = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._counts = state.global_step >= MINI_BATCHES
+
+    @contextmanager
+    def stage(self, name: str):
+        if self._inside:
+            yield
+            return
+        self._inside, started = True, now()
+        try:
+            yield
+        finally:
+            self._inside = False
+            if self._counts:
+                self.seconds[name] = self.seconds.get(name, 0.0) + now() - started
+
+    def timed(self, name: str | Callable[[], str], function: Callable) -> Callable:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with self.stage(name if isinstance(name, str) else name()):
+                return function(*args, **kwargs)
+
+        return wrapper
+
+
+def profile(options: argparse.Namespace) -> dict[str, Any]:
+    """Train a few rollouts, and say what took how long."""
+    stages, timer = Stages(), StepTimer()
+    trainer = make_trainer(options.row, options, [stages, timer])
+
+    def forward_of(who: str) -> Callable[[], str]:
+        return lambda: f"{who}, forward to {'train' if torch.is_grad_enabled() else 'score'}"
+
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy.forward = stages.timed(forward_of("policy"), policy.forward)
+    critic = getattr(trainer, "critic", None)
+    if critic is not None and critic.module is not None:
+        critic.module.forward = stages.timed(forward_of("critic"), critic.module.forward)
+    trainer.accelerator.backward = stages.timed("backward", trainer.accelerator.backward)
+    create_optimizer = trainer.create_optimizer
+
+    def create_timed_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = create_optimizer(*args, **kwargs)
+        optimizer.step = stages.timed("optimizers", optimizer.step)
+        return optimizer
+
+    trainer.create_optimizer = create_timed_optimizer
+    trainer.train()
+    total = sum(timer.seconds[MINI_BATCHES:])
+    rollouts = options.rollouts - 1
+    seconds = {name: value / rollouts for name, value in sorted(stages.seconds.items(), key=lambda item: -item[1])}
+    seconds["everything else"] = total / rollouts - sum(seconds.values())
+    return {"row": options.row, "machine": machine(), "seconds_per_rollout": total / rollouts, "stages": seconds}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Profile, write, print."""
+    parser = update_cost_parser()
+    parser.description = __doc__
+    parser.set_defaults(row="sapo_separate")
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if options.rollouts < 2:
+        parser.error(f"--rollouts must be at least 2, because the first is not counted; got {options.rollouts}")
+    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    found = profile(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (Path(options.out) / f"profile_{options.row}.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(f"{ROWS[options.row][0]}, {found['machine']}: {found['seconds_per_rollout']:.2f} s a rollout\n")
+    print("| stage | seconds | share |\n| --- | ---: | ---: |")
+    for name, seconds in found["stages"].items():
+        print(f"| {name} | {seconds:.3f} | {seconds / found['seconds_per_rollout']:.1%} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""
+What scoring and updating cost with each of SAPO's critics, against TRL's GRPO on the very same responses.
+
+Both trainers are given the same prompts with a picture each and the same responses, whose lengths are drawn from a
+log-normal distribution; nothing is generated and rewards take no time, so a step is its scoring and its update. Each
+row is a process of its own, rows take turns, and a ratio is one of the two rows of the same turn. Random weights of
+Qwen2.5-VL's shape; nothing is downloaded.
+
+    python benchmarks/update_cost.py --out results                   # Qwen2.5-VL-3B's shape, on a GPU
+    python benchmarks/update_cost.py --size tiny --out results       # a tiny model, on a CPU too
+
+It writes `update_cost.json` and, as tables for `docs/performance.md`, `update_cost.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from memory_and_speed import (
+    LORA_RANK,
+    LORA_TARGETS,
+    OUT_OF_MEMORY,
+    PACKAGES,
+    StepTimer,
+    build_dataset,
+    build_model_config,
+    build_processor_for,
+    machine,
+    peak_bytes,
+    reward,
+)
+from peft import LoraConfig
+from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback, set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from sapo_trl import SAPOConfig, SAPOTrainer
+from sapo_trl.planner.setup import GIB
+
+
+# Name in the table, critic (`None`: TRL's trainer), whether with LoRA, the row it is compared with.
+ROWS = {
+    "grpo": ("TRL GRPO", None, False, None),
+    "sapo_none": ('SAPO, `critic="none"`', "none", False, "grpo"),
+    "sapo_shared": ('SAPO, `critic="shared"`', "shared", False, "grpo"),
+    "sapo_separate": ('SAPO, `critic="separate"`', "separate", False, "grpo"),
+    "grpo_lora": ("TRL GRPO, LoRA", None, True, None),
+    "sapo_adapter": ('SAPO, LoRA, `critic="adapter"`', "adapter", True, "grpo_lora"),
+}
+MINI_BATCHES = 2
+
+
+def lengths_of(rows: int, longest: int) -> list[int]:
+    """Log-normal, with a spread as of reasoning models' responses; the longest are cut off as by a limit."""
+    drawn = np.random.default_rng(0).lognormal(np.log(longest / 5), 0.7, rows)
+    return np.clip(drawn, 1, longest).astype(int).tolist()
+
+
+def given_rollout(lengths: list[int]):
+    """A `rollout_func` that returns responses of these lengths, the same ones each time."""
+
+    def rollout(prompts: list, trainer: Any) -> dict[str, Any]:
+        encoded = trainer.processing_class.apply_chat_template(
+            prompts, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        generator = torch.Generator().manual_seed(0)
+        # Letters, no special tokens.
+        responses = [torch.randint(40, 200, (n,), generator=generator).tolist() for n in lengths[: len(prompts)]]
+        return {
+            "prompt_ids": [list(ids) for ids in encoded["input_ids"]],
+            "completion_ids": responses,
+            "logprobs": None,
+        }
+
+    return rollout
+
+
+class TokenCounter:
+    """Tokens that went through a model's layers, padding included."""
+
+    def __init__(self, backbone: torch.nn.Module):
+        self.tokens = 0
+        backbone.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.tokens += kwargs["input_ids"].numel()
+
+
+def make_trainer(name: str, options: argparse.Namespace, callbacks: list[TrainerCallback]) -> GRPOTrainer:
+    """The trainer of a row, with its model."""
+    _, critic, lora, _ = ROWS[name]
+    on_gpu = torch.cuda.is_available()
+    processor = build_processor_for(options.image_size)
+    config = build_model_config(options.size, processor.tokenizer)
+    if options.hidden_size is not None:
+        config.text_config.hidden_size = config.vision_config.out_hidden_size = options.hidden_size
+        config.text_config.intermediate_size = 3 * options.hidden_size
+        config.text_config.num_attention_heads = options.hidden_size // 32
+        config.text_config.num_key_value_heads = options.hidden_size // 32
+    set_seed(0)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, options.dtype))
+    rows = options.micro_batch * options.accumulation * MINI_BATCHES
+    lengths = lengths_of(rows, options.completion_length)
+    settings = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": options.micro_batch,
+        "gradient_accumulation_steps": options.accumulation,
+        "num_generations": 2,
+        "max_completion_length": options.completion_length,
+        "max_steps": options.rollouts * MINI_BATCHES,
+        "beta": 0.0,
+        "learning_rate": 1e-6,
+        "gradient_checkpointing": on_gpu,
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    kwargs = {
+        "model": model,
+        "reward_funcs": reward,
+        "train_dataset": build_dataset(rows, options.image_size),
+        "processing_class": processor,
+        "peft_config": LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS) if lora else None,
+        "callbacks": callbacks,
+        "rollout_func": given_rollout(lengths),
+    }
+    if critic is None:
+        args = GRPOConfig(**settings, steps_per_generation=options.accumulation * MINI_BATCHES)
+        return GRPOTrainer(args=args, **kwargs)
+    estimator = {"advantage_estimator": "group"} if critic == "none" else {}
+    args = SAPOConfig(**settings, **estimator, critic=critic, num_mini_batches=MINI_BATCHES)
+    return SAPOTrainer(args=args, **kwargs)
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a few steps in this process, and say what they took."""
+    _, critic, lora, _ = ROWS[name]
+    timer = StepTimer()
+    trainer = make_trainer(name, options, [timer])
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    counter = TokenCounter((policy.get_base_model() if lora else policy).base_model)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    # A rollout's first step scores it. The first rollout also makes the optimizer's state and fills caches.
+    rollouts = range(MINI_BATCHES, len(timer.seconds), MINI_BATCHES)
+    seconds = [sum(timer.seconds[first : first + MINI_BATCHES]) for first in rollouts]
+    # Each token is scored once and trained on once, by an adapter critic as well, which runs on the policy's layers.
+    needed = trainer.state.num_input_tokens_seen * (4 if critic == "adapter" else 2)
+    return {
+        "seconds": statistics.median(seconds),
+        "peak_bytes": peak_bytes(),
+        "padding": 1 - needed / counter.tokens,
+    }
+
+
+def run_row(name: str, arguments: list[str]) -> dict[str, Any]:
+    """A row, measured in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, __file__, *arguments, "--row", name, "--result", str(result)]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if result.is_file():
+            return json.loads(result.read_text())
+        if process.returncode == -9:  # by the kernel
+            return {"error": OUT_OF_MEMORY}
+        return {"error": (process.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report as a table, with what it was measured on."""
+    options, turns = report["options"], report["turns"]
+    lines = [
+        "| Trainer | seconds a rollout | padding | peak GiB | against | time, min / median / max | memory |",
+        "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for name in turns[0]:
+        title, _, _, against = ROWS[name]
+        found = [turn[name] for turn in turns]
+        error = next((row["error"] for row in found if "error" in row), None)
+        if error is not None:
+            lines.append(f"| {title} | {error.replace('|', ' ')} | | | | | |")
+            continue
+        seconds = statistics.median(row["seconds"] for row in found)
+        peak = statistics.median(row["peak_bytes"] for row in found)
+        cells = [f"{seconds:.2f}", f"{found[0]['padding']:.1%}", f"{peak / GIB:.2f}", "", "", ""]
+        others = [turn.get(against, {"error": "not measured"}) for turn in turns]
+        if against is not None and not any("error" in other for other in others):
+            time = [row["seconds"] / other["seconds"] for row, other in zip(found, others, strict=True)]
+            memory = statistics.median(
+                row["peak_bytes"] / other["peak_bytes"] for row, other in zip(found, others, strict=True)
+            )
+            spread = f"{min(time):.2f} / **{statistics.median(time):.2f}** / {max(time):.2f}"
+            cells[3:] = [ROWS[against][0], spread, f"{memory:.2f}"]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
+    rows = options["micro_batch"] * options["accumulation"] * MINI_BATCHES
+    lengths = lengths_of(rows, options["completion_length"])
+    lines += [
+        "",
+        f"{report['machine']}; {versions}. Size {options['size']}"
+        + (f", hidden size {options['hidden_size']}" if options["hidden_size"] else "")
+        + f", weights in {options['dtype']}; rollouts of {rows} responses of {min(lengths)} to {max(lengths)} tokens "
+        f"(mean {statistics.mean(lengths):.0f}), {MINI_BATCHES} optimizer steps each, micro-batches of "
+        f"{options['micro_batch']}; {options['rollouts'] - 1} rollouts timed, {len(turns)} turns. Peak memory is of "
+        + ("the tensors on the GPU." if report["on_gpu"] else "the whole process."),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("3b", "tiny"), default="3b", help="shape of the model")
+    parser.add_argument("--hidden_size", type=int, help="of a wider tiny model, a multiple of 64")
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="what to measure")
+    parser.add_argument("--turns", type=int, default=3, help="how often each row is measured, in turn with the others")
+    parser.add_argument("--rollouts", type=int, default=4, help="the first is not timed")
+    parser.add_argument("--micro_batch", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=8)
+    parser.add_argument("--completion_length", type=int, default=2048, help="tokens of the longest response")
+    parser.add_argument("--image_size", type=int, default=448, help="pixels, a multiple of 28")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (GPU: bfloat16)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
+    parser.add_argument("--row", choices=tuple(ROWS), help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write, print. Returns 1 if a row failed for another reason than memory."""
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parser().parse_args(arguments)
+    if options.rollouts < 2:
+        parser().error(f"--rollouts must be at least 2, because the first is not timed; got {options.rollouts}")
+    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    if options.row is not None:
+        try:
+            found = measure(options.row, options)
+        except torch.OutOfMemoryError:
+            found = {"error": OUT_OF_MEMORY}
+        options.result.write_text(json.dumps(found))
+        return 0
+    report = {
+        "machine": machine(),
+        "on_gpu": torch.cuda.is_available(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "options": {name: value for name, value in vars(options).items() if name not in ("out", "row", "result")},
+        "turns": [],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    for _ in range(options.turns):
+        turn = {}
+        for name in options.rows:
+            turn[name] = run_row(name, arguments)
+            print(name, json.dumps(turn[name]), file=sys.stderr, flush=True)
+        report["turns"].append(turn)
+        # After each turn: a long run that is cut short leaves what it found.
+        (options.out / "update_cost.json").write_text(json.dumps(report, indent=2) + "\n")
+        (options.out / "update_cost.md").write_text(as_markdown(report))
+    print(as_markdown(report))
+    errors = [row.get("error", OUT_OF_MEMORY) for turn in report["turns"] for row in turn.values()]
+    return int(any(error != OUT_OF_MEMORY for error in errors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

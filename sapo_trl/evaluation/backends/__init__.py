@@ -1,0 +1,83 @@
+"""What answers: transformers or vLLM, imported when they are chosen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from PIL import Image
+
+from ..settings import EvalArguments
+
+
+BATCH_SIZES = {"transformers": 16, "vllm": 256}
+"""Generations at a time, unless `batch_size` says otherwise."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    A prompt to continue once.
+
+    Args:
+        prompt (`list[dict]`): messages, with `{"type": "image"}` blocks where the images belong.
+        seed (`int`): of this generation's sampling, in [0, 2**63).
+        images (`list` of PIL images): one for each image block.
+    """
+
+    prompt: list[dict[str, Any]]
+    seed: int
+    images: list[Image.Image] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """
+    What a model wrote.
+
+    Args:
+        text (`str`): without special tokens.
+        tokens (`int`): their number, the end token included.
+        finish_reason (`str`): `"stop"`, or `"length"` if it was cut off.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str
+
+
+class Backend(Protocol):
+    """Continues prompts."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """One generation for each request, in their order. The randomness of each comes from its seed alone."""
+
+
+def make_backend(arguments: EvalArguments) -> Backend:
+    """Load the model into what `backend` names."""
+    if arguments.backend == "vllm":
+        from .vllm import VLLMBackend
+
+        return VLLMBackend(arguments)
+    from .transformers import TransformersBackend
+
+    return TransformersBackend(arguments)
+
+
+def generation_seed(seed: int, benchmark: str, problem_id: str, generation: int) -> int:
+    """The seed of one generation, in [0, 2**63): whatever else is generated, and in whatever order."""
+    name = "\0".join((str(seed), benchmark, problem_id, str(generation)))
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
+
+
+def plain_messages(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with blocks of text joined, as the chat templates of text models want them."""
+    return [{**message, "content": message_text(message)} for message in prompt]
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """The text of a message."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(block.get("text", "") for block in content)

@@ -1,0 +1,153 @@
+"""Generation with transformers, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+from trl.data_utils import prepare_multimodal_messages
+from trl.trainer.utils import create_model_from_path
+
+from ...embedded import load_processor
+from ..settings import EvalArguments
+from . import Generation, Request, message_text, plain_messages
+
+
+class SeededChoice(LogitsProcessor):
+    """
+    Samples each row by random numbers of its own, and leaves no other token to choose.
+
+    `generate` draws for a whole batch from one generator, so that what a row becomes depends on the rows beside it.
+    Here row `b` takes at step `t` the first token whose cumulative probability exceeds `uniforms[b, t]`: decoded
+    greedily afterwards, it is a sample of the warped distribution, and the same one in any batch.
+
+    Args:
+        uniforms (`torch.Tensor`): float64 `(B, max_new_tokens)` in [0, 1).
+        prompt_length (`int`): tokens before the first that is generated, padding included.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, prompt_length: int):
+        self.uniforms = uniforms
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # float64: the rounding of 150,000 summed float32 would make unlikely tokens likelier or impossible.
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        threshold = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, threshold, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+
+def row_uniforms(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """float64 `(B, length)` in [0, 1): the numbers of each seed, the same on every device."""
+    # float32 numbers in float64: the largest is so far below 1 that no product with a sum of 1 rounds up to the sum.
+    rows = [np.random.default_rng(seed).random(length, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows)).double().to(device)
+
+
+class TransformersBackend:
+    """
+    Generates with a transformers model.
+
+    Rows of a batch have random numbers of their own, so the same seed gives the same text in another batch, as far as
+    logits do: padding changes them in the last digits, which rarely (about once in 10^5 tokens in float32, more often
+    in bfloat16) moves a choice to the next token.
+
+    Args:
+        arguments ([`EvalArguments`]): model and sampling.
+    """
+
+    def __init__(self, arguments: EvalArguments):
+        kwargs = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+        self.processing_class = load_processor(arguments.model, **kwargs)
+        # TRL reads the architecture off the configuration: of an image-text-to-text or of a text model.
+        model = create_model_from_path(arguments.model, dtype=arguments.dtype, use_safetensors=True, **kwargs)
+        if arguments.adapter:
+            model = PeftModel.from_pretrained(model, arguments.adapter, use_safetensors=True)
+        self.model = model.eval()
+        if model.device.type == "cpu" and PartialState().device.type != "cpu":
+            self.model.to(PartialState().device)
+        self.temperature = arguments.temperature
+        self.top_p = arguments.top_p
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.tokenizer = tokenizer
+        end = model.generation_config.eos_token_id
+        end = tokenizer.eos_token_id if end is None else end
+        self.end_ids = set(end if isinstance(end, list) else [end])
+        # All of it explicit: what is left out is taken from the checkpoint, whose repetition penalty and temperature
+        # are not those of the comparison. Greedy, because `SeededChoice` leaves one token; top-k is not used then.
+        self.generation_config = GenerationConfig(
+            max_new_tokens=arguments.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_k=50,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(self.end_ids),
+        )
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """See [`Backend`]."""
+        inputs = self._encode(requests).to(self.model.device)
+        length = inputs["input_ids"].shape[1]
+        processors = LogitsProcessorList()
+        if self.temperature > 0:
+            uniforms = row_uniforms(
+                [request.seed for request in requests], self.generation_config.max_new_tokens, self.model.device
+            )
+            processors += [TemperatureLogitsWarper(self.temperature)]
+            processors += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+            processors += [SeededChoice(uniforms, length)]
+        sequences = self.model.generate(
+            **inputs, generation_config=self.generation_config, logits_processor=processors
+        )
+        return [self._read(row) for row in sequences[:, length:].tolist()]
+
+    def _encode(self, requests: Sequence[Request]) -> Any:
+        """The prompts as the model's forward takes them, padded on the left."""
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            if any(request.images for request in requests):
+                raise ValueError("benchmarks: there are images in a prompt, and `model` is a text model.")
+            if self.tokenizer.chat_template is None:  # a base model continues text
+                texts = ["\n\n".join(map(message_text, request.prompt)) + "\n\n" for request in requests]
+                return self.tokenizer(texts, padding=True, return_tensors="pt")
+            return self.tokenizer.apply_chat_template(
+                [plain_messages(request.prompt) for request in requests],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                padding=True,
+            )
+        return self.processing_class.apply_chat_template(
+            [prepare_multimodal_messages(request.prompt, request.images) for request in requests],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+
+    def _read(self, ids: list[int]) -> Generation:
+        """A generation from its tokens and the padding behind them."""
+        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
+        tokens = len(ids) if end is None else end + 1
+        text = self.tokenizer.decode(ids[:tokens], skip_special_tokens=True)
+        return Generation(text, tokens, "length" if end is None else "stop")

@@ -1,0 +1,108 @@
+"""Generation with a vLLM engine in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from ..settings import EvalArguments
+from . import Generation, Request, message_text, plain_messages
+
+
+MISSING = "backend='vllm' needs vLLM: pip install 'sapo_trl[vllm]'. Without it there is backend='transformers'."
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM reserves memory for; an adapter takes the next one that it fits in."""
+
+
+class VLLMBackend:
+    """
+    Generates with vLLM, each request by a seed of its own.
+
+    vLLM decides which requests share a forward pass. Seeds make the randomness independent of that, not the last
+    digits of the logits.
+
+    Args:
+        arguments ([`EvalArguments`]): model and sampling.
+
+    Raises:
+        ModuleNotFoundError: without vLLM, with the line that installs it.
+    """
+
+    def __init__(self, arguments: EvalArguments):
+        try:
+            from vllm import LLM, SamplingParams
+            from vllm.lora.request import LoRARequest
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != "vllm":
+                raise
+            raise ModuleNotFoundError(MISSING, name="vllm") from error
+        options: dict[str, Any] = {}
+        self.adapter = None
+        if arguments.adapter:
+            self.adapter = LoRARequest("adapter", 1, arguments.adapter)
+            options |= {"enable_lora": True, "max_lora_rank": _reserved_rank(arguments.adapter)}
+        if arguments.vllm_max_model_length:
+            options["max_model_len"] = arguments.vllm_max_model_length
+        self.engine = LLM(
+            model=arguments.model,
+            revision=arguments.revision,
+            tokenizer_revision=arguments.revision,
+            dtype=arguments.dtype,
+            seed=arguments.seed,
+            trust_remote_code=arguments.trust_remote_code,
+            load_format="safetensors",
+            gpu_memory_utilization=arguments.vllm_gpu_memory_utilization,
+            tensor_parallel_size=arguments.vllm_tensor_parallel_size,
+            **options,
+        )
+        self.sampling = {
+            "temperature": arguments.temperature,
+            "top_p": arguments.top_p,
+            "max_tokens": arguments.max_new_tokens,
+        }
+        self._sampling_params = SamplingParams
+        self.is_chat_model = self.engine.get_tokenizer().chat_template is not None
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """See [`Backend`]."""
+        sampling = [self._sampling_params(**self.sampling, seed=request.seed) for request in requests]
+        options = {"sampling_params": sampling, "use_tqdm": False, "lora_request": self.adapter}
+        if self.is_chat_model:
+            outputs = self.engine.chat([_conversation(request) for request in requests], **options)
+        else:  # a base model continues text
+            texts = ["\n\n".join(map(message_text, request.prompt)) + "\n\n" for request in requests]
+            outputs = self.engine.generate(texts, **options)
+        answers = [output.outputs[0] for output in outputs]
+        return [Generation(answer.text, len(answer.token_ids), answer.finish_reason) for answer in answers]
+
+
+def _conversation(request: Request) -> list[dict[str, Any]]:
+    """Messages as vLLM's `chat` takes them, each image in the place of its block."""
+    if not request.images:
+        return plain_messages(request.prompt)
+    images = iter(request.images)
+    return [
+        {
+            **message,
+            "content": message["content"]
+            if isinstance(message["content"], str)
+            else [
+                {"type": "image_pil", "image_pil": next(images)} if block["type"] == "image" else block
+                for block in message["content"]
+            ],
+        }
+        for message in request.prompt
+    ]
+
+
+def _reserved_rank(adapter: str) -> int:
+    """The smallest of vLLM's ranks that an adapter fits in."""
+    rank = json.loads(Path(cached_file(adapter, "adapter_config.json")).read_text(encoding="utf-8"))["r"]
+    fitting = [reserved for reserved in LORA_RANKS if reserved >= rank]
+    if not fitting:
+        raise ValueError(f"`adapter` has rank {rank}; vLLM takes {LORA_RANKS[-1]} at most.")
+    return fitting[0]

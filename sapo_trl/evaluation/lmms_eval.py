@@ -1,0 +1,205 @@
+"""lmms-eval's tasks in the place of ours: its command line, and its results in our table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .settings import EvalArguments
+
+
+RESULTS_FOLDER = "lmms-eval"
+NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A task of lmms-eval (0.7.3).
+
+    Args:
+        name (`str`): as its `--tasks` takes it.
+        metric (`str`): with its filter, as in its results.
+        scale (`float`, *optional*, defaults to `1.0`): what a perfect score is.
+        headline (`str`, *optional*, defaults to `"accuracy"`): what the metric is, in our words.
+        asks_judge (`bool`, *optional*, defaults to `False`): whether it scores by a GPT model, set up as its docs say.
+    """
+
+    name: str
+    metric: str
+    scale: float = 1.0
+    headline: str = "accuracy"
+    asks_judge: bool = False
+
+
+TASKS = {
+    "logicvista": Task("logicvista_reasoning", "acc_score,none"),
+    "mathverse": Task("mathverse_testmini_vision_only", "gpt_eval_score,none", asks_judge=True),
+    "wemath": Task("wemath_testmini_reasoning", "wemath_strict,none", headline="strict"),
+    "mathvista": Task("mathvista_testmini_cot_reasoning", "acc_score,none"),
+    "dynamath": Task("dynamath_reasoning", "dynamath_worst,none", headline="worst"),
+    "scienceqa": Task("scienceqa_img", "exact_match,none"),
+    "mmmu": Task("mmmu_val", "mmmu_acc,none"),
+    "mmbench": Task("mmbench_en_dev_static", "gpt_eval_score,none", scale=100.0),
+    "mmstar": Task("mmstar", "average,none"),
+    "gsm8k": Task("gsm8k_cot_zeroshot", "exact_match,flexible-extract"),
+}
+"""
+Its task for each of our benchmarks. Not there: Geo3K, of which it has another data set (four choices, a letter as
+answer), and MATH500, which it scores by a GPT model only.
+"""
+
+MODELS = {"transformers": ("qwen2_5_vl", "pretrained"), "vllm": ("vllm", "model")}
+"""By backend: its kind of model, and what it calls the name of the weights."""
+
+
+class HarnessError(RuntimeError):
+    """lmms-eval has failed, or left no results."""
+
+
+def harness_command(arguments: EvalArguments, names: Sequence[str], output: Path) -> list[str]:
+    """
+    The command line, as a list: it never passes through a shell.
+
+    Args:
+        arguments ([`EvalArguments`]): model, sampling, `harness_python`.
+        names (`Sequence[str]`): our names of the benchmarks.
+        output (`Path`): folder for its results.
+
+    Raises:
+        ValueError: for what it cannot do.
+    """
+    if not arguments.harness_python:
+        raise ValueError(
+            "harness='lmms-eval' needs `harness_python`, the Python of an environment with lmms-eval: it pins other "
+            "versions than this package."
+        )
+    missing = [name for name in names if name not in TASKS]
+    if missing:
+        raise ValueError(
+            f"benchmarks: harness='lmms-eval' has no task for {', '.join(missing)}; it has {', '.join(TASKS)}."
+        )
+    if arguments.n != 1:
+        raise ValueError(f"harness='lmms-eval' generates once: `n` must be 1, got {arguments.n}.")
+    unsupported = [name for name in ("adapter", "revision", "judge_url", "min_pixels") if getattr(arguments, name)]
+    if unsupported:
+        raise ValueError(f"harness='lmms-eval' does not take {', '.join(f'`{name}`' for name in unsupported)}.")
+    if "," in arguments.model or "=" in arguments.model:
+        raise ValueError(f"model={arguments.model!r}: harness='lmms-eval' takes no names with commas or equals signs.")
+    kind, weights = MODELS[arguments.backend]
+    model_args = {weights: arguments.model}
+    if arguments.max_pixels:
+        model_args["max_pixels"] = arguments.max_pixels
+    sampling = {
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "do_sample": arguments.temperature > 0,
+        "max_new_tokens": arguments.max_new_tokens,
+    }
+    command = [arguments.harness_python, "-m", "lmms_eval"]
+    command += ["--model", arguments.harness_model or kind, "--model_args", _pairs(model_args)]
+    command += ["--tasks", ",".join(TASKS[name].name for name in names), "--gen_kwargs", _pairs(sampling)]
+    command += ["--batch_size", str(arguments.batch_size or 1), "--seed", str(arguments.seed)]
+    command += ["--output_path", str(output), "--log_samples"]
+    if arguments.limit:
+        command += ["--limit", str(arguments.limit)]
+    return command
+
+
+def run_harness(arguments: EvalArguments, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """
+    Run lmms-eval and read its results.
+
+    Args:
+        arguments ([`EvalArguments`]): as for [`harness_command`].
+        names (`Sequence[str]`): our names of the benchmarks.
+
+    Returns:
+        `dict[str, dict]`: by benchmark, as [`~sapo_trl.evaluation.results.run_results`] gives.
+
+    Raises:
+        HarnessError: if it fails.
+    """
+    output = arguments.run_folder / RESULTS_FOLDER
+    command = harness_command(arguments, names, output)
+    output.mkdir(parents=True, exist_ok=True)
+    before = set(output.rglob("*_results.json"))
+    try:
+        result = subprocess.run(command)
+    except OSError as error:
+        raise HarnessError(f"harness_python={arguments.harness_python!r} cannot be run: {error}") from error
+    if result.returncode != 0:
+        raise HarnessError(f"lmms-eval ended with exit code {result.returncode}; its command was {command}.")
+    written = sorted(set(output.rglob("*_results.json")) - before)
+    if not written:
+        raise HarnessError(f"lmms-eval has written no results to {str(output)!r}; its command was {command}.")
+    return read_harness_results(json.loads(written[-1].read_text(encoding="utf-8")), names)
+
+
+def read_harness_results(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """
+    Benchmarks from the content of its `*_results.json`.
+
+    Args:
+        content (`Mapping`): the file's.
+        names (`Sequence[str]`): our names of the benchmarks.
+
+    Raises:
+        HarnessError: if a metric is not there or is no number.
+    """
+    benchmarks = {}
+    for name in names:
+        task = TASKS[name]
+        metrics = content.get("results", {}).get(task.name, {})
+        value = _number(metrics.get(task.metric))
+        if value is None:
+            raise HarnessError(
+                f"lmms-eval's results have no number for {task.metric!r} of {task.name!r}, but "
+                f"{metrics.get(task.metric)!r}. Metrics there: {sorted(metrics)}."
+            )
+        metric, _, kept = task.metric.partition(",")
+        error = _number(metrics.get(f"{metric}_stderr,{kept}"))  # "N/A" where it computes none
+        margin = None if error is None else NORMAL_95 * error
+        samples = content.get("n-samples", {}).get(task.name, {})
+        effective = int(samples.get("effective", 0))
+        version = content.get("lmms_eval_version")
+        benchmarks[name] = {
+            "title": name,
+            "headline": task.headline,
+            "scoring_note": f"lmms-eval's task `{task.name}`, its prompts, data and scorer.",
+            "problems": effective,
+            "belonging": int(samples.get("original", effective)),
+            "n": 1,
+            "metrics": {
+                task.headline: {
+                    "value": value / task.scale,
+                    "low": None if margin is None else max(0.0, (value - margin) / task.scale),
+                    "high": None if margin is None else min(1.0, (value + margin) / task.scale),
+                }
+            },
+            "scorers": {_scorer(task, version): effective},
+            "errors": 0,
+        }
+    return benchmarks
+
+
+def _scorer(task: Task, version: str | None) -> str:
+    return f"lmms-eval{f' {version}' if version else ''}{', GPT judge' if task.asks_judge else ''}"
+
+
+def _number(value: Any) -> float | None:
+    """A number, also one that is written as a percentage, as We-Math's scores are; `None` for anything else."""
+    try:
+        if isinstance(value, str) and value.endswith("%"):
+            return float(value.removesuffix("%")) / 100
+        return None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in values.items())

@@ -1,0 +1,251 @@
+"""One run: generate what is missing, score everything, write results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from ..embedded import default_cache_dir, warm_start
+from .backends import BATCH_SIZES, Backend, Request, generation_seed, make_backend
+from .benchmark import Benchmark
+from .files import write_json
+from .judge import Judge
+from .page import write_page
+from .progress import Steps
+from .provenance import environment, weights_fingerprint
+from .results import RESULTS_NAME, run_results
+from .rows import Rows, load_rows
+from .scoring import score_run
+from .settings import EvalArguments, chosen_benchmarks
+from .store import GenerationStore
+from .tables import make_tables, write_tables
+
+
+EVAL_NAME = "eval.json"
+EMBEDDED = "embedded"
+
+
+def run_evaluation(
+    arguments: EvalArguments, benchmarks: Mapping[str, Benchmark], console: Console | None = None
+) -> dict[str, Any]:
+    """
+    Evaluate a model, or continue where an evaluation was cut off.
+
+    Args:
+        arguments ([`EvalArguments`]): model, benchmarks, sampling.
+        benchmarks (`Mapping[str, Benchmark]`): the benchmarks there are, by name.
+        console ([`~rich.console.Console`], *optional*): where to show progress.
+
+    Returns:
+        `dict`: what `results.json` holds.
+
+    Raises:
+        ValueError: for settings, rows or a run folder that do not fit.
+        [`~sapo_trl.evaluation.judge.JudgeError`]: if the judge cannot be asked; everything else is kept.
+    """
+    console = console or Console()
+    folder = arguments.run_folder
+    if arguments.score_only:
+        if not (folder / EVAL_NAME).is_file():
+            raise ValueError(f"`score_only`: {str(folder)!r} has no {EVAL_NAME}, so there is nothing to score.")
+        with _locked(folder):
+            return _score(arguments, benchmarks, console)
+    paths = chosen_benchmarks(arguments.benchmarks, benchmarks)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _generate_missing(arguments, benchmarks, paths, console)
+        return _score(arguments, benchmarks, console)
+
+
+def _generate_missing(
+    arguments: EvalArguments,
+    benchmarks: Mapping[str, Benchmark],
+    paths: Mapping[str, str | None],
+    console: Console,
+) -> None:
+    folder = arguments.run_folder
+    model = arguments.model
+    if model == EMBEDDED:
+        model = str(warm_start(default_cache_dir()))
+    located = replace(arguments, model=model)
+    rows = {
+        name: load_rows(
+            benchmarks[name],
+            path,
+            limit=arguments.limit,
+            min_pixels=arguments.min_pixels,
+            max_pixels=arguments.max_pixels,
+        )
+        for name, path in paths.items()
+    }
+    record = _record(arguments, located, rows)
+    _check_same_run(folder, record)
+    write_json(folder / EVAL_NAME, record)
+    store = GenerationStore(folder)
+    total = sum(len(of_benchmark.numbers) for of_benchmark in rows.values()) * arguments.n
+    done = sum(
+        (name, row, generation) in store.done
+        for name, of_benchmark in rows.items()
+        for row in of_benchmark.numbers
+        for generation in range(arguments.n)
+    )
+    if done == total:
+        console.print(f"Generations: all {total} are there.", highlight=False)
+        return
+    backend = make_backend(located)
+    with Steps(console, "Generating", total, done) as steps:
+        for of_benchmark in rows.values():
+            _generate(of_benchmark, arguments, backend, store, steps)
+    store.merge()
+
+
+def _generate(rows: Rows, arguments: EvalArguments, backend: Backend, store: GenerationStore, steps: Steps) -> None:
+    """
+    All generations of a benchmark, batch by batch, each stored before the next begins.
+
+    Batches are cut from the list of all, those that are stored included: a run that is continued makes the batches
+    of a run that is not interrupted, and so the same texts to the last digit of a logit.
+    """
+    name = rows.benchmark.name
+    everything = [(row, generation) for row in rows.numbers for generation in range(arguments.n)]
+    size = arguments.batch_size or BATCH_SIZES[arguments.backend]
+    for start in range(0, len(everything), size):
+        batch = [key for key in everything[start : start + size] if (name, *key) not in store.done]
+        if not batch:
+            continue
+        problems = {row: rows.problem(row) for row in dict.fromkeys(row for row, _ in batch)}
+        seeds = [generation_seed(arguments.seed, name, problems[row].id, number) for row, number in batch]
+        requests = [
+            Request(problems[row].prompt, seed, problems[row].images)
+            for (row, _), seed in zip(batch, seeds, strict=True)
+        ]
+        generated = backend.generate(requests)
+        store.add(
+            name,
+            problems.items(),
+            [
+                {"row": row, "id": problems[row].id, "generation": number, "seed": seed, **asdict(generation)}
+                for (row, number), seed, generation in zip(batch, seeds, generated, strict=True)
+            ],
+        )
+        steps.advance(len(batch))
+
+
+def _score(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark], console: Console) -> dict[str, Any]:
+    folder = arguments.run_folder
+    record = json.loads((folder / EVAL_NAME).read_text(encoding="utf-8"))
+    unknown = [name for name in record["benchmarks"] if name not in benchmarks]
+    if unknown:
+        raise ValueError(f"{str(folder / EVAL_NAME)!r} has benchmarks that are not known here: {', '.join(unknown)}.")
+    known = {name: benchmarks[name] for name in record["benchmarks"]}
+    judge = Judge(arguments, folder) if arguments.judge_url else None
+    store = GenerationStore(folder)
+    scores = score_run(folder, store, known, console, judge, arguments.judge_when)
+    sizes = {name: entry["belonging"] for name, entry in record["benchmarks"].items()}
+    results = results_record(
+        record["settings"]["model"],
+        record["model_name"],
+        _settings_line(record["settings"]),
+        run_results(known, sizes, record["settings"]["n"], store, scores),
+    )
+    write_results(folder, results)
+    write_page(folder, results, store, scores, arguments.page_answers)
+    return results
+
+
+def results_record(model: str, name: str, settings_line: str, benchmarks: Mapping[str, Any]) -> dict[str, Any]:
+    """What `results.json` holds."""
+    return {"name": name, "model": model, "settings_line": settings_line, "benchmarks": dict(benchmarks)}
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write `results.json` and the run's own tables."""
+    write_json(folder / RESULTS_NAME, results)
+    write_tables(folder, make_tables([results]))
+
+
+def _record(arguments: EvalArguments, located: EvalArguments, rows: Mapping[str, Rows]) -> dict[str, Any]:
+    """What `eval.json` holds: everything that decides the generations, and what else explains the scores."""
+    weights = {"model": weights_fingerprint(located.model, arguments.revision)}
+    if arguments.adapter:
+        weights["adapter"] = weights_fingerprint(arguments.adapter, config="adapter_config.json")
+    return {
+        "model_name": arguments.model_name,
+        "settings": arguments.identity(),
+        "weights": weights,
+        "benchmarks": {
+            name: {
+                "title": of_benchmark.benchmark.title,
+                "source": of_benchmark.source,
+                "config": of_benchmark.benchmark.config,
+                "split": of_benchmark.benchmark.split,
+                "rows": len(of_benchmark.dataset),
+                "belonging": of_benchmark.belonging,
+                "asked": len(of_benchmark.numbers),
+                "fingerprint": of_benchmark.fingerprint,
+                "headline": of_benchmark.benchmark.headline,
+                "scoring_note": of_benchmark.benchmark.scoring_note,
+            }
+            for name, of_benchmark in rows.items()
+        },
+        "environments": [environment()],
+    }
+
+
+def _check_same_run(folder: Path, record: dict[str, Any]) -> None:
+    """
+    Compare with what the folder holds, and add to `record` what that has besides.
+
+    Raises:
+        ValueError: with the setting that differs.
+    """
+    path = folder / EVAL_NAME
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    there = f"{str(folder)!r} holds a run"
+    remedy = "Take its settings to continue it, or another `output_dir`."
+    for name, value in record["settings"].items():
+        if before["settings"].get(name) != value:
+            raise ValueError(f"{there} with {name}={before['settings'].get(name)!r}, not {value!r}. {remedy}")
+    for part, fingerprint in record["weights"].items():
+        if before["weights"].get(part) != fingerprint:
+            raise ValueError(f"{there} of other weights under the same `{part}`: it was changed since. {remedy}")
+    for name, entry in record["benchmarks"].items():
+        known = before["benchmarks"].get(name)
+        if known is not None and known["fingerprint"] != entry["fingerprint"]:
+            raise ValueError(
+                f"{there} on other rows of {name!r} ({known['source']!r}, {known['asked']} problems; now "
+                f"{entry['source']!r}, {entry['asked']}). {remedy}"
+            )
+    record["benchmarks"] = before["benchmarks"] | record["benchmarks"]
+    if before["environments"][-1] == record["environments"][-1]:
+        record["environments"] = before["environments"]
+    else:
+        record["environments"] = [*before["environments"], *record["environments"]]
+
+
+def _settings_line(settings: Mapping[str, Any]) -> str:
+    parts = [f"temperature {settings['temperature']:g}", f"top-p {settings['top_p']:g}", f"n {settings['n']}"]
+    parts += [f"at most {settings['max_new_tokens']} tokens", f"seed {settings['seed']}", settings["backend"]]
+    return ", ".join(parts)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"output_dir={str(folder)!r} is in use: another process evaluates there.") from error
+    try:
+        yield
+    finally:
+        lock.release()

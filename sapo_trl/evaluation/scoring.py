@@ -1,0 +1,118 @@
+"""Scores of stored generations: a pass of its own, to be repeated whenever the rules or the judge change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from .benchmark import Benchmark, Problem
+from .files import replacing
+from .judge import Judge
+from .progress import Steps
+from .store import GenerationStore, stored_problem
+
+
+SCORES_NAME = "scores.parquet"
+RULES = "rules"
+SCORES = pa.schema(
+    {
+        "benchmark": pa.string(),
+        "row": pa.int64(),
+        "id": pa.string(),
+        "generation": pa.int64(),
+        "correct": pa.float64(),
+        "extracted": pa.string(),
+        "rules": pa.float64(),  # what the rules said, where a judge decided
+        "scorer": pa.string(),
+        "error": pa.string(),
+    }
+)
+
+
+def score_run(
+    folder: Path,
+    store: GenerationStore,
+    benchmarks: Mapping[str, Benchmark],
+    console: Console,
+    judge: Judge | None = None,
+    judge_when: str = "wrong",
+) -> list[dict[str, Any]]:
+    """
+    Score everything that is stored, and store the scores beside.
+
+    Args:
+        folder (`Path`): the run folder.
+        store ([`GenerationStore`]): its generations.
+        benchmarks (`Mapping[str, Benchmark]`): by name; generations of others are left alone.
+        console ([`~rich.console.Console`]): where to show progress.
+        judge ([`Judge`], *optional*): decides after the rules.
+        judge_when (`str`): `"wrong"` or `"all"`, see [`EvalArguments`].
+
+    Returns:
+        `list[dict]`: rows of [`SCORES`], in the order of [`GenerationStore.generations`].
+    """
+    problems = {(row["benchmark"], row["row"]): stored_problem(row) for row in store.problems()}
+    generations = [row for row in store.generations() if row["benchmark"] in benchmarks]
+    scores = []
+    with Steps(console, "Scoring", len(generations)) as steps:
+        for row in generations:
+            problem = problems[row["benchmark"], row["row"]]
+            scores.append(_score(benchmarks[row["benchmark"]], problem, row))
+            steps.advance()
+    if judge is not None:
+        texts = [row["text"] for row in generations]
+        asked = [score["correct"] < 1.0 or judge_when == "all" for score in scores]
+        samples = [
+            (index, problems[score["benchmark"], score["row"]], text)
+            for index, (score, text, ask) in enumerate(zip(scores, texts, asked, strict=True))
+            if ask
+        ]
+        _judge(judge, samples, scores, console)
+    with replacing(folder / SCORES_NAME) as temporary:
+        pq.write_table(pa.Table.from_pylist(scores, SCORES), temporary)
+    return scores
+
+
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """The scores of a run folder: rows of [`SCORES`]; none if nothing has been scored."""
+    path = folder / SCORES_NAME
+    return pq.read_table(path).to_pylist() if path.is_file() else []
+
+
+def _score(benchmark: Benchmark, problem: Problem, row: dict[str, Any]) -> dict[str, Any]:
+    entry = {name: row[name] for name in ("benchmark", "row", "id", "generation")}
+    try:
+        score = benchmark.score(problem, row["text"])
+    except Exception as error:  # of any kind: what a model writes must not end the pass over all others
+        return entry | {
+            "correct": 0.0,
+            "extracted": None,
+            "rules": 0.0,
+            "scorer": RULES,
+            "error": f"{type(error).__name__}: {error}",
+        }
+    return entry | {
+        "correct": score.correct,
+        "extracted": score.extracted,
+        "rules": score.correct,
+        "scorer": RULES,
+        "error": None,
+    }
+
+
+def _judge(
+    judge: Judge, samples: Sequence[tuple[int, Problem, str]], scores: list[dict[str, Any]], console: Console
+) -> None:
+    """Put the judge's verdicts in the place of the rules' scores; where it gives none, the rules' stay."""
+    with Steps(console, f"Asking {judge.name}", len(samples)) as steps:
+        verdicts = judge.verdicts([(problem, text) for _, problem, text in samples], steps.advance)
+    for (index, _, _), verdict in zip(samples, verdicts, strict=True):
+        if verdict is None:
+            scores[index]["error"] = f"{judge.name} gave no verdict"
+        else:
+            scores[index] |= {"correct": float(verdict), "scorer": judge.name}

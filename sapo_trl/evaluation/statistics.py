@@ -1,0 +1,118 @@
+"""What repeated generations tell: avg@k, pass@k, a benchmark's own metrics, each with its bootstrap interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import gammaln
+
+from ..analysis.bootstrap import ratio_bands
+from ..study.statistics import Interval
+from .benchmark import Aggregate, Result, mean_accuracy
+
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+
+
+def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
+    """
+    Probability that at least one of `k` generations is right, estimated without bias from `n`.
+
+    It is `1 - C(n - c, k) / C(n, k)` of `c` right ones (https://huggingface.co/papers/2107.03374), computed by
+    logarithms, since the binomials are too large.
+
+    Args:
+        correct (`np.ndarray`): `c`, each in `0..n`.
+        n (`int`): generations.
+        k (`int`): in `1..n`.
+
+    Returns:
+        `np.ndarray`: float64 of `correct`'s shape, in [0, 1].
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"`k` must lie between 1 and n={n}, got {k}.")
+    wrong = n - np.asarray(correct, dtype=np.float64)
+    enough = wrong >= k
+    # log C(n - c, k) - log C(n, k); k! cancels. Where fewer than k are wrong the first is C = 0.
+    kept = np.where(enough, wrong, k)
+    log_ratio = gammaln(kept + 1) - gammaln(kept - k + 1) - gammaln(n + 1) + gammaln(n - k + 1)
+    # At least 0: of equal binomials the logarithms may differ in the last digit.
+    return np.where(enough, np.clip(-np.expm1(log_ratio), 0.0, 1.0), 1.0)
+
+
+def pass_counts(n: int) -> list[int]:
+    """The `k` of pass@k that are reported: powers of two up to `n`, and `n`."""
+    return sorted({2**power for power in range(n.bit_length())} | {n}) if n > 0 else []
+
+
+def repeated_metrics(groups: Sequence[Sequence[Sequence[float]]], seed: int = 0) -> dict[str, Interval]:
+    """
+    avg@n and pass@k, with intervals over groups: problems of a group are drawn together.
+
+    Args:
+        groups (`Sequence[Sequence[Sequence[float]]]`):
+            for each group and each of its problems the scores of its `n` generations, each in [0, 1].
+        seed (`int`, *optional*, defaults to `0`): of the resampling.
+
+    Returns:
+        `dict[str, Interval]`: `avg@n`, and `pass@k` for some `k` if `n` is more than 1. For pass@k a generation is
+        right if its score is 1.
+    """
+    scores = [np.asarray(group, dtype=np.float64) for group in groups]  # each (problems of the group, n)
+    n = scores[0].shape[1]
+    columns = {f"avg@{n}": [group.mean(axis=1) for group in scores]}
+    if n > 1:
+        right = [(group == 1.0).sum(axis=1) for group in scores]
+        columns |= {f"pass@{k}": [pass_at_k(counts, n, k) for counts in right] for k in pass_counts(n)}
+    numerators = np.array([[values.sum() for values in column] for column in columns.values()]).T
+    sizes = np.array([[len(group)] for group in scores], dtype=np.float64)
+    denominators = np.repeat(sizes, len(columns), axis=1)
+    low, high = ratio_bands(numerators, denominators, CONFIDENCE, RESAMPLES, seed)
+    values = numerators.sum(axis=0) / denominators.sum(axis=0)
+    return {name: Interval(float(values[i]), float(low[i]), float(high[i])) for i, name in enumerate(columns)}
+
+
+def benchmark_metrics(
+    generations: Sequence[Sequence[Sequence[Result]]], aggregate: Aggregate, seed: int = 0
+) -> dict[str, Interval]:
+    """
+    A benchmark's metrics: those of each generation, averaged, with intervals over groups.
+
+    A metric that is no mean, such as the worst case over variants, is computed as the benchmark defines it, from one
+    generation of each problem; the average is over repetitions of the whole benchmark.
+
+    Args:
+        generations (`Sequence[Sequence[Sequence[Result]]]`):
+            for each generation and each group the results of the group's problems. All generations have the same
+            groups.
+        aggregate (`Aggregate`): the benchmark's.
+        seed (`int`, *optional*, defaults to `0`): of the resampling.
+
+    Returns:
+        `dict[str, Interval]`: by the names that `aggregate` gives.
+    """
+    if aggregate is mean_accuracy:  # the same, by matrices
+        scores = [
+            [[result.correct for result in repeated] for repeated in zip(*group, strict=True)]
+            for group in zip(*generations, strict=True)
+        ]
+        return {"accuracy": next(iter(repeated_metrics(scores, seed).values()))}
+
+    def averaged(chosen: Sequence[int]) -> dict[str, float]:
+        found = [aggregate([groups[i] for i in chosen]) for groups in generations]
+        return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+
+    size = len(generations[0])
+    values = averaged(range(size))
+    rng = np.random.default_rng(seed)
+    resampled = [averaged(rng.integers(size, size=size)) for _ in range(RESAMPLES)]
+    tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+    intervals = {}
+    for name, value in values.items():
+        # A resample may lack what a metric is about (a category that few questions have).
+        drawn = np.array([metrics.get(name, np.nan) for metrics in resampled])
+        low, high = np.nanquantile(drawn, tails) if not np.isnan(drawn).all() else (np.nan, np.nan)
+        intervals[name] = Interval(value, float(low), float(high))
+    return intervals

@@ -1,0 +1,576 @@
+"use strict";
+// Draws the page from the recorded data in it. Recorded text reaches the document as text nodes alone (`textContent`),
+// and charts only get numbers, metrics' names and runs' names, the latter two escaped.
+
+(async () => {
+  const $ = (id) => document.getElementById(id);
+  const meta = JSON.parse($("meta").textContent);
+  const { runs, responses, prompts, images, vocabulary, segmenters, ranges } = meta;
+  const special = new Set(meta.special);
+  const total = responses.run.length;
+  const ROW = 52; // a list row's height in CSS pixels, as in the style sheet
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+
+  // ------------------------------------------------------------------------------------------------------- the data
+
+  const HALF = new Float32Array(65536); // every float16; `Float16Array` is too new to count on
+  for (let bits = 0; bits < 65536; bits++) {
+    const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+    if (exponent === 31) HALF[bits] = fraction ? NaN : sign * Infinity;
+    else HALF[bits] = sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
+  }
+
+  const starts = new Uint32Array(total + 1);
+  responses.length.forEach((length, index) => { starts[index + 1] = starts[index] + length; });
+
+  async function unpack() {
+    const text = atob($("tokens").textContent);
+    const bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const buffer = await new Response(stream).arrayBuffer();
+    const types = { u4: Uint32Array, f2: Uint16Array, u1: Uint8Array };
+    const columns = {};
+    for (const { name, type, offset, scale } of meta.columns) {
+      columns[name] = { data: new types[type](buffer, offset, starts[total]), scale };
+    }
+    return columns;
+  }
+
+  const columns = await unpack();
+  const token = columns.token.data, marks = columns.marks.data, masked = columns.masked.data;
+  const has = (name) => name in columns;
+  const number = (name, at) => (has(name) ? HALF[columns[name].data[at]] * columns[name].scale : NaN);
+
+  const texts = new Array(total); // made when first asked for
+  function responseText(index) {
+    if (texts[index] === undefined) {
+      let text = "";
+      for (let at = starts[index]; at < starts[index + 1]; at++) text += vocabulary[token[at]];
+      texts[index] = text;
+    }
+    return texts[index];
+  }
+
+  /** Of each token of a response its segment (-1 outside of any), and the number of segments. */
+  function segmentsOf(index, bit = 0) {
+    const ids = new Int32Array(responses.length[index]);
+    let segment = 0, open = false;
+    for (let i = 0; i < ids.length; i++) {
+      const at = starts[index] + i;
+      if (masked[at]) { ids[i] = -1; continue; }
+      ids[i] = segment;
+      open = true;
+      if ((marks[at] >> bit) & 1) { segment++; open = false; }
+    }
+    return { ids, count: segment + (open ? 1 : 0) };
+  }
+
+  const byPrompt = prompts.map(() => []);
+  responses.prompt.forEach((prompt, index) => byPrompt[prompt].push(index));
+
+  // ------------------------------------------------------------------------------------------------------ small help
+
+  function element(tag, properties = {}, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(properties)) {
+      if (name.includes("-") || name === "role") made.setAttribute(name, value);
+      else made[name] = value;
+    }
+    made.append(...children); // strings become text nodes
+    return made;
+  }
+
+  const show = (value, digits = 3) =>
+    value === null || Number.isNaN(value) ? "–" : Number(value.toPrecision(digits)).toString().replace("-", "−");
+  const rewardOf = (index) => responses.reward[index] ?? NaN;
+  const place = (index) =>
+    `${runs.length > 1 ? `${runs[responses.run[index]]} · ` : ""}step ${responses.step[index]} · reward ${show(rewardOf(index))}`;
+  // Charts read tags in their labels; these are names, not markup.
+  const label = (name) => name.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+  /** Line breaks and blanks so that they can be seen, and still are what they are. */
+  function fill(node, text) {
+    let rest = text;
+    while (rest.includes("\n")) {
+      const end = rest.indexOf("\n");
+      node.append(rest.slice(0, end), element("span", { className: "blank", ariaHidden: "true" }, "↵"), "\n");
+      rest = rest.slice(end + 1);
+    }
+    node.append(rest);
+  }
+
+  // --------------------------------------------------------------------------------------------------------- colours
+
+  const modes = [
+    { name: "segment", title: "Segment" },
+    { name: "entropies", title: "Entropy", kind: "sequential", from: (r) => [0, r[2]] },
+    { name: "logps", title: "Surprise", kind: "sequential", from: (r) => [0, -r[1]], read: (at) => -number("logps", at), what: "−log probability" },
+    { name: "values", title: "Value", kind: "sequential", from: (r) => [r[1], r[2]] },
+    { name: "advantages", title: "Advantage", kind: "diverging", from: (r) => symmetric(r) },
+    { name: "log_ratios", title: "Ratio", kind: "diverging", from: (r) => symmetric(r), print: (x) => show(Math.exp(x)), what: "ratio to the policy that wrote it" },
+  ];
+  function symmetric([least, low, high, most]) {
+    const end = Math.max(-low, high) || Math.max(-least, most) || 1;
+    return [-end, end];
+  }
+  for (const mode of modes) {
+    mode.available = mode.name === "segment" || has(mode.name);
+    mode.read ??= (at) => number(mode.name, at);
+    mode.print ??= (x) => show(x);
+    if (mode.kind && mode.available) {
+      mode.range = mode.from(ranges[mode.name]);
+      if (!(mode.range[1] > mode.range[0])) mode.range = [mode.range[0], mode.range[0] + 1];
+    }
+  }
+  let mode = modes[0];
+
+  const scale = (kind) => meta.scales[dark.matches ? "dark" : "light"][kind];
+  function colourOf(value) {
+    if (Number.isNaN(value)) return null;
+    const colours = scale(mode.kind), [low, high] = mode.range;
+    const share = Math.min(1, Math.max(0, (value - low) / (high - low)));
+    return colours[Math.round(share * (colours.length - 1))];
+  }
+  /** Black or white, whichever has more contrast by WCAG's relative luminance. */
+  function inkOn(colour) {
+    const [r, g, b] = [1, 3, 5].map((i) => {
+      const c = parseInt(colour.slice(i, i + 2), 16) / 255;
+      return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
+  }
+
+  function paint(panel) {
+    panel.spans.forEach((span, i) => {
+      const at = starts[panel.index] + i;
+      const value = mode.kind && !masked[at] ? mode.read(at) : NaN;
+      const colour = mode.kind ? colourOf(value) : null;
+      span.style.backgroundColor = colour ?? "";
+      span.style.color = colour ? inkOn(colour) : "";
+      const segment = panel.segments.ids[i];
+      span.classList.toggle("odd", !mode.kind && segment >= 0 && segment % 2 === 0);
+      span.classList.toggle("even", !mode.kind && segment % 2 === 1);
+      // Signs are not left to the hue: dots below what is negative. Next to zero there is none.
+      const signed = mode.kind === "diverging" && Math.abs(value) > 0.02 * mode.range[1];
+      span.classList.toggle("minus", signed && value < 0);
+      span.classList.toggle("plus", signed && value > 0);
+    });
+  }
+
+  function drawLegend() {
+    const legend = $("legend");
+    if (!mode.kind) {
+      legend.replaceChildren(
+        element("span", { className: "swatch token odd cut" }, "one"), element("span", { className: "swatch token even cut" }, "the next"),
+        element("span", {}, "a bar follows the token that ends a segment"),
+      );
+      return;
+    }
+    const bar = element("span", { className: "bar", role: "img", "aria-label": "colour scale" });
+    bar.style.background = `linear-gradient(to right, ${scale(mode.kind).join(",")})`;
+    const [low, high] = mode.range;
+    const span = (text) => element("span", {}, text);
+    const signs = mode.kind === "diverging" ? [span(`dotted: below ${mode.print(0)}`)] : [];
+    legend.replaceChildren(span(mode.what ?? mode.title.toLowerCase()), span(mode.print(low)), bar, span(mode.print(high)), ...signs);
+  }
+
+  function setMode(next) {
+    if (!next.available) return;
+    mode = next;
+    for (const button of $("colours").children) button.setAttribute("aria-pressed", String(button.dataset.mode === mode.name));
+    drawLegend();
+    panels.forEach(paint);
+  }
+
+  modes.forEach((each, i) => {
+    const button = element("button", { type: "button", disabled: !each.available, "aria-pressed": "false" }, `${each.title} `, element("kbd", {}, String(i + 1)));
+    button.dataset.mode = each.name;
+    if (!each.available) button.title = "not recorded by this run";
+    button.addEventListener("click", () => setMode(each));
+    $("colours").append(button);
+  });
+
+  // ---------------------------------------------------------------------------------------------------------- charts
+
+  function layout(extra) {
+    const grid = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
+    return {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 11 },
+      margin: { l: 44, r: 8, t: 8, b: 30 }, hovermode: "x unified", showlegend: false,
+      hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
+      ...extra, xaxis: { ...grid, ...extra.xaxis }, yaxis: { ...grid, ...extra.yaxis },
+    };
+  }
+  const settings = { displayModeBar: false, responsive: true };
+  const runStyle = (run) => ({ color: css(`--run${run}`), dash: run ? "dash" : "solid", width: 2 });
+
+  const metrics = [...new Set(meta.curves.flatMap((curves) => Object.keys(curves)))].sort();
+  const wanted = [["reward"], ["entropy"], ["value/explained_variance", "value_loss", "segments/count", "kl", "loss"]];
+  const charts = wanted.map((names) => names.find((name) => metrics.includes(name))).map((first, i) => ({ chosen: first ?? metrics[i] }));
+
+  function drawCurve(chart) {
+    const traces = runs.flatMap((run, i) => {
+      const curve = meta.curves[i][chart.chosen];
+      return curve ? [{ x: curve[0], y: curve[1], name: label(run), mode: "lines+markers", line: runStyle(i), marker: { size: 5, symbol: i ? "diamond" : "circle" } }] : [];
+    });
+    Plotly.react(chart.node, traces, layout({ xaxis: { title: { text: "step", standoff: 4 } } }), settings);
+  }
+  function makeCurves() {
+    if (!metrics.length) { $("curves").hidden = true; return; }
+    for (const chart of charts.filter((each) => each.chosen)) {
+      const select = element("select", { "aria-label": "metric" }, ...metrics.map((name) => element("option", { value: name, selected: name === chart.chosen }, name)));
+      chart.node = element("div", { className: "chart" });
+      select.addEventListener("change", () => { chart.chosen = select.value; drawCurve(chart); });
+      $("curves").querySelector(".charts").append(element("div", {}, select, chart.node));
+      drawCurve(chart);
+    }
+  }
+
+  function drawValues(panel) {
+    const length = responses.length[panel.index], first = starts[panel.index];
+    if (!has("values") || length < 2 || Number.isNaN(ranges.values[0])) { panel.chart.hidden = true; return; }
+    const places = Array.from({ length }, (_, i) => i);
+    const column = (name) => places.map((i) => { const x = number(name, first + i); return Number.isNaN(x) ? null : x; });
+    const states = meta.monte_carlo[panel.index] ?? [];
+    const values = column("values"), orange = css("--run1");
+    panel.values = values;
+    const traces = [
+      { x: places, y: column("returns"), name: "return", mode: "lines", line: { color: css("--quiet"), dash: "dot", shape: "hv", width: 1.5 } },
+      { x: places, y: values, name: "value", mode: "lines", line: { color: css("--run0"), width: 2 } },
+      { x: [null], y: [null], mode: "markers", hoverinfo: "skip", marker: { size: 10, color: css("--ink"), symbol: "circle-open" } },
+    ];
+    if (states.length) {
+      traces.push({
+        x: states.map((s) => s[0]), y: states.map((s) => s[1]), name: "Monte Carlo", mode: "markers",
+        marker: { color: orange, symbol: "diamond", size: 7 },
+        error_y: { type: "data", array: states.map((s) => s[2] ?? 0), color: orange, thickness: 1, width: 2 },
+      });
+    }
+    const ends = [ranges.values, ranges.returns ?? ranges.values].flatMap((r) => [r[0], r[3]]).concat(states.map((s) => s[1]));
+    const low = Math.min(...ends), high = Math.max(...ends), margin = 0.08 * (high - low || 1);
+    const cuts = places.filter((i) => marks[first + i] & 1).slice(0, 200);
+    const shapes = cuts.map((i) => ({ type: "line", yref: "paper", x0: i + 0.5, x1: i + 0.5, y0: 0, y1: 1, line: { color: css("--line"), width: 1 }, layer: "below" }));
+    Plotly.react(panel.chart, traces, layout({
+      shapes, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, margin: { l: 44, r: 8, t: 26, b: 30 },
+      xaxis: { title: { text: "token; thin lines: ends of segments", standoff: 4 }, showgrid: false, range: [-0.5, length - 0.5] },
+      yaxis: { range: [low - margin, high + margin] },
+    }), settings).then(() => {
+      panel.chart.data[2].showlegend = false;
+      Plotly.restyle(panel.chart, { showlegend: false }, [2]);
+    });
+    panel.chart.removeAllListeners?.("plotly_click");
+    panel.chart.on("plotly_click", (event) => { const i = event.points[0].x; if (panel.spans[i]) panel.spans[i].focus(); });
+  }
+  const markValue = (panel, i) => {
+    if (panel.values && !panel.chart.hidden) Plotly.restyle(panel.chart, { x: [[i]], y: [[i === null ? null : panel.values[i]]] }, [2]);
+  };
+
+  // ---------------------------------------------------------------------------------------------- what a token says
+
+  function factsOf(panel, i) {
+    const at = starts[panel.index] + i, segment = panel.segments.ids[i];
+    const facts = [["token", `${i + 1} of ${panel.spans.length}`]];
+    if (special.has(token[at])) facts.push(["kind", "special token"]);
+    if (masked[at]) return [...facts, ["kind", "not the policy's, or not trained on"]];
+    facts.push(["segment", `${segment + 1} of ${panel.segments.count}`]);
+    const numbers = [["entropies", "entropy"], ["logps", "probability", Math.exp], ["values", "value"], ["advantages", "advantage"], ["returns", "return"], ["log_ratios", "ratio", Math.exp]];
+    for (const [name, title, print = (x) => x] of numbers) {
+      const value = number(name, at);
+      if (!Number.isNaN(value)) facts.push([title, show(print(value))]);
+    }
+    let sum = 0, count = 0;
+    panel.segments.ids.forEach((id, j) => { if (id === segment) { sum += number("log_ratios", starts[panel.index] + j); count++; } });
+    if (!Number.isNaN(sum)) facts.push(["segment’s ratio (geometric mean)", show(Math.exp(sum / count))]);
+    return facts;
+  }
+
+  function openTip(panel, i) {
+    const span = panel.spans[i], tip = $("tip"), facts = factsOf(panel, i);
+    const text = vocabulary[token[starts[panel.index] + i]];
+    tip.replaceChildren(
+      element("div", { className: "what" }, JSON.stringify(text).slice(1, -1)),
+      element("table", {}, ...facts.map(([name, value]) => element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, value)))),
+    );
+    // Read aloud with the token that has the focus; of thousands of tokens only this one carries it.
+    span.setAttribute("aria-label", [text, ...facts.map((fact) => fact.join(" "))].join(", "));
+    tip.hidden = false;
+    const box = span.getClientRects()[0] ?? span.getBoundingClientRect(), size = tip.getBoundingClientRect();
+    // Beside the token where there is room, so that the lines and the curve below it stay in sight.
+    const beside = box.right + size.width + 40 < window.innerWidth;
+    const top = beside ? box.top - 8 : box.bottom + 6;
+    tip.style.left = `${beside ? box.right + 28 : Math.max(4, window.innerWidth - size.width - 8)}px`;
+    tip.style.top = `${Math.max(4, Math.min(top, window.innerHeight - size.height - 8))}px`;
+    markValue(panel, i);
+  }
+  function closeTip(panel) {
+    $("tip").hidden = true;
+    markValue(panel, null);
+  }
+
+  function moveFocus(panel, i) {
+    const next = Math.min(panel.spans.length - 1, Math.max(0, i));
+    panel.spans[panel.current]?.setAttribute("tabindex", "-1");
+    panel.current = next;
+    panel.spans[next]?.setAttribute("tabindex", "0");
+    panel.spans[next]?.focus();
+  }
+  function segmentStep(panel, i, direction) {
+    const ids = panel.segments.ids;
+    const goal = ids[i] + direction;
+    const found = ids.indexOf(Math.max(0, Math.min(panel.segments.count - 1, goal)));
+    return found < 0 ? i : found;
+  }
+
+  // ------------------------------------------------------------------------------------------------------ the panels
+
+  let panels = [];
+  let selected = -1, kept = null;
+
+  function makePanel(index, side) {
+    const panel = { index, side, spans: [], segments: segmentsOf(index), current: 0 };
+    const group = byPrompt[responses.prompt[index]], prompt = prompts[responses.prompt[index]];
+    const title = element("h3", {}, place(index));
+    if (runs.length > 1) title.className = `run run${responses.run[index]}`;
+    const facts = element("p", { className: "quiet" }, `prompt ${responses.prompt[index] + 1} · ${responses.length[index]} tokens · ${panel.segments.count} segments`);
+    const others = element("select", { "aria-label": "responses to this prompt" },
+      ...group.map((each, i) => element("option", { value: String(each), selected: each === index }, `${i + 1} of ${group.length}: ${place(each)}`)));
+    others.addEventListener("change", () => choose(Number(others.value), side));
+    const moves = element("div", { className: "moves" }, others);
+    if (kept === null) {
+      const keep = element("button", { type: "button" }, "Compare ", element("kbd", {}, "c"));
+      keep.addEventListener("click", compare);
+      moves.append(keep);
+    } else if (side === 1) {
+      const stop = element("button", { type: "button" }, "Stop comparing ", element("kbd", {}, "c"));
+      stop.addEventListener("click", compare);
+      moves.append(stop);
+    }
+    const shownPrompt = element("div", { className: "prompt" }, ...prompt.images.map((image, i) => element("img", { src: images[image], alt: `image ${i + 1} of the prompt` })));
+    shownPrompt.append(element("div", { className: "text", tabIndex: 0, role: "region", "aria-label": "prompt" }, prompt.text));
+
+    const text = element("div", { className: "text tokens", role: "listbox", "aria-label": "tokens of the response", "aria-orientation": "horizontal" });
+    for (let i = 0; i < responses.length[index]; i++) {
+      const at = starts[index] + i;
+      const span = element("span", { className: "token", role: "option", tabIndex: i ? -1 : 0 });
+      span.dataset.place = i;
+      if (masked[at]) span.classList.add("masked");
+      if (special.has(token[at])) span.classList.add("special");
+      if (!masked[at] && marks[at] & 1) span.classList.add("cut");
+      fill(span, vocabulary[token[at]]);
+      panel.spans.push(span);
+      text.append(span);
+    }
+    const placeOf = (event) => { const span = event.target.closest(".token"); return span ? Number(span.dataset.place) : null; };
+    text.addEventListener("mouseover", (event) => { const i = placeOf(event); if (i !== null) openTip(panel, i); });
+    text.addEventListener("mouseleave", () => closeTip(panel));
+    text.addEventListener("focusin", (event) => { const i = placeOf(event); if (i !== null) openTip(panel, i); });
+    text.addEventListener("focusout", () => closeTip(panel));
+    text.addEventListener("click", (event) => { const i = placeOf(event); if (i !== null) moveFocus(panel, i); });
+    text.addEventListener("keydown", (event) => {
+      const i = panel.current;
+      const goals = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: panel.spans.length - 1 };
+      if (event.key === "ArrowDown") goals.ArrowDown = segmentStep(panel, i, 1);
+      if (event.key === "ArrowUp") goals.ArrowUp = segmentStep(panel, i, -1);
+      if (event.key in goals && !event.ctrlKey && !event.metaKey && !event.altKey) { moveFocus(panel, goals[event.key]); event.preventDefault(); }
+      if (event.key === "Escape") closeTip(panel);
+    });
+
+    panel.chart = element("div", { className: "curve", role: "img", "aria-label": "values along the response" });
+    panel.cuts = element("details", { className: "others" }, element("summary", {}, "Where other segmenters cut"));
+    panel.cuts.open = cutsOpen;
+    panel.cuts.addEventListener("toggle", () => { cutsOpen = panel.cuts.open; drawCuts(panel); });
+    panel.node = element("article", { className: "panel", "aria-label": `response: ${place(index)}` },
+      element("header", {}, title, facts, moves), shownPrompt, text, panel.chart, panel.cuts);
+    if (!panel.spans.length) text.append(element("span", { className: "quiet" }, "no tokens"));
+    return panel;
+  }
+
+  let cutsOpen = true;
+  function drawCuts(panel) {
+    if (!panel.cuts.open || panel.cuts.childElementCount > 1) return;
+    const grid = element("div", { className: "cuts" });
+    segmenters.forEach((name, bit) => {
+      const { ids, count } = segmentsOf(panel.index, bit);
+      const text = element("div", { className: "text", tabIndex: 0, role: "region", "aria-label": `cuts: ${name}` });
+      // A span per segment, not per token: that is what there is to see.
+      let span = null, before = null;
+      ids.forEach((id, i) => {
+        if (id !== before || span === null) {
+          span = element("span", { className: id < 0 ? "token masked" : `token ${id % 2 ? "even" : "odd"}` });
+          text.append(span);
+          before = id;
+        }
+        fill(span, vocabulary[token[starts[panel.index] + i]]);
+        if (id >= 0 && (marks[starts[panel.index] + i] >> bit) & 1) { span.classList.add("cut"); span = null; }
+      });
+      grid.append(element("section", {}, element("h3", {}, element("span", {}, name), element("span", { className: "quiet" }, `${count} segment${count === 1 ? "" : "s"}`)), text));
+    });
+    panel.cuts.append(grid);
+  }
+
+  function drawPanels() {
+    panels.forEach((panel) => Plotly.purge(panel.chart));
+    $("tip").hidden = true;
+    const indices = kept === null ? (selected < 0 ? [] : [selected]) : [kept, selected];
+    panels = indices.map(makePanel);
+    $("panels").classList.toggle("two", panels.length > 1);
+    $("panels").replaceChildren(...panels.map((panel) => panel.node));
+    panels.forEach((panel) => { paint(panel); drawCuts(panel); drawValues(panel); });
+  }
+
+  function choose(index, side = kept === null ? 0 : 1) {
+    if (kept !== null && side === 0) kept = index;
+    else selected = index;
+    drawPanels();
+    drawRows(true);
+  }
+
+  function compare() {
+    if (selected < 0) return;
+    if (kept !== null) { kept = null; drawPanels(); return; }
+    kept = selected;
+    // What one wants beside it most: the same prompt in the other run, at another step, or at least another response.
+    const group = byPrompt[responses.prompt[kept]];
+    const rank = (each) => (responses.run[each] !== responses.run[kept] ? 2 : 0) + (responses.step[each] !== responses.step[kept] ? 1 : 0);
+    const others = group.filter((each) => each !== kept).sort((a, b) => rank(b) - rank(a));
+    if (others.length) selected = others[0];
+    drawPanels();
+    drawRows(true);
+  }
+
+  // -------------------------------------------------------------------------------------------------------- the list
+
+  let listed = [];
+
+  function option(value, text) { return element("option", { value: String(value) }, text); }
+  function makeFilters() {
+    const steps = [...new Set(responses.step)].sort((a, b) => a - b);
+    $("filter-run-label").hidden = runs.length < 2;
+    $("filter-run").append(option("", "both"), ...runs.map((run, i) => option(i, run)));
+    for (const id of ["filter-step-from", "filter-step-to"]) $(id).append(option("", "any"), ...steps.map((step) => option(step, String(step))));
+    const brief = (text) => { const clean = text.replaceAll(/\s+/g, " ").trim(); return clean.length > 70 ? `${clean.slice(0, 70)}…` : clean; };
+    // What prompts have in common at their start (a system prompt) tells none from another.
+    const shared = commonStart(prompts.map((prompt) => prompt.text));
+    $("filter-prompt").append(option("", `any of ${prompts.length}`), ...prompts.map((prompt, i) => option(i, `${i + 1}: ${brief(prompt.text.slice(shared))}`)));
+    let waiting = null;
+    $("filters").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(filter, 120); });
+    $("filters").addEventListener("reset", () => setTimeout(filter));
+    $("filters").addEventListener("submit", (event) => event.preventDefault());
+  }
+  function commonStart(all) {
+    if (all.length < 2) return 0;
+    let length = all[0].length;
+    for (const text of all) { let i = 0; while (i < length && text[i] === all[0][i]) i++; length = i; }
+    return length;
+  }
+
+  function filter() {
+    const value = (id) => $(id).value;
+    const bound = (id, otherwise) => (value(id) === "" ? otherwise : Number(value(id)));
+    const wanted = value("filter-text").toLowerCase(), run = bound("filter-run", null), prompt = bound("filter-prompt", null);
+    const [stepFrom, stepTo] = [bound("filter-step-from", -Infinity), bound("filter-step-to", Infinity)];
+    const [rewardFrom, rewardTo] = [bound("filter-reward-from", -Infinity), bound("filter-reward-to", Infinity)];
+    const byReward = rewardFrom !== -Infinity || rewardTo !== Infinity;
+    const inPrompt = prompts.map((each) => wanted !== "" && each.text.toLowerCase().includes(wanted));
+    listed = [];
+    for (let index = 0; index < total; index++) {
+      if (run !== null && responses.run[index] !== run) continue;
+      if (prompt !== null && responses.prompt[index] !== prompt) continue;
+      if (responses.step[index] < stepFrom || responses.step[index] > stepTo) continue;
+      const reward = rewardOf(index);
+      if (byReward && !(reward >= rewardFrom && reward <= rewardTo)) continue;
+      if (wanted !== "" && !inPrompt[responses.prompt[index]] && !responseText(index).toLowerCase().includes(wanted)) continue;
+      listed.push(index);
+    }
+    const reward = (index) => (Number.isNaN(rewardOf(index)) ? -Infinity : rewardOf(index));
+    const orders = { high: (a, b) => reward(b) - reward(a), low: (a, b) => reward(a) - reward(b), long: (a, b) => responses.length[b] - responses.length[a] };
+    if (value("order") in orders) listed.sort((a, b) => orders[value("order")](a, b) || a - b);
+    $("count").textContent = listed.length === total ? `${total.toLocaleString("en")} responses` : `${listed.length.toLocaleString("en")} of ${total.toLocaleString("en")} responses`;
+    $("list").scrollTop = 0;
+    if (listed.length && !listed.includes(selected)) choose(listed[0]);
+    else drawRows(true);
+  }
+
+  /** Only the rows in sight exist. */
+  function drawRows(follow = false) {
+    const list = $("list"), at = listed.indexOf(selected);
+    $("rows").style.height = `${listed.length * ROW}px`;
+    if (follow && at >= 0) {
+      if (at * ROW < list.scrollTop) list.scrollTop = at * ROW;
+      else if ((at + 1) * ROW > list.scrollTop + list.clientHeight) list.scrollTop = (at + 1) * ROW - list.clientHeight;
+    }
+    const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 3);
+    const last = Math.min(listed.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 3);
+    $("rows").replaceChildren(...listed.slice(first, last).map((index, i) => {
+      let start = "";
+      for (let token_ = starts[index]; token_ < starts[index + 1] && start.length < 90; token_++) start += vocabulary[token[token_]];
+      const facts = element("div", { className: "facts" });
+      const step = element("span", {}, `step ${responses.step[index]}`);
+      if (runs.length > 1) step.className = `run run${responses.run[index]}`;
+      facts.append(step, element("b", {}, `reward ${show(rewardOf(index))}`),
+        element("span", {}, `${responses.length[index]} tokens`), element("span", {}, `prompt ${responses.prompt[index] + 1}`));
+      const row = element("div", {
+        className: "row", id: `response-${index}`, role: "option", "aria-selected": String(index === selected),
+        "aria-setsize": String(listed.length), "aria-posinset": String(first + i + 1),
+      }, facts, element("div", { className: "start" }, start.trim().replaceAll("\n", " ↵ ")));
+      row.style.top = `${(first + i) * ROW}px`;
+      row.addEventListener("click", () => choose(index));
+      return row;
+    }));
+    if (at >= first && at < last) list.setAttribute("aria-activedescendant", `response-${selected}`);
+    else list.removeAttribute("aria-activedescendant");
+  }
+  function step(distance) {
+    if (!listed.length) return;
+    const at = listed.indexOf(selected);
+    choose(listed[Math.min(listed.length - 1, Math.max(0, at < 0 ? 0 : at + distance))]);
+  }
+  function stepInPrompt(distance) {
+    const group = byPrompt[responses.prompt[selected]] ?? [];
+    const next = group[group.indexOf(selected) + distance];
+    if (next !== undefined) choose(next);
+  }
+
+  $("list").addEventListener("scroll", () => requestAnimationFrame(() => drawRows()), { passive: true });
+  $("list").addEventListener("keydown", (event) => {
+    const page = Math.max(1, Math.floor($("list").clientHeight / ROW) - 1);
+    const distances = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
+    if (event.key in distances) { step(distances[event.key]); event.preventDefault(); }
+    if (event.key === "Enter" && panels.length) moveFocus(panels.at(-1), panels.at(-1).current);
+  });
+  window.addEventListener("resize", () => drawRows());
+
+  // -------------------------------------------------------------------------------------------------------- the keys
+
+  const keys = {
+    j: () => step(1), k: () => step(-1), n: () => stepInPrompt(1), p: () => stepInPrompt(-1), c: compare,
+    t: () => panels.length && moveFocus(panels.at(-1), panels.at(-1).current),
+    "/": () => $("filter-text").focus(), "?": () => $("help").showModal(),
+  };
+  modes.forEach((each, i) => { keys[String(i + 1)] = () => setMode(each); });
+  document.addEventListener("keydown", (event) => {
+    const typing = event.target.closest("input, select, dialog");
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys)) return;
+    event.preventDefault();
+    keys[event.key]();
+  });
+  $("help-open").addEventListener("click", () => $("help").showModal());
+
+  dark.addEventListener("change", () => {
+    charts.filter((chart) => chart.node).forEach(drawCurve);
+    setMode(mode);
+    panels.forEach(drawValues);
+  });
+
+  // ------------------------------------------------------------------------------------------------------- beginning
+
+  $("summary").textContent = `${total.toLocaleString("en")} responses · ${starts[total].toLocaleString("en")} tokens · ${prompts.length.toLocaleString("en")} prompts`;
+  makeFilters();
+  makeCurves();
+  setMode(mode);
+  filter();
+  // For whoever measures: milliseconds from the start of loading until everything is there.
+  requestAnimationFrame(() => { document.documentElement.dataset.ready = String(Math.round(performance.now())); });
+})();

@@ -1,0 +1,224 @@
+"""What a run has left behind that can be looked at: responses, their prompts and images, and the log."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..analysis.records import TOKEN_COLUMNS, read_frame, read_log_history, recorded_files
+
+
+NUMBER_COLUMNS = ("logps", "entropies", "values", "advantages", "returns", "log_ratios")
+"""Numbers of each token that a run may have recorded."""
+
+_WRITER = "SegmentationCallback"
+# Files written before `special` was recorded: what the special tokens of the usual tokenizers look like.
+_SPECIAL_LOOKS = re.compile(r"<\|[^|<>]+\|>|<[｜|].+[｜|]>|</?s>|<(bos|eos|pad|unk|start_of_turn|end_of_turn)>")
+
+
+@dataclass
+class Recording:
+    """
+    One run.
+
+    Args:
+        name (`str`): what to call it.
+        responses (`pd.DataFrame`):
+            one row per response: `step`, `process`, `response` (its place in the rollout), `reward` (NaN if
+            unscored), `prompt`, `images` (list of paths), and with one entry per loss token `tokens`, `special`,
+            `segment_ids` and [`NUMBER_COLUMNS`] (NaN where not recorded); `masked_tokens` and `masked_positions` are
+            the tokens of no segment, each with the number of loss tokens before it.
+        log (`pd.DataFrame`): one row per entry of the log; empty without any.
+        state_values (`pd.DataFrame`):
+            [`~sapo_trl.ValueDiagnostics`]' Monte-Carlo values: `step`, `process`, `response`, `token`,
+            `monte_carlo_value`, `standard_error`.
+        notes (`list[str]`): what a reader of the page should know is missing, and why.
+    """
+
+    name: str
+    responses: pd.DataFrame
+    log: pd.DataFrame
+    state_values: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
+
+
+def read_recording(folder: str | Path, name: str | None = None) -> Recording:
+    """
+    Read a run.
+
+    Args:
+        folder (`str` or `Path`):
+            with a [`~sapo_trl.SegmentationCallback`]'s files, or else with TRL's completions tables, in it or below
+            it; and with a log (see [`~sapo_trl.analysis.read_log_history`]).
+        name (`str`, *optional*): what to call it; by default the folder's name.
+
+    Returns:
+        [`Recording`]
+
+    Raises:
+        ValueError: if there is neither a response nor a log, or a file cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder.")
+    notes: list[str] = []
+    log = _read_log(folder)
+    if _has(folder, "segments"):
+        responses = _read_segments(folder, notes)
+    elif tables := sorted(folder.rglob("completions_*.parquet")):
+        responses = pd.concat([_read_completions(path, log) for path in tables], ignore_index=True)
+        notes.append(
+            "These are TRL's completions tables, without tokens or segments; `SegmentationCallback(output_dir=…)` "
+            "records both."
+        )
+    elif log.empty:
+        raise ValueError(
+            f"{folder}: neither responses (`{_WRITER}(output_dir=…)` records them, TRL's `log_completions=True` their "
+            "texts) nor a log (`trainer.save_state()` writes one)."
+        )
+    else:
+        responses = _table([])
+        notes.append(f"No responses were recorded; `{_WRITER}(output_dir=…)` records them.")
+    if log.empty:
+        notes.append("No log was found, so there are no learning curves; `trainer.save_state()` writes one.")
+    return Recording(name or folder.resolve().name, responses, log, _read_state_values(folder), notes)
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(each[-1:])} ({number})" for number, each in enumerate(parts, start=1)]
+
+
+def _has(folder: Path, kind: str) -> bool:
+    return any(path.suffix in (".parquet", ".json") for path in folder.rglob(f"{kind}_*_*.*"))
+
+
+def _read_log(folder: Path) -> pd.DataFrame:
+    # Of no log at all there is no error: the responses can be looked at without.
+    found = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
+    if not found and len(list(folder.glob("*.jsonl"))) != 1:
+        return pd.DataFrame()
+    return read_log_history(folder)
+
+
+def _read_segments(folder: Path, notes: list[str]) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    files = recorded_files(folder, "segments", ("parquet", "json"), _WRITER)
+    missing_images, missing_ratios = set(), 0
+    for path, step, process in files:
+        frame = read_frame(path, ("prompt", "reward", *TOKEN_COLUMNS))
+        ratios = _read_ratios(path.with_name(path.name.replace("segments_", "ratios_", 1)))
+        for place, row in enumerate(frame.to_dict("records")):
+            number = len(row["tokens"])
+            if uneven := {name: len(row[name]) for name in TOKEN_COLUMNS if len(row[name]) != number}:
+                raise ValueError(f"{path}: response {place} has {number} `tokens`, but {uneven}.")
+            row["log_ratios"] = ratios.get(place)
+            if row["log_ratios"] is None or len(row["log_ratios"]) != number:
+                missing_ratios += number > 0
+                row["log_ratios"] = np.full(number, np.nan)
+            if row.get("special") is None:
+                row["special"] = [_SPECIAL_LOOKS.fullmatch(token) is not None for token in row["tokens"]]
+            images = row.get("images")
+            # A row without images is NaN beside rows with some.
+            row["images"] = [path.parent / "images" / name for name in images] if hasattr(images, "__len__") else []
+            missing_images |= {image for image in row["images"] if not image.is_file()}
+            row["images"] = [image for image in row["images"] if image not in missing_images]
+            rows.append({**row, "step": step, "process": process, "response": place})
+    if missing_images:
+        notes.append(f"{len(missing_images)} images are not where they were recorded ({min(missing_images).parent}).")
+    if missing_ratios:
+        notes.append(
+            f"{missing_ratios} responses have no importance ratios: the run ended before the policy was run on them "
+            "again, its loss is TRL's own, or they were recorded by an earlier version."
+        )
+    table = _table(rows)
+    if len(table) and not any(np.any(values) for values in table["values"]):
+        # What is recorded without a critic.
+        table["values"] = [np.full(len(values), np.nan) for values in table["values"]]
+        notes.append("The run had no values.")
+    return table
+
+
+def _read_ratios(path: Path) -> dict[int, Any]:
+    if not path.is_file():
+        return {}
+    frame = read_frame(path, ("response", "log_ratios"))
+    return dict(zip(frame["response"].tolist(), frame["log_ratios"], strict=True))
+
+
+def _read_state_values(folder: Path) -> pd.DataFrame:
+    columns = ("response", "token", "monte_carlo_value", "standard_error")
+    if not _has(folder, "values"):
+        return pd.DataFrame(columns=["step", "process", *columns])
+    files = recorded_files(folder, "values", ("parquet",), "ValueDiagnostics")
+    frames = [read_frame(path, columns).assign(step=step, process=process) for path, step, process in files]
+    return pd.concat(frames, ignore_index=True)[["step", "process", *columns]]
+
+
+def _read_completions(path: Path, log: pd.DataFrame) -> pd.DataFrame:
+    frame = read_frame(path, ("step", "prompt", "completion", "advantage"))
+    # Beside the rewards there may be whatever else was logged.
+    rewards = [name for name in frame if f"rewards/{name}/mean" in log]
+    if not rewards:
+        known = {"step", "advantage"}
+        rewards = [name for name in frame if name not in known and pd.api.types.is_numeric_dtype(frame[name])]
+    frame["reward"] = frame[rewards].sum(axis=1, min_count=1)
+    rows = []
+    for place, row in enumerate(frame.to_dict("records")):
+        nothing = [np.nan]
+        rows.append(
+            {
+                "step": row["step"],
+                "process": 0,
+                "response": place,
+                "reward": row["reward"],
+                "prompt": _message_text(row["prompt"]),
+                "tokens": [_message_text(row["completion"])],
+                "special": [False],
+                "segment_ids": [0],
+                **dict.fromkeys(NUMBER_COLUMNS, nothing),
+                "advantages": [row["advantage"]],
+            }
+        )
+    return _table(rows)
+
+
+def _message_text(messages: Any) -> str:
+    """Plain text of a prompt or completion: of a string itself, of a conversation each role and its content."""
+    if isinstance(messages, str):
+        return messages
+    if not hasattr(messages, "__len__") or not all(isinstance(message, dict) for message in messages):
+        return json.dumps(messages, ensure_ascii=False, default=str)
+    texts = []
+    for message in messages:
+        content = message.get("content")
+        if not isinstance(content, str):
+            parts = content if hasattr(content, "__len__") else []
+            content = "".join(part.get("text") or f"[{part.get('type')}]" for part in parts if isinstance(part, dict))
+        texts.append(content if len(messages) == 1 else f"{message.get('role')}: {content}")
+    return "\n".join(texts)
+
+
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    scalars = ("step", "process", "response", "reward", "prompt")
+    lists = ("images", "tokens", "special", "segment_ids", *NUMBER_COLUMNS, "masked_tokens", "masked_positions")
+    table = pd.DataFrame({name: [row[name] for row in rows] for name in scalars})
+    for name in lists:
+        cells = (row.get(name) for row in rows)
+        cells = [list(cell) if hasattr(cell, "__len__") else [] for cell in cells]
+        if name in NUMBER_COLUMNS:
+            cells = [np.asarray(cell, dtype=np.float64) for cell in cells]
+        table[name] = pd.Series(cells, dtype=object)
+    return table.assign(reward=table["reward"].astype(float))

@@ -1,0 +1,276 @@
+"""Rows of like length together, moved to the right: less to compute, and the same results."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+import trl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+from sapo_trl.trainer.padding import RightAligned, equal_groups, group_rows, merge_rows, take_rows
+
+from .testing_utils import Recorder, fixed_rollout, random_completions, sapo_trainer
+
+
+BOTH_FAMILIES = pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
+TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
+
+
+def tokens(lengths: list[int], groups: list[list[int]]) -> int:
+    return sum(len(group) * max(lengths[row] for row in group) for group in groups)
+
+
+def partitions(rows: list[int], num_groups: int):
+    """Every way to distribute rows over a number of groups, none of them empty."""
+    if num_groups == 1:
+        yield [rows]
+        return
+    first, rest = rows[0], rows[1:]
+    for size in range(len(rest) - num_groups + 2):
+        for others in combinations(rest, size):
+            left = [row for row in rest if row not in others]
+            for groups in partitions(left, num_groups - 1):
+                yield [[first, *others], *groups]
+
+
+class TestGroups:
+    @settings(deadline=None, max_examples=60)
+    @given(st.data())
+    def test_no_partition_has_fewer_tokens(self, data):
+        lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
+        num_groups = data.draw(st.integers(1, len(lengths)))
+        limit = data.draw(st.none() | st.integers(1, 120))
+        groups = group_rows(lengths, num_groups, limit)
+        assert len(groups) == num_groups and all(groups)
+        assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+
+        every = list(partitions(list(range(len(lengths))), num_groups))
+        allowed = [p for p in every if limit is None or all(tokens(lengths, [group]) <= limit for group in p)]
+        assert tokens(lengths, groups) == min(tokens(lengths, p) for p in allowed or every)
+
+    def test_the_longest_come_first_and_rows_of_equal_length_stay_in_order(self):
+        assert group_rows([3, 9, 3, 9, 3], 2) == [[1, 3], [0, 2, 4]]
+        assert equal_groups([3, 9, 3, 8, 5, 3], 3) == [[1, 3], [4, 0], [2, 5]]
+
+    @pytest.mark.parametrize("num_groups", [0, 3])
+    def test_bad_numbers(self, num_groups):
+        with pytest.raises(ValueError, match=f"num_groups={num_groups} must lie between 1 and the number of rows, 2"):
+            group_rows([1, 2], num_groups)
+
+    def test_log_normal_lengths_are_padded_by_less_than_5_percent(self):
+        """64 responses in 16 micro-batches; of the 4 at a time that come as they are, more than a third is padding."""
+        lengths = (np.random.default_rng(0).lognormal(5.5, 0.7, 64) + 200).astype(int).tolist()
+        as_they_come = [list(range(first, first + 4)) for first in range(0, 64, 4)]
+        assert 1 - sum(lengths) / tokens(lengths, as_they_come) > 1 / 4
+        assert 1 - sum(lengths) / tokens(lengths, group_rows(lengths, 16)) < 0.05
+
+
+class TestRightAligned:
+    @settings(deadline=None, max_examples=100)
+    @given(rows=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=5), known=st.booleans())
+    def test_every_token_moves_and_comes_back(self, rows, known):
+        prompts, responses = max(p for p, _ in rows) + 1, max(r for _, r in rows) + 1
+        mask = torch.zeros(len(rows), prompts + responses, dtype=torch.long)
+        for row, (prompt, response) in enumerate(rows):
+            mask[row, prompts - prompt : prompts + response] = 1
+        ids = torch.arange(1, mask.numel() + 1).view_as(mask)
+        longest = max(max(sum(row) for row in rows), 1)
+
+        aligned = RightAligned.of(mask, longest if known else None)
+        moved, moved_mask = aligned.move(ids), aligned.move(mask)
+        assert moved.shape == (len(rows), aligned.width) and aligned.width == longest
+        for row, (prompt, response) in enumerate(rows):
+            length = prompt + response
+            assert moved_mask[row].tolist() == [0] * (longest - length) + [1] * length
+            assert moved[row, longest - length :].tolist() == ids[row][mask[row] == 1].tolist()
+        assert torch.equal(aligned.restore(moved) * mask, ids * mask)
+        # Of the columns but the last, as next-token outputs are.
+        in_front = torch.where(mask[:, 1:] * mask[:, :-1] == 1, ids[:, :-1], 0)
+        assert torch.equal(aligned.restore(moved[:, :-1])[:, :-1] * mask[:, 1:] * mask[:, :-1], in_front)
+
+
+def test_images_go_with_their_rows():
+    batch = {
+        "prompt_ids": torch.arange(4)[:, None],
+        "num_images": [1, 0, 2, 1],
+        "image_grid_thw": torch.tensor([[1, 1, 2], [1, 1, 1], [1, 2, 2], [1, 1, 3]]),
+        "pixel_values": torch.arange(10.0)[:, None],
+        "num_items_in_batch": torch.tensor(7),
+        "nothing": None,
+    }
+    taken = take_rows(merge_rows([batch, batch]), [6, 1, 3])
+    assert taken["prompt_ids"].flatten().tolist() == [2, 1, 3] and taken["num_images"] == [2, 0, 1]
+    assert taken["image_grid_thw"].tolist() == [[1, 1, 1], [1, 2, 2], [1, 1, 3]]
+    assert taken["pixel_values"].flatten().tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert taken["num_items_in_batch"] == 7 and taken["nothing"] is None
+
+
+def trained(family, folder, avoid_padding: bool, **overrides):
+    """Two optimizer steps of SGD on responses of very different lengths."""
+    recorder, widths = Recorder(), []
+    set_seed(0)  # weights of value heads
+    trainer = sapo_trainer(
+        family,
+        folder,
+        avoid_padding=avoid_padding,
+        optim="sgd",
+        num_mini_batches=2,
+        max_completion_length=24,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        trainer_kwargs={
+            "rollout_func": fixed_rollout(random_completions(3, 1, 24)),
+            "callbacks": [recorder],
+            **overrides.pop("trainer_kwargs", {}),
+        },
+        **overrides,
+    )
+    backbone = trainer.accelerator.unwrap_model(trainer.model).base_model
+    backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    trainer.train()
+    return trainer, recorder.rollouts[0], widths
+
+
+@BOTH_FAMILIES
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"critic": "separate"},
+        {
+            "critic": "shared",
+            "loss_aggregation": "seq-mean-token-mean",
+            "beta": 0.1,
+            "kl_placement": "loss",
+            "kl_estimator": "k3",
+        },
+        {"critic": "none", "advantage_estimator": "batch", "loss_aggregation": "seq-mean-token-sum-norm"},
+        {
+            "critic": "none",
+            "advantage_estimator": "group",
+            "loss_type": "grpo",
+            "beta": 0.0,
+            "importance_sampling_level": "token",
+            "num_generations": 4,
+        },
+    ],
+    ids=lambda overrides: overrides.get("loss_type", overrides["critic"]),
+)
+def test_training_is_what_it_is_with_all_the_padding(family, overrides, tmp_path):
+    padded, padded_rollout, padded_shapes = trained(family, tmp_path / "padded", False, **overrides)
+    moved, rollout, shapes = trained(family, tmp_path / "moved", True, **overrides)
+    for name in ("logps", "entropies", "values", "advantages", "returns"):
+        expected, found = getattr(padded_rollout, name), getattr(rollout, name)
+        if expected is not None and expected.dim() == 2:
+            mask = padded_rollout.segments.mask
+            torch.testing.assert_close(
+                found[mask], expected[mask], atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    pairs = [(padded.model, moved.model)]
+    if padded.critic is not None and padded.args.critic == "separate":
+        pairs.append((padded.critic.module, moved.critic.module))
+    for expected, found in pairs:
+        after = dict(found.named_parameters())
+        for name, parameter in expected.named_parameters():
+            torch.testing.assert_close(after[name], parameter, atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    computed, computed_before = (sum(rows * width for rows, width in s) for s in (shapes, padded_shapes))
+    assert len(shapes) == len(padded_shapes) and computed < 0.9 * computed_before
+
+
+def exact_rotary(rotary: torch.nn.Module):
+    """Angles in float64: transformers' are in float32 whatever the model is, and differ by 1e-7 at other positions."""
+
+    def forward(hidden_states, position_ids, **kwargs):
+        angles = position_ids[..., None].double() * rotary.inv_freq.double()
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+    return forward
+
+
+@TEXT_FAMILY
+def test_a_model_in_float64_sees_no_difference(family):
+    model = family.build_model().double()
+    rotary = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
+    for module in rotary:
+        module.forward = exact_rotary(module)
+    inputs = {
+        "input_ids": torch.randint(20, 200, (4, 12), generator=torch.Generator().manual_seed(0)),
+        "attention_mask": torch.tensor(
+            [
+                [0] * before + [1] * (12 - before - behind) + [0] * behind
+                for before, behind in [(2, 5), (0, 0), (4, 1), (1, 6)]
+            ]
+        ),
+    }
+    seen = inputs["attention_mask"].bool()
+    expected = model.base_model(**inputs).last_hidden_state
+    aligned = RightAligned.of(inputs["attention_mask"])
+    found = model.base_model(**{name: aligned.move(x) for name, x in inputs.items()}).last_hidden_state
+    for row in range(4):
+        kept = found[row, aligned.target[row][seen[row]]]
+        torch.testing.assert_close(kept, expected[row][seen[row]], atol=1e-9, rtol=0)
+
+
+@TEXT_FAMILY
+def test_models_with_absolute_positions_keep_their_rows(family, tmp_path):
+    config = GPT2Config(
+        vocab_size=len(family.tokenizer),
+        n_positions=128,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    )
+    outcomes = []
+    for avoid_padding in (False, True):
+        set_seed(0)
+        trainer, _, shapes = trained(
+            family,
+            tmp_path / str(avoid_padding),
+            avoid_padding,
+            model=GPT2LMHeadModel(config),
+            critic="none",
+            advantage_estimator="batch",
+        )
+        assert not trainer.can_move_rows and len({width for _, width in shapes}) == 1
+        outcomes.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]))
+    torch.testing.assert_close(*outcomes, atol=1e-6, rtol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation makes, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@TEXT_FAMILY
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_logits_of_a_whole_batch_are_never_there(family, critic, tmp_path, monkeypatch):
+    """Neither when a rollout is scored nor in an update: TRL's head makes a tile of them after the other."""
+    largest = {}
+    # The vocabulary is smaller than TRL's tiles: with one tile, the logits are there, and the watch sees them.
+    for tile in (32, 32768):
+        monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", tile)
+        with LargestTensor() as watch:
+            _, _, shapes = trained(family, tmp_path / str(tile), True, critic=critic)
+        largest[tile] = watch.elements
+    rows, width = max(shapes, key=lambda shape: shape[0] * shape[1])
+    logits = rows * (width - 1) * len(family.tokenizer)
+    assert largest[32] < logits <= largest[32768]
