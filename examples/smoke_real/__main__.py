@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(accuracies, seconds, console)
     for problem in problems:
         console.print(f"Error: {problem}", style="red", markup=False)
-    console.print(f"In {folder}: results.json; run, the adapters; before and after, every answer")
+    console.print(f"In {folder}: results.json; run, the adapter; before and after, every answer", soft_wrap=True)
     return 1 if problems else 0
 
 
