@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,7 @@ def segmented_responses(
     ):
         kept = [position for position, keep in enumerate(mask) if keep]
         masked = [position for position, there in enumerate(present_row) if there and not mask[position]]
+        kept_before = [0, *accumulate(map(int, mask))]
         rows.append(
             {
                 "step": step,
@@ -284,7 +286,7 @@ def segmented_responses(
                 "tokens": _texts(rollout.tokenizer, [ids[position] for position in kept]),
                 "special": [ids[position] in special for position in kept],
                 "masked_tokens": _texts(rollout.tokenizer, [ids[position] for position in masked]),
-                "masked_positions": [sum(mask[:position]) for position in masked],
+                "masked_positions": [kept_before[position] for position in masked],
                 **{name: [column[row][position] for position in kept] for name, column in columns.items()},
             }
         )

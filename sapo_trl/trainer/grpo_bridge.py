@@ -153,6 +153,7 @@ class GRPOBridge(GRPOTrainer):
         self._staging: Path | None = None
         self._train_sampler: Sampler | None = None
         self._tapped: list[torch.Tensor] | None = None
+        self._aligned: RightAligned | None = None
         reference = _copy_for_reference(model, args, kwargs.get("peft_config"))
         if reference is None:
             super().__init__(model, reward_funcs, args, **kwargs)
@@ -765,13 +766,15 @@ class GRPOBridge(GRPOTrainer):
             name: aligned.move(value) if torch.is_tensor(value) and value.shape == shape else value
             for name, value in inputs.items()
         }
-        outputs = model(**moved)
+        self._aligned = aligned
+        try:
+            outputs = model(**moved)
+        finally:
+            self._aligned = None
         # Position p predicts token p + 1: the last has nothing to predict.
         outputs.log_probs = aligned.restore(outputs.log_probs)[:, :-1]
         if getattr(outputs, "entropy", None) is not None:
             outputs.entropy = aligned.restore(outputs.entropy)[:, :-1]
-        if self._tapped:
-            self._tapped[-1] = aligned.restore(self._tapped[-1])[:, :-1]
         return outputs
 
     @contextlib.contextmanager
@@ -786,7 +789,8 @@ class GRPOBridge(GRPOTrainer):
                 chunk = self.shared_values(output.last_hidden_state.detach())
                 if chunk is not None:
                     # Same alignment as the log-probabilities: position p stands before token p + 1.
-                    values.append(chunk[:, :-1])
+                    aligned = self._aligned
+                    values.append(chunk[:, :-1] if aligned is None else aligned.restore(chunk[:, :-1])[:, :-1])
 
         handle = backbone_of(self.accelerator.unwrap_model(self.model)).register_forward_hook(read)
         self._tapped = values

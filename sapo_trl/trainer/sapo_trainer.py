@@ -605,7 +605,7 @@ class SAPOTrainer(GRPOBridge):
         segments, mask, old_logps = Segments(batch["segment_ids"]), batch["policy_mask"], batch["old_per_token_logps"]
         forward = self.policy_forward(model, batch)
         self._micro_batch_values = forward.values
-        if self.mode == "train":
+        if self.mode == "train" and "rollout_rows" in batch:  # the rest of a rollout may be an older checkpoint's
             log_ratios = forward.logps.detach() - old_logps
             for callback in self._rollout_callbacks:
                 callback.on_policy_forward(self.args, self.state, self.control, batch["rollout_rows"], log_ratios)

@@ -65,7 +65,8 @@ def build_payload(recordings: Sequence[Recording], max_tokens: int) -> Payload:
     segmenters, marks = cut_marks(responses, loss_ids, vocabulary)
 
     at = [np.asarray(positions, dtype=np.int64) for positions in responses["masked_positions"]]
-    columns: dict[str, np.ndarray] = {"token": _merged(loss_ids, at, masked_ids).astype(np.uint32)}
+    ids = _merged(loss_ids, at, masked_ids)
+    columns: dict[str, np.ndarray] = {"token": ids.astype(np.min_scalar_type(max(len(vocabulary), 256)))}
     scales, ranges = {}, {}
     for name in NUMBER_COLUMNS:
         numbers = _merged(responses[name], at, np.nan).astype(np.float64)
