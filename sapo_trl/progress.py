@@ -55,7 +55,11 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        news = ", ".join(f"{title} {logs[name]:.3g}" for name, title in SHOWN.items() if name in logs)
+        evaluated = _news({name.removeprefix("eval_"): x for name, x in logs.items() if name.startswith("eval_")})
+        if evaluated:
+            self.console.print(f"step {state.global_step}, evaluation: {evaluated}", soft_wrap=True, highlight=False)
+            return
+        news = _news(logs)
         if self._bar is not None:
             self._bar.update(self._task, news=news)
         elif news:
@@ -65,6 +69,10 @@ class TrainingProgress(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _news(logs: dict[str, float]) -> str:
+    return ", ".join(f"{title} {logs[name]:.3g}" for name, title in SHOWN.items() if name in logs)
 
 
 def show_progress(trainer: Trainer, console: Console | None = None) -> None:

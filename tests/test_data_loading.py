@@ -303,7 +303,7 @@ def test_the_command_saves_its_reports(tmp_path, capsys):
     }
     printed = capsys.readouterr().out
     assert "train: 4 of 5 rows" in printed
-    assert "eval_reward" in printed
+    assert "step 1, evaluation: reward" in printed
 
 
 @pytest.mark.slow

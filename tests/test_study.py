@@ -362,9 +362,11 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {path: path.stat().st_mtime_ns for path in cells.glob(f"*/{RESULT_NAME}")}
-    time.sleep(2)  # for the cells to notice
-    alive = subprocess.run(["pgrep", "-f", f"run_cell {cells}"], capture_output=True, text=True).stdout.split()
-    assert not alive
+    # The cells notice; one that has just been started does so once it has imported everything.
+    deadline = time.monotonic() + 120
+    while subprocess.run(["pgrep", "-f", f"run_cell {cells}"], capture_output=True).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     assert len(finished) < 6
     subprocess.run(command, cwd=ROOT, check=True, timeout=600)
     after = {path: path.stat().st_mtime_ns for path in cells.glob(f"*/{RESULT_NAME}")}
