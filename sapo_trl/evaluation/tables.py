@@ -178,7 +178,7 @@ def as_rich(table: ResultTable) -> RichTable:
     """For a terminal, with each interval below its number."""
     shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for index, name in enumerate(["", "scored by", *table.columns]):
-        shown.add_column(Text(name), justify="left" if index < 2 else "right")
+        shown.add_column(Text(name), justify="left" if index < 2 else "right", overflow="fold")
     for row, following in zip(table.rows, [*table.rows[1:], None], strict=True):
         cells = [
             Text("" if cell is None else f"{cell.value:.2f}{cell.mark}\n{cell.interval}".rstrip())

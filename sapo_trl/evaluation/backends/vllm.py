@@ -63,9 +63,13 @@ class VLLMBackend:
             "temperature": arguments.temperature,
             "top_p": arguments.top_p,
             "max_tokens": arguments.max_new_tokens,
+            # Its streaming detokenizer leaves out the bytes of a character that is cut off; decoded at once, a text
+            # is that of the other backend.
+            "detokenize": False,
         }
         self._sampling_params = SamplingParams
-        self.is_chat_model = self.engine.get_tokenizer().chat_template is not None
+        self.tokenizer = self.engine.get_tokenizer()
+        self.is_chat_model = self.tokenizer.chat_template is not None
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """See [`Backend`]."""
@@ -77,7 +81,11 @@ class VLLMBackend:
             texts = ["\n\n".join(map(message_text, request.prompt)) + "\n\n" for request in requests]
             outputs = self.engine.generate(texts, **options)
         answers = [output.outputs[0] for output in outputs]
-        return [Generation(answer.text, len(answer.token_ids), answer.finish_reason) for answer in answers]
+        texts = [self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+        return [
+            Generation(text, len(answer.token_ids), answer.finish_reason)
+            for text, answer in zip(texts, answers, strict=True)
+        ]
 
 
 def _conversation(request: Request) -> list[dict[str, Any]]:
