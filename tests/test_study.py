@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
@@ -359,14 +360,12 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     while not list(cells.glob(f"*/{RESULT_NAME}")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+    left_behind = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {path: path.stat().st_mtime_ns for path in cells.glob(f"*/{RESULT_NAME}")}
-    # The cells notice; one that has just been started does so once it has imported everything.
-    deadline = time.monotonic() + 120
-    while subprocess.run(["pgrep", "-f", f"run_cell {cells}"], capture_output=True).stdout:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    # The cells notice; one that has just been started does so once it runs.
+    assert left_behind and not psutil.wait_procs(left_behind, timeout=120)[1]
     assert len(finished) < 6
     subprocess.run(command, cwd=ROOT, check=True, timeout=600)
     after = {path: path.stat().st_mtime_ns for path in cells.glob(f"*/{RESULT_NAME}")}

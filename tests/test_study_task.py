@@ -93,7 +93,7 @@ def test_answers_are_what_the_signs_mean_in_the_picture():
         lines = [line.split() for line in problem.chain.split("\n")]
         assert [label for label, _ in lines] == list("abcde")
         shown = dict(item for item in zip("ABCD", problem.numbers, strict=True))
-        assert problem.answer == "".join(f"{label}{shown[meaning[sign]]}" for label, sign in lines)
+        assert problem.answer == "".join(str(shown[meaning[sign]]) for _, sign in lines)
 
 
 def test_one_wrong_decision_is_a_wrong_answer():
@@ -172,8 +172,7 @@ def test_solution():
         f"a {problem.signs[0]} so so {wrong_first[0]}{number[wrong_first[0]]}\n"
         f"b {problem.signs[1]} so so {right[1]}{number[right[1]]} bad\n"
         f"c {problem.signs[2]} so so {right[2]}{number[right[2]]} ok\n"
-        "ok\n"
-        f"\\boxed{{a{number[wrong_first[0]]}b{number[right[1]]}c{number[right[2]]}}}"
+        "ok"
     )
 
 
@@ -218,25 +217,28 @@ def test_reading_stops_at_the_first_malformed_step():
     problem = sample_problems(config, 1)[0]
     lines = write_solution(config, problem, problem.right_cells, rng=random.Random(0)).split("\n")
     skipped = read_steps(problem, "\n".join([lines[0], *lines[2:]]))
-    assert (len(skipped.steps), skipped.complete, skipped.correct) == (1, False, True)
+    assert (len(skipped.steps), skipped.complete, skipped.correct) == (1, False, False)
     other_number = str(problem.number(problem.right_cells[0]) % 9 + 1)
     misread = read_steps(problem, "\n".join([lines[0][:-1] + other_number, *lines[1:]]))
     assert [step.read for step in misread.steps] == [False, True, True]
     assert read_steps(problem, "").steps == ()
 
 
-def test_only_the_box_counts():
-    answer = "a1b2"
-    responses = [
-        r"\boxed{a1b2}",
-        "a1b2",
-        r"\boxed{a1b2} \boxed{a1b3}",
-        r"bad\boxed{ a1b2 }",
-        r"\boxed{a1b2",
-        r"\boxed{a1}",
-    ]
-    assert code_reward(responses, [answer] * 6) == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
-    assert code_reward([[{"role": "assistant", "content": responses[0]}]], [answer]) == [1.0]
+def test_only_the_opened_numbers_count():
+    rewards = {
+        "a bak so B1 ok\nb tun now D2 ok": 1.0,
+        "B1 D2": 1.0,  # labels, signs and what is said of decisions are not asked for
+        "a bak so A1 bad\nb tun now C2 bad": 1.0,  # nor are names of cells: what counts is what is in them
+        "a bak so D2 ok\nb tun now B1 ok": 0.0,
+        "a bak so B1 ok\nb tun now D3 bad": 0.0,
+        "a bak so B1 ok": 0.0,
+        "B1 D2 D2": 0.0,
+        "B1 D1 D2": 0.0,
+        "12": 0.0,
+        "": 0.0,
+    }
+    assert code_reward(list(rewards), ["12"] * len(rewards)) == list(rewards.values())
+    assert code_reward([[{"role": "assistant", "content": "B1 D2"}]], ["12"]) == [1.0]
 
 
 # ------------------------------------------------------------------------------------------------- tokens and encoding
@@ -304,7 +306,7 @@ def test_oracle_cuts_are_where_the_steps_are(tokenizer):
             pieces = [
                 tokenizer.decode(ids[row][segments.ids[row] == index]) for index in range(int(segments.count[row]))
             ]
-            assert list(itertools.accumulate(map(len, pieces))) == [*ends, len(solution)]
+            assert list(itertools.accumulate(map(len, pieces))) == sorted({*ends, len(solution)})
 
 
 def test_lines_are_the_steps(tokenizer):

@@ -1,7 +1,8 @@
-"""Runs one cell of a study in a process of its own: `python -m sapo_trl.study.run_cell FOLDER CACHE`."""
+"""Runs one cell of a study, in a process of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import time
 import warnings
 from dataclasses import asdict
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -270,23 +272,36 @@ def _evaluation(model: PreTrainedModel, processor: Any, cell: Cell) -> dict[str,
     }
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(alive: Connection) -> None:
     """A study that is killed leaves no cell behind that would go on writing into its folder."""
-    sys.stdin.read()
+    with contextlib.suppress(EOFError, OSError):
+        alive.recv()
     os._exit(1)
 
 
-def main(folder: str, cache_dir: str) -> int:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def run_cell_process(folder: Path, cache_dir: str | Path, log: Path, alive: Connection) -> None:
+    """
+    What a cell's process does: see [`run_cell`].
+
+    Args:
+        folder (`Path`): of the cell.
+        cache_dir (`str` or `Path`): of finished warm starts.
+        log (`Path`): file for all that is printed.
+        alive (`Connection`): the process ends when the other end is closed.
+    """
+    with log.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
+    be_quiet_and_small()
+    run_cell(folder, cache_dir)
+
+
+def be_quiet_and_small() -> None:
+    """No bars and warnings of libraries, one thread."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     # A second thread gains little on models so small, and the study runs two cells at a time.
     torch.set_num_threads(1)
-    run_cell(folder, cache_dir)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from .cells import CELL_NAME, Cell, comparison_cells, result_of, tuning_cells
 from .config import StudyConfig
-from .run_cell import cell_config
+from .run_cell import be_quiet_and_small, cell_config, run_cell_process
 from .task.warm_start import warm_start
 from .tuning import chosen_learning_rates
 
@@ -35,8 +37,10 @@ class CellFailed(RuntimeError):
 @dataclass
 class _Running:
     cell: Cell
-    process: subprocess.Popen
+    process: ForkServerProcess
     started: float
+    alive: Connection
+    """Closed when this process ends, however it does, which ends the cell too."""
 
 
 def run_study(
@@ -82,6 +86,7 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
     guess = dict.fromkeys([cell.arm_name for cell in tuning], study.tuning.learning_rate[0])
     expected = [*tuning, *comparison_cells(study, guess)]
     _check_settings(expected, cells_dir)
+    processes = _process_context()
     with Progress(
         TextColumn("{task.description:<22}"),
         BarColumn(),
@@ -90,11 +95,20 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
         TimeElapsedColumn(),
         console=console,
     ) as progress:
-        _make_warm_starts(expected, cache_dir, progress)
+        _make_warm_starts(processes, expected, cache_dir, jobs, progress)
         show = _Progress(progress, len(expected), jobs, cells_dir)
-        _run_cells(tuning, cells_dir, cache_dir, jobs, show, later=expected[len(tuning) :])
+        _run_cells(processes, tuning, cells_dir, cache_dir, jobs, show, later=expected[len(tuning) :])
         rates = chosen_learning_rates((cell, result_of(cells_dir / cell.name)) for cell in tuning)
-        _run_cells(comparison_cells(study, rates), cells_dir, cache_dir, jobs, show, later=[])
+        _run_cells(processes, comparison_cells(study, rates), cells_dir, cache_dir, jobs, show, later=[])
+
+
+def _process_context() -> ForkServerContext:
+    """Processes that have imported everything when they start: that takes as long as a quarter of a run."""
+    # Several cells share the machine: a thread each, or they wait for one another.
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([run_cell_process.__module__])
+    return context
 
 
 def _check_settings(cells: list[Cell], folder: Path) -> None:
@@ -106,17 +120,16 @@ def _check_settings(cells: list[Cell], folder: Path) -> None:
             raise ValueError(f"arms.{cell.arm_name}: {error}") from error
 
 
-def _make_warm_starts(cells: list[Cell], cache_dir: str | Path, progress: Progress) -> None:
-    """First, and one after the other, so that no two cells train the same one."""
+def _make_warm_starts(
+    processes: ForkServerContext, cells: list[Cell], cache_dir: str | Path, jobs: int, progress: Progress
+) -> None:
+    """First, so that no two cells train the same one."""
     configs = list(dict.fromkeys(cell.policy for cell in cells))
-    bar = progress.add_task("Warm starts", total=len(configs), news="")
-    for config in configs:
-        warm_start(
-            cache_dir,
-            config,
-            on_progress=lambda news: progress.update(bar, news=f"step {news.step}, right lines {news.accuracy:.0%}"),
-        )
-        progress.advance(bar)
+    bar = progress.add_task("Warm starts", total=len(configs), news="some minutes each")
+    with ProcessPoolExecutor(jobs, mp_context=processes, initializer=be_quiet_and_small) as pool:
+        for finished in as_completed([pool.submit(warm_start, cache_dir, config) for config in configs]):
+            finished.result()
+            progress.advance(bar)
     progress.update(bar, news="")
 
 
@@ -161,7 +174,13 @@ class _Progress:
 
 
 def _run_cells(
-    cells: list[Cell], cells_dir: Path, cache_dir: str | Path, jobs: int, show: _Progress, later: list[Cell]
+    processes: ForkServerContext,
+    cells: list[Cell],
+    cells_dir: Path,
+    cache_dir: str | Path,
+    jobs: int,
+    show: _Progress,
+    later: list[Cell],
 ) -> None:
     waiting = []
     for cell in cells:
@@ -174,12 +193,13 @@ def _run_cells(
     try:
         while running or (waiting and not failed):
             while waiting and not failed and len(running) < jobs:
-                running.append(_start(waiting.pop(0), cells_dir, cache_dir))
+                running.append(_start(processes, waiting.pop(0), cells_dir, cache_dir))
             show.show(running, [*waiting, *later])
             time.sleep(_POLL_SECONDS)
-            for run in [run for run in running if run.process.poll() is not None]:
+            for run in [run for run in running if not run.process.is_alive()]:
                 running.remove(run)
-                if run.process.returncode == 0:
+                run.alive.close()
+                if run.process.exitcode == 0:
                     show.finished(run.cell)
                 else:
                     failed.append(run.cell)
@@ -188,25 +208,20 @@ def _run_cells(
         for run in running:
             run.process.terminate()
         for run in running:
-            run.process.wait()
+            run.process.join()
     if failed:
         log = cells_dir / failed[0].name / LOG_NAME
         last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise CellFailed(f"The run {failed[0].name} failed; its log is {log}:\n{last_lines}")
 
 
-def _start(cell: Cell, cells_dir: Path, cache_dir: str | Path) -> _Running:
+def _start(processes: ForkServerContext, cell: Cell, cells_dir: Path, cache_dir: str | Path) -> _Running:
     folder = cells_dir / cell.name
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
     folder.mkdir()
     (folder / CELL_NAME).write_text(cell.to_json())
-    with (folder / LOG_NAME).open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sapo_trl.study.run_cell", str(folder), str(cache_dir)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.PIPE,  # ends with this process, and the cell with it
-            # Several cells share the machine: a thread each, or they wait for one another.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
-    return _Running(cell, process, time.monotonic())
+    parents_end, alive = processes.Pipe()
+    process = processes.Process(target=run_cell_process, args=(folder, cache_dir, folder / LOG_NAME, alive))
+    process.start()
+    alive.close()
+    return _Running(cell, process, time.monotonic(), parents_end)

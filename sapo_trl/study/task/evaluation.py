@@ -14,7 +14,7 @@ from .steps import is_correct, read_steps
 
 
 def code_reward(completions: list[Completion], answer: list[str], **kwargs) -> list[float]:
-    r"""1.0 for each completion whose last `\boxed{}` has the problem's code, else 0.0."""
+    """1.0 for each completion that opens the cells with the problem's numbers, one after the other, else 0.0."""
     return [
         float(is_correct(completion_text(completion), right))
         for completion, right in zip(completions, answer, strict=True)
@@ -25,7 +25,7 @@ def longest_response(config: TaskConfig) -> int:
     """Tokens of a well-formed response, its end included, and a few to spare."""
     revealed = 0 if config.reveal_delay is None else config.gates + 1
     preamble = config.preamble + 2 if config.preamble else 0
-    return preamble + config.gates * (5 + config.filler) + revealed + 2 * config.gates + 3 + 5
+    return preamble + config.gates * (5 + config.filler) + revealed + 1 + 5
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ class Problem:
         return self.numbers[CELLS.index(cell)]
 
     def code(self, cells: str) -> str:
-        """What the chosen cells give as an answer, such as `a7b3`."""
-        return "".join(f"{label}{self.number(cell)}" for label, cell in zip(LABELS, cells, strict=False))
+        """The numbers that opening certain cells gives, such as `73`."""
+        return "".join(str(self.number(cell)) for cell in cells)
 
     @property
     def answer(self) -> str:
@@ -148,7 +148,7 @@ def make_problems(config: TaskConfig, n: int, *, split: Split = "train", seed: i
 
     Returns:
         [`~datasets.Dataset`]: `images` (a list with one 56×56 PIL picture; not for a task without pictures), `problem`
-        (the chain, with `<image>` where the picture belongs) and `answer` (the code).
+        (the chain, with `<image>` where the picture belongs) and `answer` (the numbers).
     """
     problems = sample_problems(config, n, split=split, seed=seed)
     columns = {"problem": [question(config, p) for p in problems], "answer": [p.answer for p in problems]}

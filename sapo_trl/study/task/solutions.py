@@ -28,9 +28,8 @@ def believed_cells(config: TaskConfig, problem: Problem, *, rng: random.Random) 
 
 
 def write_solution(config: TaskConfig, problem: Problem, cells: str, *, rng: random.Random) -> str:
-    r"""
-    Write the solution with certain decisions: the preamble if there is one, a step a line, and the code that the
-    decisions give in a `\boxed{}`.
+    """
+    Write the solution with certain decisions: the preamble if there is one, then a step a line.
 
     A step has the gate's label and sign, the free words, the chosen cell with its number, and what is revealed
     of the decision `reveal_delay` steps before. What is left to reveal in the end is a line of its own.
@@ -58,5 +57,4 @@ def write_solution(config: TaskConfig, problem: Problem, cells: str, *, rng: ran
         lines.append(" ".join(words))
     if config.reveal_delay:
         lines.append(" ".join(verdicts[-config.reveal_delay :]))
-    lines.append(f"\\boxed{{{problem.code(cells)}}}")
     return "\n".join(lines)

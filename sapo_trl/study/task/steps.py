@@ -3,13 +3,13 @@
 import re
 from dataclasses import dataclass
 
-from ...rewards.completion import last_boxed
 from .problems import Problem
 from .vocabulary import CELLS, LABELS, PREAMBLE, RIGHT, WRONG
 
 
 # A step begins with its gate's label and has the chosen cell with its number; what is between is up to the policy.
 _STEP = re.compile(rf"([{LABELS}]) [^\n]*? ([{CELLS}])(\d)(?: (?:{RIGHT}|{WRONG}))?(?:\n|$)")
+_OPENED = re.compile(rf"\b[{CELLS}](\d)")
 _PREAMBLE = re.compile(rf"{PREAMBLE}[^\n]*\n")
 
 
@@ -43,7 +43,7 @@ class SolutionSteps:
     Args:
         steps (`tuple[Step, ...]`): its steps in order, up to the first that is missing or malformed.
         complete (`bool`): whether it has all of the problem's steps.
-        correct (`bool`): whether its boxed code is the answer, which is all that the reward looks at.
+        correct (`bool`): whether the numbers that it opens are the answer, which is all that the reward looks at.
     """
 
     steps: tuple[Step, ...]
@@ -81,6 +81,10 @@ def read_steps(problem: Problem, response: str) -> SolutionSteps:
 
 
 def is_correct(response: str, answer: str) -> bool:
-    r"""Whether the last `\boxed{}` has the answer."""
-    boxed = last_boxed(response)
-    return boxed is not None and boxed.strip() == answer
+    """
+    Whether the numbers of the opened cells, in their order, are the answer.
+
+    Nothing else counts. Were the numbers to be written once more at the end, most of what is learned from so short a
+    run would be how not to spoil that: one wrong label there, and no reward tells good decisions from bad ones.
+    """
+    return "".join(_OPENED.findall(response)) == answer

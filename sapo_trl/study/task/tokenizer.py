@@ -41,7 +41,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
     bytes_only = Qwen2Tokenizer(vocab={byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))})
     words = [*CELLS, *SIGNS, *FILLER_WORDS, RIGHT, WRONG]
     corpus = [" " + " ".join(words), "\n".join(LABELS), *(f"\n{word}" for word in (*CELLS, RIGHT, WRONG))]
-    corpus.append("\n\\boxed{" + "".join(f"{label}7" for label in LABELS) + "}")
     tokenizer = bytes_only.train_new_from_iterator(
         corpus * 20, vocab_size=VOCABULARY_LIMIT, new_special_tokens=list(SPECIAL_TOKENS), show_progress=False
     )
