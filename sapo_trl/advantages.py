@@ -152,13 +152,19 @@ def masked_moments(
             two 0-dimensional tensors, both 0 without entries; the variance of a single entry is 0.
     """
     mask = mask.bool()
-    x = torch.where(mask, x, 0).to(accumulation_dtype(x))
+    return _moments(torch.where(mask, x, 0).to(accumulation_dtype(x)), mask, reduce)
+
+
+def _moments(
+    x: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`masked_moments`] of what is 0 outside the mask."""
     # Two passes: the mean first, then squared deviations from it. The one-pass formula cancels catastrophically when
     # the mean is large against the spread.
     totals = torch.stack([mask.sum().to(x.dtype), x.sum()])
     count, total = reduce(totals) if reduce is not None else totals
     mean = total / count.clamp(min=1)
-    squared_deviations = torch.where(mask, x - mean, 0).square().sum()
+    squared_deviations = ((x - mean) * mask).square().sum()
     if reduce is not None:
         squared_deviations = reduce(squared_deviations)
     return mean, squared_deviations / (count - 1).clamp(min=1)
@@ -183,5 +189,6 @@ def masked_whiten(
         `torch.Tensor`: same shape, float32 or wider, 0 outside the mask.
     """
     mask = mask.bool()
-    mean, variance = masked_moments(x, mask, reduce)
-    return torch.where(mask, (x.to(mean.dtype) - mean) * torch.rsqrt(variance + eps), 0)
+    x = torch.where(mask, x, 0).to(accumulation_dtype(x))
+    mean, variance = _moments(x, mask, reduce)
+    return (x - mean) * torch.rsqrt(variance + eps) * mask

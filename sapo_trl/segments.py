@@ -157,7 +157,7 @@ class Segments:
             raise ValueError(f"`y` must have one column a segment, {self._max_count}, got {y.size(1)}.")
         # One column of zeros for the tokens of no segment; it also keeps the gather legal when there are no segments.
         y = torch.cat([y, y.new_zeros(y.size(0), 1)], dim=1)
-        return y.gather(1, torch.where(self.mask, self.ids, y.size(1) - 1))
+        return y.gather(1, self._columns)
 
     def at_state(self, x: torch.Tensor, value_state: str) -> torch.Tensor:
         """
@@ -195,12 +195,16 @@ class Segments:
         # The only host synchronisation of the class, once per partition.
         return int(self.count.max()) if self.ids.size(0) else 0
 
+    @cached_property
+    def _columns(self) -> torch.Tensor:
+        """int64 `(B, T)`: each token's column in a `(B, M + 1)` tensor of segments; the last one is for no segment."""
+        return torch.where(self.mask, self.ids, self._max_count)
+
     def _scatter(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape != self.ids.shape:
             raise ValueError(f"`x` must have the shape of the ids, {tuple(self.ids.shape)}, got {tuple(x.shape)}.")
         # Tokens of no segment are summed into one extra column that is then dropped, together with its gradient.
-        index = torch.where(self.mask, self.ids, self._max_count)
-        sums = x.new_zeros(x.size(0), self._max_count + 1).scatter_add(1, index, x)
+        sums = x.new_zeros(x.size(0), self._max_count + 1).scatter_add(1, self._columns, x)
         return sums[:, :-1]
 
 

@@ -1,0 +1,67 @@
+"""
+How the time of a step grows with the length of responses: the model's forwards and backwards, and everything else.
+
+The set-up is that of `profile_step.py`, once for each length; lengths of a rollout are log-normal below it.
+
+    python benchmarks/length_scaling.py --row sapo_separate --out results                 # on a GPU
+    python benchmarks/length_scaling.py --row sapo_separate --size tiny --out results     # on a CPU too
+
+It writes `length_scaling_ROW.json` and prints a table. Its last column is the power of the length that a line through
+the logarithms has: no stage's may be larger than the model's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from memory_and_speed import machine
+from profile_step import profile
+from update_cost import ROWS
+from update_cost import parser as update_cost_parser
+
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+
+
+def scaling(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each stage at each length, and the power of the length that they grow with."""
+    seconds: dict[str, list[float]] = {}
+    for length in options.lengths:
+        options.completion_length = length
+        stages = profile(options)["stages"]
+        rest = {name: stages.pop(name) for name in ("everything else", "optimizers")}
+        for name, value in {"model": sum(stages.values()), **rest}.items():
+            seconds.setdefault(name, []).append(value)
+    powers = {name: float(np.polyfit(np.log(options.lengths), np.log(row), 1)[0]) for name, row in seconds.items()}
+    return {"lengths": list(options.lengths), "seconds": seconds, "powers": powers}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write, print."""
+    parser = update_cost_parser()
+    parser.description = __doc__
+    parser.set_defaults(row="sapo_separate")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="of the longest response")
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if len(options.lengths) < 2:
+        parser.error(f"--lengths must name at least two, got {options.lengths}")
+    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    report = {"row": options.row, "machine": machine(), **scaling(options)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (Path(options.out) / f"length_scaling_{options.row}.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"{ROWS[options.row][0]}, {report['machine']}: seconds a rollout\n")
+    print(f"| stage | {' | '.join(map(str, report['lengths']))} | power |")
+    print(f"| --- |{' ---: |' * (len(report['lengths']) + 1)}")
+    for name, row in report["seconds"].items():
+        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in row)} | {report['powers'][name]:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
