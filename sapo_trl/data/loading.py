@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, List, load_dataset
+from datasets import Image as ImageFeature
 from datasets.data_files import DataFilesDict, get_data_patterns
 from PIL import Image
 
@@ -77,6 +78,26 @@ def load_rows(
             "`dataset_test_split`."
         )
     return (dataset[split] if base_split == split else load_dataset(**arguments, split=split)), folders
+
+
+def undecoded(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, list[str]]:
+    """
+    A data set that gives its pictures as files, and the names of its columns with pictures.
+
+    `datasets` would hand any file to any of Pillow's decoders, before anybody can look at its header.
+    """
+    columns = {name: feature for name, feature in dataset.features.items() if _holds_images(feature)}
+    for name, feature in columns.items():
+        dataset = dataset.cast_column(name, _as_files(feature))
+    return dataset, list(columns)
+
+
+def _holds_images(feature: Any) -> bool:
+    return isinstance(feature, ImageFeature) or isinstance(feature, List) and _holds_images(feature.feature)
+
+
+def _as_files(feature: Any) -> Any:
+    return List(_as_files(feature.feature)) if isinstance(feature, List) else ImageFeature(decode=False)
 
 
 def _names_its_files(folder: Path) -> bool:
