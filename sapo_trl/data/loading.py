@@ -40,7 +40,7 @@ def load_rows(
 
     Raises:
         FileNotFoundError: if a path does not exist.
-        ValueError: if a file is of another kind, or there is no such split.
+        ValueError: if a file is of another kind or without rows, or there is no such split.
     """
     path = Path(name).expanduser()
     arguments: dict[str, Any] = {"path": name, "name": config}
@@ -68,7 +68,13 @@ def load_rows(
     base_split = re.split(r"\[", split, maxsplit=1)[0]
     if streaming and base_split != split:
         raise ValueError(f"The slice {split!r} cannot be streamed; stream {base_split!r}, or set `streaming: false`.")
-    dataset = load_dataset(**arguments, streaming=streaming)
+    try:
+        dataset = load_dataset(**arguments, streaming=streaming)
+    except StopIteration as error:  # how `datasets` ends on a JSON file of something else
+        raise ValueError(
+            f"`dataset_name={name!r}` has a file without rows in it. Name a file, or a folder of nothing but rows and "
+            "pictures."
+        ) from error
     if streaming and base_split in dataset and dataset[base_split].features is None:
         # A stream of CSV finds its columns in its first rows, for which `datasets` has no public method.
         dataset[base_split] = dataset[base_split]._resolve_features()
