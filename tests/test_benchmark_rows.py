@@ -225,10 +225,15 @@ def test_text_only_questions_are_strings():
 
 
 @pytest.mark.parametrize(
-    ("name", "dataset_format"), [("geo3k", "geometry3k"), ("gsm8k", "gsm8k"), ("math500", "math12k")]
+    ("name", "dataset_format", "template"),
+    [
+        ("geo3k", "geometry3k", "think_boxed"),
+        ("gsm8k", "gsm8k", "think_boxed_below"),
+        ("math500", "math12k", "think_boxed_below"),
+    ],
 )
-def test_free_form_questions_are_put_as_in_training(name, dataset_format):
-    trained = to_prompts(dataset(name), prompt_template="think_boxed", dataset_format=dataset_format)
+def test_free_form_questions_are_put_as_in_training(name, dataset_format, template):
+    trained = to_prompts(dataset(name), prompt_template=template, dataset_format=dataset_format)
     for row, problem in zip(trained, problems(name), strict=True):
         assert row["prompt"] == problem.prompt
         assert row["answer"] == problem.answer

@@ -26,7 +26,7 @@ TOLERANCE = 0.001
 """Of floats, absolute. Golds have four decimals; the instruction asks for three."""
 
 _TEMPLATES = {
-    "float": FREE_FORM.replace("{problem}", "{problem} Give the answer as a number with three decimals."),
+    "float": FREE_FORM.replace("\n\n", "\n\nGive the answer as a number with three decimals. "),
     "multiple choice": ONE_LETTER,
     "text": FREE_FORM,
 }

@@ -8,8 +8,7 @@ from ...data.templates import TEMPLATES, THINK
 from ...rewards.choices import letters_of
 
 
-FREE_FORM = TEMPLATES["think_boxed"]
-"""What `prompt_template: think_boxed` trains with: the prompt of the Geometry3K recipes."""
+FREE_FORM = TEMPLATES["think_boxed_below"]
 ONE_LETTER = "{problem}\n\n" + THINK + r" The final answer MUST BE the letter of the right option, put in \boxed{}."
 SEVERAL_LETTERS = ONE_LETTER + " If several options are right, give all their letters, separated by commas."
 
