@@ -197,6 +197,15 @@ def test_pictures_beside_a_table_of_text(tmp_path):
         found.problem(0)
 
 
+def test_a_folder_of_pictures(tmp_path):
+    (tmp_path / "test").mkdir()
+    Image.new("RGB", (30, 20), "blue").save(tmp_path / "test" / "a.png")
+    row = {"file_name": "a.png", "question": "What colour is " + "very " * 200 + "a.png", "answer": "C"}
+    (tmp_path / "test" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    problem = load_rows(BENCHMARKS["logicvista"], str(tmp_path)).problem(0)
+    assert (problem.answer, problem.images[0].getpixel((0, 0))) == ("C", (0, 0, 255))
+
+
 @pytest.mark.parametrize("hostile", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", BOMB])
 def test_hostile_pictures_are_named_and_never_decoded(hostile, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))

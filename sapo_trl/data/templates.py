@@ -17,7 +17,7 @@ THINK = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
     + _THINK_TAGS
 )
-"""All but the last sentence, the one that says what goes into the box."""
+"""What asks for thinking; a sentence that says what goes into the box follows."""
 
 TEMPLATES: dict[str, str] = {
     "none": "{problem}",

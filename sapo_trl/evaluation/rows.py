@@ -123,14 +123,14 @@ def _load(benchmark: Benchmark, path: str | None) -> Dataset:
 
 def _with_files(value: Any, folder: Path | None) -> Any:
     """A row with paths of pictures in `folder` as `datasets` has them: tables in text hold nothing but the path."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value.keys() != {"bytes", "path"}:
         return {key: _with_files(entry, folder) for key, entry in value.items()}
     if isinstance(value, list):
         return [_with_files(entry, folder) for entry in value]
     if folder is not None and isinstance(value, str) and value.lower().endswith(PICTURE_ENDINGS):
-        path = folder / value
-        if path.is_file():
-            return {"bytes": None, "path": str(path)}
+        path = str(folder / value)
+        if os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
+            return {"bytes": None, "path": path}
     return value
 
 
