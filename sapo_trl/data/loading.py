@@ -70,7 +70,7 @@ def load_rows(
         raise ValueError(f"The slice {split!r} cannot be streamed; stream {base_split!r}, or set `streaming: false`.")
     try:
         dataset = load_dataset(**arguments, streaming=streaming)
-    except StopIteration as error:  # how `datasets` ends on a JSON file of something else
+    except StopIteration as error:  # how `datasets` ends where it finds no row to begin with
         raise ValueError(
             f"`dataset_name={name!r}` has a file without rows in it. Name a file, or a folder of nothing but rows and "
             "pictures."
