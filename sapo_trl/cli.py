@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import yaml
+
 from .validation import nearest_name
 
 
@@ -46,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{USAGE}\nsapo-trl: error: {argv[0]!r} is no command.{near}", file=sys.stderr)
         return 2
     module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", package=__package__)
-    return module.main(argv[1:])
+    try:
+        return module.main(argv[1:])
+    except yaml.YAMLError as error:  # of any file that a command reads
+        print(f"sapo-trl {argv[0]}: error: --config: {error}", file=sys.stderr)
+        return 2
 
 
 def _help() -> str:

@@ -1,13 +1,13 @@
 """`sapo-trl train`: [`SAPOTrainer`] from a YAML file and the command line."""
 
-import importlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import rich
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from . import rewards
 from .config import SAPOConfig
 from .data import (
     FORMATS,
@@ -36,6 +35,7 @@ from .data.templates import template_text
 from .dry_run import show_dry_run
 from .embedded import default_cache_dir, load_processor, make_problems, warm_start
 from .progress import show_progress
+from .reward_lookup import find_reward
 from .run_arguments import parse_run
 from .stop_on_signal import StopOnSignal
 from .trainer import SAPOTrainer
@@ -86,7 +86,10 @@ class TrainArguments:
             Rows that cannot be used are an error. By default they are left out, counted and listed in
             `OUTPUT_DIR/data_report.json`.
         reward_funcs (`list[str]`, *optional*, defaults to `["accuracy_reward"]`):
-            Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`.
+            Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`, see
+            [`~sapo_trl.reward_lookup.find_reward`].
+        reward_settings (`dict[str, dict]`, *optional*):
+            Arguments of reward functions, by their names in `reward_funcs`: `{numeric_reward: {rel_tol: 0.01}}`.
     """
 
     dataset_name: str = field(default=EMBEDDED, metadata={"help": "'embedded', a hub id, a file or a folder."})
@@ -120,14 +123,14 @@ class TrainArguments:
         default_factory=lambda: ["accuracy_reward"],
         metadata={"help": "Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`."},
     )
+    reward_settings: dict[str, dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={"help": 'Arguments of reward functions, as in \'{"numeric_reward": {"rel_tol": 0.01}}\'.'},
+    )
 
     def __post_init__(self):
         # Every mistake that can be seen without data shows at once.
-        if isinstance(self.columns, str):  # from the command line
-            try:
-                self.columns = json.loads(self.columns)
-            except json.JSONDecodeError:
-                pass
+        self.columns = _from_command_line(self.columns)
         if self.columns is not None and not isinstance(self.columns, dict):
             raise ValueError(
                 f"`columns` must name columns, such as {{problem: question, answer: final}} in YAML or "
@@ -141,6 +144,13 @@ class TrainArguments:
             )
         if self.dataset_format is not None and self.columns:
             raise ValueError("Either `dataset_format` or `columns` says what a row is made of; set one of them.")
+        self.reward_settings = _from_command_line(self.reward_settings) or {}
+        if not isinstance(self.reward_settings, dict) or set(self.reward_settings) - set(self.reward_funcs):
+            raise ValueError(
+                "`reward_settings` must be settings of functions that `reward_funcs` names, such as "
+                f"{{numeric_reward: {{rel_tol: 0.01}}}}; `reward_funcs` are {self.reward_funcs}, got "
+                f"{self.reward_settings!r}."
+            )
         template_text(self.prompt_template)
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"`max_prompt_length` must be at least 1, got {self.max_prompt_length}.")
@@ -168,11 +178,12 @@ def main(argv: Sequence[str]) -> int:
         print(f"sapo-trl train: error: {wanted}", file=sys.stderr)
         return 2
     # What needs no model first, so that a mistake shows at once.
-    reward_funcs = [find_reward(name) for name in arguments.reward_funcs]
+    reward_funcs = [find_reward(name, arguments.reward_settings.get(name)) for name in arguments.reward_funcs]
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "use_safetensors": True,  # no pickles
         **(training_args.model_init_kwargs or {}),
     }
     model = model_args.model_name_or_path
@@ -222,6 +233,16 @@ def main(argv: Sequence[str]) -> int:
         trainer.push_to_hub(dataset_name=arguments.dataset_name)
     trainer.accelerator.end_training()
     return 0
+
+
+def _from_command_line(value: Any) -> Any:
+    """A value that YAML gives as it is, and the command line as JSON; the text itself if it is none."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            pass
+    return value
 
 
 def _checkpoint(training_args: SAPOConfig) -> str | None:
@@ -292,21 +313,6 @@ def _data_format(arguments: TrainArguments, rows: Dataset | IterableDataset) -> 
     if arguments.dataset_name in FORMAT_OF_HUB_ID:
         return FORMAT_OF_HUB_ID[arguments.dataset_name]
     return None if "prompt" in columns else own_columns(columns)
-
-
-def find_reward(name: str) -> Callable[..., list[float]]:
-    """Find a reward function by its name in `sapo_trl.rewards` or by its import path."""
-    if name in rewards.__all__:
-        return getattr(rewards, name)
-    module_name, _, function_name = name.rpartition(".")
-    if not module_name:
-        raise ValueError(f"reward_funcs={name!r} is neither one of {rewards.__all__} nor an import path such as a.b.")
-    if os.getcwd() not in sys.path:  # a console script's path lacks the folder it is called in
-        sys.path.append(os.getcwd())
-    module = importlib.import_module(module_name)
-    if not hasattr(module, function_name):
-        raise ValueError(f"reward_funcs={name!r}: the module {module_name!r} has no {function_name!r}.")
-    return getattr(module, function_name)
 
 
 def _print_progress(progress) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from sapo_trl.data import geometry_prompt
 from sapo_trl.evaluation.benchmark import Benchmark, Problem, Result, Score
+from sapo_trl.evaluation.benchmarks.rows import to_image
 from sapo_trl.evaluation.command import main
 from sapo_trl.rewards.completion import last_boxed
 
@@ -15,7 +16,7 @@ def drawn_problem(row, number: int) -> Problem:
         id=f"drawn-{number}",
         prompt=prompt["prompt"],
         answer=row["answer"],
-        images=prompt["images"],
+        images=[to_image(image, f"row {number}") for image in prompt["images"]],
         fields={"pair": number // 2},
     )
 

@@ -8,11 +8,12 @@ import pytest
 from datasets import Features, load_dataset
 from PIL import Image
 
+from sapo_trl.data import to_prompts
 from sapo_trl.evaluation.benchmark import Problem
 from sapo_trl.evaluation.benchmarks import BENCHMARKS
 from sapo_trl.evaluation.benchmarks.mmbench import convert_tsv
 from sapo_trl.evaluation.benchmarks.mmmu import DISCIPLINES
-from sapo_trl.evaluation.benchmarks.prompts import FREE_FORM, ask
+from sapo_trl.evaluation.benchmarks.prompts import ask
 from sapo_trl.evaluation.benchmarks.rows import to_image
 
 from .benchmark_rows import FEATURES, ROWS, dataset, dynamath_row, mathvista_row, mmbench_row, picture, wemath_row
@@ -177,11 +178,15 @@ def test_disciplines_are_those_published():
         ("mmmu", ROWS["mmmu"][0] | {"options": "A or B"}, "`options` in row 0 of mmmu must be a Python list"),
         ("mmmu", ROWS["mmmu"][0] | {"options": "__import__('os').getcwd()"}, "must be a Python list as text"),
         ("mmmu", ROWS["mmmu"][0] | {"answer": "E"}, "must be one of ABCD, got 'E'"),
-        ("mmmu", ROWS["mmmu"][0] | {"image_2": None}, "`image_2` in row 0 of mmmu must be an image"),
+        ("mmmu", ROWS["mmmu"][0] | {"image_2": None}, "`image_2` in row 0 of mmmu is no image .* missing"),
         ("mmstar", ROWS["mmstar"][0] | {"answer": "AB"}, "must be one of ABCD, got 'AB'"),
         ("mmbench", mmbench_row(1, "C", "yes", "no"), "must be one of its options"),
         ("mmbench", mmbench_row(1, "D", "yes", "no", D="maybe"), "without a gap"),
-        ("mmbench", mmbench_row(1, "A", "yes", image="241"), "`image` in row 0 of mmbench is no image"),
+        (
+            "mmbench",
+            mmbench_row(1, "A", "yes", image="241"),
+            "`image` in row 0 of mmbench is neither an image",
+        ),
         ("geo3k", ROWS["geo3k"][0] | {"images": []}, "has 1 image placeholders but 0 images"),
     ],
 )
@@ -204,6 +209,11 @@ def test_images_in_all_forms(form):
     assert to_image(value[form], "x").getpixel((0, 0)) == (255, 0, 0)
 
 
+def test_what_is_transparent_is_white_as_in_training():
+    """Black lines on a transparent ground would be invisible on black."""
+    assert to_image(Image.new("RGBA", (2, 2), (0, 0, 0, 0)), "x").getpixel((0, 0)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("value", [b"no image", png(picture())[:40], "no base64!", None, 3, {"path": "a.png"}])
 def test_images_that_cannot_be_read_are_named(value):
     with pytest.raises(ValueError, match="`image` in row 3"):
@@ -211,7 +221,22 @@ def test_images_that_cannot_be_read_are_named(value):
 
 
 def test_text_only_questions_are_strings():
-    assert ask("What is 1 + 1?", FREE_FORM) == [{"role": "user", "content": f"What is 1 + 1?\n\n{FREE_FORM}"}]
+    assert ask(" What is 1 + 1? ", "Q: {problem}\nA:") == [{"role": "user", "content": "Q: What is 1 + 1?\nA:"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset_format", "template"),
+    [
+        ("geo3k", "geometry3k", "think_boxed"),
+        ("gsm8k", "gsm8k", "think_boxed_below"),
+        ("math500", "math12k", "think_boxed_below"),
+    ],
+)
+def test_free_form_questions_are_put_as_in_training(name, dataset_format, template):
+    trained = to_prompts(dataset(name), prompt_template=template, dataset_format=dataset_format)
+    for row, problem in zip(trained, problems(name), strict=True):
+        assert row["prompt"] == problem.prompt
+        assert row["answer"] == problem.answer
 
 
 def test_mmbench_table_becomes_parquet(tmp_path):

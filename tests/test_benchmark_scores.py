@@ -1,5 +1,7 @@
 """Hand-checked answers to questions of each benchmark, and what the scores of whole benchmarks add up to."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -203,6 +205,19 @@ def test_tables_have_right_wrong_and_hostile_answers(name):
     assert len(ANSWERS[name]) >= 5
     assert {score for _, _, score in ANSWERS[name]} == {0, 1}
     assert any(text == INJECTION for _, text, _ in ANSWERS[name])
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_long_answers_take_no_time(name):
+    """Whatever grows with the square of a text takes minutes here."""
+    benchmark, texts = BENCHMARKS[name], []
+    for piece in ("\\boxed{", "{", "\\", " ", "answer is ", "\\text{A}", "(A, ", "9,"):
+        texts += [long := piece * (100_000 // len(piece)), f"\\boxed{{{long}}}"]
+    problem = benchmark.to_problem(ROWS[name][0], 0)
+    started = time.process_time()
+    for text in texts:
+        benchmark.score(problem, text)
+    assert time.process_time() - started < 5.0
 
 
 def test_what_was_read_is_kept():

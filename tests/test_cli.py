@@ -28,8 +28,11 @@ from sapo_trl.embedded import (
 )
 from sapo_trl.embedded.warm_start import encode_solutions, validation_accuracy
 from sapo_trl.presets import PRESETS, preset_settings
+from sapo_trl.reward_lookup import find_reward
 from sapo_trl.rewards import accuracy_reward, format_reward
-from sapo_trl.train import TrainArguments, find_reward, load_prompts
+from sapo_trl.train import TrainArguments, load_prompts
+
+from .testing_utils import FAMILIES
 
 
 EMBEDDED_CONFIG = Path(__file__).parents[1] / "trainer_configs" / "embedded.yaml"
@@ -146,6 +149,74 @@ def test_rewards_by_name_and_by_import_path(tmp_path, monkeypatch):
         find_reward("accuracy")
     with pytest.raises(ValueError, match="has no 'nothing'"):
         find_reward("sapo_trl.rewards.nothing")
+
+
+OVERLONG = "trl.rewards.get_soft_overlong_punishment"
+
+
+def test_rewards_have_settings():
+    near = find_reward("numeric_reward", {"rel_tol": 0.1})
+    assert near(completions=[r"\boxed{10.5}", r"\boxed{12}"], answer=["10", "10"]) == [1.0, 0.0]
+    overlong = find_reward(OVERLONG, {"max_completion_len": 8, "soft_punish_cache": 4})
+    assert overlong(completion_ids=[[0] * 4, [0] * 6, [0] * 8]) == [0.0, -0.5, -1.0]
+    official = find_reward("sapo_trl.rewards.geo3k.Geo3KReward", {"penalized_length": 100})
+    assert official(completions=["2"], answer=["2"], completion_ids=[[0] * 100]) == [pytest.approx(-0.31)]
+    assert find_reward("sapo_trl.rewards.geo3k.Geo3KReward") == sapo_trl.rewards.geo3k_reward
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("numeric_reward", {"tolerance": 1}, r"'numeric_reward' takes no \['tolerance'\]; it takes .*'rel_tol'"),
+        (OVERLONG, {}, r"needs \['max_completion_len', 'soft_punish_cache'\]"),
+        (OVERLONG, {"max_length": 8}, r"takes no \['max_length'\]"),
+    ],
+)
+def test_settings_that_a_reward_does_not_have(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        find_reward(name, settings)
+
+
+def test_settings_of_rewards_that_are_not_used():
+    for wrong in ({"numeric_reward": {}}, "rel_tol", ["accuracy_reward"]):
+        with pytest.raises(ValueError, match="`reward_settings` must be settings of functions that `reward_funcs`"):
+            TrainArguments(reward_settings=wrong)
+    given = TrainArguments(reward_funcs=["numeric_reward"], reward_settings='{"numeric_reward": {"rel_tol": 0.1}}')
+    assert given.reward_settings == {"numeric_reward": {"rel_tol": 0.1}}
+
+
+@pytest.mark.slow
+def test_length_is_shaped_from_yaml(tokenizer, tmp_path):
+    """DAPO's overlong shaping and the official code's penalty, by hand for responses that are all cut off."""
+    FAMILIES["qwen2"](tokenizer).build_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    Dataset.from_dict({"problem": ["AB?", "BC?"], "answer": ["1", "2"]}).to_json(tmp_path / "train.jsonl")
+    geo3k = "sapo_trl.rewards.geo3k.Geo3KReward"
+    settings = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "train.jsonl"),
+        "reward_funcs": ["accuracy_reward", geo3k, OVERLONG],
+        "reward_settings": {
+            geo3k: {"penalized_length": 6},
+            OVERLONG: {"max_completion_len": 8, "soft_punish_cache": 4},
+        },
+        "max_completion_length": 6,
+        "per_device_train_batch_size": 2,
+        "num_mini_batches": 1,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "output_dir": str(tmp_path / "out"),
+        **{"critic": "none", "beta": 0.0, "use_cpu": True, "bf16": False, "report_to": "none"},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    (entry, *_) = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    assert entry["completions/min_length"] == 6
+    assert entry["rewards/soft_overlong_punishment_reward/mean"] == (8 - 4 - 6) / 4
+    # 0.001 for the token beyond int(0.9 * 6), and 0.3 from the fifth on.
+    assert entry["rewards/geo3k_reward/mean"] == pytest.approx(-0.301)
+    assert entry["reward"] == pytest.approx(-0.801)
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo

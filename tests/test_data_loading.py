@@ -226,6 +226,9 @@ class TestFiles:
         (tmp_path / "rows.pkl").write_bytes(b"")
         with pytest.raises(ValueError, match=r"must end with one of.*got '.pkl'"):
             load_rows(str(tmp_path / "rows.pkl"))
+        (tmp_path / "empty.json").touch()
+        with pytest.raises(ValueError, match="has a file without rows in it. Name a file"):
+            load_rows(str(tmp_path / "empty.json"))
 
 
 class TestSettings:

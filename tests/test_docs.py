@@ -351,6 +351,21 @@ def test_the_pictures_of_the_concepts_can_be_drawn(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000
 
 
+def test_every_module_has_a_row_in_the_architecture():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("## Files") : text.index("## The bridge")]
+    described = set()
+    for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
+        names = re.findall(r"`([^`]+)`", cell)
+        folder, slash, _ = names[0].rpartition("/")
+        described |= {name if "/" in name else folder + slash + name for name in names}
+    package = ROOT / "sapo_trl"
+    assert all((package / name).exists() for name in described)
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
+    folders = tuple(name for name in described if name.endswith("/"))
+    assert not {module for module in modules if module not in described and not module.startswith(folders)}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("mkdocs", "material", "mkdocstrings_handlers")),

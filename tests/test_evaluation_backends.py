@@ -12,14 +12,17 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 from trl import GRPOConfig, GRPOTrainer
 
-from sapo_trl.data import geometry_prompt
+from sapo_trl import SAPOConfig, SAPOTrainer
+from sapo_trl.data import geometry_prompt, to_prompts
 from sapo_trl.embedded import build_model, load_processor, make_problems
 from sapo_trl.embedded.evaluation import encode_prompts
 from sapo_trl.evaluation.backends import Request, make_backend
 from sapo_trl.evaluation.backends.transformers import SeededChoice, TransformersBackend, row_uniforms
 from sapo_trl.evaluation.benchmark import Score
+from sapo_trl.evaluation.benchmarks import BENCHMARKS
 from sapo_trl.evaluation.settings import EvalArguments
 from sapo_trl.evaluation.training import benchmark_dataset, benchmark_reward
+from sapo_trl.rewards import accuracy_reward
 
 from .evaluation_run import DRAWN, TEXT
 from .testing_utils import FAMILIES
@@ -237,6 +240,48 @@ def test_trl_evaluates_a_benchmark_while_it_trains(vlm_folder, tmp_path):
     expected = {row["problem_id"]: (row["answer"], row["fields"]) for row in dataset}
     assert all(expected[problem_id] == (answer, fields) for problem_id, answer, fields in shown)
     assert 0.0 <= metrics["eval_rewards/drawn_score/mean"] <= 0.75
+
+
+@pytest.mark.slow
+def test_sapo_evaluates_a_benchmark_while_it_trains(vlm_folder, tmp_path):
+    """As the documentation has it: the scorer beside the reward, with a weight of 0, on rows of another data set."""
+    make_problems(4, split="test").to_parquet(tmp_path / "rows.parquet")
+    scores = []
+
+    def length_score(problem, text):
+        scores.append((len(text) % 4) / 4)
+        return Score(scores[-1], None)
+
+    geo3k = replace(BENCHMARKS["geo3k"], score=length_score)
+    trainer = SAPOTrainer(
+        str(vlm_folder),
+        [accuracy_reward, benchmark_reward(geo3k)],
+        SAPOConfig(
+            output_dir=str(tmp_path / "out"),
+            reward_weights=[1.0, 0.0],
+            eval_strategy="steps",
+            eval_steps=1,
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=2,
+            num_mini_batches=1,
+            max_completion_length=6,
+            max_steps=1,
+            logging_steps=1,
+            critic="shared",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+        ),
+        train_dataset=to_prompts(make_problems(4)),
+        eval_dataset=benchmark_dataset(geo3k, str(tmp_path / "rows.parquet"), limit=4, max_pixels=3136),
+        processing_class=load_processor(vlm_folder),
+    )
+    trainer.train()
+    assert len(scores) == 4 and any(scores)  # of the evaluation alone
+    (evaluated,) = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert evaluated["eval_rewards/geo3k_score/mean"] == pytest.approx(sum(scores) / 4)
+    assert evaluated["eval_reward"] == evaluated["eval_rewards/accuracy_reward/mean"] == 0.0
 
 
 def test_parquet_rows_have_what_training_reads(tmp_path):

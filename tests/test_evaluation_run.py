@@ -5,31 +5,39 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from datasets import Dataset
-from PIL import Image
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image, ImageFile
 from rich.console import Console
 
 from sapo_trl.embedded import build_model, make_problems
 from sapo_trl.evaluation.backends import generation_seed
 from sapo_trl.evaluation.benchmark import Problem, Score
+from sapo_trl.evaluation.benchmarks import BENCHMARKS
 from sapo_trl.evaluation.command import main
 from sapo_trl.evaluation.progress import Steps
-from sapo_trl.evaluation.rows import load_rows, within_pixels
+from sapo_trl.evaluation.rows import load_rows
 from sapo_trl.evaluation.settings import EvalArguments, chosen_benchmarks
 from sapo_trl.evaluation.store import GENERATIONS, MERGE_AT, GenerationStore, PartFiles
+from sapo_trl.train import TrainArguments, load_prompts
 
 from .evaluation_run import DRAWN, TEXT, TOYS
 
 
 ROOT = Path(__file__).parent.parent
+# A PNG of 60,000 by 60,000 pixels, by its header.
+BOMB = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+BOMB += struct.pack(">I", zlib.crc32(BOMB[12:]))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,7 @@ def generations(folder):
         ({"n": 0}, "`n` must be at least 1, got 0"),
         ({"judge_url": "http://x"}, "`judge_model` is not"),
         ({"judge_url": "file:///etc/passwd", "judge_model": "m"}, "must start with http"),
-        ({"min_pixels": 10, "max_pixels": 5}, "`min_pixels=10` is more than `max_pixels=5`"),
+        ({"min_pixels": 500, "max_pixels": 400}, r"`min_pixels` \(500\) must not exceed `max_pixels` \(400\)"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -163,17 +171,50 @@ def test_a_file_that_nothing_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "least", "most", "expected"),
-    [
-        ((100, 50), None, None, (100, 50)),
-        ((100, 50), 5000, 5000, (100, 50)),
-        ((100, 50), None, 1250, (50, 25)),
-        ((100, 50), 20000, None, (200, 100)),
-        ((1000, 1), None, 10, (100, 1)),
-    ],
+    ("limits", "expected"), [({}, (56, 56)), ({"min_pixels": 12544}, (112, 112)), ({"max_pixels": 800}, (28, 28))]
 )
-def test_images_within_limits(size, least, most, expected):
-    assert within_pixels(Image.new("RGB", size), least, most).size == expected
+def test_images_are_scaled_as_in_training(rows, limits, expected):
+    problem = load_rows(DRAWN, str(rows / "drawn.parquet"), **limits).problem(0)
+    assert [image.size for image in problem.images] == [expected]
+    path = str(rows / "drawn.parquet")
+    trained, _ = load_prompts(TrainArguments(dataset_name=path, dataset_format="geometry3k", **limits), "train")
+    assert problem.images[0].tobytes() == trained[0]["images"][0].tobytes()
+
+
+def test_pictures_beside_a_table_of_text(tmp_path):
+    """Paths start where the table lies, as in training; a picture that changes makes other rows."""
+    (tmp_path / "pics").mkdir()
+    Image.new("RGB", (30, 20), "blue").save(tmp_path / "pics" / "a.PNG")
+    row = {"problem": "<image>a.png?", "answer": "2", "images": ["pics/a.PNG"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    found = load_rows(BENCHMARKS["geo3k"], str(tmp_path / "rows.jsonl"))
+    (image,) = found.problem(0).images
+    assert (image.size, image.getpixel((0, 0))) == ((30, 20), (0, 0, 255))
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "pics" / "a.PNG")
+    assert load_rows(BENCHMARKS["geo3k"], str(tmp_path / "rows.jsonl")).fingerprint != found.fingerprint
+    (tmp_path / "pics" / "a.PNG").unlink()
+    with pytest.raises(ValueError, match="`images` in row 0 of geo3k is neither an image file that is there nor"):
+        found.problem(0)
+
+
+def test_a_folder_of_pictures(tmp_path):
+    (tmp_path / "test").mkdir()
+    Image.new("RGB", (30, 20), "blue").save(tmp_path / "test" / "a.png")
+    row = {"file_name": "a.png", "question": "What colour is " + "very " * 200 + "a.png", "answer": "C"}
+    (tmp_path / "test" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    problem = load_rows(BENCHMARKS["logicvista"], str(tmp_path)).problem(0)
+    assert (problem.answer, problem.images[0].getpixel((0, 0))) == ("C", (0, 0, 255))
+
+
+@pytest.mark.parametrize("hostile", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", BOMB])
+def test_hostile_pictures_are_named_and_never_decoded(hostile, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    rows = [{"images": [{"bytes": hostile, "path": None}], "problem": "<image>?", "answer": "1"}]
+    features = Features({"images": List(ImageFeature()), "problem": Value("string"), "answer": Value("string")})
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    found = load_rows(BENCHMARKS["geo3k"], str(tmp_path / "rows.parquet"))
+    with pytest.raises(ValueError, match=r"geo3k: row 0 .*(unreadable|huge) image"):
+        found.problem(0)
 
 
 # --------------------------------------------------------------------------------------------------------------- store

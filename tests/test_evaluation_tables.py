@@ -29,6 +29,10 @@ def entry(value, title="T", headline="accuracy", problems=601, belonging=601, sc
         "belonging": belonging,
         "n": n,
         "metrics": {headline: {"value": value, "low": value - 0.04, "high": value + 0.04}},
+        "repeated": {
+            f"avg@{n}": {"value": value, "low": 0.1, "high": 0.9},
+            "pass@2": {"value": 0.7, "low": 0, "high": 1},
+        },
         "scorers": dict.fromkeys(scorers, problems),
         "errors": 0,
     }
@@ -93,6 +97,8 @@ def test_several_runs_scorers_and_other_benchmarks():
     assert {row.name for row in main_table.rows if row.scorer == "paper"} >= {"SAPO, 7B", "Qwen2.5-VL-7B"}
     assert not any("3B" in row.name for row in main_table.rows)
     assert text.columns == ["GSM8K", "MATH500"] and "mean of 4 generations" in text.notes[1]
+    assert "tiny, T: avg@4 50.00 (10.0 to 90.0), pass@2 70.00 (0.0 to 100.0)." in text.notes
+    assert not any("pass@" in note for note in main_table.notes)  # of one generation each
     assert others.columns == ["Mine"] and others.rows[0].cells[0].value == 25.0
 
 

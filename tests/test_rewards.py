@@ -362,6 +362,8 @@ class TestCompletions:
         deep = r"\boxed{" + "{" * 200_000 + "}" * 200_000 + "}"
         started = time.process_time()
         assert len(last_boxed(deep)) == 400_000
+        for hostile in (r"\boxed{", r"\boxed{}", r"\boxed", "{", "\\"):
+            last_boxed(r"\boxed{" + hostile * 50_000)
         assert time.process_time() - started < 2.0
 
     def test_text_of_a_conversation_is_its_last_message(self):

@@ -17,6 +17,7 @@ from examples.smoke_real.__main__ import CONFIG, main, remove_last_run, what_is_
 from examples.smoke_real.model import find_gguf, unpack_model
 from examples.smoke_real.questions import write_questions
 from sapo_trl import SAPOConfig, SAPOTrainer
+from sapo_trl.evaluation.benchmarks import BENCHMARKS
 from sapo_trl.rewards import accuracy_reward
 from sapo_trl.train import TrainArguments, load_prompts
 
@@ -263,3 +264,13 @@ def test_configuration_is_of_the_ordinary_kind():
     )
     assert Path(arguments.dataset_name).parent == Path(model_args.model_name_or_path).parent
     assert training_args.save_strategy == "steps"  # the log is read from the last checkpoint
+
+
+def test_questions_are_put_in_training_as_in_the_evaluation(tmp_path):
+    arguments, _, _ = TrlParser((TrainArguments, SAPOConfig, ModelConfig)).parse_args_and_config(
+        ["--config", str(CONFIG), "--dataset_name", str(tmp_path)]
+    )
+    row = {"question": "State the final answer: 4 + 17 =", "answer": "#### 21"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    dataset, _ = load_prompts(arguments, "train")
+    assert dataset[0]["prompt"] == BENCHMARKS["gsm8k"].to_problem(row, 0).prompt

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from .images import ImageLimits, fit_image
+from .loading import undecoded
 from .prompts import check_columns, question_prompt
 from .question import BadRow, DataFormat, as_list
 from .report import CleaningReport
@@ -97,9 +98,7 @@ def clean_prompts(
         pictures = data_format.images
         if pictures is not None and not conversational:
             raise ValueError(f"`conversational=False` is for text; {name!r} has pictures, in {pictures!r}.")
-    of_images = [column for column, feature in features.items() if _holds_images(feature)]
-    for column in of_images:
-        dataset = dataset.cast_column(column, _undecoded(features[column]))
+    dataset, of_images = undecoded(dataset)
     prepare = _Preparation(
         data_format,
         pictures,
@@ -270,11 +269,3 @@ def _made_features(data_format: DataFormat | None, pictures: str | None, convers
     if pictures is not None:
         made["images"] = List(ImageFeature())
     return made
-
-
-def _holds_images(feature: Any) -> bool:
-    return isinstance(feature, ImageFeature) or isinstance(feature, List) and _holds_images(feature.feature)
-
-
-def _undecoded(feature: Any) -> Any:
-    return List(_undecoded(feature.feature)) if isinstance(feature, List) else ImageFeature(decode=False)

@@ -60,6 +60,12 @@ class ImageLimits:
             return width, height
         return max(1, whole(width * scale)), max(1, whole(height * scale))
 
+    def resized(self, image: Image.Image) -> Image.Image:
+        """An RGB image in the size that [`fit`] gives; itself if that is its own."""
+        size = self.fit(*image.size)
+        # Bicubic, as Qwen's processors do.
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
 
 @dataclass(frozen=True)
 class FittedImage:
@@ -72,6 +78,20 @@ class FittedImage:
     before: tuple[int, int]
     """Width and height, upright."""
     after: tuple[int, int]
+
+
+def rgb_image(value: Any, folders: Sequence[Path] = ()) -> Image.Image:
+    """
+    Read and check one picture: as [`fit_image`], without limits and in memory.
+
+    Args:
+        value (`Any`), folders (`Sequence[Path]`, *optional*):
+            As for [`fit_image`].
+
+    Returns:
+        `PIL.Image.Image`: RGB and upright, white where it was transparent. Raises [`BadRow`].
+    """
+    return _decoded(value, folders)[2]
 
 
 def fit_image(value: Any, limits: ImageLimits | None = None, folders: Sequence[Path] = ()) -> FittedImage:
@@ -90,6 +110,13 @@ def fit_image(value: Any, limits: ImageLimits | None = None, folders: Sequence[P
     Returns:
         [`FittedImage`]. Raises [`BadRow`] for a picture that is missing, unreadable, huge or narrow.
     """
+    source, image, upright = _decoded(value, folders)
+    resized = (limits or ImageLimits()).resized(upright)
+    return FittedImage(source, source if resized is image else _png(resized), upright.size, resized.size)
+
+
+def _decoded(value: Any, folders: Sequence[Path]) -> tuple[bytes, Image.Image, Image.Image]:
+    """A picture's file, the picture in it, and the same as upright RGB: the very same object if it is that already."""
     if isinstance(value, Image.Image):
         _check_size(*value.size)
         try:
@@ -110,13 +137,9 @@ def fit_image(value: Any, limits: ImageLimits | None = None, folders: Sequence[P
     _check_size(*image.size)
     try:
         image.load()
-        upright = _rgb(image)
+        return source, image, _rgb(image)
     except Exception as error:
         raise BadRow("unreadable image", f"{type(error).__name__}: {error}") from error
-    before, after = upright.size, (limits or ImageLimits()).fit(*upright.size)
-    if after != before:
-        upright = upright.resize(after, Image.Resampling.BICUBIC)  # as Qwen's processors do
-    return FittedImage(source, source if upright is image else _png(upright), before, after)
 
 
 def _read(value: Any, folders: Sequence[Path]) -> bytes:

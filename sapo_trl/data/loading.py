@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, List, load_dataset
+from datasets import Image as ImageFeature
 from datasets.data_files import DataFilesDict, get_data_patterns
 from PIL import Image
 
@@ -39,7 +40,7 @@ def load_rows(
 
     Raises:
         FileNotFoundError: if a path does not exist.
-        ValueError: if a file is of another kind, or there is no such split.
+        ValueError: if a file is of another kind or without rows, or there is no such split.
     """
     path = Path(name).expanduser()
     arguments: dict[str, Any] = {"path": name, "name": config}
@@ -67,7 +68,13 @@ def load_rows(
     base_split = re.split(r"\[", split, maxsplit=1)[0]
     if streaming and base_split != split:
         raise ValueError(f"The slice {split!r} cannot be streamed; stream {base_split!r}, or set `streaming: false`.")
-    dataset = load_dataset(**arguments, streaming=streaming)
+    try:
+        dataset = load_dataset(**arguments, streaming=streaming)
+    except StopIteration as error:  # how `datasets` ends where it finds no row to begin with
+        raise ValueError(
+            f"`dataset_name={name!r}` has a file without rows in it. Name a file, or a folder of nothing but rows and "
+            "pictures."
+        ) from error
     if streaming and base_split in dataset and dataset[base_split].features is None:
         # A stream of CSV finds its columns in its first rows, for which `datasets` has no public method.
         dataset[base_split] = dataset[base_split]._resolve_features()
@@ -77,6 +84,26 @@ def load_rows(
             "`dataset_test_split`."
         )
     return (dataset[split] if base_split == split else load_dataset(**arguments, split=split)), folders
+
+
+def undecoded(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, list[str]]:
+    """
+    A data set that gives its pictures as files, and the names of its columns with pictures.
+
+    `datasets` would hand any file to any of Pillow's decoders, before anybody can look at its header.
+    """
+    columns = {name: feature for name, feature in dataset.features.items() if _holds_images(feature)}
+    for name, feature in columns.items():
+        dataset = dataset.cast_column(name, _as_files(feature))
+    return dataset, list(columns)
+
+
+def _holds_images(feature: Any) -> bool:
+    return isinstance(feature, ImageFeature) or isinstance(feature, List) and _holds_images(feature.feature)
+
+
+def _as_files(feature: Any) -> Any:
+    return List(_as_files(feature.feature)) if isinstance(feature, List) else ImageFeature(decode=False)
 
 
 def _names_its_files(folder: Path) -> bool:

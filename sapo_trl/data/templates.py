@@ -4,7 +4,8 @@ Prompt templates: what stands around a question.
 A template is text with `{problem}` where the question goes. `think_boxed` is, to the letter, the prompt of the
 Geometry3K recipes of EasyR1, verl and the paper's official code, where it follows the question after a space.
 `math_task` is what VinePPO's checkpoints (`realtreetune/…`) were tuned on. The other texts are proposed here: they ask
-for the forms that `segmentation="step"` and SRPO's role patterns look for.
+for the forms that `segmentation="step"` and SRPO's role patterns look for. The benchmarks' prompts are made of these
+texts: a model is evaluated with the very words that it was trained with.
 """
 
 from ..validation import nearest_name
@@ -12,14 +13,17 @@ from ..validation import nearest_name
 
 _BOX = r"The final answer MUST BE put in \boxed{}."
 _THINK_TAGS = "The reasoning process MUST BE enclosed within <think> </think> tags."
+THINK = (
+    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
+    + _THINK_TAGS
+)
+"""What asks for thinking; a sentence that says what goes into the box follows."""
 
 TEMPLATES: dict[str, str] = {
     "none": "{problem}",
     "boxed": "{problem} " + _BOX,
-    "think_boxed": (
-        "{problem} You FIRST think about the reasoning process as an internal monologue and then provide the final "
-        f"answer. {_THINK_TAGS} {_BOX}"
-    ),
+    "think_boxed": f"{{problem}} {THINK} {_BOX}",
+    "think_boxed_below": f"{{problem}}\n\n{THINK} {_BOX}",
     "think_steps_boxed": (
         "{problem} You FIRST think about the reasoning process in numbered steps and then provide the final answer. "
         'Each step MUST BEGIN on a new line with "Step n:", where n counts the steps from 1. '

@@ -70,7 +70,7 @@ class Benchmark:
     """Hub id of its rows; a local path with the same columns may be read instead."""
     split: str
     to_problem: Callable[[Mapping[str, Any], int], Problem]
-    """From a row and its number."""
+    """From a row and its number. Pictures in a row are files: [`~sapo_trl.evaluation.benchmarks.rows.to_image`]."""
     score: Callable[[Problem, str], Score]
     """From a problem and the text of a generation. Rules only: no model, no network."""
     config: str | None = None

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, get_dataset_split_names, load_dataset
-from PIL import Image
 
+from ..data.images import ImageLimits
+from ..data.loading import undecoded
 from .benchmark import Benchmark, Problem
 
 
 FILE_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Rows:
         belonging (`int`): how many belong to it without the limit.
         fingerprint (`str`): of the content of `numbers`, whatever file they come from.
         source (`str`): hub id or path.
-        min_pixels (`int`, *optional*): smaller images are enlarged.
-        max_pixels (`int`, *optional*): larger images are scaled down.
+        limits ([`~sapo_trl.data.images.ImageLimits`]): pixels that images are scaled to.
+        folder (`Path`, *optional*): where paths of images start, of rows in local files.
     """
 
     benchmark: Benchmark
@@ -41,14 +43,14 @@ class Rows:
     belonging: int
     fingerprint: str
     source: str
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    limits: ImageLimits
+    folder: Path | None = None
 
     def problem(self, number: int) -> Problem:
         """The problem in a row. Raises `ValueError` with the row's number if it cannot be made."""
         try:
-            problem = self.benchmark.to_problem(self.dataset[number], number)
-            images = [within_pixels(image, self.min_pixels, self.max_pixels) for image in problem.images]
+            problem = self.benchmark.to_problem(_with_files(self.dataset[number], self.folder), number)
+            images = [self.limits.resized(image) for image in problem.images]
         except Exception as error:  # of any kind: rows come from files that nobody here has written
             raise ValueError(
                 f"{self.benchmark.name}: row {number} of {self.source!r} is no problem of this benchmark "
@@ -72,29 +74,31 @@ def load_rows(
         benchmark ([`Benchmark`]): the benchmark.
         path (`str`, *optional*): folder or file in the place of its data set.
         limit (`int`, *optional*): take the first that belong to it.
-        min_pixels (`int`, *optional*): see [`Rows`].
-        max_pixels (`int`, *optional*): see [`Rows`].
+        min_pixels (`int`, *optional*): smaller images are enlarged.
+        max_pixels (`int`, *optional*): larger images are scaled down.
 
     Returns:
         [`Rows`]. Raises `ValueError` if there are none.
     """
-    dataset = _load(benchmark, path)
+    limits = ImageLimits(min_pixels, max_pixels)
+    dataset, _ = undecoded(_load(benchmark, path))
     source = path or benchmark.dataset
+    folder = None if path is None else Path(path).resolve()
+    if folder is not None and folder.is_file():
+        folder = folder.parent
     numbers: list[int] = []
     belonging = 0
     digest = hashlib.blake2b(digest_size=16)
-    # Arrow tables, in which images stay encoded: which rows belong to a benchmark does not depend on pixels.
-    for start, table in enumerate(dataset.with_format("arrow").iter(1)):
-        row = table.to_pylist()[0]
+    for start, row in enumerate(dataset):
         if not benchmark.keep(row):
             continue
         belonging += 1
         if limit is None or len(numbers) < limit:
             numbers.append(start)
-            digest.update(json.dumps(_hashable(row), sort_keys=True).encode())
+            digest.update(json.dumps(_hashable(_with_files(row, folder)), sort_keys=True).encode())
     if not numbers:
         raise ValueError(f"{benchmark.name}: {source!r} has {len(dataset)} rows, none of which belongs to it.")
-    return Rows(benchmark, dataset, numbers, belonging, digest.hexdigest(), source, min_pixels, max_pixels)
+    return Rows(benchmark, dataset, numbers, belonging, digest.hexdigest(), source, limits, folder)
 
 
 def _load(benchmark: Benchmark, path: str | None) -> Dataset:
@@ -117,20 +121,17 @@ def _load(benchmark: Benchmark, path: str | None) -> Dataset:
     return load_dataset(source, name=config, split=benchmark.split)
 
 
-def within_pixels(image: Image.Image, least: int | None, most: int | None) -> Image.Image:
-    """An image scaled so that its number of pixels lies between two limits; itself where it does."""
-    pixels = image.width * image.height
-    if pixels == 0:
-        raise ValueError(f"an image has {image.width} x {image.height} pixels")
-    wanted = max(pixels, least or 0)
-    wanted = min(wanted, most or wanted)
-    if wanted == pixels:
-        return image
-    factor = math.sqrt(wanted / pixels)
-    # Down where there is a most, so that it is kept; up where there is a least.
-    rounded = math.floor if wanted < pixels else math.ceil
-    size = tuple(max(1, rounded(side * factor)) for side in image.size)
-    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+def _with_files(value: Any, folder: Path | None) -> Any:
+    """A row with paths of pictures in `folder` as `datasets` has them: tables in text hold nothing but the path."""
+    if isinstance(value, Mapping) and value.keys() != {"bytes", "path"}:
+        return {key: _with_files(entry, folder) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_files(entry, folder) for entry in value]
+    if folder is not None and isinstance(value, str) and value.lower().endswith(PICTURE_ENDINGS):
+        path = str(folder / value)
+        if os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
+            return {"bytes": None, "path": path}
+    return value
 
 
 def _hashable(value: Any) -> Any:

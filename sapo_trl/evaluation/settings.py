@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.images import ImageLimits
 from ..validation import nearest_name
 
 
@@ -166,7 +167,7 @@ class EvalArguments:
         _among("harness", self.harness, HARNESSES)
         _among("judge_when", self.judge_when, JUDGE_WHEN)
         _among("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
-        for name in ("max_new_tokens", "n", "limit", "batch_size", "min_pixels", "max_pixels", "judge_workers"):
+        for name in ("max_new_tokens", "n", "limit", "batch_size", "judge_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -177,8 +178,7 @@ class EvalArguments:
             raise ValueError(f"`top_p` must lie in (0, 1], got {self.top_p}.")
         if self.judge_timeout <= 0:
             raise ValueError(f"`judge_timeout` must be positive, got {self.judge_timeout}.")
-        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise ValueError(f"`min_pixels={self.min_pixels}` is more than `max_pixels={self.max_pixels}`.")
+        _ = ImageLimits(self.min_pixels, self.max_pixels)
         if self.judge_url and not self.judge_model:
             raise ValueError("`judge_url` is set, `judge_model` is not: name the endpoint's model.")
         if self.judge_model and not self.judge_url:

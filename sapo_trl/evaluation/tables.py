@@ -224,9 +224,12 @@ def _run_row(run: Mapping[str, Any], names: Sequence[str], has_average: bool) ->
 def _cell(benchmark: Mapping[str, Any] | None) -> Cell | None:
     if benchmark is None:
         return None
-    interval = benchmark["metrics"][benchmark["headline"]]
+    return _cell_of(benchmark["metrics"][benchmark["headline"]], PART if _is_part(benchmark) else "")
+
+
+def _cell_of(interval: Mapping[str, Any], mark: str = "") -> Cell:
     ends = [None if interval[end] is None else 100 * interval[end] for end in ("low", "high")]
-    return Cell(100 * interval["value"], *ends, mark=PART if _is_part(benchmark) else "")
+    return Cell(100 * interval["value"], *ends, mark=mark)
 
 
 def _is_part(benchmark: Mapping[str, Any]) -> bool:
@@ -277,6 +280,11 @@ def _notes(runs: Sequence[Mapping[str, Any]], names: Sequence[str], has_publishe
                 notes.append(
                     f"{PART} {run['name']}, {entry['title']}: {entry['problems']} of {entry['belonging']} problems."
                 )
+            if entry["n"] > 1:
+                repeated = ", ".join(
+                    f"{metric} {_cell_of(interval)}" for metric, interval in entry["repeated"].items()
+                )
+                notes.append(f"{run['name']}, {entry['title']}: {repeated}.")
             if entry["errors"]:
                 notes.append(f"{run['name']}, {entry['title']}: {entry['errors']} answers could not be scored.")
     notes += [f"{entry['title']}: {entry['scoring_note']}" for entry in found.values() if entry["scoring_note"]]

@@ -297,8 +297,8 @@ def sample_as_configured(
 
 
 def load_as_configured(model: str, args: TrainingArguments) -> PreTrainedModel:
-    """Load a model as TRL's trainers do when they are given its name."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    """Load a model as TRL's trainers do when they are given its name; safetensors only."""
+    kwargs = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True, **(args.model_init_kwargs or {})}
     return create_model_from_path(model, **kwargs)
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from PIL import Image
+from transformers.utils import cached_file
 
 from ..settings import EvalArguments
 
 
 BATCH_SIZES = {"transformers": 16, "vllm": 256}
 """Generations at a time, unless `batch_size` says otherwise."""
+ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,13 @@ class Backend(Protocol):
 
 
 def make_backend(arguments: EvalArguments) -> Backend:
-    """Load the model into what `backend` names."""
+    """Load the model into what `backend` names. Raises `ValueError` for an adapter that is not in safetensors."""
+    if (
+        arguments.adapter
+        and cached_file(arguments.adapter, ADAPTER, _raise_exceptions_for_missing_entries=False) is None
+    ):
+        # Both backends would take a pickle instead.
+        raise ValueError(f"adapter={arguments.adapter!r} has no {ADAPTER}; no other format is loaded.")
     if arguments.backend == "vllm":
         from .vllm import VLLMBackend
 

@@ -75,7 +75,7 @@ class TransformersBackend:
         # TRL reads the architecture off the configuration: of an image-text-to-text or of a text model.
         model = create_model_from_path(arguments.model, dtype=arguments.dtype, use_safetensors=True, **kwargs)
         if arguments.adapter:
-            model = PeftModel.from_pretrained(model, arguments.adapter, use_safetensors=True)
+            model = PeftModel.from_pretrained(model, arguments.adapter)
         self.model = model.eval()
         if model.device.type == "cpu" and PartialState().device.type != "cpu":
             self.model.to(PartialState().device)

@@ -25,8 +25,8 @@ COLUMNS = ("id", "question", "decoded_image", "ground_truth", "answer_type", "su
 TOLERANCE = 0.001
 """Of floats, absolute. Golds have four decimals; the instruction asks for three."""
 
-_INSTRUCTIONS = {
-    "float": "Give the answer as a number with three decimals. " + FREE_FORM,
+_TEMPLATES = {
+    "float": FREE_FORM.replace("\n\n", "\n\nGive the answer as a number with three decimals. "),
     "multiple choice": ONE_LETTER,
     "text": FREE_FORM,
 }
@@ -37,14 +37,14 @@ _TIME = re.compile(r"(\d{1,2}):(\d{1,2})")
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
     require(row, "dynamath", i, COLUMNS)
     kind, answer = row["answer_type"], row["ground_truth"].strip()
-    if kind not in _INSTRUCTIONS:
-        raise ValueError(f"`answer_type` in row {i} of dynamath must be one of {list(_INSTRUCTIONS)}, got {kind!r}.")
+    if kind not in _TEMPLATES:
+        raise ValueError(f"`answer_type` in row {i} of dynamath must be one of {list(_TEMPLATES)}, got {kind!r}.")
     fields = {"seed": row["id"], "answer_type": kind, "subject": row["subject"], "level": row["knowledge_level"]}
     if kind == "multiple choice":
         fields |= choice_fields(dict(_OPTION.findall(row["question"])), answer)
     return Problem(
         id=f"{row['id']}/{i}",  # rows do not say which variant they are
-        prompt=ask(row["question"], _INSTRUCTIONS[kind], num_images=1),
+        prompt=ask(row["question"], _TEMPLATES[kind], num_images=1),
         answer=answer,
         images=[to_image(row["decoded_image"], f"`decoded_image` in row {i} of dynamath")],
         fields=fields,

@@ -9,8 +9,9 @@ are not used here; 601 rows.
 from collections.abc import Mapping
 from typing import Any
 
+from ...data.templates import TEMPLATES
 from ..benchmark import Benchmark, Problem
-from .prompts import FREE_FORM, ask
+from .prompts import ask
 from .rows import require, to_image
 from .scoring import score_mathematics
 
@@ -18,7 +19,8 @@ from .scoring import score_mathematics
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
     require(row, "geo3k", i, ("images", "problem", "answer"))
     images = [to_image(image, f"`images` in row {i} of geo3k") for image in row["images"]]
-    prompt = ask(row["problem"], FREE_FORM, len(images), in_place=True)
+    # The published recipe's, with which models are trained on this data set.
+    prompt = ask(row["problem"], TEMPLATES["think_boxed"], len(images), in_place=True)
     return Problem(id=str(i), prompt=prompt, answer=row["answer"].strip(), images=images)
 
 

@@ -1,24 +1,16 @@
-"""How questions are put: instructions, lettered options, and messages with images in their places."""
+"""How questions are put: templates, lettered options, and messages with images in their places."""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from ...data.templates import TEMPLATES, THINK
 from ...rewards.choices import letters_of
 
 
-_THINK = (
-    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
-    "reasoning process MUST BE enclosed within <think> </think> tags. "
-)
-FREE_FORM = _THINK + r"The final answer MUST BE put in \boxed{}."
-"""The prompt of the Geometry3K recipes."""
-ONE_LETTER = _THINK + r"The final answer MUST BE the letter of the right option, put in \boxed{}."
-SEVERAL_LETTERS = (
-    _THINK
-    + r"The final answer MUST BE the letter of the right option, put in \boxed{}. If several options are right, "
-    "give all their letters, separated by commas."
-)
+FREE_FORM = TEMPLATES["think_boxed_below"]
+ONE_LETTER = "{problem}\n\n" + THINK + r" The final answer MUST BE the letter of the right option, put in \boxed{}."
+SEVERAL_LETTERS = ONE_LETTER + " If several options are right, give all their letters, separated by commas."
 
 _PLACEHOLDER = re.compile(r"<image(?: ?\d+)?>")
 
@@ -28,15 +20,15 @@ def list_options(options: Sequence[str]) -> str:
     return "\n".join(f"{letter}. {option}" for letter, option in zip(letters_of(options), options, strict=True))
 
 
-def ask(question: str, instruction: str, num_images: int = 0, in_place: bool = False) -> list[dict[str, Any]]:
+def ask(question: str, template: str, num_images: int = 0, in_place: bool = False) -> list[dict[str, Any]]:
     """
     A question as one user message.
 
     Args:
         question (`str`):
             The question, with its options.
-        instruction (`str`):
-            How to answer.
+        template (`str`):
+            Text with `{problem}`, which says how to answer.
         num_images (`int`, *optional*, defaults to `0`):
             Images that come with the question. They stand before it.
         in_place (`bool`, *optional*, defaults to `False`):
@@ -46,7 +38,7 @@ def ask(question: str, instruction: str, num_images: int = 0, in_place: bool = F
         `list`: One message. Its content is a plain string if there is no image: not every chat template of a text
         model takes blocks. Raises `ValueError` if placeholders and images differ in number.
     """
-    text = f"{question.strip()}\n\n{instruction}"
+    text = template.replace("{problem}", question.strip())
     pieces = _PLACEHOLDER.split(text) if in_place else [""] * num_images + [text]
     if len(pieces) - 1 != num_images:
         raise ValueError(

@@ -2,11 +2,13 @@
 
 import base64
 import binascii
-import io
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from ...data.images import rgb_image
+from ...data.question import BadRow
 
 
 def require(row: Mapping[str, Any], benchmark: str, i: int, columns: tuple[str, ...]) -> None:
@@ -18,27 +20,21 @@ def require(row: Mapping[str, Any], benchmark: str, i: int, columns: tuple[str, 
 
 def to_image(value: Any, where: str) -> Image.Image:
     """
-    An image in RGB.
+    An image as training sees it: checked before it is decoded, upright, RGB.
 
     Args:
         value (`Any`):
-            A PIL image, the bytes of a file, a mapping with them under `bytes` (as `datasets` stores images that it
-            has not decoded), or their base64 text (as tables in TSV have them).
+            A PIL image, the bytes of a file, a mapping with them under `bytes` or with their `path` (as `datasets`
+            gives images that it has not decoded), or their base64 text (as tables in TSV have them).
         where (`str`):
             What to name in an error.
     """
-    if isinstance(value, Mapping):
-        value = value.get("bytes")
     try:
-        if isinstance(value, str):
-            value = base64.b64decode(value, validate=True)
-        if isinstance(value, bytes):
-            value = Image.open(io.BytesIO(value))
-        if isinstance(value, Image.Image):
-            return value.convert("RGB")
-    except (binascii.Error, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        return rgb_image(base64.b64decode(value, validate=True) if isinstance(value, str) else value)
+    except binascii.Error as error:
+        raise ValueError(f"{where} is neither an image file that is there nor base64: {value[:80]!r}.") from error
+    except BadRow as error:
         raise ValueError(f"{where} is no image that can be read: {error}") from error
-    raise ValueError(f"{where} must be an image, its bytes or their base64 text, got {type(value).__name__}.")
 
 
 def is_given(value: Any) -> bool:
