@@ -101,6 +101,8 @@ class TestConfig:
             ({"qualification": {**QUALIFICATION, "seeds": [4, 9]}}, r"no experiment runs 'better' on .* seeds \[9\]"),
             ({"experiments": {"main": {**TINY["experiments"]["main"], "axis": {"sapoo": 1}}}}, "axis: 'sapoo' is not"),
             ({"baseline": "grpo"}, r"baseline: 'grpo' is not known"),
+            ({"lora_rank": -1}, r"lora_rank=-1 must be at least 0"),
+            ({"arms": {"new": {"preset": "ppo", "lora_rank": -2}}}, r"arms\.new: lora_rank=-2 must be at least 0"),
         ],
     )  # fmt: skip
     def test_errors_name_the_entry(self, sections, message, tmp_path):
@@ -145,6 +147,11 @@ class TestCells:
         # 4 arms on the short task, some runs of which both experiments share, and 2 on the long one.
         assert len(compared) == len({c.name for c in compared}) == 5 * 4 + 4 * 2
 
+    def test_adapters_are_the_study_s_unless_an_arm_has_its_own(self, tmp_path):
+        full = changed(lora_rank=8, arms={"equal": {"preset": "grpo", "lora_rank": 0}})
+        ranks = {cell.arm_name: cell.lora_rank for cell in tuning_cells(study_from(full, tmp_path))}
+        assert ranks == {"sapo": 8, "better": 8, "equal": 0}
+
     def test_a_cell_survives_its_file(self, tmp_path):
         study = study_from({**TINY, "records": {"seeds": [0], "every": 5}}, tmp_path)
         compared = comparison_cells(study, {"sapo": 0.001, "better": 0.001, "equal": 0.001})
@@ -161,6 +168,7 @@ class TestCells:
 
         assert names(TINY) == names(changed(name="Another title"))
         assert not names(TINY) & names(changed(budget={"rollouts": 5}))
+        assert not names(TINY) & names(changed(lora_rank=4))
         assert not names(TINY) & names(changed(settings={"beta": 0.1}))
 
     def test_names_change_with_a_preset_of_the_same_name(self, tmp_path, monkeypatch):

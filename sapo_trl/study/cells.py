@@ -34,6 +34,7 @@ class Cell:
         budget ([`Budget`]): what it may use.
         settings (`dict`): settings that all arms share.
         model ([`ModelSize`]): size of the model.
+        lora_rank (`int`): rank of the adapters that the policy is trained by; `0` trains all of it.
         warm_start (`dict`): further settings of the warm start.
         split (`str`): the split of the final evaluation: `"tune"` or `"test"`.
         measure (`str`): what is measured, see [`~sapo_trl.study.config.Experiment`].
@@ -49,6 +50,7 @@ class Cell:
     budget: Budget
     settings: dict[str, Any]
     model: ModelSize
+    lora_rank: int
     warm_start: dict[str, Any]
     split: str
     measure: str = "accuracy"
@@ -71,7 +73,8 @@ class Cell:
         content["policy"] = fingerprint(self.policy)
         for name in ("arm_name", "task_name"):  # what it is called decides nothing
             del content[name]
-        del content["arm"]["tuned_as"]
+        for name in ("tuned_as", "lora_rank"):  # the first decides nothing, the second is the cell's own
+            del content["arm"][name]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
     @property
@@ -139,7 +142,7 @@ def result_of(folder: Path) -> dict[str, Any] | None:
 def _cell(
     study: StudyConfig, arm: str, task: str, seed: int, learning_rate: float, split: str, measure: str = "accuracy"
 ) -> Cell:
-    records = study.records
+    records, own_rank = study.records, study.arms[arm].lora_rank
     recorded = split == "test" and measure == "accuracy" and seed in records.seeds and arm in (records.arms or [arm])
     return Cell(
         arm_name=arm,
@@ -151,6 +154,7 @@ def _cell(
         budget=study.budget,
         settings=study.settings,
         model=study.model,
+        lora_rank=study.lora_rank if own_rank is None else own_rank,
         warm_start=study.warm_start,
         split=split,
         measure=measure,

@@ -55,8 +55,7 @@ class Arm:
             the arm whose tuned settings this one takes: for variants of an algorithm. By default it is tuned itself.
         samples (`int`, *optional*, defaults to `1`):
             how many times the study's responses each rollout has: the paper gives GRPO eight times SAPO's.
-        lora_rank (`int`, *optional*, defaults to `0`):
-            rank of the adapters that the policy is trained by; `0` trains all of it.
+        lora_rank (`int`, *optional*): in the place of the study's.
     """
 
     preset: str
@@ -65,7 +64,7 @@ class Arm:
     boundary_noise: float = 0.0
     tuned_as: str | None = None
     samples: int = 1
-    lora_rank: int = 0
+    lora_rank: int | None = None
 
     def __post_init__(self):
         if self.preset not in PRESETS:
@@ -79,8 +78,7 @@ class Arm:
             raise ValueError("`boundary_noise` belongs to `segmenter: noisy`: give both or none of the two.")
         if self.samples < 1:
             raise ValueError(f"samples={self.samples} must be at least 1.")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank={self.lora_rank} must be at least 0.")
+        _check_lora_rank(self.lora_rank)
 
 
 @dataclass(frozen=True)
@@ -238,6 +236,7 @@ class StudyConfig:
         records ([`Records`]): what is kept for the analyses.
         settings (`dict`): settings of [`~sapo_trl.SAPOConfig`] that all arms share; an arm's own come first.
         model ([`~sapo_trl.study.task.ModelSize`]): size of the model.
+        lora_rank (`int`): rank of the adapters that the policy is trained by; `0` trains all of it.
         warm_start (`dict`): further settings of [`~sapo_trl.study.task.WarmStartConfig`].
         baseline (`str`): the arm that differences are taken to.
         qualification ([`Qualification`], *optional*): what the report asks of the task first.
@@ -252,12 +251,14 @@ class StudyConfig:
     records: Records = field(default_factory=Records)
     settings: dict[str, Any] = field(default_factory=dict)
     model: ModelSize = field(default_factory=ModelSize)
+    lora_rank: int = 0
     warm_start: dict[str, Any] = field(default_factory=dict)
     baseline: str = "sapo"
     qualification: Qualification | None = None
 
     def __post_init__(self):
         _check_settings(self.settings)
+        _check_lora_rank(self.lora_rank)
         for name in self.records.arms:
             _check_name("records.arms", name, self.arms)
         self._check_qualification()
@@ -351,6 +352,11 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         _check_name("settings", name, [f.name for f in fields(SAPOConfig)])
         if name in FIXED_SETTINGS:
             raise ValueError(f"settings: {name!r} is decided by the study (budget, tuning, seeds) for all arms alike.")
+
+
+def _check_lora_rank(rank: int | None) -> None:
+    if rank is not None and rank < 0:
+        raise ValueError(f"lora_rank={rank} must be at least 0.")
 
 
 def _check_name(where: str, name: str, known: Iterable[str]) -> None:

@@ -176,7 +176,7 @@ def cell_segmenter(cell: Cell, args: SAPOConfig) -> Segmenter | None:
 
 
 def _adapters(cell: Cell) -> LoraConfig | None:
-    rank = cell.arm.lora_rank
+    rank = cell.lora_rank
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
 
 
