@@ -96,7 +96,9 @@ def test_its_code_compiles(path):
 def test_the_badge_opens_this_notebook(path):
     address = f"{REPOSITORY.replace('https://github.com', 'https://colab.research.google.com/github')}/blob/main"
     badge = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-    assert f"{badge}({address}/notebooks/{path.name})" in read(path).cells[0].source
+    link = f"{badge}({address}/notebooks/{path.name})"
+    assert link in read(path).cells[0].source
+    assert link in (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
 
 
 @every_notebook
@@ -157,6 +159,7 @@ def warm_cache(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # the limit is on CPU time, below
 @pytest.mark.parametrize("name", PICTURES)
 def test_it_runs(name, request, tmp_path, monkeypatch):
     path = ROOT / "notebooks" / f"{name}.ipynb"
@@ -171,10 +174,10 @@ def test_it_runs(name, request, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     NotebookClient(
-        notebook, timeout=800, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "run")}}
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "run")}}
     ).execute()  # raises what a cell raises
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < allowed
+    assert 1 < after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < allowed
 
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))

@@ -22,19 +22,21 @@ BADGE = re.compile(r"\[!\[([^]]*)\]\([^)]*\)\]")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for each notebook, and its pictures."""
+    """Add a page for each notebook, its pictures, and a page that lists them."""
     root = Path(config.docs_dir).parent
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    listed = BADGE.sub(r"[\1]", (root / "notebooks" / "README.md").read_text(encoding="utf-8"))
+    listed = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", listed)
+    files.append(File.generated(config, "notebooks/index.md", content=listed))
     for source in sorted((root / "notebooks").glob("*.ipynb")):
         executed = root / "build" / "notebooks" / source.name
         is_current = executed.exists() and executed.stat().st_mtime >= source.stat().st_mtime
         notebook = nbformat.read(executed if is_current else source, as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
-                cell.source = _within_the_site(cell.source, project["urls"]["Repository"])
+                cell.source = _within_the_site(cell.source, repository)
             else:
-                # Progress bars, and the libraries' warnings.
-                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+                cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
         text, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": source.stem})
         # Without a class tables look like the site's.
         text = text.replace('<table border="1" class="dataframe">', "<table>")
@@ -42,6 +44,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for name, picture in resources["outputs"].items():
             files.append(File.generated(config, f"notebooks/{name}", content=picture))
     return files
+
+
+def _is_noise(output: nbformat.NotebookNode) -> bool:
+    """Whether it is progress, or a library's warning."""
+    return output.get("name") == "stderr" or "<progress" in output.get("data", {}).get("text/html", "")
 
 
 def _within_the_site(text: str, repository: str) -> str:

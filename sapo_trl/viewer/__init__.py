@@ -1,4 +1,8 @@
-"""`sapo-trl view`: the recorded responses of one run or two as a page that needs nothing but a browser."""
+"""
+`sapo-trl view`: the recorded responses of one run or two as a page that needs nothing but a browser.
+
+[`token_html`] shows a single response in a notebook.
+"""
 
 from .inline import token_html
 from .page import write_page
