@@ -28,7 +28,7 @@ ifneq ($(MADE_FOR),$(shell cat $(STAMP) 2>/dev/null))
 endif
 
 .PHONY: help venv demo smoke-real test test-fast test-distributed test-qlora test-vllm study-quick study lint format bench \
-	docs clean
+	docs docs-tools clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -112,8 +112,16 @@ study: $(STAMP)  ## reproduce docs/results.md
 bench: $(STAMP)  ## time the segment operations against a loop
 	$(BIN)/python benchmarks/segment_ops.py
 
-docs: $(STAMP)  ## build the documentation into site/; installs mkdocs
+docs-tools: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]' -c constraints.txt
+
+# The site shows the notebooks with what they print. They run again only after a change of theirs or of the package.
+EXECUTED := $(patsubst %,build/%,$(filter-out notebooks/05_%,$(wildcard notebooks/*.ipynb)))
+
+build/notebooks/%.ipynb: notebooks/%.ipynb $(wildcard sapo_trl/*.py sapo_trl/*/*.py) | docs-tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --to notebook --execute --output-dir $(@D) $<
+
+docs: docs-tools $(EXECUTED)  ## run the notebooks and build the documentation into site/; installs mkdocs
 	$(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove the environment, caches and build output

@@ -33,7 +33,12 @@ from sapo_trl.train import TrainArguments
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "notebooks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FENCE = re.compile(
     r"^(?:<!-- (?P<comment>[^\n]*?) -->\n+)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -368,7 +373,7 @@ def test_every_module_has_a_row_in_the_architecture():
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("mkdocs", "material", "mkdocstrings_handlers")),
+    not all(importlib.util.find_spec(name) for name in ("mkdocs", "material", "mkdocstrings_handlers", "nbconvert")),
     reason="the extra `docs` is not installed; `make docs` does that",
 )
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -382,5 +387,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     for name in ("SAPOTrainer", "SegmentValueHead", "entropy_segments", "segment_gae", "accuracy_reward", "Benchmark"):
         assert f".{name}" in api, name
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        page = (tmp_path / "notebooks" / notebook.stem / "index.html").read_text(encoding="utf-8")
+        assert "find_spec" in page  # of the cell that installs the package
     # Links out of `docs/` became pages.
     assert "geometric_bias" in (tmp_path / "source" / "sapo_trl" / "losses.py" / "index.html").read_text("utf-8")

@@ -58,6 +58,8 @@ def _target(link: str, src_uri: str) -> str | None:
 
 
 def _page(target: str) -> str:
+    if target.startswith("notebooks/"):  # made by notebooks.py
+        return target.replace("README.md", "index.md").replace(".ipynb", ".md")
     return f"source/{target}.md"
 
 
