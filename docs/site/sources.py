@@ -1,5 +1,5 @@
 """
-A hook of mkdocs: links that lead out of `docs/` lead to a page with that file.
+A hook of mkdocs: links that lead out of `docs/` lead to a page with that file, pictures from there are shown.
 
 The pages are read in the repository too, where `../sapo_trl/losses.py` is right. In the site each such file, or each
 file of such a folder, gets a page of its own with the text in it; a link to what is not there ends a strict build.
@@ -20,11 +20,12 @@ from mkdocs.structure.pages import Page
 log = logging.getLogger("mkdocs.hooks.sources")
 
 LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)(#[^)\s]*)?(?=\))")
+PICTURES = (".png", ".svg")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".md": "markdown", ".toml": "toml"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for everything outside of `docs/` that a page links to."""
+    """Add a page for every text outside of `docs/` that a page links to, and every picture that it shows."""
     root = Path(config.docs_dir).parent
     for file in list(files.documentation_pages()):
         for match in LINK.finditer(file.content_string):
@@ -34,8 +35,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             if not (root / target).exists():
                 log.warning(f"{file.src_uri}: the link '{match[1]}' leads to nothing")
                 continue
-            page = File.generated(config, _page(target), content=_text(root, target))
-            files.append(page)
+            if target.endswith(PICTURES):
+                files.append(File.generated(config, _page(target), abs_src_path=str(root / target)))
+            else:
+                files.append(File.generated(config, _page(target), content=_text(root, target)))
     return files
 
 
@@ -60,7 +63,7 @@ def _target(link: str, src_uri: str) -> str | None:
 def _page(target: str) -> str:
     if target.startswith("notebooks/"):  # made by notebooks.py
         return target.replace("README.md", "index.md").replace(".ipynb", ".md")
-    return f"source/{target}.md"
+    return f"source/{target}" if target.endswith(PICTURES) else f"source/{target}.md"
 
 
 def _text(root: Path, target: str) -> str:
