@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -433,6 +434,11 @@ class GRPOBridge(GRPOTrainer):
         for _ in range(min(len(logged), len(advantages))):
             logged.pop()
         logged.extend(advantages)
+
+    def add_to_completions_table(self, columns: dict[str, list]) -> None:
+        """Add columns about the latest rollout to the completions table: one entry for each of this process's rows."""
+        for name, values in columns.items():
+            self._logs["extra"][name].extend(gather_object(values))
 
     # ------------------------------------------------------- overrides of TRL
 

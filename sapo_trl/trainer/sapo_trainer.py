@@ -18,6 +18,7 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ..advantages import leave_one_out_advantages, length_adaptive_lam, masked_whiten, segment_gae
 from ..callbacks import RolloutCallback, SegmentationCallback, SegmentedRollout
+from ..completions_table import segment_columns
 from ..config import SAPOConfig
 from ..config_checks import TRL_LOSS_TYPES
 from ..losses import (
@@ -558,6 +559,8 @@ class SAPOTrainer(GRPOBridge):
             callback.on_rollout(self.args, self.state, self.control, rollout, self._accumulator)
         mean_advantages = rollout.advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         self.replace_logged_advantages(self.accelerator.gather(mean_advantages).tolist())
+        if self.args.log_completions:
+            self.add_to_completions_table(segment_columns(rollout))
         self.add_to_log({f"time/{stage}": spent for stage, spent in seconds.items()})
         self.add_to_log(self._accumulator.flush(self.accelerator))
 
