@@ -219,9 +219,17 @@ def main(argv: Sequence[str]) -> int:
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.dataset_name)
+        trainer.push_to_hub(dataset_name=_hub_id(arguments))
+    else:
+        trainer.create_model_card(dataset_name=_hub_id(arguments))
     trainer.accelerator.end_training()
     return 0
+
+
+def _hub_id(arguments: TrainArguments) -> str | None:
+    """What the model card may link to: a data set of the hub, not a path of this machine."""
+    local = arguments.dataset_name == EMBEDDED or Path(arguments.dataset_name).exists()
+    return None if local else arguments.dataset_name
 
 
 def _checkpoint(training_args: SAPOConfig) -> str | None:

@@ -452,6 +452,11 @@ class GRPOBridge(GRPOTrainer):
             batch = super()._generate_and_score_completions(inputs)
         finally:
             record, self._record = self._record, None
+        # wandb refuses a table whose cells are lists of dictionaries with other keys, which is how TRL writes down
+        # prompts with images: with `log_completions` the run would end at its first log.
+        prompts = [_with_plain_content(prompt) for prompt in self._logs["prompt"]]
+        self._logs["prompt"].clear()
+        self._logs["prompt"].extend(prompts)
         return self.score_rollout(batch, record)
 
     def _tokenize_prompts(self, prompts: list):
@@ -900,6 +905,18 @@ def _prompts_of(inputs: list[dict[str, Any]]) -> list:
     if not any(images):
         return prompts
     return [prepare_multimodal_messages(prompt, images=row) for prompt, row in zip(prompts, images, strict=True)]
+
+
+def _with_plain_content(prompt: Any) -> Any:
+    """A conversation whose messages hold text, `[IMAGE]` for an image; plain text as it is."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**message, "content": "".join(part.get("text", f"[{part['type'].upper()}]") for part in message["content"])}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
 
 
 def _with_image_lists(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
@@ -30,6 +30,7 @@ from ..losses import (
     soft_adaptive_policy_loss,
 )
 from ..metrics import MetricAccumulator, explained_variance
+from ..model_card import complete_model_card
 from ..reward_calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler, monte_carlo_values
@@ -819,6 +820,20 @@ class SAPOTrainer(GRPOBridge):
         if self.critic is not None:
             self.critic.save_weights(Path(output_dir or self.args.output_dir) / CRITIC_FOLDER)
         super().save_model(output_dir, _internal_call)
+        own_folder = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        if own_folder and not _internal_call and not self.args.push_to_hub:  # pushing writes it
+            self.create_model_card()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's model card, completed with the algorithm, its settings and the last logged results."""
+        folder = Path(self.args.output_dir)
+        model_id = self.args.hub_model_id or str(folder)
+        super().create_model_card(model_name or model_id.split("/")[-1], dataset_name, tags)
+        if self.is_world_process_zero():
+            takes_images = isinstance(self.processing_class, ProcessorMixin)
+            complete_model_card(folder / "README.md", self.args, self.state.log_history, model_id, takes_images)
 
     def save_training_state(self, folder: str) -> None:
         if self.critic is not None:
