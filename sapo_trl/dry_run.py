@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 
 import yaml
@@ -35,7 +37,8 @@ def show_dry_run(trainer: SAPOTrainer, console: Console | None = None) -> None:
     console = console or Console()
     example = _FirstRollout()
     trainer.add_callback(example)
-    trainer.evaluate(_some_prompts(trainer))
+    with _whole_groups(trainer):
+        trainer.evaluate(_some_prompts(trainer))
     trainer.remove_callback(example)
     if not trainer.is_world_process_zero():
         return
@@ -103,9 +106,22 @@ def batch_arithmetic(trainer: SAPOTrainer) -> dict[str, int | str]:
     return numbers
 
 
+@contextlib.contextmanager
+def _whole_groups(trainer: SAPOTrainer) -> Iterator[None]:
+    """An evaluation's batch as large as all responses to one prompt, or a multiple: TRL compares them."""
+    before = trainer.args.per_device_eval_batch_size
+    if before * trainer.args.world_size % trainer.num_generations_eval:
+        trainer.args.per_device_eval_batch_size = trainer.num_generations_eval
+    try:
+        yield
+    finally:
+        trainer.args.per_device_eval_batch_size = before
+
+
 def _some_prompts(trainer: SAPOTrainer) -> Dataset:
     """As many prompts as an evaluation's batch takes, the first ones."""
-    dataset, number = trainer.train_dataset, trainer.args.per_device_eval_batch_size * trainer.args.world_size
+    responses = trainer.args.per_device_eval_batch_size * trainer.args.world_size
+    dataset, number = trainer.train_dataset, responses // trainer.num_generations_eval
     if isinstance(dataset, IterableDataset):
         return Dataset.from_list(list(dataset.take(number)))
     return dataset.select(range(min(number, len(dataset))))

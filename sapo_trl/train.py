@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import rich
-from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import get_last_checkpoint
@@ -35,6 +34,7 @@ from .data.own_columns import check_roles
 from .data.templates import template_text
 from .dry_run import show_dry_run
 from .embedded import default_cache_dir, load_processor, make_problems, warm_start
+from .launch import check_launched, launch
 from .progress import show_progress
 from .run_arguments import parse_run
 from .stop_on_signal import StopOnSignal
@@ -159,15 +159,14 @@ def main(argv: Sequence[str]) -> int:
     """
     request = parse_run(argv, TrainArguments, SAPOConfig, ModelConfig)
     if request.launch:
-        launched = ["-m", "sapo_trl.cli", "train", *request.arguments]
-        launch_command(launch_command_parser().parse_args([*request.launch, *launched]))
-        return 0
+        return launch(request.launch, ["train", *request.arguments])
     arguments, training_args, model_args = request.settings
     if model_args.model_name_or_path is None:
         wanted = "--model_name_or_path is required: 'embedded', a local path or a hub id"
         print(f"sapo-trl train: error: {wanted}", file=sys.stderr)
         return 2
     # What needs no model first, so that a mistake shows at once.
+    check_launched(training_args.world_size)
     reward_funcs = [find_reward(name) for name in arguments.reward_funcs]
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
