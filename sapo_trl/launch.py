@@ -35,6 +35,8 @@ def launch(options: Sequence[str], command: Sequence[str]) -> int:
     arguments = launch_command_parser().parse_args([*options, "-m", "sapo_trl.cli", *command])
     if (processes := _requested_processes(arguments)) is not None:
         os.environ[PROCESSES_VARIABLE] = str(processes)
+    # An option of torch's launcher, to which accelerate hands it: SIGINT and SIGTERM are ours, see below.
+    arguments.signals_to_handle = "SIGHUP,SIGQUIT"
     try:
         with _signals_handed_on():
             launch_command(arguments)
@@ -87,7 +89,6 @@ def _signals_handed_on() -> Iterator[None]:
                 if number != signal.SIGINT or os.getpgid(process.pid) != os.getpgrp():
                     os.kill(process.pid, number)
 
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from . import rewards
+from .callbacks import SegmentationCallback
 from .config import SAPOConfig
 from .data import (
     FORMATS,
@@ -87,6 +88,9 @@ class TrainArguments:
             `OUTPUT_DIR/data_report.json`.
         reward_funcs (`list[str]`, *optional*, defaults to `["accuracy_reward"]`):
             Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`.
+        record_every (`int`, *optional*):
+            Write the segmented responses of every so many rollouts to `OUTPUT_DIR/segments`, for `sapo-trl view` and
+            `sapo-trl analyze`. By default none.
     """
 
     dataset_name: str = field(default=EMBEDDED, metadata={"help": "'embedded', a hub id, a file or a folder."})
@@ -120,6 +124,10 @@ class TrainArguments:
         default_factory=lambda: ["accuracy_reward"],
         metadata={"help": "Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`."},
     )
+    record_every: int | None = field(
+        default=None,
+        metadata={"help": "Record the responses of every so many rollouts, for `sapo-trl view` and `analyze`."},
+    )
 
     def __post_init__(self):
         # Every mistake that can be seen without data shows at once.
@@ -144,6 +152,8 @@ class TrainArguments:
         template_text(self.prompt_template)
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"`max_prompt_length` must be at least 1, got {self.max_prompt_length}.")
+        if self.record_every is not None and self.record_every < 1:
+            raise ValueError(f"`record_every` must be at least 1, got {self.record_every}.")
         _ = self.image_limits
 
     @property
@@ -154,8 +164,8 @@ class TrainArguments:
 
 def main(argv: Sequence[str]) -> int:
     """
-    Train with the settings of a file and of the command line, and save. Returns the exit code: 75 if a signal ended
-    training with a checkpoint.
+    Train with the settings of a file and of the command line, and save. Returns the exit code: 0; 2 if settings, data
+    or a reward function are not what they should be; 75 if a signal ended training with a checkpoint.
     """
     request = parse_run(argv, TrainArguments, SAPOConfig, ModelConfig)
     if request.launch:
@@ -165,32 +175,22 @@ def main(argv: Sequence[str]) -> int:
         wanted = "--model_name_or_path is required: 'embedded', a local path or a hub id"
         print(f"sapo-trl train: error: {wanted}", file=sys.stderr)
         return 2
-    # What needs no model first, so that a mistake shows at once.
-    check_launched(training_args.world_size)
-    reward_funcs = [find_reward(name) for name in arguments.reward_funcs]
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    model = model_args.model_name_or_path
-    if model == EMBEDDED:
-        model = str(warm_start(default_cache_dir(), on_progress=_print_progress))
-    processing_class = load_processor(
-        model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-    )
-    splits = [arguments.dataset_train_split]
-    if training_args.eval_strategy != "no":
-        splits.append(arguments.dataset_test_split)
-    with training_args.main_process_first(desc="preparing data"):  # the others read what it has cached
-        loaded = [load_prompts(arguments, split, training_args.seed, processing_class) for split in splits]
+    try:
+        check_launched(training_args.world_size)
+        reward_funcs, model, processing_class, loaded = _load(arguments, training_args, model_args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sapo-trl train: error: {error}", file=sys.stderr)
+        return 2
     train_dataset = loaded[0][0]
     eval_dataset = loaded[1][0] if len(loaded) > 1 else None
     reports = [report for _, report in loaded if report is not None]
     if training_args.should_save and reports and not arguments.streaming:
         rich.print(*reports, sep="\n")
         save_reports(reports, Path(training_args.output_dir) / "data_report.json")
+    callbacks = []
+    if arguments.record_every is not None:
+        folder = Path(training_args.output_dir) / "segments"
+        callbacks.append(SegmentationCallback(folder, every=arguments.record_every))
     trainer = SAPOTrainer(
         model,
         reward_funcs,
@@ -198,6 +198,7 @@ def main(argv: Sequence[str]) -> int:
         train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processing_class,
+        callbacks=callbacks,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -216,6 +217,7 @@ def main(argv: Sequence[str]) -> int:
         trainer.accelerator.end_training()
         return StopOnSignal.EXIT_CODE
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()  # the log: learning curves for `sapo-trl view`
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=_hub_id(arguments))
@@ -223,6 +225,32 @@ def main(argv: Sequence[str]) -> int:
         trainer.create_model_card(dataset_name=_hub_id(arguments))
     trainer.accelerator.end_training()
     return 0
+
+
+def _load(
+    arguments: TrainArguments, training_args: SAPOConfig, model_args: ModelConfig
+) -> tuple[list[Callable], str, PreTrainedTokenizerBase | ProcessorMixin, list[tuple]]:
+    """The reward functions, the model's folder or name, its processor, and [`load_prompts`] of each split."""
+    # What needs no model first, so that a mistake shows at once.
+    reward_funcs = [find_reward(name) for name in arguments.reward_funcs]
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    model = model_args.model_name_or_path
+    if model == EMBEDDED:
+        model = str(warm_start(default_cache_dir(), on_progress=_print_progress))
+    processing_class = load_processor(
+        model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+    )
+    splits = [arguments.dataset_train_split]
+    if training_args.eval_strategy != "no":
+        splits.append(arguments.dataset_test_split)
+    with training_args.main_process_first(desc="preparing data"):  # the others read what it has cached
+        loaded = [load_prompts(arguments, split, training_args.seed, processing_class) for split in splits]
+    return reward_funcs, model, processing_class, loaded
 
 
 def _hub_id(arguments: TrainArguments) -> str | None:

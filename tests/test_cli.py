@@ -3,6 +3,7 @@ import json
 import random
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -159,12 +160,35 @@ def test_rewards_by_name_and_by_import_path(tmp_path, monkeypatch):
         (["demo", "--rollouts", "0"], "must be at least 1"),
         (["presets", "vcppo"], "Did you mean `vc_ppo`?"),
         (["env", "--verbose"], "unrecognized arguments: --verbose"),
+        # These import TRL first.
+        *(
+            pytest.param(arguments, message, marks=pytest.mark.slow)
+            for arguments, message in (
+                (["train", "--config", str(EMBEDDED_CONFIG), "--reward_funcs", "no_such.reward"], "No module named"),
+                (
+                    ["train", "--config", str(EMBEDDED_CONFIG), "--model_name_or_path", ".", "--dataset_name", "none"],
+                    "sapo-trl train: error: ",
+                ),
+                (["eval", "--model", "nowhere", "--benchmarks", "gsm9k"], "Did you mean `gsm8k`?"),
+                (["study", "run", "--config", "nowhere.yaml"], "nowhere.yaml"),
+                (["analyze", "lift", "nowhere", "--output", "never"], "there is no such folder"),
+                (["view", "nowhere"], "there is no such folder"),
+                (["plan", "--config", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
+                (["plan", "--config", str(EMBEDDED_CONFIG), "--crtic", "shared"], "crtic"),
+            )
+        ),
     ],
 )
 def test_bad_command_lines(arguments, message):
     """Through the real entry point."""
     done = subprocess.run([sys.executable, "-m", "sapo_trl.cli", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and not done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_the_installed_command_is_this_one():
+    (script,) = entry_points(group="console_scripts", name="sapo-trl")
+    assert script.load() is main
 
 
 def test_every_command_has_help(capsys):

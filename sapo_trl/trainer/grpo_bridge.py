@@ -560,6 +560,8 @@ class GRPOBridge(GRPOTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # The process that saves the model makes the folder, and another one may be here before it.
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.save_training_state(output_dir)
