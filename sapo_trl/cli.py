@@ -46,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{USAGE}\nsapo-trl: error: {argv[0]!r} is no command.{near}", file=sys.stderr)
         return 2
     module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", package=__package__)
-    return module.main(argv[1:])
+    try:
+        return module.main(argv[1:])
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
 
 
 def _help() -> str:
