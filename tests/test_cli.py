@@ -1,6 +1,8 @@
 import io
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -184,6 +186,23 @@ def test_bad_command_lines(arguments, message):
     done = subprocess.run([sys.executable, "-m", "sapo_trl.cli", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and not done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_ends_with_130(tmp_path):
+    command = [sys.executable, "-u", "-m", "sapo_trl.cli", "demo", "--output-dir", str(tmp_path / "out")]
+    run = subprocess.Popen(
+        command,
+        env={**os.environ, "SAPO_TRL_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run where it is ignored
+    )
+    assert "warm start" in run.stdout.readline()
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 130 and "Interrupted." in errors and "Traceback" not in errors
 
 
 def test_the_installed_command_is_this_one():

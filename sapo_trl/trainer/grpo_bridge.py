@@ -439,6 +439,11 @@ class GRPOBridge(GRPOTrainer):
         """Add columns about the latest rollout to the completions table: one entry for each of this process's rows."""
         for name, values in columns.items():
             self._logs["extra"][name].extend(gather_object(values))
+        # wandb refuses a table whose cells are lists of dictionaries with unequal keys, which is how TRL writes down
+        # prompts with images: the run would end at its first log.
+        prompts = [_with_plain_content(prompt) for prompt in self._logs["prompt"]]
+        self._logs["prompt"].clear()
+        self._logs["prompt"].extend(prompts)
 
     # ------------------------------------------------------- overrides of TRL
 
@@ -452,11 +457,6 @@ class GRPOBridge(GRPOTrainer):
             batch = super()._generate_and_score_completions(inputs)
         finally:
             record, self._record = self._record, None
-        # wandb refuses a table whose cells are lists of dictionaries with other keys, which is how TRL writes down
-        # prompts with images: with `log_completions` the run would end at its first log.
-        prompts = [_with_plain_content(prompt) for prompt in self._logs["prompt"]]
-        self._logs["prompt"].clear()
-        self._logs["prompt"].extend(prompts)
         return self.score_rollout(batch, record)
 
     def _tokenize_prompts(self, prompts: list):
