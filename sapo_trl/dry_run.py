@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from enum import Enum
 
 import yaml
 from datasets import Dataset, IterableDataset
@@ -74,9 +75,11 @@ def changed_settings(args: SAPOConfig) -> dict[str, object]:
         if field.default_factory is not MISSING:
             default = field.default_factory()
         value = getattr(args, field.name)
-        if value != default:
-            plain = isinstance(value, str | int | float | bool | list | dict | None)
-            changed[field.name] = value if plain and type(value).__module__ == "builtins" else str(value)
+        value = value.value if isinstance(value, Enum) else value
+        # Where the default is none, transformers puts empty lists and objects of its own.
+        filled_in = default is None and (value == [] or type(value).__module__ != "builtins")
+        if value != default and not filled_in:
+            changed[field.name] = value
     return changed
 
 

@@ -699,11 +699,14 @@ class GRPOBridge(GRPOTrainer):
         And in the dtypes that it is trained in: PEFT loads adapters in float32, where TRL trains those on a quantized
         base in bfloat16.
         """
-        policy, missing = self.accelerator.unwrap_model(self.model), []
+        policy, missing, warnings = self.accelerator.unwrap_model(self.model), [], []
         dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters() if parameter.requires_grad}
         handle = policy.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys))
         try:
-            yield
+            with _held_back(
+                "transformers.trainer", ("There were missing keys", "There were unexpected keys"), warnings
+            ):
+                yield
         finally:
             handle.remove()
         for name, parameter in policy.named_parameters():
@@ -712,6 +715,9 @@ class GRPOBridge(GRPOTrainer):
         if missing and isinstance(policy, PreTrainedModel) and not self.is_fsdp_enabled:
             logger.info("Loading %d weights that %s holds under other names.", len(missing), folder)
             policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
+            return
+        for warning in warnings:
+            logging.getLogger(warning.name).handle(warning)
 
     def _by_length(self, batches: list[Batch]) -> list[Batch]:
         """Micro-batches of a rollout, their rows exchanged within each optimizer step so that like lengths meet."""
@@ -825,6 +831,24 @@ class GRPOBridge(GRPOTrainer):
         else:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.beta = self.args.beta
+
+
+@contextlib.contextmanager
+def _held_back(name: str, beginnings: tuple[str, ...], records: list[logging.LogRecord]) -> Iterator[None]:
+    """What a logger says with one of these beginnings is put into `records` instead."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        held = record.getMessage().startswith(beginnings)
+        if held:
+            records.append(record)
+        return not held
+
+    named = logging.getLogger(name)
+    named.addFilter(keep)
+    try:
+        yield
+    finally:
+        named.removeFilter(keep)
 
 
 @contextlib.contextmanager
