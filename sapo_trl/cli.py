@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except yaml.YAMLError as error:  # of any file that a command reads
         print(f"sapo-trl {argv[0]}: error: --config: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
 
 
 def _help() -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from enum import Enum
 
 import yaml
 from datasets import Dataset, IterableDataset
@@ -35,7 +38,8 @@ def show_dry_run(trainer: SAPOTrainer, console: Console | None = None) -> None:
     console = console or Console()
     example = _FirstRollout()
     trainer.add_callback(example)
-    trainer.evaluate(_some_prompts(trainer))
+    with _whole_groups(trainer):
+        trainer.evaluate(_some_prompts(trainer))
     trainer.remove_callback(example)
     if not trainer.is_world_process_zero():
         return
@@ -71,9 +75,11 @@ def changed_settings(args: SAPOConfig) -> dict[str, object]:
         if field.default_factory is not MISSING:
             default = field.default_factory()
         value = getattr(args, field.name)
-        if value != default:
-            plain = isinstance(value, str | int | float | bool | list | dict | None)
-            changed[field.name] = value if plain and type(value).__module__ == "builtins" else str(value)
+        value = value.value if isinstance(value, Enum) else value
+        # Where the default is none, transformers puts empty lists and objects of its own.
+        filled_in = default is None and (value == [] or type(value).__module__ != "builtins")
+        if value != default and not filled_in:
+            changed[field.name] = value
     return changed
 
 
@@ -103,9 +109,22 @@ def batch_arithmetic(trainer: SAPOTrainer) -> dict[str, int | str]:
     return numbers
 
 
+@contextlib.contextmanager
+def _whole_groups(trainer: SAPOTrainer) -> Iterator[None]:
+    """An evaluation's batch as large as all responses to one prompt, or a multiple: TRL compares them."""
+    before = trainer.args.per_device_eval_batch_size
+    if before * trainer.args.world_size % trainer.num_generations_eval:
+        trainer.args.per_device_eval_batch_size = trainer.num_generations_eval
+    try:
+        yield
+    finally:
+        trainer.args.per_device_eval_batch_size = before
+
+
 def _some_prompts(trainer: SAPOTrainer) -> Dataset:
     """As many prompts as an evaluation's batch takes, the first ones."""
-    dataset, number = trainer.train_dataset, trainer.args.per_device_eval_batch_size * trainer.args.world_size
+    responses = trainer.args.per_device_eval_batch_size * trainer.args.world_size
+    dataset, number = trainer.train_dataset, responses // trainer.num_generations_eval
     if isinstance(dataset, IterableDataset):
         return Dataset.from_list(list(dataset.take(number)))
     return dataset.select(range(min(number, len(dataset))))

@@ -6,6 +6,8 @@ import logging
 import signal
 from types import FrameType
 
+import torch
+from accelerate.utils import gather
 from transformers import TrainerCallback
 
 
@@ -18,7 +20,8 @@ EXIT_CODE = 75
 class StopOnSignal(TrainerCallback):
     """
     On SIGTERM (what cluster schedulers send before they kill) saves a checkpoint after the current optimizer step and
-    ends training. Resume with `resume_from_checkpoint=True`. To be made in the main thread.
+    ends training. Resume with `resume_from_checkpoint=True`. To be made in the main thread, in every process: it is
+    enough that one of them receives the signal.
 
     Args:
         signals (`tuple[int, ...]`, *optional*, defaults to `(signal.SIGTERM,)`): which signals to act on.
@@ -37,15 +40,20 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM,)):
         self.received: int | None = None
+        self._own: int | None = None
         self._previous = {number: signal.signal(number, self._receive) for number in signals}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self._own is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: at once
         logger.warning("%s received: a checkpoint follows after this step.", signal.Signals(number).name)
-        self.received = number
+        self.received = self._own = number
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            # A signal reaches some processes before this step's end and others after it: all must stop at the same.
+            number = torch.tensor([self._own or 0], device=args.device)
+            self.received = int(gather(number).max()) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 

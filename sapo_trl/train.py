@@ -4,18 +4,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import rich
-from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from .callbacks import SegmentationCallback
 from .config import SAPOConfig
 from .data import (
     FORMATS,
@@ -34,6 +34,7 @@ from .data.own_columns import check_roles
 from .data.templates import template_text
 from .dry_run import show_dry_run
 from .embedded import default_cache_dir, load_processor, make_problems, warm_start
+from .launch import check_launched, launch
 from .progress import show_progress
 from .reward_lookup import find_reward
 from .run_arguments import parse_run
@@ -90,6 +91,9 @@ class TrainArguments:
             [`~sapo_trl.reward_lookup.find_reward`].
         reward_settings (`dict[str, dict]`, *optional*):
             Arguments of reward functions, by their names in `reward_funcs`: `{numeric_reward: {rel_tol: 0.01}}`.
+        record_every (`int`, *optional*):
+            Write the segmented responses of every so many rollouts to `OUTPUT_DIR/segments`, for `sapo-trl view` and
+            `sapo-trl analyze`. By default none.
     """
 
     dataset_name: str = field(default=EMBEDDED, metadata={"help": "'embedded', a hub id, a file or a folder."})
@@ -127,6 +131,10 @@ class TrainArguments:
         default=None,
         metadata={"help": 'Arguments of reward functions, as in \'{"numeric_reward": {"rel_tol": 0.01}}\'.'},
     )
+    record_every: int | None = field(
+        default=None,
+        metadata={"help": "Record the responses of every so many rollouts, for `sapo-trl view` and `analyze`."},
+    )
 
     def __post_init__(self):
         # Every mistake that can be seen without data shows at once.
@@ -154,6 +162,8 @@ class TrainArguments:
         template_text(self.prompt_template)
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"`max_prompt_length` must be at least 1, got {self.max_prompt_length}.")
+        if self.record_every is not None and self.record_every < 1:
+            raise ValueError(f"`record_every` must be at least 1, got {self.record_every}.")
         _ = self.image_limits
 
     @property
@@ -164,19 +174,73 @@ class TrainArguments:
 
 def main(argv: Sequence[str]) -> int:
     """
-    Train with the settings of a file and of the command line, and save. Returns the exit code: 75 if a signal ended
-    training with a checkpoint.
+    Train with the settings of a file and of the command line, and save. Returns the exit code: 0; 2 if settings, data
+    or a reward function are not what they should be; 75 if a signal ended training with a checkpoint.
     """
     request = parse_run(argv, TrainArguments, SAPOConfig, ModelConfig)
     if request.launch:
-        launched = ["-m", "sapo_trl.cli", "train", *request.arguments]
-        launch_command(launch_command_parser().parse_args([*request.launch, *launched]))
-        return 0
+        return launch(request.launch, ["train", *request.arguments])
     arguments, training_args, model_args = request.settings
     if model_args.model_name_or_path is None:
         wanted = "--model_name_or_path is required: 'embedded', a local path or a hub id"
         print(f"sapo-trl train: error: {wanted}", file=sys.stderr)
         return 2
+    try:
+        check_launched(training_args.world_size)
+        reward_funcs, model, processing_class, loaded = _load(arguments, training_args, model_args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sapo-trl train: error: {error}", file=sys.stderr)
+        return 2
+    train_dataset = loaded[0][0]
+    eval_dataset = loaded[1][0] if len(loaded) > 1 else None
+    reports = [report for _, report in loaded if report is not None]
+    if training_args.should_save and reports and not arguments.streaming:
+        rich.print(*reports, sep="\n")
+        save_reports(reports, Path(training_args.output_dir) / "data_report.json")
+    callbacks = []
+    if arguments.record_every is not None:
+        folder = Path(training_args.output_dir) / "segments"
+        callbacks.append(SegmentationCallback(folder, every=arguments.record_every))
+    trainer = SAPOTrainer(
+        model,
+        reward_funcs,
+        training_args,
+        train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processing_class,
+        callbacks=callbacks,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if request.dry_run:
+        show_dry_run(trainer)
+        return 0
+    stop = StopOnSignal((signal.SIGTERM, signal.SIGINT))
+    trainer.add_callback(stop)
+    show_progress(trainer)
+    trainer.train(resume_from_checkpoint=_checkpoint(training_args))
+    if training_args.should_save and reports and arguments.streaming:  # only now they have been read
+        rich.print(*reports, sep="\n")
+        save_reports(reports, Path(training_args.output_dir) / "data_report.json")
+    if stop.received is not None:
+        trainer.accelerator.print(f"Stopped by a signal; resume from {training_args.output_dir}")
+        trainer.accelerator.end_training()
+        return StopOnSignal.EXIT_CODE
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()  # the log: learning curves for `sapo-trl view`
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=_hub_id(arguments))
+    else:
+        trainer.create_model_card(dataset_name=_hub_id(arguments))
+    trainer.accelerator.end_training()
+    return 0
+
+
+def _load(
+    arguments: TrainArguments, training_args: SAPOConfig, model_args: ModelConfig
+) -> tuple[list[Callable], str, PreTrainedTokenizerBase | ProcessorMixin, list[tuple]]:
+    """The reward functions, the model's folder or name, its processor, and [`load_prompts`] of each split."""
     # What needs no model first, so that a mistake shows at once.
     reward_funcs = [find_reward(name, arguments.reward_settings.get(name)) for name in arguments.reward_funcs]
     training_args.model_init_kwargs = {
@@ -197,42 +261,13 @@ def main(argv: Sequence[str]) -> int:
         splits.append(arguments.dataset_test_split)
     with training_args.main_process_first(desc="preparing data"):  # the others read what it has cached
         loaded = [load_prompts(arguments, split, training_args.seed, processing_class) for split in splits]
-    train_dataset = loaded[0][0]
-    eval_dataset = loaded[1][0] if len(loaded) > 1 else None
-    reports = [report for _, report in loaded if report is not None]
-    if training_args.should_save and reports and not arguments.streaming:
-        rich.print(*reports, sep="\n")
-        save_reports(reports, Path(training_args.output_dir) / "data_report.json")
-    trainer = SAPOTrainer(
-        model,
-        reward_funcs,
-        training_args,
-        train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processing_class,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    if request.dry_run:
-        show_dry_run(trainer)
-        return 0
-    stop = StopOnSignal((signal.SIGTERM, signal.SIGINT))
-    trainer.add_callback(stop)
-    show_progress(trainer)
-    trainer.train(resume_from_checkpoint=_checkpoint(training_args))
-    if training_args.should_save and reports and arguments.streaming:  # only now they have been read
-        rich.print(*reports, sep="\n")
-        save_reports(reports, Path(training_args.output_dir) / "data_report.json")
-    if stop.received is not None:
-        trainer.accelerator.print(f"Stopped by a signal; resume from {training_args.output_dir}")
-        trainer.accelerator.end_training()
-        return StopOnSignal.EXIT_CODE
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.dataset_name)
-    trainer.accelerator.end_training()
-    return 0
+    return reward_funcs, model, processing_class, loaded
+
+
+def _hub_id(arguments: TrainArguments) -> str | None:
+    """What the model card may link to: a data set of the hub, not a path of this machine."""
+    local = arguments.dataset_name == EMBEDDED or Path(arguments.dataset_name).exists()
+    return None if local else arguments.dataset_name
 
 
 def _from_command_line(value: Any) -> Any:

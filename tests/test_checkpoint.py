@@ -1,5 +1,7 @@
 """What a run saves, and that it can be taken up again."""
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -101,6 +103,19 @@ class TestResume:
     def test_four_steps_are_two_and_two_more(self, family, critic, tmp_path):
         """Bit for bit, generation included, where a rollout begins (here: every two steps)."""
         self.check(family, tmp_path, critic=critic)
+
+    @pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+    def test_weights_that_are_found_under_other_names_are_not_called_missing(self, family, tmp_path):
+        self.run(family, tmp_path, steps=2)
+        records = []
+        handler = logging.Handler()
+        handler.emit = records.append
+        logging.getLogger("transformers.trainer").addHandler(handler)
+        try:
+            self.run(family, tmp_path, resume=tmp_path / "checkpoint-2", steps=3)
+        finally:
+            logging.getLogger("transformers.trainer").removeHandler(handler)
+        assert not [record.getMessage() for record in records if "keys in the checkpoint" in record.getMessage()]
 
     @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
     def test_the_same_with_an_adapter(self, family, tmp_path):

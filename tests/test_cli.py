@@ -1,8 +1,11 @@
 import io
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -230,12 +233,52 @@ def test_length_is_shaped_from_yaml(tokenizer, tmp_path):
         (["demo", "--rollouts", "0"], "must be at least 1"),
         (["presets", "vcppo"], "Did you mean `vc_ppo`?"),
         (["env", "--verbose"], "unrecognized arguments: --verbose"),
+        # These import TRL first.
+        *(
+            pytest.param(arguments, message, marks=pytest.mark.slow)
+            for arguments, message in (
+                (["train", "--config", str(EMBEDDED_CONFIG), "--reward_funcs", "no_such.reward"], "No module named"),
+                (
+                    ["train", "--config", str(EMBEDDED_CONFIG), "--model_name_or_path", ".", "--dataset_name", "none"],
+                    "sapo-trl train: error: ",
+                ),
+                (["eval", "--model", "nowhere", "--benchmarks", "gsm9k"], "Did you mean `gsm8k`?"),
+                (["study", "run", "--config", "nowhere.yaml"], "nowhere.yaml"),
+                (["analyze", "lift", "nowhere", "--output", "never"], "there is no such folder"),
+                (["view", "nowhere"], "there is no such folder"),
+                (["plan", "--config", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
+                (["plan", "--config", str(EMBEDDED_CONFIG), "--crtic", "shared"], "crtic"),
+            )
+        ),
     ],
 )
 def test_bad_command_lines(arguments, message):
     """Through the real entry point."""
     done = subprocess.run([sys.executable, "-m", "sapo_trl.cli", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and not done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_ends_with_130(tmp_path):
+    command = [sys.executable, "-u", "-m", "sapo_trl.cli", "demo", "--output-dir", str(tmp_path / "out")]
+    run = subprocess.Popen(
+        command,
+        env={**os.environ, "SAPO_TRL_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run where it is ignored
+    )
+    assert "warm start" in run.stdout.readline()
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 130 and "Interrupted." in errors and "Traceback" not in errors
+
+
+def test_the_installed_command_is_this_one():
+    (script,) = entry_points(group="console_scripts", name="sapo-trl")
+    assert script.load() is main
 
 
 def test_every_command_has_help(capsys):

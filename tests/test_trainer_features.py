@@ -849,6 +849,46 @@ class TestLogs:
             assert max(map(abs, expected)) > 0.1  # GRPO's would be 0 with one generation per prompt
 
     @TEXT_FAMILY
+    def test_completions_table_has_the_segments(self, family, tmp_path):
+        recorder = Recorder()
+        trainer = sapo_trainer(
+            family,
+            tmp_path,
+            max_steps=4,
+            log_completions=True,
+            num_completions_to_print=1,
+            trainer_kwargs={
+                "callbacks": [recorder],
+                # The first response has no reward, the others a token that a tool wrote.
+                "reward_funcs": lambda completions, **kwargs: [None, 0.0, 1.0, 0.5],
+                "rollout_func": fixed_rollout(
+                    random_completions(5, min_length=4),
+                    env_mask=lambda prompts, completions: [[1, 0] + [1] * (len(row) - 2) for row in completions],
+                ),
+            },
+        )
+        trainer.train()
+        decode = family.tokenizer.decode
+        for rollout, step in zip(recorder.rollouts, (1, 3), strict=True):
+            table = pd.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+            assert table["segments/text"][0] == "" and len(table["segments/advantages"][0]) == 0
+            for row in range(1, 4):
+                pieces, means = {}, {}
+                for token, segment, advantage in zip(
+                    rollout.completion_ids[row].tolist(),
+                    rollout.segments.ids[row].tolist(),
+                    rollout.advantages[row].tolist(),
+                    strict=True,
+                ):
+                    if segment >= 0:
+                        pieces.setdefault(segment, []).append(token)
+                        means.setdefault(segment, []).append(advantage)
+                assert len(pieces) > 1
+                assert table["segments/text"][row] == "│".join(decode(ids) for ids in pieces.values())
+                expected = [sum(values) / len(values) for values in means.values()]
+                assert table["segments/advantages"][row] == pytest.approx(expected, abs=1e-4)
+
+    @TEXT_FAMILY
     def test_completions_table_after_a_smaller_evaluation_batch(self, family, tmp_path):
         """TRL's table keeps as many rows as a rollout has: the older ones keep their advantages."""
         recorder = Recorder()

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -434,6 +435,16 @@ class GRPOBridge(GRPOTrainer):
             logged.pop()
         logged.extend(advantages)
 
+    def add_to_completions_table(self, columns: dict[str, list]) -> None:
+        """Add columns about the latest rollout to the completions table: one entry for each of this process's rows."""
+        for name, values in columns.items():
+            self._logs["extra"][name].extend(gather_object(values))
+        # wandb refuses a table whose cells are lists of dictionaries with unequal keys, which is how TRL writes down
+        # prompts with images: the run would end at its first log.
+        prompts = [_with_plain_content(prompt) for prompt in self._logs["prompt"]]
+        self._logs["prompt"].clear()
+        self._logs["prompt"].extend(prompts)
+
     # ------------------------------------------------------- overrides of TRL
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
@@ -549,6 +560,8 @@ class GRPOBridge(GRPOTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # The process that saves the model makes the folder, and another one may be here before it.
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.save_training_state(output_dir)
@@ -686,11 +699,14 @@ class GRPOBridge(GRPOTrainer):
         And in the dtypes that it is trained in: PEFT loads adapters in float32, where TRL trains those on a quantized
         base in bfloat16.
         """
-        policy, missing = self.accelerator.unwrap_model(self.model), []
+        policy, missing, warnings = self.accelerator.unwrap_model(self.model), [], []
         dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters() if parameter.requires_grad}
         handle = policy.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys))
         try:
-            yield
+            with _held_back(
+                "transformers.trainer", ("There were missing keys", "There were unexpected keys"), warnings
+            ):
+                yield
         finally:
             handle.remove()
         for name, parameter in policy.named_parameters():
@@ -699,6 +715,9 @@ class GRPOBridge(GRPOTrainer):
         if missing and isinstance(policy, PreTrainedModel) and not self.is_fsdp_enabled:
             logger.info("Loading %d weights that %s holds under other names.", len(missing), folder)
             policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
+            return
+        for warning in warnings:
+            logging.getLogger(warning.name).handle(warning)
 
     def _by_length(self, batches: list[Batch]) -> list[Batch]:
         """Micro-batches of a rollout, their rows exchanged within each optimizer step so that like lengths meet."""
@@ -815,6 +834,24 @@ class GRPOBridge(GRPOTrainer):
 
 
 @contextlib.contextmanager
+def _held_back(name: str, beginnings: tuple[str, ...], records: list[logging.LogRecord]) -> Iterator[None]:
+    """What a logger says with one of these beginnings is put into `records` instead."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        held = record.getMessage().startswith(beginnings)
+        if held:
+            records.append(record)
+        return not held
+
+    named = logging.getLogger(name)
+    named.addFilter(keep)
+    try:
+        yield
+    finally:
+        named.removeFilter(keep)
+
+
+@contextlib.contextmanager
 def _whole_lm_head(model: Callable) -> Iterator[None]:
     """
     Under FSDP2: put the LM head together before a forward, as FSDP2 does with modules that are called.
@@ -894,6 +931,18 @@ def _prompts_of(inputs: list[dict[str, Any]]) -> list:
     if not any(images):
         return prompts
     return [prepare_multimodal_messages(prompt, images=row) for prompt, row in zip(prompts, images, strict=True)]
+
+
+def _with_plain_content(prompt: Any) -> Any:
+    """A conversation whose messages hold text, `[IMAGE]` for an image; plain text as it is."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**message, "content": "".join(part.get("text", f"[{part['type'].upper()}]") for part in message["content"])}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
 
 
 def _with_image_lists(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

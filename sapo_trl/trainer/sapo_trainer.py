@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ..advantages import leave_one_out_advantages, length_adaptive_lam, masked_whiten, segment_gae
 from ..callbacks import RolloutCallback, SegmentationCallback, SegmentedRollout
+from ..completions_table import segment_columns
 from ..config import SAPOConfig
 from ..config_checks import TRL_LOSS_TYPES
 from ..losses import (
@@ -29,6 +30,7 @@ from ..losses import (
     soft_adaptive_policy_loss,
 )
 from ..metrics import MetricAccumulator, explained_variance
+from ..model_card import complete_model_card
 from ..reward_calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler, monte_carlo_values
@@ -558,6 +560,8 @@ class SAPOTrainer(GRPOBridge):
             callback.on_rollout(self.args, self.state, self.control, rollout, self._accumulator)
         mean_advantages = rollout.advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         self.replace_logged_advantages(self.accelerator.gather(mean_advantages).tolist())
+        if self.args.log_completions:
+            self.add_to_completions_table(segment_columns(rollout))
         self.add_to_log({f"time/{stage}": spent for stage, spent in seconds.items()})
         self.add_to_log(self._accumulator.flush(self.accelerator))
 
@@ -816,6 +820,20 @@ class SAPOTrainer(GRPOBridge):
         if self.critic is not None:
             self.critic.save_weights(Path(output_dir or self.args.output_dir) / CRITIC_FOLDER)
         super().save_model(output_dir, _internal_call)
+        own_folder = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        if own_folder and not _internal_call and not self.args.push_to_hub:  # pushing writes it
+            self.create_model_card()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's model card, completed with the algorithm, its settings and the last logged results."""
+        folder = Path(self.args.output_dir)
+        model_id = self.args.hub_model_id or str(folder)
+        super().create_model_card(model_name or model_id.split("/")[-1], dataset_name, tags)
+        if self.is_world_process_zero():
+            takes_images = isinstance(self.processing_class, ProcessorMixin)
+            complete_model_card(folder / "README.md", self.args, self.state.log_history, model_id, takes_images)
 
     def save_training_state(self, folder: str) -> None:
         if self.critic is not None:

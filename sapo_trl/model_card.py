@@ -1,0 +1,170 @@
+"""The model card: TRL's, with what was trained, how, and what the log said last."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from .config import SAPOConfig
+from .preset_table import default_settings
+from .presets import PRESETS, preset_settings
+
+
+DEFAULTS = "SAPOConfig's defaults"
+
+# Of all settings, those that a reader asks for first.
+_SETTINGS = (
+    "segmentation",
+    "top_percent",
+    "critic",
+    "value_state",
+    "gamma",
+    "lam",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "beta",
+    "learning_rate",
+    "critic_learning_rate",
+    "num_mini_batches",
+    "num_generations",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_completion_length",
+    "temperature",
+    "seed",
+)
+_RESULTS = (
+    r"(eval_)?reward|(eval_)?rewards/.+/mean|(eval_)?entropy|(eval_)?completions/mean_length|segments/count"
+    r"|value/explained_variance|value_loss|kl"
+)
+
+_QUICK_START = {
+    "text-generation": '{"role": "user", "content": "What is 12 + 30?"}',
+    "image-text-to-text": '{"role": "user", "content": [{"type": "image", "path": "figure.png"}, '
+    '{"type": "text", "text": "Find $x$."}]}',
+}
+
+
+@dataclass(frozen=True)
+class ClosestPreset:
+    """
+    The algorithm of a configuration, by the preset that it shares most with.
+
+    Args:
+        name (`str`): a preset, or [`DEFAULTS`].
+        differences (`dict[str, Any]`): the configuration's settings of the algorithm that are not the preset's.
+    """
+
+    name: str
+    differences: dict[str, Any]
+
+
+def closest_preset(args: SAPOConfig) -> ClosestPreset:
+    """Which preset a configuration is, or is nearest to. The number of responses per prompt is no part of it."""
+    defaults = default_settings()
+    del defaults["num_generations"]
+    candidates = {DEFAULTS: defaults}
+    for name in PRESETS:
+        settings = preset_settings(name)
+        candidates[name] = {setting: settings.get(setting, default) for setting, default in defaults.items()}
+    found = [
+        ClosestPreset(name, {s: getattr(args, s) for s, value in settings.items() if getattr(args, s) != value})
+        for name, settings in candidates.items()
+    ]
+    return min(found, key=lambda candidate: len(candidate.differences))
+
+
+def complete_model_card(
+    path: Path, args: SAPOConfig, log_history: list[dict[str, float]], model_id: str, takes_images: bool
+) -> None:
+    """
+    Say in a card that TRL has written what was trained.
+
+    Args:
+        path (`Path`): the card.
+        args ([`SAPOConfig`]): of the run.
+        log_history (`list[dict[str, float]]`): the trainer's log.
+        model_id (`str`): what the model is loaded by: hub id or folder.
+        takes_images (`bool`): whether it is an image-text model.
+    """
+    card = ModelCard.load(path)
+    text = card.text
+    for pattern, replacement in (
+        (r"(?<=## Quick start\n).*?(?=## Training procedure)", _quick_start(model_id, takes_images)),
+        (r"This model was trained with [^\n]*", f"{_method(args)}\n\n{_settings(args)}\n\n{_results(log_history)}"),
+        (r"(?=- TRL: )", f"- sapo_trl: {version('sapo_trl')}\n"),
+    ):
+        # As functions, because settings may hold backslashes.
+        text, replaced = re.subn(pattern, lambda _, by=replacement: by, text, count=1, flags=re.DOTALL)
+        if not replaced:
+            text += f"\n{replacement}\n"
+    # What TRL makes of a base model that is a folder.
+    card.text = text.replace("[None](https://huggingface.co/None)", "a model that is not on the Hub")
+    card.save(path)
+
+
+def _quick_start(model_id: str, takes_images: bool) -> str:
+    task = "image-text-to-text" if takes_images else "text-generation"
+    argument = "text=" if takes_images else ""
+    return f"""
+```python
+from transformers import pipeline
+
+generator = pipeline("{task}", model="{model_id}", device_map="auto")
+messages = [{_QUICK_START[task]}]
+print(generator({argument}messages, max_new_tokens=512, return_full_text=False)[0]["generated_text"])
+```
+
+"""
+
+
+def _method(args: SAPOConfig) -> str:
+    closest = closest_preset(args)
+    if closest.name == DEFAULTS:
+        algorithm = f"{DEFAULTS} (Segment-Aligned Policy Optimization, with the stabilisers of its official code)"
+    else:
+        preset = PRESETS[closest.name]
+        algorithm = f"the preset `{closest.name}` ({preset.summary}; {preset.source})"
+    if closest.differences:
+        changed = ", ".join(f"`{name}={value!r}`" for name, value in closest.differences.items())
+        algorithm += f", but for {changed}"
+    return (
+        f"This model was trained by the `SAPOTrainer` of sapo_trl with {algorithm}.\n\n"
+        "> SAPO here is **Segment-Aligned** Policy Optimization "
+        "([arXiv 2605.01327](https://huggingface.co/papers/2605.01327)), not Qwen's *Soft Adaptive* Policy "
+        "Optimization ([arXiv 2511.20347](https://huggingface.co/papers/2511.20347)), which TRL's "
+        '`loss_type="sapo"` selects.'
+    )
+
+
+def _settings(args: SAPOConfig) -> str:
+    rows = [(name, getattr(args, name)) for name in _SETTINGS]
+    if args.segmentation != "entropy":
+        rows = [row for row in rows if row[0] != "top_percent"]
+    return "### Settings\n\n" + _table(("Setting", "Value"), [(f"`{name}`", f"`{value}`") for name, value in rows])
+
+
+def _results(log_history: list[dict[str, float]]) -> str:
+    latest: dict[str, tuple[float, int]] = {}
+    for entry in log_history:
+        for name, value in entry.items():
+            if re.fullmatch(_RESULTS, name) and isinstance(value, int | float):
+                latest[name] = (value, int(entry.get("step", 0)))
+    if not latest:
+        return "### Results\n\nNothing was logged."
+    rows = [(f"`{name}`", f"{value:.4g}", str(step)) for name, (value, step) in sorted(latest.items())]
+    return (
+        "### Results\n\nThe last logged values. Those without `eval_` are means over responses to training prompts: "
+        f"no evaluation.\n\n{_table(('Metric', 'Value', 'Step'), rows)}"
+    )
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
