@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from .config import SAPOConfig
 from .preset_table import default_settings
 from .presets import PRESETS, preset_settings
+from .segmentation import Segmenter
 
 
 DEFAULTS = "SAPOConfig's defaults"
@@ -81,7 +82,12 @@ def closest_preset(args: SAPOConfig) -> ClosestPreset:
 
 
 def complete_model_card(
-    path: Path, args: SAPOConfig, log_history: list[dict[str, float]], model_id: str, takes_images: bool
+    path: Path,
+    args: SAPOConfig,
+    log_history: list[dict[str, float]],
+    model_id: str,
+    takes_images: bool,
+    segmenter: Segmenter | None = None,
 ) -> None:
     """
     Say in a card that TRL has written what was trained.
@@ -90,14 +96,16 @@ def complete_model_card(
         path (`Path`): the card.
         args ([`SAPOConfig`]): of the run.
         log_history (`list[dict[str, float]]`): the trainer's log.
-        model_id (`str`): what the model is loaded by: hub id or folder.
+        model_id (`str`): hub id, or name of the folder.
         takes_images (`bool`): whether it is an image-text model.
+        segmenter ([`Segmenter`], *optional*): one that the configuration does not know.
     """
     card = ModelCard.load(path)
     text = card.text
+    run = f"{_method(args, segmenter)}\n\n{_settings(args)}\n\n{_results(log_history)}"
     for pattern, replacement in (
         (r"(?<=## Quick start\n).*?(?=## Training procedure)", _quick_start(model_id, takes_images)),
-        (r"This model was trained with [^\n]*", f"{_method(args)}\n\n{_settings(args)}\n\n{_results(log_history)}"),
+        (r"This model was trained with [^\n]*", run),
         (r"(?=- TRL: )", f"- sapo_trl: {version('sapo_trl')}\n"),
     ):
         # As functions, because settings may hold backslashes.
@@ -124,7 +132,7 @@ print(generator({argument}messages, max_new_tokens=512, return_full_text=False)[
 """
 
 
-def _method(args: SAPOConfig) -> str:
+def _method(args: SAPOConfig, segmenter: Segmenter | None) -> str:
     closest = closest_preset(args)
     if closest.name == DEFAULTS:
         algorithm = f"{DEFAULTS} (Segment-Aligned Policy Optimization, with the stabilisers of its official code)"
@@ -134,6 +142,8 @@ def _method(args: SAPOConfig) -> str:
     if closest.differences:
         changed = ", ".join(f"`{name}={value!r}`" for name, value in closest.differences.items())
         algorithm += f", but for {changed}"
+    if segmenter is not None:
+        algorithm += f", cutting responses with `{getattr(segmenter, '__name__', type(segmenter).__name__)}`"
     return (
         f"This model was trained by the `SAPOTrainer` of sapo_trl with {algorithm}.\n\n"
         "> SAPO here is **Segment-Aligned** Policy Optimization "

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from sapo_trl import PRESETS, SAPOConfig
+from sapo_trl import PRESETS, SAPOConfig, Segments
 from sapo_trl.embedded import build_model, build_processor
 from sapo_trl.model_card import DEFAULTS, closest_preset
 
@@ -66,10 +66,13 @@ def test_the_card_of_a_run(family, tmp_path):
 
 def test_another_algorithm_is_not_called_sapo(tokenizer, tmp_path):
     settings = {**PRESETS["vc_ppo"].settings, "lam": 0.5}
-    trainer = sapo_trainer(FAMILIES["qwen2"](tokenizer), tmp_path, **settings)
+    kwargs = {"segmenter": lambda entropies, mask: Segments.from_last_tokens(mask, mask)}
+    trainer = sapo_trainer(FAMILIES["qwen2"](tokenizer), tmp_path, trainer_kwargs=kwargs, **settings)
     trainer.create_model_card(dataset_name="hiyouga/geometry3k")
     card = ModelCard.load(tmp_path / "README.md")
-    assert "with the preset `vc_ppo`" in card.text and "but for `lam=0.5`" in card.text
+    assert (
+        "with the preset `vc_ppo`" in card.text and "but for `lam=0.5`, cutting responses with `<lambda>`" in card.text
+    )
     assert "a method introduced in" not in card.text
     assert "Nothing was logged" in card.text
     assert card.data.datasets == "hiyouga/geometry3k"

@@ -75,6 +75,7 @@ OVERRIDDEN = {
     "training_step",
     "create_scheduler",
     "save_model",
+    "create_model_card",
 }
 
 
@@ -151,6 +152,7 @@ class TestNames:
             Trainer.create_scheduler: ["self", "num_training_steps"],
             Trainer.save_model: ["self", "output_dir", "_internal_call"],
             Trainer.get_decay_parameter_names: ["self", "model"],
+            GRPOTrainer.create_model_card: ["self", "model_name", "dataset_name", "tags"],
             GRPOTrainer.training_step: ["self", "model", "inputs", "num_items_in_batch"],
         }
         for function, names in expected.items():

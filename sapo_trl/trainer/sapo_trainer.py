@@ -195,6 +195,7 @@ class SAPOTrainer(GRPOBridge):
         for dataset in (train_dataset, *datasets_of(kwargs.get("eval_dataset")).values()):
             check_images(dataset, self.processing_class, self.model, self.chat_template_kwargs)
         self.segmenter: Segmenter = segmenter if segmenter is not None else make_segmenter(args)
+        self._segmenter_is_configured = segmenter is None
         self._segmenter_inputs = accepted_inputs(self.segmenter)
         self.token_weighting = token_weighting
         if token_weighting is None and args.advantage_weighting == "role_aware":
@@ -829,11 +830,17 @@ class SAPOTrainer(GRPOBridge):
     ) -> None:
         """TRL's model card, completed with the algorithm, its settings and the last logged results."""
         folder = Path(self.args.output_dir)
-        model_id = self.args.hub_model_id or str(folder)
+        model_id = self.args.hub_model_id or folder.name
         super().create_model_card(model_name or model_id.split("/")[-1], dataset_name, tags)
         if self.is_world_process_zero():
-            takes_images = isinstance(self.processing_class, ProcessorMixin)
-            complete_model_card(folder / "README.md", self.args, self.state.log_history, model_id, takes_images)
+            complete_model_card(
+                folder / "README.md",
+                self.args,
+                self.state.log_history,
+                model_id,
+                takes_images=isinstance(self.processing_class, ProcessorMixin),
+                segmenter=None if self._segmenter_is_configured else self.segmenter,
+            )
 
     def save_training_state(self, folder: str) -> None:
         if self.critic is not None:
