@@ -81,8 +81,12 @@ def test_train_saves_a_model_that_loads(model_folder, tmp_path, capsys):
         ["train", "--config", str(EMBEDDED_CONFIG), "--model_name_or_path", model_folder]
         + ["--output_dir", str(output_dir), "--embedded_problems", "8", "--max_completion_length", "4"]
         + ["--per_device_train_batch_size", "2", "--num_mini_batches", "2", "--max_steps", "2"]
+        + ["--record_every", "1"]
     )
     assert code == 0
+    # What `sapo-trl view` reads, and the card.
+    assert (output_dir / "segments" / "segments_000000_000.parquet").is_file()
+    assert (output_dir / "trainer_state.json").is_file() and "2605.01327" in (output_dir / "README.md").read_text()
     assert str(output_dir) in capsys.readouterr().out
     model = AutoModelForImageTextToText.from_pretrained(output_dir)
     assert AutoProcessor.from_pretrained(output_dir).image_token == "<|image_pad|>"

@@ -255,6 +255,7 @@ class TestSettings:
             ({"columns": {"problem": "q"}, "dataset_format": "math"}, "Either `dataset_format` or `columns`"),
             ({"min_pixels": 900, "max_pixels": 800}, "must not exceed"),
             ({"max_prompt_length": 0}, "`max_prompt_length` must be at least 1"),
+            ({"record_every": 0}, "`record_every` must be at least 1"),
         ],
     )
     def test_mistakes_show_before_data_is_loaded(self, settings, message):

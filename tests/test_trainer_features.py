@@ -952,7 +952,7 @@ class TestLogs:
         assert json.loads((tmp_path / "train_results.json").read_text()) == {"train_loss": 0.5}
 
     @TEXT_FAMILY
-    def test_model_card_cites_the_paper(self, family, tmp_path):
+    def test_a_checkpoint_comes_with_the_model_card(self, family, tmp_path):
         trainer = sapo_trainer(family, tmp_path, save_strategy="steps", save_steps=2)
         trainer.train()
         card = (tmp_path / "README.md").read_text()
@@ -960,6 +960,7 @@ class TestLogs:
         assert "- sapo" in card and "- trl" in card
         citations = card[card.index("## Citations") :]
         assert "gao2026segment" in citations and "2511.20347" not in citations  # Qwen's SAPO is another one
+        assert "| `value_loss` |" in card
 
 
 class TestEvaluation:
