@@ -135,7 +135,7 @@ def log_ratio(
     return _token_log_ratio(logps, old_logps, clamp)
 
 
-def _token_log_ratio(logps: torch.Tensor, old_logps: torch.Tensor, clamp: float) -> torch.Tensor:
+def _token_log_ratio(logps: torch.Tensor, old_logps: torch.Tensor, clamp: float = 20.0) -> torch.Tensor:
     dtype = accumulation_dtype(logps, old_logps)
     return torch.clamp(logps.to(dtype) - old_logps.to(dtype), -clamp, clamp)
 
@@ -196,19 +196,17 @@ def _masked_policy_inputs(
     mask: torch.Tensor,
     segments: Segments | None,
     ratio_reduction: str,
-    clamp: float = 20.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-ratios and advantages of the tokens that count, and each token's own log-ratio: 0 elsewhere."""
     # Positions outside the mask hold whatever the padding produced; a NaN there would poison the gradient even though
     # its loss is dropped, so it is replaced before any arithmetic that multiplies. Once that is done, a product with
     # the mask does the same as `torch.where`, in a fraction of its time on a CPU.
-    dtype = accumulation_dtype(logps, old_logps)
     known = mask if segments is None else segments.mask
-    token_log_ratios = torch.where(known, logps.to(dtype) - old_logps.detach().to(dtype), 0).clamp(-clamp, clamp)
+    token_log_ratios = torch.where(known, _token_log_ratio(logps, old_logps.detach()), 0)
     log_ratios = token_log_ratios
     if segments is not None:
-        log_ratios = _reduce_log_ratio(token_log_ratios, segments, ratio_reduction, clamp) * mask
-    return log_ratios, torch.where(mask, advantages.detach(), 0).to(dtype), token_log_ratios.detach()
+        log_ratios = _reduce_log_ratio(token_log_ratios, segments, ratio_reduction) * mask
+    return log_ratios, torch.where(mask, advantages.detach(), 0).to(log_ratios.dtype), token_log_ratios.detach()
 
 
 @torch.no_grad()

@@ -825,21 +825,20 @@ class TestSegmentation:
         assert seen == {"some": {"completion_ids"}, "all": {"logps", "completion_ids", "tokenizer"}}
 
 
+def completions_tables(family, tmp_path, **trainer_kwargs):
+    """The rollouts of a short training, each with the table that was logged of it."""
+    recorder = Recorder()
+    trainer_kwargs["callbacks"] = [recorder]
+    settings = {"max_steps": 4, "log_completions": True, "num_completions_to_print": 1}
+    sapo_trainer(family, tmp_path, **settings, trainer_kwargs=trainer_kwargs).train()
+    tables = [pd.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet") for step in (1, 3)]
+    return zip(recorder.rollouts, tables, strict=True)
+
+
 class TestLogs:
     @BOTH_FAMILIES
     def test_completions_table_has_the_mean_token_advantage(self, family, tmp_path):
-        recorder = Recorder()
-        trainer = sapo_trainer(
-            family,
-            tmp_path,
-            max_steps=4,
-            log_completions=True,
-            num_completions_to_print=1,
-            trainer_kwargs={"callbacks": [recorder], "rollout_func": fixed_rollout(random_completions(5))},
-        )
-        trainer.train()
-        for rollout, step in zip(recorder.rollouts, (1, 3), strict=True):
-            table = pd.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+        for rollout, table in completions_tables(family, tmp_path, rollout_func=fixed_rollout(random_completions(5))):
             expected = [
                 (row.sum() / mask.sum()).item()
                 for row, mask in zip(rollout.advantages, rollout.segments.mask, strict=True)
@@ -850,27 +849,18 @@ class TestLogs:
 
     @TEXT_FAMILY
     def test_completions_table_has_the_segments(self, family, tmp_path):
-        recorder = Recorder()
-        trainer = sapo_trainer(
+        tables = completions_tables(
             family,
             tmp_path,
-            max_steps=4,
-            log_completions=True,
-            num_completions_to_print=1,
-            trainer_kwargs={
-                "callbacks": [recorder],
-                # The first response has no reward, the others a token that a tool wrote.
-                "reward_funcs": lambda completions, **kwargs: [None, 0.0, 1.0, 0.5],
-                "rollout_func": fixed_rollout(
-                    random_completions(5, min_length=4),
-                    env_mask=lambda prompts, completions: [[1, 0] + [1] * (len(row) - 2) for row in completions],
-                ),
-            },
+            # The first response has no reward, the others a token that a tool wrote.
+            reward_funcs=lambda completions, **kwargs: [None, 0.0, 1.0, 0.5],
+            rollout_func=fixed_rollout(
+                random_completions(5, min_length=4),
+                env_mask=lambda prompts, completions: [[1, 0] + [1] * (len(row) - 2) for row in completions],
+            ),
         )
-        trainer.train()
         decode = family.tokenizer.decode
-        for rollout, step in zip(recorder.rollouts, (1, 3), strict=True):
-            table = pd.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+        for rollout, table in tables:
             assert table["segments/text"][0] == "" and len(table["segments/advantages"][0]) == 0
             for row in range(1, 4):
                 pieces, means = {}, {}
