@@ -161,7 +161,7 @@ def _moments(
     """[`masked_moments`] of what is 0 outside the mask."""
     # Two passes: the mean first, then squared deviations from it. The one-pass formula cancels catastrophically when
     # the mean is large against the spread.
-    totals = torch.stack([mask.sum().to(x.dtype), x.sum()])
+    totals = torch.stack([mask.count_nonzero().to(x.dtype), x.sum()])
     count, total = reduce(totals) if reduce is not None else totals
     mean = total / count.clamp(min=1)
     squared_deviations = ((x - mean) * mask).square().sum()

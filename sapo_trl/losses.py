@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -61,7 +62,7 @@ def _sum_up(
 ) -> torch.Tensor:
     """[`aggregate`] of what is 0 outside the mask."""
     if aggregation == "token-mean":
-        total, default_normalizer = x.sum(), mask.sum().clamp(min=1)
+        total, default_normalizer = x.sum(), mask.count_nonzero().clamp(min=1)
     elif aggregation == "seq-mean-token-mean":
         total, default_normalizer = (x.sum(1) / mask.sum(1).clamp(min=1)).sum(), max(x.size(0), 1)
     elif aggregation == "seq-mean-token-sum":
@@ -97,16 +98,17 @@ def segment_log_ratio(
     Returns:
         `torch.Tensor`: `(B, T)`, float32 or wider, 0 outside the segments; the gradient flows through the reduction.
     """
-    return _reduce_log_ratio(_token_log_ratio(logps, old_logps, clamp), segments, reduction, clamp)
+    return segments.expand(_reduce_log_ratio(_token_log_ratio(logps, old_logps, clamp), segments, reduction, clamp))
 
 
 def _reduce_log_ratio(
     token_log_ratio: torch.Tensor, segments: Segments, reduction: str, clamp: float = 20.0
 ) -> torch.Tensor:
+    """`(B, M)`: one log-ratio for each segment."""
     if reduction == "mean":
-        return segments.expand(segments.mean(token_log_ratio))
+        return segments.mean(token_log_ratio)
     if reduction == "sum":
-        return segments.expand(segments.sum(token_log_ratio).clamp(-clamp, clamp))
+        return segments.sum(token_log_ratio).clamp(-clamp, clamp)
     raise ValueError(f"`reduction` must be one of {RATIO_REDUCTIONS}, got {reduction!r}.")
 
 
@@ -163,12 +165,14 @@ def geometric_bias(log_ratio: torch.Tensor, segments: Segments) -> tuple[torch.T
         `tuple[torch.Tensor, torch.Tensor]`: bias and bound, both `(B, M)`, float32 or wider, at least 0, and 0 beyond
         a row's count. Equal up to third order in `d`; in float32 rounding may lift a tiny bias over its bound.
     """
-    return _geometric_bias(torch.where(segments.mask, log_ratio.to(accumulation_dtype(log_ratio)), 0), segments)
+    log_ratio = torch.where(segments.mask, log_ratio.to(accumulation_dtype(log_ratio)), 0)
+    return _geometric_bias(log_ratio, segments.mean(log_ratio), segments)
 
 
-def _geometric_bias(log_ratio: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`geometric_bias`] of log-ratios that are 0 outside the segments."""
-    mean = segments.mean(log_ratio)
+def _geometric_bias(
+    log_ratio: torch.Tensor, mean: torch.Tensor, segments: Segments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`geometric_bias`] of log-ratios that are 0 outside the segments, given each segment's mean of them."""
     deviation, geometric = log_ratio - segments.expand(mean), torch.exp(mean)
     # Rounding leaves the mean deviation a little off zero, which matters where the bias is of second order: taken off.
     excess = torch.expm1(deviation)
@@ -177,16 +181,12 @@ def _geometric_bias(log_ratio: torch.Tensor, segments: Segments) -> tuple[torch.
     return bias, geometric * segments.mean((1 + excess).clamp(min=1) * deviation.square()) / 2
 
 
-@torch.no_grad()
-def _bias_metrics(
-    token_log_ratios: torch.Tensor, segments: Segments | None, ratio_reduction: str
-) -> dict[str, torch.Tensor]:
-    """[`geometric_bias`] as means over segments; nothing for ratios that are no geometric mean."""
-    if segments is None or ratio_reduction != "mean":
-        return {}
-    bias, bound = _geometric_bias(token_log_ratios, segments)
-    count = segments.count.sum().clamp(min=1)
-    return {"geometric_bias": bias.sum() / count, "geometric_bias_bound": bound.sum() / count}
+class _PolicyInputs(NamedTuple):
+    """What policy losses compute with; per token, 0 where a token does not count."""
+
+    log_ratios: torch.Tensor
+    advantages: torch.Tensor
+    bias_metrics: dict[str, torch.Tensor]
 
 
 def _masked_policy_inputs(
@@ -196,23 +196,35 @@ def _masked_policy_inputs(
     mask: torch.Tensor,
     segments: Segments | None,
     ratio_reduction: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-ratios and advantages of the tokens that count, and each token's own log-ratio: 0 elsewhere."""
+) -> _PolicyInputs:
     # Positions outside the mask hold whatever the padding produced; a NaN there would poison the gradient even though
     # its loss is dropped, so it is replaced before any arithmetic that multiplies. Once that is done, a product with
     # the mask does the same as `torch.where`, in a fraction of its time on a CPU.
     known = mask if segments is None else segments.mask
     token_log_ratios = torch.where(known, _token_log_ratio(logps, old_logps.detach()), 0)
-    log_ratios = token_log_ratios
-    if segments is not None:
-        log_ratios = _reduce_log_ratio(token_log_ratios, segments, ratio_reduction) * mask
-    return log_ratios, torch.where(mask, advantages.detach(), 0).to(log_ratios.dtype), token_log_ratios.detach()
+    advantages = torch.where(mask, advantages.detach(), 0).to(token_log_ratios.dtype)
+    if segments is None:
+        return _PolicyInputs(token_log_ratios, advantages, {})
+    segment_log_ratios = _reduce_log_ratio(token_log_ratios, segments, ratio_reduction)
+    metrics = {}
+    if ratio_reduction == "mean":
+        metrics = _bias_metrics(token_log_ratios.detach(), segment_log_ratios.detach(), segments)
+    return _PolicyInputs(segments.expand(segment_log_ratios) * mask, advantages, metrics)
+
+
+def _bias_metrics(
+    token_log_ratios: torch.Tensor, segment_log_ratios: torch.Tensor, segments: Segments
+) -> dict[str, torch.Tensor]:
+    """[`geometric_bias`] as means over segments."""
+    bias, bound = _geometric_bias(token_log_ratios, segment_log_ratios, segments)
+    count = segments.count.sum().clamp(min=1)
+    return {"geometric_bias": bias.sum() / count, "geometric_bias_bound": bound.sum() / count}
 
 
 @torch.no_grad()
 def _ratio_metrics(log_ratios: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """What every policy loss logs about its importance ratios, from log-ratios that are 0 outside the mask."""
-    count, ratio = mask.sum().clamp(min=1), torch.exp(log_ratios)
+    count, ratio = mask.count_nonzero().clamp(min=1), torch.exp(log_ratios)
     return {
         "approx_kl": (-log_ratios).sum() / count,
         "approx_kl_k3": (ratio - 1 - log_ratios).sum() / count,
@@ -270,7 +282,7 @@ def clipped_policy_loss(
     if dual_clip is not None and dual_clip <= 1.0:
         raise ValueError(f"`dual_clip` must be greater than 1 (or `None`), got {dual_clip}.")
     mask = mask.bool()
-    log_ratios, advantages, token_log_ratios = _masked_policy_inputs(
+    log_ratios, advantages, bias_metrics = _masked_policy_inputs(
         logps, old_logps, advantages, mask, segments, ratio_reduction
     )
     ratio = torch.exp(log_ratios)
@@ -285,11 +297,11 @@ def clipped_policy_loss(
 
     with torch.no_grad():
         is_clipped = clipped > unclipped
-        count = mask.sum().clamp(min=1)
+        count = mask.count_nonzero().clamp(min=1)
 
         def share(flags: torch.Tensor) -> torch.Tensor:
             # Outside the mask log-ratios and advantages are 0, so no flag is set there.
-            return flags.sum(dtype=log_ratios.dtype) / count
+            return flags.count_nonzero().to(log_ratios.dtype) / count
 
         metrics = {
             "clip_fraction": share(is_clipped),
@@ -297,7 +309,7 @@ def clipped_policy_loss(
             "clip_fraction_high": share(is_clipped & (ratio > 1)),
             "dual_clip_fraction": share(is_dual_clipped),
             **_ratio_metrics(log_ratios, mask),
-            **_bias_metrics(token_log_ratios, segments, ratio_reduction),
+            **bias_metrics,
         }
     token_loss = _weighted(token_loss, weights, mask)
     return LossOutput(_sum_up(token_loss, mask, aggregation, normalizer), metrics)
@@ -345,7 +357,7 @@ def soft_adaptive_policy_loss(
         if temperature <= 0.0:
             raise ValueError(f"`{name}` must be positive, got {temperature}.")
     mask = mask.bool()
-    log_ratios, advantages, token_log_ratios = _masked_policy_inputs(
+    log_ratios, advantages, bias_metrics = _masked_policy_inputs(
         logps, old_logps, advantages, mask, segments, ratio_reduction
     )
     # As tensors: of two Python numbers `torch.where` makes float32, also among float64.
@@ -353,7 +365,7 @@ def soft_adaptive_policy_loss(
     temperature = torch.where(advantages > 0, *temperatures)
     gate = torch.sigmoid(temperature * (torch.exp(log_ratios) - 1)) * 4 / temperature
     token_loss = _weighted(-gate * advantages, weights, mask)
-    metrics = {**_ratio_metrics(log_ratios, mask), **_bias_metrics(token_log_ratios, segments, ratio_reduction)}
+    metrics = {**_ratio_metrics(log_ratios, mask), **bias_metrics}
     return LossOutput(_sum_up(token_loss, mask, aggregation, normalizer), metrics)
 
 
@@ -401,5 +413,5 @@ def segment_value_loss(
         clipped_error = (near_old - returns).square()
         is_clipped = clipped_error > error
         error = torch.maximum(error, clipped_error)
-    metrics = {"value_clip_fraction": is_clipped.sum(dtype=torch.float32) / mask.sum().clamp(min=1)}
+    metrics = {"value_clip_fraction": is_clipped.count_nonzero().float() / mask.count_nonzero().clamp(min=1)}
     return LossOutput(0.5 * _sum_up(error, mask, aggregation, normalizer), metrics)
