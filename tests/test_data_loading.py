@@ -184,6 +184,14 @@ class TestFiles:
         assert set(rows[0]) == {"prompt", "images", "answer"}
         assert report.images == 3
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_whole_numbers_beside_an_empty_cell(self, streaming, tmp_path):
+        """Which make floats of the whole column."""
+        (tmp_path / "train.csv").write_text("problem,answer\na?,8\nb?,\nc?,-12\n")
+        dataset, report = load_prompts(arguments(tmp_path / "train.csv", streaming=streaming), "train")
+        assert [row["answer"] for row in dataset] == ["8", "-12"]
+        assert report.bad == {"empty answer": [1]}
+
     def test_more_pictures_than_files_with_rows(self, tmp_path):
         """Which `load_dataset` alone takes for a folder of pictures."""
         pictures(tmp_path / "pics")

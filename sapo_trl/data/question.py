@@ -71,4 +71,8 @@ def with_placeholders(text: str, images: list[Any]) -> str:
 
 def as_text(value: Any) -> str:
     """A cell as text; empty for `None`."""
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    # Whole numbers of a CSV are read as floats where a cell of their column is empty. Beyond 2**53 not each is exact.
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return str(int(value) if is_whole else value)
