@@ -142,3 +142,18 @@ def test_profile_benchmark_accounts_for_the_whole_step(tmp_path):
     assert {f"{who}, forward to {what}" for who in ("policy", "critic") for what in ("score", "train")} < stages.keys()
     assert {"backward", "optimizers", "everything else"} < stages.keys() and min(stages.values()) > 0
     assert sum(stages.values()) == pytest.approx(found["seconds_per_rollout"])
+
+
+@pytest.mark.slow
+def test_length_benchmark_finds_how_stages_grow(tmp_path):
+    arguments = [sys.executable, str(BENCHMARKS / "length_scaling.py"), *TINY_UPDATES, "--out", str(tmp_path)]
+    arguments += ["--lengths", "16", "256", "--row", "sapo_shared"]
+    printed = subprocess.run(arguments, check=True, capture_output=True, timeout=600, text=True).stdout
+    found = json.loads((tmp_path / "length_scaling_sapo_shared.json").read_text())
+    assert found["seconds"].keys() == {"model", "optimizers", "everything else"}
+    for name, (short, long) in found["seconds"].items():
+        assert 0 < short and 0 < long
+        assert found["powers"][name] == pytest.approx(math.log(long / short) / math.log(16))
+        assert f"| {name} | {short:.3f} | {long:.3f} | {found['powers'][name]:.2f} |" in printed
+    # More tokens are more work for the model alone: optimizers see parameters.
+    assert found["powers"]["model"] > found["powers"]["optimizers"]

@@ -15,10 +15,10 @@ from .distributed_run import main
 ROOT = Path(__file__).parent.parent
 
 
-def run_in_two_processes(folder: Path, family: str, settings: dict) -> list[dict]:
+def run_in_two_processes(folder: Path, family: str, settings: dict, global_batch: int = 4) -> list[dict]:
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.distributed_run", str(folder), family, "4", json.dumps(settings)]
+    command += ["-m", "tests.distributed_run", str(folder), family, str(global_batch), json.dumps(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -74,6 +74,21 @@ def test_two_processes_equal_one(family, settings, tmp_path):
             torch.testing.assert_close(first[module][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
     for name, values in one["log"].items():
         assert first["log"][name] == pytest.approx(values, abs=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"])
+def test_two_processes_without_padding_equal_one_with_it(family, tmp_path):
+    """Each sorts its own rows into micro-batches: other ones than one process has."""
+    settings = {"max_steps": 4, "critic": "shared", "gradient_accumulation_steps": 2, "beta": 0.1}
+    (tmp_path / "one").mkdir()
+    main(tmp_path / "one", family, 8, {**settings, "avoid_padding": False})
+    one = torch.load(tmp_path / "one" / "rank0.pt")
+    first, second = run_in_two_processes(tmp_path / "two", family, {**settings, "avoid_padding": True}, global_batch=8)
+    assert [run["world_size"] for run in (one, first, second)] == [1, 2, 2]
+    for name, tensor in one["policy"].items():
+        assert torch.equal(first["policy"][name], second["policy"][name]), name
+        torch.testing.assert_close(first["policy"][name], tensor, rtol=0, atol=5e-6, msg=lambda m, n=name: n + m)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from sapo_trl.study.qualification import qualification_tests, write_qualificatio
 from sapo_trl.study.report import write_report
 from sapo_trl.study.results import load_results
 from sapo_trl.study.run_cell import METRICS_NAME, cell_config
-from sapo_trl.study.runner import CELLS_FOLDER, run_study
+from sapo_trl.study.runner import CELLS_FOLDER, run_study, unused_runs
 from sapo_trl.study.tuning import chosen_learning_rates
 
 
@@ -176,6 +176,17 @@ class TestCells:
         before = cell.name
         monkeypatch.setattr(cells, "preset_settings", lambda name: {"lam": 0.5})
         assert cell.name != before
+
+    def test_finished_runs_of_another_version_are_named(self, tmp_path):
+        study, former = study_from(TINY, tmp_path), study_from(changed(budget={"rollouts": 5}), tmp_path)
+        cells_dir = tmp_path / "runs" / CELLS_FOLDER
+        known, not_finished = tuning_cells(former)[:2]
+        for cell in [tuning_cells(study)[0], known, not_finished]:
+            (cells_dir / cell.name).mkdir(parents=True)
+            if cell is not not_finished:
+                (cells_dir / cell.name / RESULT_NAME).write_text("{}")
+        assert unused_runs(tuning_cells(study), cells_dir) == [known.name]
+        assert unused_runs(tuning_cells(study)[2:], cells_dir) == []
 
     def test_settings_that_do_not_fit_stop_a_study_before_it_runs(self, tmp_path):
         study = study_from(changed(arms={"equal": {"preset": "grpo", "settings": {"lam": 7.0}}}), tmp_path)

@@ -80,8 +80,13 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of its folder."""
+        return f"{self.unmarked_name}-{self.fingerprint}"
+
+    @property
+    def unmarked_name(self) -> str:
+        """The same without the fingerprint."""
         kind = self.split if self.measure == "accuracy" else "gradients"
-        return f"{kind}-{self.task_name}-{self.arm_name}-seed{self.seed}-lr{self.learning_rate:g}-{self.fingerprint}"
+        return f"{kind}-{self.task_name}-{self.arm_name}-seed{self.seed}-lr{self.learning_rate:g}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -86,6 +86,14 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
     guess = dict.fromkeys([cell.arm_name for cell in tuning], study.tuning.learning_rate[0])
     expected = [*tuning, *comparison_cells(study, guess)]
     _check_settings(expected, cells_dir)
+    unused = unused_runs(expected, cells_dir)
+    if unused:
+        console.print(
+            f"{len(unused)} finished runs in {cells_dir} are not used and not touched: they are of other settings, of "
+            "another version of the task's code, or of other versions of its libraries.",
+            soft_wrap=True,
+            highlight=False,
+        )
     processes = _process_context()
     with Progress(
         TextColumn("{task.description:<22}"),
@@ -100,6 +108,20 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
         _run_cells(processes, tuning, cells_dir, cache_dir, jobs, show, later=expected[len(tuning) :])
         rates = chosen_learning_rates((cell, result_of(cells_dir / cell.name)) for cell in tuning)
         _run_cells(processes, comparison_cells(study, rates), cells_dir, cache_dir, jobs, show, later=[])
+
+
+def unused_runs(cells: list[Cell], cells_dir: Path) -> list[str]:
+    """
+    Names of the finished runs that are of these cells but for their fingerprints: a study that runs them again should
+    not seem to have lost them.
+    """
+    names = {cell.name for cell in cells}
+    like = {cell.unmarked_name for cell in cells}
+    return [
+        folder.name
+        for folder in sorted(cells_dir.iterdir())
+        if folder.name not in names and folder.name.rpartition("-")[0] in like and result_of(folder) is not None
+    ]
 
 
 def _process_context() -> ForkServerContext:
