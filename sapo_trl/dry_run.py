@@ -10,12 +10,14 @@ from enum import Enum
 import yaml
 from datasets import Dataset, IterableDataset
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from .callbacks import RolloutCallback, segmented_responses
 from .config import SAPOConfig
 from .trainer import SAPOTrainer
+from .validation import check_size
 
 
 class _FirstRollout(RolloutCallback):
@@ -49,6 +51,10 @@ def show_dry_run(trainer: SAPOTrainer, console: Console | None = None) -> None:
     for name, value in batch_arithmetic(trainer).items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
+    try:
+        check_size(trainer.train_dataset, trainer.args.generation_batch_size, trainer.args.num_generations)
+    except ValueError as error:
+        console.print(f"[bold red]Training would not start:[/bold red] {escape(str(error))}", highlight=False)
     rollout = example.rollout
     prompt = rollout.prompt_ids[0][rollout.prompt_mask[0].bool()]
     console.print(f"\n[bold]A prompt[/bold] ({len(prompt)} tokens)")

@@ -67,7 +67,7 @@ class RunRequest:
     arguments: list[str]
 
 
-def parse_run(argv: Sequence[str], *dataclasses: type) -> RunRequest:
+def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -> RunRequest:
     """
     Parse a command line. What is wrong with it ends the program with exit code 2 and a message.
 
@@ -78,13 +78,14 @@ def parse_run(argv: Sequence[str], *dataclasses: type) -> RunRequest:
     Args:
         argv (`Sequence[str]`): arguments, with `--config FILE`, `--preset NAME`, `--dry_run`, `--accelerate_config`.
         dataclasses (`type`): what the settings belong to.
+        program (`str`, *optional*, defaults to `"sapo-trl train"`): what messages begin with.
 
     Returns:
         [`RunRequest`]
     """
     own = _own_options()
     options, rest = own.parse_known_args(list(argv))
-    parser = TrlParser(dataclasses, prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser = TrlParser(dataclasses, prog=program, add_help=False, allow_abbrev=False)
     known = {field.name for kind in dataclasses for field in fields(kind) if field.init}
     if options.help or options.help_all:
         _print_help(own, parser, dataclasses, everything=options.help_all)

@@ -40,7 +40,7 @@ from .reward_lookup import find_reward
 from .run_arguments import parse_run
 from .stop_on_signal import StopOnSignal
 from .trainer import SAPOTrainer
-from .validation import nearest_name
+from .validation import check_size, nearest_name
 
 
 EMBEDDED = "embedded"
@@ -187,11 +187,15 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         check_launched(training_args.world_size)
+        if training_args.critic == "adapter" and not model_args.use_peft:
+            raise ValueError("`critic: adapter` lives beside the policy's adapter: set `use_peft: true`.")
         reward_funcs, model, processing_class, loaded = _load(arguments, training_args, model_args)
+        train_dataset = loaded[0][0]
+        if not request.dry_run:  # which says so among other things
+            check_size(train_dataset, training_args.generation_batch_size, training_args.num_generations)
     except (ValueError, OSError, ImportError) as error:
         print(f"sapo-trl train: error: {error}", file=sys.stderr)
         return 2
-    train_dataset = loaded[0][0]
     eval_dataset = loaded[1][0] if len(loaded) > 1 else None
     reports = [report for _, report in loaded if report is not None]
     if training_args.should_save and reports and not arguments.streaming:
@@ -201,17 +205,21 @@ def main(argv: Sequence[str]) -> int:
     if arguments.record_every is not None:
         folder = Path(training_args.output_dir) / "segments"
         callbacks.append(SegmentationCallback(folder, every=arguments.record_every))
-    trainer = SAPOTrainer(
-        model,
-        reward_funcs,
-        training_args,
-        train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processing_class,
-        callbacks=callbacks,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        trainer = SAPOTrainer(
+            model,
+            reward_funcs,
+            training_args,
+            train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except ValueError as error:  # settings that do not fit this model
+        print(f"sapo-trl train: error: {error}", file=sys.stderr)
+        return 2
     if request.dry_run:
         show_dry_run(trainer)
         return 0

@@ -100,6 +100,23 @@ def test_train_needs_a_model(capsys):
     assert "--model_name_or_path is required" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--embedded_problems", "3"], "`train_dataset` has 3 rows, but one rollout takes 4 prompts"),
+        (["--critic", "adapter"], "`critic: adapter` lives beside the policy's adapter: set `use_peft: true`"),
+        # Found by TRL, with the model.
+        (["--use_peft", "--lora_target_modules", "no_such_layer"], "no_such_layer"),
+    ],
+)
+def test_settings_that_do_not_fit_data_or_model(settings, message, model_folder, tmp_path, capsys):
+    command = ["train", "--config", str(EMBEDDED_CONFIG), "--model_name_or_path", model_folder, "--embedded_problems"]
+    command += ["8", "--output_dir", str(tmp_path), "--per_device_train_batch_size", "2", "--num_mini_batches", "2"]
+    assert main([*command, *settings]) == 2
+    error = capsys.readouterr().err
+    assert "sapo-trl train: error: " in error and message in error and "Traceback" not in error
+
+
 def test_train_refuses_unknown_settings(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text("model_name_or_path: embedded\nuse_cpu: true\ntop_precent: 20\n")

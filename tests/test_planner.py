@@ -368,6 +368,15 @@ class TestCommand:
         setup = read_setup(arguments, rest)
         assert (setup.processes, setup.critic, setup.micro_batch, setup.accumulation) == (2, "shared", 8, 4)
 
+    @pytest.mark.parametrize("in_file", [False, True])
+    def test_presets_are_what_they_are_for_training(self, in_file, tmp_path):
+        text = f"model_name_or_path: {B3}\noutput_dir: out\n" + ("preset: grpo\n" if in_file else "")
+        (tmp_path / "mine.yaml").write_text(text)
+        config = ["--config", str(tmp_path / "mine.yaml")]
+        setup = read_setup(*parser().parse_known_args([*config, *([] if in_file else ["--preset", "grpo"])]))
+        assert setup.critic == "none"
+        assert read_setup(*parser().parse_known_args([*config, "--preset", "ppo"])).critic == "separate"
+
     def test_image_tokens_are_half_of_the_prompt_unless_given(self):
         arguments = parser().parse_args(["--config", self.FILE, "--prompt_length", "3000"])
         assert read_setup(arguments).image_tokens == 1500
@@ -380,6 +389,7 @@ class TestCommand:
             (["--config", FILE, "--optim", "lion_32bit"], "The memory of optim='lion_32bit' is not known"),
             (["--config", FILE, "--critic", "both"], "critic"),
             (["--config", FILE, "--crtic", "shared"], "crtic"),
+            (["--config", FILE, "--num_machines", "2"], "'--num_machines' is of `accelerate launch`"),
         ],
     )
     def test_mistakes_are_named(self, arguments, message, capsys):

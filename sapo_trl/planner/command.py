@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..config import SAPOConfig
+from ..run_arguments import parse_run
 from ..train import TrainArguments
 from .advice import suggest
 from .memory import ERROR_MARGIN, MemoryPlan, plan_memory
@@ -104,11 +105,12 @@ def _parse(config: Path, settings: Sequence[str], processes: int) -> tuple[SAPOC
     given, rest = _taken(settings, name)
     if given is None:
         given = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get(name, 8)
-    trl_parser = TrlParser((TrainArguments, SAPOConfig, ModelConfig), prog="sapo-trl plan")
-    _, args, model_args = trl_parser.parse_args_and_config(
-        # On a CPU, because the machine that plans need not be the one that trains.
-        ["--config", str(config), *rest, f"--{name}", str(int(given) * processes), "--use_cpu", "true"]
-    )
+    # On a CPU, because the machine that plans need not be the one that trains.
+    arguments = ["--config", str(config), *rest, f"--{name}", str(int(given) * processes), "--use_cpu", "true"]
+    request = parse_run(arguments, TrainArguments, SAPOConfig, ModelConfig, program="sapo-trl plan")
+    if request.launch:
+        raise ValueError(f"{request.launch[0]!r} is of `accelerate launch`; say `--num_processes` and `--sharding`.")
+    _, args, model_args = request.settings
     args.per_device_train_batch_size = int(given)
     return args, model_args
 
