@@ -16,6 +16,7 @@ from .statistics import mean_interval
 
 
 _GRID = 40
+_MOST_BANDS = 7
 """Points on the common axis that runs with unequal steps are read at."""
 
 
@@ -68,7 +69,10 @@ def training_curves(
 
 
 def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Sequence[str], title: str) -> None:
-    """One panel per column of [`training_curves`]: the mean over seeds, its bootstrap band where there are several."""
+    """
+    One panel per column of [`training_curves`]: the mean over seeds, and its bootstrap band where there are several
+    seeds and so few arms that bands can be told apart.
+    """
     columns = [name for name in curves.columns if name not in ("arm", "seed", x)]
     figure = new_figure(5.2 * len(columns) + 1.8, 4.0)
     panels = figure.subplots(1, len(columns), squeeze=False)[0]
@@ -83,7 +87,7 @@ def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Se
             grid = np.linspace(of_arm.groupby("seed")[x].min().max(), end, _GRID)
             rows = np.stack([np.interp(grid, run[x], run[column]) for _, run in of_arm.groupby("seed")])
             panel.plot(grid, rows.mean(axis=0), markevery=6, label=arm, **style[arm])
-            if len(rows) > 1:
+            if len(rows) > 1 and len(arms) <= _MOST_BANDS:
                 bands = [mean_interval(rows[:, i]) for i in range(_GRID)]
                 panel.fill_between(
                     grid, [b.low for b in bands], [b.high for b in bands], color=style[arm]["color"], alpha=0.12, lw=0
