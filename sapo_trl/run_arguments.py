@@ -106,7 +106,9 @@ def parse_run(argv: Sequence[str], *dataclasses: type) -> RunRequest:
 def _own_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     group = options.add_argument_group("the run")
-    group.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, of a `preset`, and of `env` variables")
+    group.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of settings, a `preset`, `env` variables"
+    )
     group.add_argument("--preset", metavar="NAME", help="algorithm in the place of the file's: `sapo-trl presets`")
     group.add_argument("--dry_run", action="store_true", help="load everything, show what would be done, and stop")
     group.add_argument(
