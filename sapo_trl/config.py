@@ -27,11 +27,12 @@ class SAPOConfig(GRPOConfig):
     https://huggingface.co/papers/2605.01327).
 
     Not to be confused with Qwen's *Soft Adaptive* Policy Optimization, which TRL calls `loss_type="sapo"` and whose
-    settings start with `sapo_temperature`: those have no effect here.
+    settings start with `sapo_temperature`: those act only with `loss_type="soft_adaptive_gate"`.
 
     This class includes only the parameters that are specific to SAPO training, and those of [`~trl.GRPOConfig`] with
-    another default. Defaults are the paper's (Table 7) where it states them, otherwise those of its official script.
-    [`SAPOConfig.from_preset`] has every other algorithm of the comparison (PPO, GRPO, VinePPO, SPO, …).
+    another default. Defaults are the paper's (Table 7), and where it is silent or unstable those of its official
+    script; the preset `sapo` is the paper to the letter. [`SAPOConfig.from_preset`] has every other algorithm of the
+    comparison (PPO, GRPO, VinePPO, SPO, …).
 
     Parameters:
         > Parameters that control the segmentation
@@ -170,7 +171,10 @@ class SAPOConfig(GRPOConfig):
             `"segment_clip"`: PPO's clipped loss; `"soft_adaptive_gate"`: Qwen's Soft Adaptive gate (what TRL calls
             `"sapo"`, with `sapo_temperature_pos` and `sapo_temperature_neg`) in the place of the clip. Both at any
             `importance_sampling_level`. Also TRL's own losses `"grpo"`, `"dr_grpo"`, `"bnpo"`, `"dapo"`, `"cispo"`,
-            `"luspo"` and `"vespo"`, which know no segments and ignore the settings below.
+            `"luspo"` and `"vespo"`, which know no segments. They need `importance_sampling_level` `"token"` or
+            `"sequence"`, and `kl_placement="loss"` with `kl_estimator="k3"` (or `beta=0`); `ratio_reduction`,
+            `confident_token_threshold`, `positive_lm_coef`, `loss_aggregation` and `kl_aggregation` must stay at their
+            defaults. The preset `grpo` sets all this.
         importance_sampling_level (`str`, *optional*, defaults to `"segment"`):
             What shares an importance ratio: the tokens of a `"segment"`, of a `"sequence"`, or none (`"token"`).
         ratio_reduction (`str`, *optional*, defaults to `"mean"`):

@@ -107,7 +107,9 @@ def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -
 def _own_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     group = options.add_argument_group("the run")
-    group.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, and of `env` variables")
+    group.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of settings, a `preset`, `env` variables"
+    )
     group.add_argument("--preset", metavar="NAME", help="algorithm in the place of the file's: `sapo-trl presets`")
     group.add_argument("--dry_run", action="store_true", help="load everything, show what would be done, and stop")
     group.add_argument(
@@ -171,7 +173,7 @@ def _launch_arguments(
 def _print_help(
     own: argparse.ArgumentParser, parser: TrlParser, dataclasses: Sequence[type], everything: bool
 ) -> None:
-    print("Train a model; settings come from a YAML file and from the command line, which comes first.\n")
+    print("Train a model; settings come from a YAML file and from the command line, which takes precedence.\n")
     own.print_help()
     if everything:
         print(parser.format_help())
