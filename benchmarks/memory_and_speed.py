@@ -243,7 +243,9 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         f"{report['machine']}; {versions}. Size {options['size']}, weights in {options['dtype']}, "
         f"{options['micro_batch']} x {options['accumulation']} responses of {options['completion_length']} tokens a "
-        f"step, pictures of {options['image_size']} x {options['image_size']} pixels, {options['steps']} steps.",
+        f"step, pictures of {options['image_size']} x {options['image_size']} pixels, {options['steps']} steps. With "
+        "one optimizer step a rollout TRL's trainer takes the old log-probabilities from the update's own forward; "
+        "SAPO always scores a rollout first, because it is cut and valued before the update.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -6,9 +6,10 @@ The set-up is that of `update_cost.py`: given responses of log-normal lengths, s
     python benchmarks/profile_step.py --row sapo_separate --out results                 # on a GPU
     python benchmarks/profile_step.py --row sapo_separate --size tiny --out results     # on a CPU too
 
-It writes `profile_ROW.json` and prints a table. Everything else is segmentation, advantages, losses, metrics,
-collation, logging and transformers' own loop. On a GPU the device is waited for at each border between two stages, so
-that what it does is counted where it was asked for: a step takes somewhat longer than without.
+It writes `profile_ROW.json` and prints a table. The optimizers' share has the clipping of gradients in it. Everything
+else is segmentation, advantages, losses, metrics, collation, logging and transformers' own loop. On a GPU the device
+is waited for at each border between two stages, so that what it does is counted where it was asked for: a step takes
+somewhat longer than without.
 """
 
 from __future__ import annotations
@@ -73,7 +74,12 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
     critic = getattr(trainer, "critic", None)
     if critic is not None and critic.module is not None:
         critic.module.forward = stages.timed(forward_of("critic"), critic.module.forward)
-    trainer.accelerator.backward = stages.timed("backward", trainer.accelerator.backward)
+        # Its own: it goes through neither accelerate's backward nor the trainer's optimizer.
+        critic.backward = stages.timed("critic, backward", critic.backward)
+        critic.clip_gradient = stages.timed("optimizers", critic.clip_gradient)
+        critic.step = stages.timed("optimizers", critic.step)
+    trainer.accelerator.backward = stages.timed("policy, backward", trainer.accelerator.backward)
+    trainer.accelerator.clip_grad_norm_ = stages.timed("optimizers", trainer.accelerator.clip_grad_norm_)
     create_optimizer = trainer.create_optimizer
 
     def create_timed_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -74,6 +74,9 @@ class CriticAdapter:
 
         The backward belongs inside because gradient checkpointing runs the forward again.
         """
+        if self.policy.active_adapter == ADAPTER_NAME:  # a forward within: switching walks through all layers
+            yield
+            return
         with use_adapter(self.policy, ADAPTER_NAME):
             yield
 

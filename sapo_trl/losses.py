@@ -360,9 +360,9 @@ def soft_adaptive_policy_loss(
     log_ratios, advantages, bias_metrics = _masked_policy_inputs(
         logps, old_logps, advantages, mask, segments, ratio_reduction
     )
-    # As tensors: of two Python numbers `torch.where` makes float32, also among float64.
-    temperatures = advantages.new_tensor(temperature_pos), advantages.new_tensor(temperature_neg)
-    temperature = torch.where(advantages > 0, *temperatures)
+    # Filled in: of two Python numbers `torch.where` makes float32, also among float64, and a tensor of one would have
+    # to be copied to the device.
+    temperature = torch.full_like(advantages, temperature_neg).masked_fill(advantages > 0, temperature_pos)
     gate = torch.sigmoid(temperature * (torch.exp(log_ratios) - 1)) * 4 / temperature
     token_loss = _weighted(-gate * advantages, weights, mask)
     metrics = {**_ratio_metrics(log_ratios, mask), **bias_metrics}

@@ -16,9 +16,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_in_two_processes(folder: Path, family: str, settings: dict, global_batch: int = 4) -> list[dict]:
+    return launch(folder, "tests.distributed_run", family, str(global_batch), json.dumps(settings))
+
+
+def launch(folder: Path, module: str, *arguments: str) -> list:
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.distributed_run", str(folder), family, str(global_batch), json.dumps(settings)]
+    command += ["-m", module, str(folder), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -128,3 +132,31 @@ def test_processes_with_unequal_work_stay_in_step(family, settings, tmp_path):
     assert first["log"] == second["log"]
     kind = "tree/tokens" if settings["critic"] == "tree" else "monte_carlo/tokens"
     assert max(first["log"][kind]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["adapter", "shared"])
+def test_gradients_of_a_critic_are_averaged_once_a_step(mode, tmp_path):
+    """Also where a process has none, as of a vision tower's LoRA without an image; where none has, nothing moves."""
+    steps = list(zip(*launch(tmp_path / "two", "tests.critic_run", mode), strict=True))
+    absent = [[], []]
+    for (first, second), nowhere in zip(steps, absent, strict=True):
+        for name, weight in first["before"].items():
+            assert torch.equal(weight, second["before"][name]), name
+            own = [run["own"][name] for run in (first, second)]
+            if all(gradient is None for gradient in own):
+                nowhere.append(name)
+                assert first["mean"][name] is None and second["mean"][name] is None, name
+                assert torch.equal(first["after"][name], weight), name  # not decayed either
+                continue
+            # Its rows are the process's own, and so is its gradient until the step.
+            assert own[0] is None or own[1] is None or not torch.allclose(*own), name
+            expected = sum(gradient for gradient in own if gradient is not None) / 2
+            for run in (first, second):
+                torch.testing.assert_close(run["mean"][name], expected, msg=lambda m, n=name: n + m)
+            assert not torch.equal(first["after"][name], weight), name
+            assert torch.equal(first["after"][name], second["after"][name]), name
+    vision = {name for name in steps[0][0]["before"] if "visual" in name}
+    assert absent[0] == [] and set(absent[1]) == vision and bool(vision) == (mode == "adapter")
+    # Else the first step is no test of processes that differ.
+    assert all(steps[0][0]["own"][name] is not None and steps[0][1]["own"][name] is None for name in vision)

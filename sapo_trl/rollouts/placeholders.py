@@ -78,7 +78,9 @@ def final_placeholders(completion_ids: torch.Tensor, placeholders: Collection[in
     """
     position = torch.arange(completion_ids.size(1), device=completion_ids.device)
     last = torch.where(completion_ids != pad_token_id, position, 0).amax(dim=1, keepdim=True)
-    found = torch.isin(completion_ids, torch.tensor(sorted(placeholders), device=completion_ids.device))
+    found = torch.zeros_like(completion_ids, dtype=torch.bool)
+    for placeholder in placeholders:  # one or two, and no tensor of them that would have to be copied to the device
+        found |= completion_ids == placeholder
     return found & (position == last)
 
 

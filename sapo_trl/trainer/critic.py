@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import fsdp2_prepare_model
+from accelerate.utils import broadcast, fsdp2_prepare_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import SchedulerType, Trainer, get_scheduler
@@ -76,11 +76,10 @@ class Critic:
             )
         self.args = args
         self.accelerator = accelerator
-        # An adapter's parameters are none of the module's, and of a head alone there is nothing to shard: nothing that
-        # would synchronise their gradients wraps them.
+        # An adapter's parameters are none of the module's. A head alone is nothing to shard, and runs within the
+        # policy's forward, where DDP would synchronise its gradient in every micro-batch. Theirs are averaged by hand.
         uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        shards = uses_deepspeed or uses_fsdp
-        self._is_wrapped = value_head.mode == "separate" or (value_head.mode == "shared" and not shards)
+        self._is_wrapped = value_head.mode == "separate"
         if value_head.mode == "adapter" and uses_deepspeed and is_deepspeed_zero3_enabled():
             raise ValueError(
                 '`critic="adapter"` cannot be trained with ZeRO-3, which cuts the adapter to pieces together with the '
@@ -124,7 +123,11 @@ class Critic:
 
     def _prepared(self, value_head: SegmentValueHead) -> nn.Module:
         if not self._is_wrapped:
-            return value_head.to(self.accelerator.device)
+            value_head = value_head.to(self.accelerator.device)
+            if self.accelerator.num_processes > 1:
+                # As DDP does: one that the user has made may have begun with each process's own random numbers.
+                broadcast([parameter.data for parameter in value_head.parameters()])
+            return value_head
         if self.accelerator.is_fsdp2:
             with _own_layers_to_wrap(self.accelerator, value_head):
                 return fsdp2_prepare_model(self.accelerator, value_head)
@@ -209,11 +212,25 @@ class Critic:
             self.scheduler.step()
 
     def _average_gradients(self) -> None:
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        # FSDP2 has averaged those of an adapter.
-        gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        for gradient, mean in zip(gradients, self.accelerator.reduce(gradients, reduction="mean"), strict=True):
-            gradient.copy_(mean)
+        """
+        Put the mean over processes in the place of every gradient, in one reduction for each dtype.
+
+        Which parameters have a gradient depends on a process's rows: those of a vision tower have one if there is an
+        image. A process without one counts as zeros; a parameter without one anywhere keeps none, because an optimizer
+        takes zeros for a gradient and decays the weight.
+        """
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
+        for parameter in self._parameters:
+            if not isinstance(parameter, DTensor):  # FSDP2 has averaged those of an adapter
+                by_dtype[parameter.dtype].append(parameter)
+        for parameters in by_dtype.values():
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            # Behind the gradients one number for each parameter: whether there is one.
+            exists = gradients[0].new_tensor([float(p.grad is not None) for p in parameters])
+            mean = self.accelerator.reduce(torch.cat([*map(torch.flatten, gradients), exists]), reduction="mean")
+            *gradients, exists = mean.split([*map(torch.numel, parameters), len(parameters)])
+            for parameter, gradient, share in zip(parameters, gradients, exists.tolist(), strict=True):
+                parameter.grad = gradient.view_as(parameter) if share > 0 else None
 
     def save_weights(self, folder: str | Path) -> None:
         """Write the model, for [`SegmentValueHead.from_pretrained`]; called on all processes."""

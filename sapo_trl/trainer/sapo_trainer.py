@@ -905,7 +905,10 @@ def _images_of(inputs: list[dict[str, Any]]) -> list[list[Any]] | None:
 def _count(batches: list[Batch], positive_lm_threshold: float) -> dict[str, torch.Tensor]:
     """What the losses of some micro-batches are normalized by."""
     tokens = torch.stack([batch["policy_mask"].sum() for batch in batches]).sum()
-    positive = [batch["policy_mask"][batch["rewards"] > positive_lm_threshold].sum() for batch in batches]
+    # No indexing by a mask, for which the device would have to be waited for.
+    positive = [
+        (batch["policy_mask"] & (batch["rewards"] > positive_lm_threshold).unsqueeze(1)).sum() for batch in batches
+    ]
     return {
         "tokens": tokens,
         "segments": torch.stack([Segments(batch["segment_ids"]).count.sum() for batch in batches]).sum(),
