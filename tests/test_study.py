@@ -278,6 +278,9 @@ class TestReport:
             ("better", "equal", 0.0, "does not qualify** (explained variance of Monte-Carlo values by the critic of"),
             ("sapo_random", "sapo", 0.3, "does not qualify** (accuracy of `sapo_random` minus"),
             ("better", "equal", None, "does not qualify** (some of its runs are missing)"),
+            # One that knows is enough, beside one that does not.
+            ("better", "equal", (0.3, 0.0), "`short` qualifies"),
+            ("better", "equal", (0.0, 0.0), "does not qualify** (explained variance"),
         ],
     )
     def test_a_task_qualifies_by_exact_credit_and_a_critic_that_knows(
@@ -285,15 +288,20 @@ class TestReport:
     ):
         study, results, _ = planted
         wanted = Qualification(task="short", seeds=[0, 1, 2, 3, 4], exact=exact, controls=[control], critics=["sapo"])
+        if isinstance(explained, tuple):
+            wanted = replace(wanted, critics=["sapo", "equal"])
+            of_arm = dict(zip(wanted.critics, explained, strict=True))
+        else:
+            of_arm = {"sapo": explained}
         runs, rng = results.runs.copy(), np.random.default_rng(0)
         folders = []
         for _, run in runs.iterrows():
             folder = tmp_path / "runs" / Path(run["folder"]).name
             folder.mkdir(parents=True)
             rows = [json.loads(line) for line in (Path(run["folder"]) / METRICS_NAME).read_text().splitlines()]
-            if explained is not None:
+            if of_arm.get(run["arm"]) is not None:
                 rows[0]["value_diagnostics/explained_variance"] = 0.9  # not the last one: says nothing
-                rows[2]["value_diagnostics/explained_variance"] = explained + rng.normal(0, 0.05)
+                rows[2]["value_diagnostics/explained_variance"] = of_arm[run["arm"]] + rng.normal(0, 0.05)
             (folder / METRICS_NAME).write_text("".join(json.dumps(row) + "\n" for row in rows))
             folders.append(str(folder))
         runs["folder"] = folders

@@ -38,6 +38,7 @@ class Difference:
         t_low (`float`): lower end of Student's interval; NaN with one pair, or with equal differences.
         t_high (`float`): its upper end.
         p_value (`float`): of the two-sided paired t-test; NaN with one pair, or with equal differences that are not 0.
+        rank_p_value (`float`): of Wilcoxon's signed ranks, in which one broken run weighs as little as another.
         pairs (`int`): number of pairs.
     """
 
@@ -45,6 +46,7 @@ class Difference:
     t_low: float
     t_high: float
     p_value: float
+    rank_p_value: float
     pairs: int
 
 
@@ -88,14 +90,15 @@ def paired_difference(
     differences = np.array([scores[key] - baseline[key] for key in shared])
     interval = mean_interval(differences, confidence=confidence, seed=seed)
     if len(shared) < 2:
-        return Difference(interval, np.nan, np.nan, np.nan, len(shared))
+        return Difference(interval, np.nan, np.nan, np.nan, np.nan, len(shared))
     if np.ptp(differences) == 0:
         # Scores are shares of a few hundred problems, so ties happen, and there is no spread to test against.
         p_value = 1.0 if differences[0] == 0 else np.nan
-        return Difference(interval, np.nan, np.nan, p_value, len(shared))
+        return Difference(interval, np.nan, np.nan, p_value, p_value, len(shared))
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(confidence)
-    return Difference(interval, float(low), float(high), float(test.pvalue), len(shared))
+    rank_p_value = stats.wilcoxon(differences).pvalue
+    return Difference(interval, float(low), float(high), float(test.pvalue), float(rank_p_value), len(shared))
 
 
 def adjusted_p_values(p_values: Sequence[float]) -> list[float]:
