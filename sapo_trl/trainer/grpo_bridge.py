@@ -566,7 +566,12 @@ class GRPOBridge(GRPOTrainer):
         if self.args.should_save:
             self.save_training_state(output_dir)
         self.save_process_files(output_dir)
-        state = {"num_processes": self.accelerator.num_processes, "step": self._step, **self.process_state()}
+        state = {
+            "num_processes": self.accelerator.num_processes,
+            "step": self._step,
+            "batch_sizes": self._batch_sizes(),
+            **self.process_state(),
+        }
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             # In the middle of a rollout: what is left of it is trained on after resuming too.
             state["batches"] = self._buffered_inputs
@@ -590,9 +595,17 @@ class GRPOBridge(GRPOTrainer):
                 self.accelerator.num_processes,
             )
             return
+        self.load_process_state(state)
+        saved, own = state.get("batch_sizes", self._batch_sizes()), self._batch_sizes()
+        if saved != own:
+            logger.warning(
+                "The checkpoint %s was written with %s and is resumed with %s: training goes on with a new rollout.",
+                checkpoint,
+                *(", ".join(f"{name}={size}" for name, size in sizes.items()) for sizes in (saved, own)),
+            )
+            return
         self._step = state["step"]
         self._buffered_inputs = state.get("batches")
-        self.load_process_state(state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with self._complete_load(resume_from_checkpoint):
@@ -682,6 +695,11 @@ class GRPOBridge(GRPOTrainer):
             ]
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def _batch_sizes(self) -> dict[str, int]:
+        """What decides on how a rollout is cut into micro-batches, and on how long it is trained on."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+        return {**{name: getattr(self.args, name) for name in names}, "num_iterations": self.num_iterations}
 
     def _max_over_processes(self, number: int) -> int:
         if self.accelerator.num_processes == 1:
