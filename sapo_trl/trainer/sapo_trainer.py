@@ -654,7 +654,7 @@ class SAPOTrainer(GRPOBridge):
             loss = loss - args.entropy_coef * aggregate(forward.entropies, mask, normalizer=tokens)
         if forward.aux_loss is not None:
             self._accumulator.add_mean("aux_loss", forward.aux_loss)
-            loss = loss + self.router_aux_loss_coef * forward.aux_loss / self._micro_batches_per_step
+            loss = loss + self.router_aux_loss_coef * forward.aux_loss * self._share_of_tokens(batch)
         return loss
 
     def _policy_term(
@@ -786,6 +786,12 @@ class SAPOTrainer(GRPOBridge):
         batches = self.optimizer_step_batches(batch) if self.mode == "train" else [batch]
         rows = sum(part["segment_ids"].size(0) for part in batches)
         return rows * self.max_completion_length if aggregation == "seq-mean-token-sum-norm" else rows
+
+    def _share_of_tokens(self, batch: Batch) -> torch.Tensor:
+        """0-dimensional: of the tokens that the policy reads in an optimizer step, prompts included."""
+        batches = self.optimizer_step_batches(batch) if self.mode == "train" else [batch]
+        everything = sum(part["prompt_mask"].sum() + part["completion_mask"].sum() for part in batches)
+        return (batch["prompt_mask"].sum() + batch["completion_mask"].sum()) / everything
 
     def _totals(self, batch: Batch) -> dict[str, torch.Tensor]:
         threshold = self.args.positive_lm_threshold
