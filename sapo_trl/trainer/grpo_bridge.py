@@ -48,7 +48,15 @@ from ..sharded_tensors import total_norm
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
-from .padding import RightAligned, equal_groups, group_rows, merge_rows, take_rows
+from .padding import (
+    RightAligned,
+    can_move_rows,
+    equal_groups,
+    group_rows,
+    merge_rows,
+    take_rows,
+    token_positions,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -169,7 +177,13 @@ class GRPOBridge(GRPOTrainer):
         self.placeholder_ids = placeholder_ids(self.model.config)
         # A model that knows absolute positions is given the same ones each time: its rows stay where they are.
         text_config = self.model.config.get_text_config()
-        self.can_move_rows = args.avoid_padding and getattr(text_config, "rope_parameters", None) is not None
+        self.can_move_rows = args.avoid_padding and can_move_rows(text_config)
+        if args.mask_truncated_completions and self.tools and self.placeholder_ids:
+            # A masked response counts as padding, and would leave behind the images that a tool has put into it.
+            self.can_move_rows = False
+        backbone = backbone_of(self.accelerator.unwrap_model(self.model))
+        self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+        self._positions_follow_images = "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
         if self.rollout_func is not None and self.placeholder_ids:
             sample = self.rollout_func
             self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
@@ -215,6 +229,10 @@ class GRPOBridge(GRPOTrainer):
         Returns:
             `torch.Tensor`: 0-dimensional.
         """
+        raise NotImplementedError
+
+    def may_exchange_rows(self) -> bool:
+        """Whether the micro-batches of an optimizer step may exchange rows without a change of its gradient."""
         raise NotImplementedError
 
     def weighs_rows_alike(self) -> bool:
@@ -511,7 +529,8 @@ class GRPOBridge(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self.mode == "train" and self.args.avoid_padding and self._buffered_inputs is not buffered:
+        is_new = self._buffered_inputs is not buffered
+        if self.mode == "train" and is_new and self.args.avoid_padding and self.may_exchange_rows():
             self._buffered_inputs = self._by_length(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
@@ -797,12 +816,16 @@ class GRPOBridge(GRPOTrainer):
 
     def _without_padding(self, model: Callable, inputs: dict[str, Any], width: int | None) -> Any:
         """A model's outputs at the tokens of its inputs, of which it is not given columns that are padding alone."""
-        aligned = RightAligned.of(inputs["attention_mask"], width)
+        aligned = RightAligned.of(inputs["attention_mask"], width, self.pad_to_multiple_of)
         shape = inputs["input_ids"].shape
         moved = {
             name: aligned.move(value) if torch.is_tensor(value) and value.shape == shape else value
             for name, value in inputs.items()
         }
+        if self._takes_positions and not (self._positions_follow_images and "pixel_values" in inputs):
+            # The column's number, which a model takes otherwise, changes with the rows beside a row, and in half
+            # precision the rotation by another angle gives other log-probabilities.
+            moved["position_ids"] = token_positions(moved["attention_mask"])
         self._aligned = aligned
         try:
             outputs = model(**moved)

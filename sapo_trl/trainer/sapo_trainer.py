@@ -580,6 +580,19 @@ class SAPOTrainer(GRPOBridge):
 
     # -------------------------------------------------------------------------------------------------- the update
 
+    def may_exchange_rows(self) -> bool:
+        args = self.args
+        if args.loss_type not in TRL_LOSS_TYPES:
+            return True
+        # Of these TRL takes the mean, or the quantile, over the tokens of a micro-batch.
+        return not (
+            args.loss_type == "bnpo"
+            or args.entropy_coef != 0.0
+            or args.use_adaptive_entropy
+            or args.top_entropy_quantile < 1.0
+            or self.aux_loss_enabled
+        )
+
     def weighs_rows_alike(self) -> bool:
         # TRL's losses are means over a micro-batch, which weigh each micro-batch alike.
         return self.args.loss_type not in TRL_LOSS_TYPES
