@@ -195,7 +195,9 @@ class SAPOConfig(GRPOConfig):
         avoid_padding (`bool`, *optional*, defaults to `True`):
             Whether rows of like length go through the model together, without the padding that they have in common.
             Optimizer steps see the same responses and give the same gradients; sums of floats differ in their order,
-            so that TRL's own losses are TRL's to the last bit only without it.
+            so that TRL's own losses are TRL's to the last bit only without it. Where TRL takes a mean or a quantile
+            over the tokens of a micro-batch (`"bnpo"`; with its losses the entropy bonus, `top_entropy_quantile` and
+            the experts' load) rows keep their micro-batch. Models that see absolute positions keep the padding.
         num_mini_batches (`int`, *optional*):
             Optimizer steps per rollout batch. Defaults to 4, or to what `steps_per_generation` or
             `generation_batch_size` imply if one of those is set.

@@ -84,7 +84,7 @@ def main(
         model=model,
         reward_funcs=length_reward,
         args=args,
-        train_dataset=family.dataset(8),
+        train_dataset=family.dataset(max(8, args.gradient_accumulation_steps * global_batch)),  # a rollout's at least
         processing_class=family.processing_class,
         # Continuations need the trainer's own generation.
         rollout_func=None if args.critic in ("monte_carlo", "tree") else fixed_rollout(completions_of_prompts),

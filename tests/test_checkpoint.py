@@ -176,6 +176,35 @@ class TestResume:
             state = state_of(one)
             assert all(torch.equal(tensor, state[name]) for name, tensor in state_of(other).items())
 
+    @pytest.mark.parametrize("family", ["qwen2"], indirect=True)
+    @pytest.mark.parametrize(
+        ("step", "changed"),
+        [
+            (3, {"gradient_accumulation_steps": 2}),  # in the middle of a rollout
+            (4, {"gradient_accumulation_steps": 2}),  # at its end
+            (3, {"per_device_train_batch_size": 2}),
+            (4, {"num_mini_batches": 3}),
+            (4, {"num_iterations": 2}),
+        ],
+        ids=["middle", "end", "batch size", "mini-batches", "iterations"],
+    )
+    def test_resuming_with_other_batches_begins_with_a_whole_rollout(self, family, step, changed, tmp_path, caplog):
+        first, second = Recorder(), Recorder()
+        run = {"per_device_train_batch_size": 1, "num_mini_batches": 4, "critic": "none", "save_steps": step}
+        run["advantage_estimator"] = "batch"
+        self.run(family, tmp_path / "whole", steps=step, callbacks=[first], **run)
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        run |= {**changed, "steps": step + 9, "save_strategy": "no"}
+        parts = self.run(family, tmp_path / "parts", resume=checkpoint, callbacks=[second], **run)
+        assert parts.state.global_step == step + 9
+        steps_per_rollout = run["num_mini_batches"] * run.get("num_iterations", 1)
+        assert second.steps == list(range(step, step + 9, steps_per_rollout))
+        rows = run["per_device_train_batch_size"] * parts.args.steps_per_generation
+        assert {len(rollout.rewards) for rollout in second.rollouts} == {rows}
+        name, size = next(iter(changed.items()))
+        warning = next(record.getMessage() for record in caplog.records if "is resumed with" in record.getMessage())
+        assert f"{name}={size}" in warning or name == "num_mini_batches"
+
     @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
     @pytest.mark.parametrize("step", [2, 3])
     def test_trees(self, family, step, tmp_path):

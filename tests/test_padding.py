@@ -1,5 +1,6 @@
 """Rows of like length together, moved to the right: less to compute, and the same results."""
 
+import copy
 from itertools import combinations
 
 import numpy as np
@@ -9,9 +10,19 @@ import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import (
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4TextConfig,
+    Ministral3Config,
+    Phi3Config,
+    Phi3Model,
+    Qwen2Config,
+    set_seed,
+)
 
-from sapo_trl.trainer.padding import RightAligned, equal_groups, group_rows, merge_rows, take_rows
+from sapo_trl.trainer.padding import RightAligned, can_move_rows, equal_groups, group_rows, merge_rows, take_rows
 
 from .testing_utils import Recorder, fixed_rollout, random_completions, sapo_trainer
 
@@ -22,6 +33,10 @@ TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 
 def tokens(lengths: list[int], groups: list[list[int]]) -> int:
     return sum(len(group) * max(lengths[row] for row in group) for group in groups)
+
+
+def largest(lengths: list[int], groups: list[list[int]]) -> int:
+    return max(tokens(lengths, [group]) for group in groups)
 
 
 def partitions(rows: list[int], num_groups: int):
@@ -40,7 +55,7 @@ def partitions(rows: list[int], num_groups: int):
 class TestGroups:
     @settings(deadline=None, max_examples=60)
     @given(st.data())
-    def test_no_partition_has_fewer_tokens(self, data):
+    def test_no_balanced_partition_has_fewer_tokens(self, data):
         lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
         num_groups = data.draw(st.integers(1, len(lengths)))
         limit = data.draw(st.none() | st.integers(1, 120))
@@ -48,9 +63,23 @@ class TestGroups:
         assert len(groups) == num_groups and all(groups)
         assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
 
-        every = list(partitions(list(range(len(lengths))), num_groups))
-        allowed = [p for p in every if limit is None or all(tokens(lengths, [group]) <= limit for group in p)]
-        assert tokens(lengths, groups) == min(tokens(lengths, p) for p in allowed or every)
+        max_rows = 2 * -(-len(lengths) // num_groups)
+        every = [
+            partition
+            for partition in partitions(list(range(len(lengths))), num_groups)
+            if max(map(len, partition)) <= max_rows
+        ]
+        smallest = min(largest(lengths, partition) for partition in every)
+        every = [partition for partition in every if largest(lengths, partition) <= 1.2 * smallest]
+        allowed = [partition for partition in every if limit is None or largest(lengths, partition) <= limit]
+        assert max(map(len, groups)) <= max_rows and largest(lengths, groups) <= 1.2 * smallest
+        assert tokens(lengths, groups) == min(tokens(lengths, partition) for partition in allowed or every)
+
+    @pytest.mark.parametrize("others", [[350] * 63, range(320, 383)], ids=["ties", "near-ties"])
+    def test_no_group_takes_what_the_others_could(self, others):
+        """One long response must not leave groups of a single short one, and another with half of all images."""
+        groups = group_rows([2348, *others], 16, 4 * 2348)
+        assert groups[0] == [0] and {len(group) for group in groups[1:]} == {4, 5}
 
     def test_the_longest_come_first_and_rows_of_equal_length_stay_in_order(self):
         assert group_rows([3, 9, 3, 9, 3], 2) == [[1, 3], [0, 2, 4]]
@@ -88,6 +117,9 @@ class TestRightAligned:
             assert moved_mask[row].tolist() == [0] * (longest - length) + [1] * length
             assert moved[row, longest - length :].tolist() == ids[row][mask[row] == 1].tolist()
         assert torch.equal(aligned.restore(moved) * mask, ids * mask)
+        rounded = RightAligned.of(mask, longest if known else None, multiple=4)
+        assert rounded.width == min(-(-longest // 4) * 4, mask.size(1))
+        assert torch.equal(rounded.restore(rounded.move(ids)) * mask, ids * mask)
         # Of the columns but the last, as next-token outputs are.
         in_front = torch.where(mask[:, 1:] * mask[:, :-1] == 1, ids[:, :-1], 0)
         assert torch.equal(aligned.restore(moved[:, :-1])[:, :-1] * mask[:, 1:] * mask[:, :-1], in_front)
@@ -107,6 +139,15 @@ def test_images_go_with_their_rows():
     assert taken["image_grid_thw"].tolist() == [[1, 1, 1], [1, 2, 2], [1, 1, 3]]
     assert taken["pixel_values"].flatten().tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
     assert taken["num_items_in_batch"] == 7 and taken["nothing"] is None
+
+
+TRL_LOSS = {
+    "critic": "none",
+    "advantage_estimator": "group",
+    "beta": 0.0,
+    "importance_sampling_level": "token",
+    "num_generations": 4,
+}
 
 
 def trained(family, folder, avoid_padding: bool, **overrides):
@@ -150,14 +191,11 @@ def trained(family, folder, avoid_padding: bool, **overrides):
             "kl_estimator": "k3",
         },
         {"critic": "none", "advantage_estimator": "batch", "loss_aggregation": "seq-mean-token-sum-norm"},
-        {
-            "critic": "none",
-            "advantage_estimator": "group",
-            "loss_type": "grpo",
-            "beta": 0.0,
-            "importance_sampling_level": "token",
-            "num_generations": 4,
-        },
+        {**TRL_LOSS, "loss_type": "grpo"},
+        # Of these TRL takes means and quantiles over the tokens of a micro-batch.
+        {**TRL_LOSS, "loss_type": "bnpo"},
+        {**TRL_LOSS, "loss_type": "dapo", "entropy_coef": 0.1},
+        {**TRL_LOSS, "loss_type": "dr_grpo", "top_entropy_quantile": 0.5},
     ],
     ids=lambda overrides: overrides.get("loss_type", overrides["critic"]),
 )
@@ -180,6 +218,35 @@ def test_training_is_what_it_is_with_all_the_padding(family, overrides, tmp_path
             torch.testing.assert_close(after[name], parameter, atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
     computed, computed_before = (sum(rows * width for rows, width in s) for s in (shapes, padded_shapes))
     assert len(shapes) == len(padded_shapes) and computed < 0.9 * computed_before
+
+
+@TEXT_FAMILY
+def test_widths_are_multiples_where_that_is_asked_for(family, tmp_path):
+    _, _, shapes = trained(family, tmp_path, True, pad_to_multiple_of=8, critic="none", advantage_estimator="batch")
+    assert len({width for _, width in shapes}) > 1 and all(width % 8 == 0 for _, width in shapes)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
+@pytest.mark.parametrize("masked", [False, True])
+def test_responses_with_images_of_tools_are_not_cut_off_from_them(family, masked, tmp_path):
+    def look_closer(part: str) -> str:
+        """
+        Look closer.
+
+        Args:
+            part: of the image.
+        """
+        return part
+
+    # TRL writes into the tokenizer how to read calls of tools.
+    processing_class = copy.deepcopy(family.processing_class)
+    trainer = sapo_trainer(
+        family,
+        tmp_path,
+        mask_truncated_completions=masked,
+        trainer_kwargs={"tools": [look_closer], "processing_class": processing_class},
+    )
+    assert trainer.can_move_rows != masked
 
 
 def exact_rotary(rotary: torch.nn.Module):
@@ -243,6 +310,96 @@ def test_models_with_absolute_positions_keep_their_rows(family, tmp_path):
         assert not trainer.can_move_rows and len({width for _, width in shapes}) == 1
         outcomes.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]))
     torch.testing.assert_close(*outcomes, atol=1e-6, rtol=0)
+
+
+@TEXT_FAMILY
+def test_in_half_precision_log_probabilities_do_not_depend_on_the_rows_beside_them(family, tmp_path):
+    """The ratio of the policy to itself is 1, whichever rows it was scored with and is trained with."""
+    trainer = sapo_trainer(family, tmp_path, model=family.build_model().bfloat16(), beta=0.0)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [(11, 24), (3, 2), (7, 5), (16, 9), (2, 17), (5, 5)]
+    longest_prompt, longest_response = (max(each) for each in zip(*lengths, strict=True))
+    batch = {
+        "prompt_ids": torch.randint(20, 200, (len(lengths), longest_prompt), generator=generator),
+        "completion_ids": torch.randint(20, 200, (len(lengths), longest_response), generator=generator),
+        "prompt_mask": torch.stack([torch.arange(longest_prompt) >= longest_prompt - p for p, _ in lengths]).long(),
+        "completion_mask": torch.stack([torch.arange(longest_response) < r for _, r in lengths]).long(),
+    }
+    with torch.no_grad():
+        together = trainer.policy_forward(trainer.model, batch).logps
+        alone = trainer.policy_forward(trainer.model, batch, batch_size=1).logps
+    difference = (together - alone)[batch["completion_mask"].bool()].abs()
+    assert difference.mean() < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "movable"),
+    [
+        (Qwen2Config(), True),
+        (Gemma3TextConfig(), True),  # with parameters by type of layer
+        (Qwen2Config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), True),
+        (Qwen2Config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}), False),
+        (
+            Phi3Config(
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 48,
+                    "long_factor": [4.0] * 48,
+                }
+            ),
+            False,
+        ),
+        (
+            Gemma3TextConfig(
+                rope_parameters={
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "full_attention": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 8.0},
+                }
+            ),
+            False,
+        ),
+        (Ministral3Config(), False),
+        (Llama4TextConfig(), False),
+        (Llama4TextConfig(attn_temperature_tuning=False), True),
+        (GPT2Config(), False),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, bool) else str(value),
+)
+def test_which_models_rows_can_move(config, movable):
+    assert can_move_rows(config) == movable
+
+
+def test_a_model_whose_rotation_depends_on_the_batch_is_what_moving_would_change():
+    """Why Phi3's is refused: a row beside a long one gives other hidden states than alone."""
+    set_seed(0)
+    config = Phi3Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        original_max_position_embeddings=8,
+        pad_token_id=0,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [8.0] * 4,
+        },
+    )
+    model = Phi3Model(config).eval()
+    ids = torch.arange(1, 13)[None]
+    mask = torch.tensor([[0] * 6 + [1] * 6])
+    aligned = RightAligned.of(mask)
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(12)[None]).last_hidden_state
+        moved = model(
+            input_ids=aligned.move(ids), attention_mask=aligned.move(mask), position_ids=torch.arange(6)[None]
+        ).last_hidden_state
+    assert (padded[:, 6:] - moved).abs().max() > 1e-3 and not can_move_rows(config)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -238,6 +238,38 @@ class TestGradients:
         difference = logged(trainer, "loss")[0] - logged(trainer, "policy_loss")[0]
         assert difference == pytest.approx(0.5 * expected, rel=1e-4)
 
+    def test_unequal_micro_batches_count_by_their_tokens_in_the_load_of_experts(self, tokenizer, tmp_path):
+        def one_long_completion(prompts, trainer):
+            return [[30 + row] * (2 if row else 60) for row in range(len(prompts))]
+
+        family = Family("qwen3_moe", tokenizer, qwen3_moe_config, Qwen3MoeForCausalLM)
+        trainer = sapo_trainer(
+            family,
+            tmp_path,
+            critic="none",
+            num_mini_batches=1,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=4,
+            max_completion_length=60,
+            router_aux_loss_coef=0.5,
+            beta=0.0,
+            max_steps=1,
+            trainer_kwargs={"rollout_func": fixed_rollout(one_long_completion)},
+        )
+        trainer.train()
+        model, losses, tokens = family.build_model(), [], []
+        for batch in trainer._buffered_inputs:
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+            with torch.no_grad():
+                loss = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
+            losses.append(loss.item())
+            tokens.append(mask.sum().item())
+        expected = sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
+        assert abs(expected - sum(losses) / 2) > 1e-3
+        difference = logged(trainer, "loss")[0] - logged(trainer, "policy_loss")[0]
+        assert difference == pytest.approx(0.5 * expected, rel=1e-4)
+
     @TEXT_FAMILY
     @CRITICS
     def test_policy_and_critic_have_their_own_learning_rate_and_clipping(self, family, critic, tmp_path):

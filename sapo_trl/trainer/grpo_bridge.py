@@ -48,7 +48,15 @@ from ..sharded_tensors import total_norm
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
-from .padding import RightAligned, equal_groups, group_rows, merge_rows, take_rows
+from .padding import (
+    RightAligned,
+    can_move_rows,
+    equal_groups,
+    group_rows,
+    merge_rows,
+    take_rows,
+    token_positions,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -169,7 +177,13 @@ class GRPOBridge(GRPOTrainer):
         self.placeholder_ids = placeholder_ids(self.model.config)
         # A model that knows absolute positions is given the same ones each time: its rows stay where they are.
         text_config = self.model.config.get_text_config()
-        self.can_move_rows = args.avoid_padding and getattr(text_config, "rope_parameters", None) is not None
+        self.can_move_rows = args.avoid_padding and can_move_rows(text_config)
+        if args.mask_truncated_completions and self.tools and self.placeholder_ids:
+            # A masked response counts as padding, and would leave behind the images that a tool has put into it.
+            self.can_move_rows = False
+        backbone = backbone_of(self.accelerator.unwrap_model(self.model))
+        self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+        self._positions_follow_images = "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
         if self.rollout_func is not None and self.placeholder_ids:
             sample = self.rollout_func
             self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
@@ -215,6 +229,10 @@ class GRPOBridge(GRPOTrainer):
         Returns:
             `torch.Tensor`: 0-dimensional.
         """
+        raise NotImplementedError
+
+    def may_exchange_rows(self) -> bool:
+        """Whether the micro-batches of an optimizer step may exchange rows without a change of its gradient."""
         raise NotImplementedError
 
     def weighs_rows_alike(self) -> bool:
@@ -511,7 +529,8 @@ class GRPOBridge(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self.mode == "train" and self.args.avoid_padding and self._buffered_inputs is not buffered:
+        is_new = self._buffered_inputs is not buffered
+        if self.mode == "train" and is_new and self.args.avoid_padding and self.may_exchange_rows():
             self._buffered_inputs = self._by_length(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
@@ -566,7 +585,12 @@ class GRPOBridge(GRPOTrainer):
         if self.args.should_save:
             self.save_training_state(output_dir)
         self.save_process_files(output_dir)
-        state = {"num_processes": self.accelerator.num_processes, "step": self._step, **self.process_state()}
+        state = {
+            "num_processes": self.accelerator.num_processes,
+            "step": self._step,
+            "batch_sizes": self._batch_sizes(),
+            **self.process_state(),
+        }
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             # In the middle of a rollout: what is left of it is trained on after resuming too.
             state["batches"] = self._buffered_inputs
@@ -590,9 +614,17 @@ class GRPOBridge(GRPOTrainer):
                 self.accelerator.num_processes,
             )
             return
+        self.load_process_state(state)
+        saved, own = state.get("batch_sizes", self._batch_sizes()), self._batch_sizes()
+        if saved != own:
+            logger.warning(
+                "The checkpoint %s was written with %s and is resumed with %s: training goes on with a new rollout.",
+                checkpoint,
+                *(", ".join(f"{name}={size}" for name, size in sizes.items()) for sizes in (saved, own)),
+            )
+            return
         self._step = state["step"]
         self._buffered_inputs = state.get("batches")
-        self.load_process_state(state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with self._complete_load(resume_from_checkpoint):
@@ -682,6 +714,11 @@ class GRPOBridge(GRPOTrainer):
             ]
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def _batch_sizes(self) -> dict[str, int]:
+        """What decides on how a rollout is cut into micro-batches, and on how long it is trained on."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+        return {**{name: getattr(self.args, name) for name in names}, "num_iterations": self.num_iterations}
 
     def _max_over_processes(self, number: int) -> int:
         if self.accelerator.num_processes == 1:
@@ -779,12 +816,16 @@ class GRPOBridge(GRPOTrainer):
 
     def _without_padding(self, model: Callable, inputs: dict[str, Any], width: int | None) -> Any:
         """A model's outputs at the tokens of its inputs, of which it is not given columns that are padding alone."""
-        aligned = RightAligned.of(inputs["attention_mask"], width)
+        aligned = RightAligned.of(inputs["attention_mask"], width, self.pad_to_multiple_of)
         shape = inputs["input_ids"].shape
         moved = {
             name: aligned.move(value) if torch.is_tensor(value) and value.shape == shape else value
             for name, value in inputs.items()
         }
+        if self._takes_positions and not (self._positions_follow_images and "pixel_values" in inputs):
+            # The column's number, which a model takes otherwise, changes with the rows beside a row, and in half
+            # precision the rotation by another angle gives other log-probabilities.
+            moved["position_ids"] = token_positions(moved["attention_mask"])
         self._aligned = aligned
         try:
             outputs = model(**moved)

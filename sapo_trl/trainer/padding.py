@@ -14,12 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+
+# How much larger than it has to be the largest group may get for the sake of less padding.
+_SLACK = 1.2
 
 
 def group_rows(lengths: Sequence[int], num_groups: int, max_tokens: int | None = None) -> list[list[int]]:
     """
-    Partition rows into groups of similar length such that the padded groups have the fewest tokens altogether.
+    Partition rows into groups of similar length such that the padded groups have few tokens altogether.
+
+    The fewest would be had with groups of very unequal sizes, where lengths are nearly the same: a row here, and half
+    of all rows (and of all images) there. So they are the fewest among the partitions whose groups have at most twice
+    as many rows as they would have alike, and whose largest is at most 1.2 times the smallest possible; where several
+    have them, those with the most even numbers of rows.
 
     Args:
         lengths (`Sequence[int]`): tokens of each row without padding; B of them.
@@ -34,14 +44,20 @@ def group_rows(lengths: Sequence[int], num_groups: int, max_tokens: int | None =
     if not 1 <= num_groups <= len(lengths):
         raise ValueError(f"num_groups={num_groups} must lie between 1 and the number of rows, {len(lengths)}.")
     order = np.argsort(-lengths, kind="stable")
-    # Of the rows sorted, a group from i to j - 1 has j - i rows as long as row i: (B, B + 1), infinite for j <= i.
-    sizes = np.arange(len(lengths) + 1) - np.arange(len(lengths))[:, None]
-    tokens = np.where(sizes > 0, sizes * lengths[order][:, None], np.inf)
-    cuts = None
+    max_rows = min(2 * -(-len(lengths) // num_groups), len(lengths))
+    # Of the rows sorted, at (k, j) the group of k + 1 rows that ends in front of row j: (max_rows, B + 1).
+    sizes = np.arange(1, max_rows + 1)[:, None]
+    starts = np.arange(len(lengths) + 1) - sizes
+    tokens = np.where(starts >= 0, sizes * lengths[order][starts], np.inf)
+    largest, _ = _best_cuts(tokens, num_groups, np.maximum)
+    tokens[tokens > _SLACK * largest] = np.inf
+    # Squares of sizes, which add up to less than 1 altogether, decide between sums of tokens that are alike.
+    costs = tokens + sizes**2 / (len(lengths) ** 2 + 1)
+    total = np.inf
     if max_tokens is not None:
-        cuts = _cheapest_cuts(np.where(tokens <= max_tokens, tokens, np.inf), num_groups)
-    if cuts is None:
-        cuts = _cheapest_cuts(tokens, num_groups)
+        total, cuts = _best_cuts(np.where(tokens <= max_tokens, costs, np.inf), num_groups, np.add)
+    if not np.isfinite(total):
+        _, cuts = _best_cuts(costs, num_groups, np.add)
     return [order[start:end].tolist() for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
@@ -57,20 +73,31 @@ def equal_groups(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
     return order.reshape(num_groups, -1).tolist()
 
 
-def _cheapest_cuts(tokens: np.ndarray, num_groups: int) -> list[int] | None:
-    """Where to cut sorted rows for the fewest tokens, by dynamic programming; `None` if every way is infinite."""
-    best, choices = tokens[0], []
-    for _ in range(num_groups - 1):
-        # The first rows up to i are groups already, those from i to j - 1 become one more.
-        totals = best[:-1, None] + tokens
+def _best_cuts(costs: np.ndarray, num_groups: int, combine: np.ufunc) -> tuple[float, list[int]]:
+    """
+    Where to cut sorted rows into groups, by dynamic programming.
+
+    Args:
+        costs (`np.ndarray`): float `(max_rows, B + 1)`, at `(k, j)` of the group of `k + 1` rows that ends in front of
+            row `j`; infinite: no such group.
+        num_groups (`int`): number of groups.
+        combine (`np.ufunc`): makes one cost of two groups': `np.add` for the sum, `np.maximum` for the largest.
+
+    Returns:
+        `tuple[float, list[int]]`: the lowest cost, infinite if no cuts are possible, and the `num_groups + 1` cuts.
+    """
+    starts = np.arange(costs.shape[1]) - np.arange(1, len(costs) + 1)[:, None]
+    # Of the rows in front of j, in no group yet: nothing for no rows, impossible for some.
+    best, choices = np.full(costs.shape[1], np.inf), []
+    best[0] = 0
+    for _ in range(num_groups):
+        totals = combine(best[starts], costs)
         choices.append(totals.argmin(0))
         best = totals.min(0)
-    if not np.isfinite(best[-1]):
-        return None
-    cuts = [len(tokens)]
+    cuts = [costs.shape[1] - 1]
     for choice in reversed(choices):
-        cuts.append(int(choice[cuts[-1]]))
-    return [0, *reversed(cuts)]
+        cuts.append(cuts[-1] - int(choice[cuts[-1]]) - 1)
+    return float(best[-1]), cuts[::-1]
 
 
 def merge_rows(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -100,6 +127,31 @@ def take_rows(merged: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     return unsplit_pixel_values_by_grid(taken)
 
 
+def can_move_rows(text_config: PreTrainedConfig) -> bool:
+    """
+    Whether a model computes the same of a row wherever in the batch it lies, and whatever lies beside it.
+
+    So it is with rotary position embeddings, but for those that depend on the longest row of a batch, and unless
+    attention is scaled by the position.
+    """
+    parameters = getattr(text_config, "rope_parameters", None)
+    if parameters is None or getattr(text_config, "attn_temperature_tuning", False):
+        return False
+    # Of the whole model, or by type of layer.
+    nested = all(isinstance(value, Mapping) or value is None for value in parameters.values())
+    return all(
+        each is not None
+        and each.get("llama_4_scaling_beta") is None
+        and not any(name in each.get("rope_type", "default") for name in ("dynamic", "longrope"))
+        for each in (parameters.values() if nested else [parameters])
+    )
+
+
+def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """int64 `(B, W)`: of each token the number of tokens before it in its row, also of those that have moved."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
 @dataclass(frozen=True)
 class RightAligned:
     """
@@ -116,11 +168,12 @@ class RightAligned:
     target: torch.Tensor
 
     @classmethod
-    def of(cls, attention_mask: torch.Tensor, width: int | None = None) -> RightAligned:
+    def of(cls, attention_mask: torch.Tensor, width: int | None = None, multiple: int | None = None) -> RightAligned:
         """
         Args:
             attention_mask (`torch.Tensor`): `(B, W)`, each row's tokens without a gap between the first and the last.
             width (`int`, *optional*): length of the longest row, where it is known: else it is asked of the device.
+            multiple (`int`, *optional*): what the columns that are left shall be a multiple of, if there are so many.
         """
         columns = torch.arange(attention_mask.size(1), device=attention_mask.device)
         is_token = attention_mask.bool()
@@ -130,6 +183,8 @@ class RightAligned:
         if width is None:
             first = torch.where(is_token, columns, len(columns)).amin(1)
             width = max(int((end - first).max()), 1)
+        if multiple is not None:
+            width = min(-(-width // multiple) * multiple, len(columns))
         shift = (len(columns) - end)[:, None]
         moved = torch.arange(len(columns) - width, len(columns), device=attention_mask.device)
         source = (moved - shift) % len(columns)

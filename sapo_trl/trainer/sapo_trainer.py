@@ -580,6 +580,19 @@ class SAPOTrainer(GRPOBridge):
 
     # -------------------------------------------------------------------------------------------------- the update
 
+    def may_exchange_rows(self) -> bool:
+        args = self.args
+        if args.loss_type not in TRL_LOSS_TYPES:
+            return True
+        # Of these TRL takes the mean, or the quantile, over the tokens of a micro-batch.
+        return not (
+            args.loss_type == "bnpo"
+            or args.entropy_coef != 0.0
+            or args.use_adaptive_entropy
+            or args.top_entropy_quantile < 1.0
+            or self.aux_loss_enabled
+        )
+
     def weighs_rows_alike(self) -> bool:
         # TRL's losses are means over a micro-batch, which weigh each micro-batch alike.
         return self.args.loss_type not in TRL_LOSS_TYPES
@@ -654,7 +667,7 @@ class SAPOTrainer(GRPOBridge):
             loss = loss - args.entropy_coef * aggregate(forward.entropies, mask, normalizer=tokens)
         if forward.aux_loss is not None:
             self._accumulator.add_mean("aux_loss", forward.aux_loss)
-            loss = loss + self.router_aux_loss_coef * forward.aux_loss / self._micro_batches_per_step
+            loss = loss + self.router_aux_loss_coef * forward.aux_loss * self._share_of_tokens(batch)
         return loss
 
     def _policy_term(
@@ -786,6 +799,12 @@ class SAPOTrainer(GRPOBridge):
         batches = self.optimizer_step_batches(batch) if self.mode == "train" else [batch]
         rows = sum(part["segment_ids"].size(0) for part in batches)
         return rows * self.max_completion_length if aggregation == "seq-mean-token-sum-norm" else rows
+
+    def _share_of_tokens(self, batch: Batch) -> torch.Tensor:
+        """0-dimensional: of the tokens that the policy reads in an optimizer step, prompts included."""
+        batches = self.optimizer_step_batches(batch) if self.mode == "train" else [batch]
+        everything = sum(part["prompt_mask"].sum() + part["completion_mask"].sum() for part in batches)
+        return (batch["prompt_mask"].sum() + batch["completion_mask"].sum()) / everything
 
     def _totals(self, batch: Batch) -> dict[str, torch.Tensor]:
         threshold = self.args.positive_lm_threshold
