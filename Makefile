@@ -105,7 +105,7 @@ format: $(STAMP)  ## fix what lint can fix
 study-quick: $(STAMP)  ## compare two algorithms in a few minutes: does the study work?
 	$(BIN)/sapo-trl study run --config trainer_configs/study/quick.yaml $(ARGS)
 
-study: $(STAMP)  ## reproduce docs/results.md
+study: $(STAMP)  ## reproduce docs/results.md (more than two hours on two cores)
 	$(BIN)/sapo-trl study run --config trainer_configs/study/granularity.yaml --report docs/results.md \
 		--figures benchmarks/results/granularity $(ARGS)
 

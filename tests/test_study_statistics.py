@@ -38,6 +38,16 @@ class TestPlantedFacts:
         assert np.mean([d.p_value < 0.05 for d in found]) == pytest.approx(0.05, abs=0.02)
         assert np.mean([d.t_low <= 0 <= d.t_high for d in found]) == pytest.approx(0.95, abs=0.02)
 
+    def test_ranks_find_an_effect_that_one_broken_run_hides_from_the_mean(self):
+        rng = np.random.default_rng(6)
+        ours, theirs = runs(rng, effect=0.1, seeds=10)
+        whole, theirs[0] = paired_difference(ours, theirs), -2.0
+        broken = paired_difference(ours, theirs)
+        assert whole.p_value < 0.01 and whole.rank_p_value < 0.01
+        assert broken.p_value > 0.1 and broken.rank_p_value < 0.01
+        nulls = [paired_difference(*runs(rng, effect=0.0, seeds=10)).rank_p_value for _ in range(500)]
+        assert np.mean(np.array(nulls) < 0.05) == pytest.approx(0.05, abs=0.03)
+
     def test_unpaired_scores_would_hide_the_effect(self):
         rng = np.random.default_rng(2)
         ours, theirs = runs(rng, effect=0.08)
