@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 import yaml
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = nearest_name(argv[0], COMMANDS)
         print(f"{USAGE}\nsapo-trl: error: {argv[0]!r} is no command.{near}", file=sys.stderr)
         return 2
+    # TRL's own defaults use names that transformers has renamed: nothing that a user of this command could change.
+    warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
     module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", package=__package__)
     try:
         return module.main(argv[1:])

@@ -12,6 +12,7 @@ from typing import Any
 import rich
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -187,6 +188,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         check_launched(training_args.world_size)
+        checkpoint = None if request.dry_run else _checkpoint(training_args)
         if training_args.critic == "adapter" and not model_args.use_peft:
             raise ValueError("`critic: adapter` lives beside the policy's adapter: set `use_peft: true`.")
         reward_funcs, model, processing_class, loaded = _load(arguments, training_args, model_args)
@@ -226,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
     stop = StopOnSignal((signal.SIGTERM, signal.SIGINT))
     trainer.add_callback(stop)
     show_progress(trainer)
-    trainer.train(resume_from_checkpoint=_checkpoint(training_args))
+    trainer.train(resume_from_checkpoint=checkpoint)
     if training_args.should_save and reports and arguments.streaming:  # only now they have been read
         rich.print(*reports, sep="\n")
         save_reports(reports, Path(training_args.output_dir) / "data_report.json")
@@ -294,6 +296,11 @@ def _checkpoint(training_args: SAPOConfig) -> str | None:
     if str(wanted).lower() in ("none", "false"):
         return None
     if str(wanted).lower() != "true":
+        if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={str(wanted)!r} is no checkpoint, which is a folder with a "
+                f"{TRAINER_STATE_NAME}; `True` takes the newest in {training_args.output_dir!r}."
+            )
         return wanted
     folder = training_args.output_dir
     checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None

@@ -105,6 +105,7 @@ def test_train_needs_a_model(capsys):
     [
         (["--embedded_problems", "3"], "`train_dataset` has 3 rows, but one rollout takes 4 prompts"),
         (["--critic", "adapter"], "`critic: adapter` lives beside the policy's adapter: set `use_peft: true`"),
+        (["--resume_from_checkpoint", "no/checkpoint-9"], "resume_from_checkpoint='no/checkpoint-9' is no checkpoint"),
         # Found by TRL, with the model.
         (["--use_peft", "--lora_target_modules", "no_such_layer"], "no_such_layer"),
     ],

@@ -169,6 +169,14 @@ class TestOpening:
         charts = page.find_elements(By.CSS_SELECTOR, ".chart")
         assert [len(chart.find_elements(By.CSS_SELECTOR, ".scatterlayer .trace")) for chart in charts] == [2, 2]
 
+    def test_rows_of_the_list_have_one_line_of_facts_however_long(self, page):
+        heights = page.execute_script("""
+            const facts = [...document.querySelectorAll("#list .row .facts")];
+            facts[0].querySelector("b").textContent = "reward -0.0123456789 and more";
+            return facts.map(line => line.offsetHeight / parseFloat(getComputedStyle(line).fontSize));
+        """)
+        assert len(heights) > 5 and max(heights) < 2
+
     def test_hostile_text_is_shown_and_not_run(self, page):
         search(page, "onerror")
         wait(page, lambda: count(page) == "1 of 64 responses")
