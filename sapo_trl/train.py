@@ -219,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except ValueError as error:  # settings that do not fit this model
+    except (ValueError, OSError) as error:  # settings that do not fit this model, or files that it lacks
         print(f"sapo-trl train: error: {error}", file=sys.stderr)
         return 2
     if request.dry_run:

@@ -48,6 +48,7 @@ def evaluate(folder: Path, questions: Path, *more: str) -> int:
 def train(folder: Path, questions: Path) -> int:
     arguments = ["train", "--model_name_or_path", str(folder), "--dataset_name", str(questions)]
     arguments += ["--dataset_format", "gsm8k", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    arguments += ["--per_device_train_batch_size", "2", "--num_mini_batches", "1"]
     return main([*arguments, "--output_dir", str(questions.parent / "trained"), "--critic", "none"])
 
 
@@ -84,8 +85,8 @@ class TestPickles:
         AutoModelForCausalLM.from_pretrained(model_folder)
         assert evaluate(model_folder, questions) == 2
         assert "model.safetensors" in capsys.readouterr().err
-        with pytest.raises(OSError, match=r"model\.safetensors"):
-            train(model_folder, questions)
+        assert train(model_folder, questions) == 2
+        assert "model.safetensors" in capsys.readouterr().err
 
     @pytest.mark.parametrize("backend", ["transformers", "vllm"])
     def test_adapters(self, backend, model_folder, tmp_path):
