@@ -301,9 +301,17 @@ def _cut_at_largest(scores: torch.Tensor, mask: torch.Tensor, num_cuts: torch.Te
     build = _check_cut(cut)
     if scores.shape != mask.shape:
         raise ValueError(f"scores {tuple(scores.shape)} and mask {tuple(mask.shape)} must have the same shape.")
-    order = torch.sort(scores.masked_fill(~mask, -torch.inf), dim=1, descending=True, stable=True).indices
-    rank = torch.arange(scores.size(1), device=scores.device)
-    selected = torch.zeros_like(mask).scatter(1, order, rank < num_cuts.unsqueeze(1))
+    most = min(int(num_cuts.max()), scores.size(1)) if scores.numel() else 0
+    if most == 0:
+        return build(torch.zeros_like(mask), mask)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    # The smallest score that is cut at is found faster than the order of all. `topk` orders equal scores as it likes:
+    # which of those at the threshold are taken is counted from the left.
+    num_cuts = num_cuts.clamp(1, most).unsqueeze(1)
+    threshold = scores.topk(most, dim=1).values.gather(1, num_cuts - 1)
+    above, at_threshold = scores > threshold, scores == threshold
+    num_left = num_cuts - above.sum(dim=1, keepdim=True)
+    selected = above | (at_threshold & (at_threshold.cumsum(dim=1) <= num_left))
     return build(selected & mask, mask)
 
 
