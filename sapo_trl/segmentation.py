@@ -307,8 +307,8 @@ def _cut_at_largest(scores: torch.Tensor, mask: torch.Tensor, num_cuts: torch.Te
     scores = scores.masked_fill(~mask, -torch.inf)
     # The smallest score that is cut at is found faster than the order of all. `topk` orders equal scores as it likes:
     # which of those at the threshold are taken is counted from the left.
-    num_cuts = num_cuts.clamp(1, most).unsqueeze(1)
-    threshold = scores.topk(most, dim=1).values.gather(1, num_cuts - 1)
+    num_cuts = num_cuts.unsqueeze(1)
+    threshold = scores.topk(most, dim=1).values.gather(1, num_cuts.clamp(1, most) - 1)
     above, at_threshold = scores > threshold, scores == threshold
     num_left = num_cuts - above.sum(dim=1, keepdim=True)
     selected = above | (at_threshold & (at_threshold.cumsum(dim=1) <= num_left))

@@ -15,6 +15,7 @@ from sapo_trl.segmentation import (
     SequenceSegmenter,
     StepSegmenter,
     TokenSegmenter,
+    _cut_at_largest,
     entropy_segments,
 )
 
@@ -201,3 +202,17 @@ def test_text_segmenters_of_no_rows(segmenter, tokenizer):
     mask = torch.ones(0, 5, dtype=torch.bool)
     segments = segmenter(mask.float(), mask, completion_ids=mask.long(), tokenizer=tokenizer)
     assert segments.ids.shape == (0, 5)
+
+
+def test_cuts_are_those_of_a_stable_order():
+    """Many ties, rows without tokens, no cuts and more cuts than tokens."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        rows, length = (int(torch.randint(1, 9, (), generator=generator)) for _ in range(2))
+        scores = torch.randint(0, 4, (rows, length), generator=generator).float()
+        mask = torch.rand(rows, length, generator=generator) < 0.7
+        num_cuts = torch.randint(0, 10, (rows,), generator=generator)
+        order = torch.sort(scores.masked_fill(~mask, -torch.inf), dim=1, descending=True, stable=True).indices
+        selected = torch.zeros_like(mask).scatter(1, order, torch.arange(length) < num_cuts.unsqueeze(1))
+        expected = Segments.from_last_tokens(selected & mask, mask)
+        assert torch.equal(_cut_at_largest(scores, mask, num_cuts, "end").ids, expected.ids)
