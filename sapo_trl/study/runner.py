@@ -86,14 +86,6 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
     guess = dict.fromkeys([cell.arm_name for cell in tuning], study.tuning.learning_rate[0])
     expected = [*tuning, *comparison_cells(study, guess)]
     _check_settings(expected, cells_dir)
-    unused = unused_runs(expected, cells_dir)
-    if unused:
-        console.print(
-            f"{len(unused)} finished runs in {cells_dir} are not used and not touched: they are of other settings, of "
-            "another version of the task's code, or of other versions of its libraries.",
-            soft_wrap=True,
-            highlight=False,
-        )
     processes = _process_context()
     with Progress(
         TextColumn("{task.description:<22}"),
@@ -105,9 +97,12 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
     ) as progress:
         _make_warm_starts(processes, expected, cache_dir, jobs, progress)
         show = _Progress(progress, len(expected), jobs, cells_dir)
+        _say_what_is_unused(tuning, cells_dir, console)
         _run_cells(processes, tuning, cells_dir, cache_dir, jobs, show, later=expected[len(tuning) :])
         rates = chosen_learning_rates((cell, result_of(cells_dir / cell.name)) for cell in tuning)
-        _run_cells(processes, comparison_cells(study, rates), cells_dir, cache_dir, jobs, show, later=[])
+        compared = comparison_cells(study, rates)
+        _say_what_is_unused(compared, cells_dir, console)
+        _run_cells(processes, compared, cells_dir, cache_dir, jobs, show, later=[])
 
 
 def unused_runs(cells: list[Cell], cells_dir: Path) -> list[str]:
@@ -122,6 +117,18 @@ def unused_runs(cells: list[Cell], cells_dir: Path) -> list[str]:
         for folder in sorted(cells_dir.iterdir())
         if folder.name not in names and folder.name.rpartition("-")[0] in like and result_of(folder) is not None
     ]
+
+
+def _say_what_is_unused(cells: list[Cell], cells_dir: Path, console: Console) -> None:
+    unused = unused_runs(cells, cells_dir)
+    if unused:
+        console.print(
+            f"{len(unused)} finished runs in {cells_dir} are not used and not touched, such as {unused[0]}: they are "
+            "of other settings, of another version of the task's code, or of other versions of its libraries.",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
 
 
 def _process_context() -> ForkServerContext:
