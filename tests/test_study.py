@@ -309,8 +309,10 @@ class TestReport:
         text = write_qualification(replace(study, qualification=wanted), results)
         assert verdict in text
         if explained == 0.3:
-            tests = list(qualification_tests(wanted, results).values())
-            assert tests[1].interval.value == pytest.approx(0.3, abs=0.1) and tests[1].pairs == 5
+            tests = qualification_tests(wanted, results)
+            assert len(tests.controls) == 1
+            (critic,) = tests.critics.values()
+            assert critic.interval.value == pytest.approx(0.3, abs=0.1) and critic.pairs == 5
 
     def test_every_picture_is_there_with_its_data(self, planted):
         _, _, folder = planted

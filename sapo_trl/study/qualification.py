@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -16,25 +17,48 @@ from .statistics import Difference, paired_difference
 EXPLAINED_VARIANCE = "value_diagnostics/explained_variance"
 
 
-def qualification_tests(wanted: Qualification, results: StudyResults) -> dict[str, Difference]:
+@dataclass(frozen=True)
+class QualificationTests:
     """
-    The tests of a task's qualification.
+    The tests of a task's qualification, each by what is tested.
+
+    Args:
+        controls (`dict[str, Difference]`): the accuracy of the exact arm minus that of each control.
+        critics (`dict[str, Difference]`):
+            the explained variance of Monte-Carlo values by each critic, in the last rollout of each run in which it
+            was measured, minus zero.
+    """
+
+    controls: dict[str, Difference]
+    critics: dict[str, Difference]
+
+
+def qualification_tests(wanted: Qualification, results: StudyResults) -> QualificationTests:
+    """
+    Test what a task's qualification asks.
 
     Args:
         wanted ([`Qualification`]): what is asked.
         results ([`StudyResults`]): the finished runs.
 
     Returns:
-        `dict[str, Difference]`: by what is tested. The exact arm minus each control, and the explained variance of
-        Monte-Carlo values, in the last rollout of each run in which it was measured, minus zero. Tests without runs
-        are left out.
+        [`QualificationTests`]. Tests without runs are left out.
     """
+    return QualificationTests(_control_tests(wanted, results), _critic_tests(wanted, results))
+
+
+def _control_tests(wanted: Qualification, results: StudyResults) -> dict[str, Difference]:
     tests = {}
     exact = results.scores(wanted.task, wanted.exact, wanted.seeds)
     for control in wanted.controls:
         scores = results.scores(wanted.task, control, wanted.seeds)
         if exact.keys() & scores.keys():
             tests[f"accuracy of `{wanted.exact}` minus that of `{control}`"] = paired_difference(exact, scores)
+    return tests
+
+
+def _critic_tests(wanted: Qualification, results: StudyResults) -> dict[str, Difference]:
+    tests = {}
     for critic in wanted.critics:
         explained = {}
         for _, run in results.runs_of(wanted.task, [critic], wanted.seeds).iterrows():
@@ -48,13 +72,20 @@ def qualification_tests(wanted: Qualification, results: StudyResults) -> dict[st
     return tests
 
 
-def write_qualification(study: StudyConfig, results: StudyResults) -> str:
-    """The report's section on a study's qualification; empty if the study asks for none."""
-    wanted = study.qualification
-    if wanted is None:
-        return ""
-    tests = qualification_tests(wanted, results)
-    held = {name: test.interval.value > 0 and test.p_value < SIGNIFICANCE for name, test in tests.items()}
+def _holds(test: Difference) -> bool:
+    return test.interval.value > 0 and test.p_value < SIGNIFICANCE
+
+
+def _failed(tests: QualificationTests) -> list[str]:
+    """What speaks against the task, by what is tested."""
+    failed = [name for name, test in tests.controls.items() if not _holds(test)]
+    # That one critic does not learn values is about that critic; that none does is about the task.
+    if tests.critics and not any(_holds(test) for test in tests.critics.values()):
+        failed += tests.critics
+    return failed
+
+
+def _table(tests: QualificationTests) -> str:
     rows = [
         {
             "has to be above zero": name,
@@ -63,18 +94,21 @@ def write_qualification(study: StudyConfig, results: StudyResults) -> str:
             "95 % (Student)": "" if math.isnan(test.t_low) else f"[{test.t_low:+.3f}, {test.t_high:+.3f}]",
             "p": "" if math.isnan(test.p_value) else f"{test.p_value:.2g}",
             "p (ranks)": "" if math.isnan(test.rank_p_value) else f"{test.rank_p_value:.2g}",
-            "holds": "yes" if held[name] else "**no**",
+            "holds": "yes" if _holds(test) else "**no**",
         }
-        for name, test in tests.items()
+        for name, test in (tests.controls | tests.critics).items()
     ]
-    names = list(tests)
-    controls = [name for name in names if name.startswith("accuracy")]
-    critics = [name for name in names if name not in controls]
-    failed = [name for name in controls if not held[name]]
-    # That one critic does not learn values is about that critic; that none does is about the task.
-    if critics and not any(held[name] for name in critics):
-        failed += critics
-    if len(tests) < len(wanted.controls) + len(wanted.critics):
+    return markdown_table(pd.DataFrame(rows))
+
+
+def write_qualification(study: StudyConfig, results: StudyResults) -> str:
+    """The report's section on a study's qualification; empty if the study asks for none."""
+    wanted = study.qualification
+    if wanted is None:
+        return ""
+    tests = qualification_tests(wanted, results)
+    failed = _failed(tests)
+    if len(tests.controls) < len(wanted.controls) or len(tests.critics) < len(wanted.critics):
         failed = failed or ["some of its runs are missing"]
     if failed:
         verdict = f"**`{wanted.task}` does not qualify** ({'; '.join(failed)}): read what follows with that in mind."
@@ -83,6 +117,6 @@ def write_qualification(study: StudyConfig, results: StudyResults) -> str:
     return (
         "## Can this task tell algorithms apart?\n\nA comparison of credit assignment means something only where "
         "exact credit helps, against every control, and values can be learned, by one critic at least. "
-        f"{verdict}\n\n{markdown_table(pd.DataFrame(rows))}\n\n`p` is of a t-test, which decides; *ranks* are "
-        "Wilcoxon's, which single broken runs do not sway.\n"
+        f"{verdict}\n\n{_table(tests)}\n\n`p` is of a t-test, which decides; *ranks* are Wilcoxon's, which single "
+        "broken runs do not sway.\n"
     )
