@@ -98,6 +98,7 @@ class TestConfig:
             ({"records": {"arms": ["bettr"]}}, r"records\.arms: 'bettr' is not known\. Did you mean `better`"),
             ({"qualification": {**QUALIFICATION, "exact": "vineppo"}}, "qualification: 'vineppo' is not known"),
             ({"qualification": {**QUALIFICATION, "critics": []}}, "qualification: critics is empty"),
+            ({"qualification": {**QUALIFICATION, "note": 5}}, "qualification: note=5 must be a text"),
             ({"qualification": {**QUALIFICATION, "seeds": [4, 9]}}, r"no experiment runs 'better' on .* seeds \[9\]"),
             ({"experiments": {"main": {**TINY["experiments"]["main"], "axis": {"sapoo": 1}}}}, "axis: 'sapoo' is not"),
             ({"baseline": "grpo"}, r"baseline: 'grpo' is not known"),
@@ -313,6 +314,13 @@ class TestReport:
             assert len(tests.controls) == 1
             (critic,) = tests.critics.values()
             assert critic.interval.value == pytest.approx(0.3, abs=0.1) and critic.pairs == 5
+
+    def test_the_qualification_has_its_note(self, planted, tmp_path):
+        _, results, _ = planted
+        without = write_qualification(study_from(changed(qualification=QUALIFICATION), tmp_path), results)
+        noted = changed(qualification={**QUALIFICATION, "note": "This is\nthe second look.\n"})
+        text = write_qualification(study_from(noted, tmp_path), results)
+        assert text == f"{without}\nThis is\nthe second look.\n"  # a paragraph of its own, at the end
 
     def test_every_picture_is_there_with_its_data(self, planted):
         _, _, folder = planted

@@ -206,7 +206,9 @@ class Qualification:
         seeds (`list[int]`): seeds of the runs.
         exact (`str`): the arm with exact (Monte-Carlo) values.
         controls (`list[str]`): arms without credit inside a response, which it has to beat.
-        critics (`list[str]`): arms whose critics' values have to explain Monte-Carlo values, in recorded runs.
+        critics (`list[str]`):
+            arms of which at least one's critic has to explain Monte-Carlo values, in recorded runs.
+        note (`str`, *optional*): what a reader has to know about how it was asked, for the report.
     """
 
     task: str
@@ -214,8 +216,11 @@ class Qualification:
     exact: str
     controls: list[str]
     critics: list[str]
+    note: str = ""
 
     def __post_init__(self):
+        if not isinstance(self.note, str):
+            raise ValueError(f"note={self.note!r} must be a text.")
         for name in ("seeds", "controls", "critics"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: name at least one.")

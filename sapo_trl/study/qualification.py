@@ -114,9 +114,10 @@ def write_qualification(study: StudyConfig, results: StudyResults) -> str:
         verdict = f"**`{wanted.task}` does not qualify** ({'; '.join(failed)}): read what follows with that in mind."
     else:
         verdict = f"`{wanted.task}` qualifies: what follows can tell algorithms apart."
+    note = f"\n{wanted.note.strip()}\n" if wanted.note.strip() else ""
     return (
         "## Can this task tell algorithms apart?\n\nA comparison of credit assignment means something only where "
         "exact credit helps, against every control, and values can be learned, by one critic at least. "
         f"{verdict}\n\n{_table(tests)}\n\n`p` is of a t-test, which decides; *ranks* are Wilcoxon's, which single "
-        "broken runs do not sway.\n"
+        f"broken runs do not sway.\n{note}"
     )
