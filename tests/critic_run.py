@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 
 from sapo_trl import SegmentValueHead
 from sapo_trl.critic_adapter import CriticAdapter
@@ -36,8 +37,6 @@ def model_inputs(mode: str, has_image: bool) -> dict[str, torch.Tensor]:
     processor = build_processor(build_tokenizer())
     prompt = [{"role": "user", "content": [{"type": "text", "text": "abcdefg"[rank:]}]}]
     if has_image:
-        from PIL import Image
-
         prompt[0]["content"].insert(0, {"type": "image", "image": Image.new("RGB", (56, 56), "red")})
     return processor.apply_chat_template(
         [prompt], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
