@@ -16,8 +16,9 @@ from .statistics import mean_interval
 
 
 _GRID = 40
-_MOST_BANDS = 7
 """Points on the common axis that runs with unequal steps are read at."""
+MOST_BANDS = 7
+"""Arms in one panel whose bands can still be told apart; the curves of more are drawn without."""
 
 
 def styles(names: Sequence[str]) -> dict[str, dict]:
@@ -87,7 +88,7 @@ def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Se
             grid = np.linspace(of_arm.groupby("seed")[x].min().max(), end, _GRID)
             rows = np.stack([np.interp(grid, run[x], run[column]) for _, run in of_arm.groupby("seed")])
             panel.plot(grid, rows.mean(axis=0), markevery=6, label=arm, **style[arm])
-            if len(rows) > 1 and len(arms) <= _MOST_BANDS:
+            if len(rows) > 1 and len(arms) <= MOST_BANDS:
                 bands = [mean_interval(rows[:, i]) for i in range(_GRID)]
                 panel.fill_between(
                     grid, [b.low for b in bands], [b.high for b in bands], color=style[arm]["color"], alpha=0.12, lw=0

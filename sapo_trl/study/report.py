@@ -12,7 +12,7 @@ import pandas as pd
 from .analyses import write_analyses
 from .comparisons import SIGNIFICANCE, Comparison, comparisons, verdict
 from .config import StudyConfig
-from .figures import plot_accuracies, plot_axis, plot_curves, plot_differences, training_curves
+from .figures import MOST_BANDS, plot_accuracies, plot_axis, plot_curves, plot_differences, training_curves
 from .markdown import markdown_table
 from .qualification import write_qualification
 from .results import StudyResults
@@ -99,7 +99,8 @@ def _how(study: StudyConfig, results: StudyResults) -> str:
         f"- *Difference*: mean over seeds of the accuracy minus that of `{study.baseline}` with the same seed, with "
         "Student's 95 % interval. `p`: paired t-test, adjusted for all comparisons of the study (Benjamini–Hochberg). "
         f"*Better* or *worse* is p < {SIGNIFICANCE}; all else is *not told apart*, which is not the same as equal. "
-        "Brackets behind a mean are bootstrap intervals over seeds, too narrow for so few of them.",
+        "Brackets behind a mean are bootstrap intervals over seeds, too narrow for so few of them; so are the bands "
+        f"of curves, which figures of more than {MOST_BANDS} arms leave out.",
         "- *Sampled tokens* are those of rollouts and of all continuations, *rollout tokens* the former alone; "
         "*CPU seconds* are those of training on one core, evaluation and analyses aside.\n",
     ]
