@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from memory_and_speed import machine
 from profile_step import profile
-from update_cost import ROWS
+from update_cost import ROWS, complete
 from update_cost import parser as update_cost_parser
 
 
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if len(options.lengths) < 2:
         parser.error(f"--lengths must name at least two, got {options.lengths}")
-    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    complete(options)
     report = {"row": options.row, "machine": machine(), **scaling(options)}
     options.out.mkdir(parents=True, exist_ok=True)
     (Path(options.out) / f"length_scaling_{options.row}.json").write_text(json.dumps(report, indent=2) + "\n")

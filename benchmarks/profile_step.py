@@ -15,6 +15,7 @@ somewhat longer than without.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from memory_and_speed import StepTimer, machine, now
 from transformers import TrainerCallback
-from update_cost import MINI_BATCHES, ROWS, make_trainer
+from update_cost import MINI_BATCHES, ROWS, complete, make_trainer
 from update_cost import parser as update_cost_parser
 
 
@@ -54,6 +55,7 @@ class Stages(TrainerCallback):
                 self.seconds[name] = self.seconds.get(name, 0.0) + now() - started
 
     def timed(self, name: str | Callable[[], str], function: Callable) -> Callable:
+        @functools.wraps(function)  # its signature is looked at
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             with self.stage(name if isinstance(name, str) else name()):
                 return function(*args, **kwargs)
@@ -71,13 +73,18 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
     policy.forward = stages.timed(forward_of("policy"), policy.forward)
+    towers = [(policy.get_base_model() if hasattr(policy, "peft_config") else policy).base_model]
     critic = getattr(trainer, "critic", None)
     if critic is not None and critic.module is not None:
+        towers += [critic.module.backbone] if critic.module.backbone is not None else []
         critic.module.forward = stages.timed(forward_of("critic"), critic.module.forward)
         # Its own: it goes through neither accelerate's backward nor the trainer's optimizer.
         critic.backward = stages.timed("critic, backward", critic.backward)
         critic.clip_gradient = stages.timed("optimizers", critic.clip_gradient)
         critic.step = stages.timed("optimizers", critic.step)
+    for backbone in towers:
+        # Of a frozen tower, which computes an image's features once a rollout; else it is part of the forward.
+        backbone.get_image_features = stages.timed("frozen vision tower", backbone.get_image_features)
     trainer.accelerator.backward = stages.timed("policy, backward", trainer.accelerator.backward)
     trainer.accelerator.clip_grad_norm_ = stages.timed("optimizers", trainer.accelerator.clip_grad_norm_)
     create_optimizer = trainer.create_optimizer
@@ -104,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if options.rollouts < 2:
         parser.error(f"--rollouts must be at least 2, because the first is not counted; got {options.rollouts}")
-    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    complete(options)
     found = profile(options)
     options.out.mkdir(parents=True, exist_ok=True)
     (Path(options.out) / f"profile_{options.row}.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from memory_and_speed import (
+    LANGUAGE_LORA_TARGETS,
     LORA_RANK,
     LORA_TARGETS,
     OUT_OF_MEMORY,
@@ -106,11 +107,15 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
         config.text_config.intermediate_size = 3 * options.hidden_size
         config.text_config.num_attention_heads = options.hidden_size // 32
         config.text_config.num_key_value_heads = options.hidden_size // 32
+    if options.layers is not None:
+        config.text_config.num_hidden_layers = options.layers
+        config.text_config.layer_types = config.text_config.layer_types[:1] * options.layers
     set_seed(0)
     with torch.device("cuda" if on_gpu else "cpu"):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, options.dtype))
     rows = options.micro_batch * options.accumulation * MINI_BATCHES
     lengths = lengths_of(rows, options.completion_length)
+    targets = LANGUAGE_LORA_TARGETS if options.lora_layers == "language" else LORA_TARGETS
     settings = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": options.micro_batch,
@@ -120,7 +125,7 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
         "max_steps": options.rollouts * MINI_BATCHES,
         "beta": 0.0,
         "learning_rate": 1e-6,
-        "gradient_checkpointing": on_gpu,
+        "gradient_checkpointing": options.gradient_checkpointing,
         "bf16": on_gpu,
         "use_cpu": not on_gpu,
         "report_to": "none",
@@ -132,7 +137,7 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
         "reward_funcs": reward,
         "train_dataset": build_dataset(rows, options.image_size),
         "processing_class": processor,
-        "peft_config": LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS) if lora else None,
+        "peft_config": LoraConfig(r=LORA_RANK, target_modules=targets) if lora else None,
         "callbacks": callbacks,
         "rollout_func": given_rollout(lengths),
     }
@@ -147,7 +152,7 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps in this process, and say what they took."""
     _, critic, lora, _ = ROWS[name]
-    timer = StepTimer()
+    timer, before = StepTimer(), peak_bytes()
     trainer = make_trainer(name, options, [timer])
     policy = trainer.accelerator.unwrap_model(trainer.model)
     counter = TokenCounter((policy.get_base_model() if lora else policy).base_model)
@@ -161,7 +166,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     needed = trainer.state.num_input_tokens_seen * (4 if critic == "adapter" else 2)
     return {
         "seconds": statistics.median(seconds),
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_bytes() - before,
         "padding": 1 - needed / counter.tokens,
     }
 
@@ -206,16 +211,20 @@ def as_markdown(report: dict[str, Any]) -> str:
             cells[3:] = [ROWS[against][0], spread, f"{memory:.2f}"]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
+    lora = {"all": "all linear layers", "language": "those of the language model, the vision tower is frozen"}
     rows = options["micro_batch"] * options["accumulation"] * MINI_BATCHES
     lengths = lengths_of(rows, options["completion_length"])
     lines += [
         "",
         f"{report['machine']}; {versions}. Size {options['size']}"
         + (f", hidden size {options['hidden_size']}" if options["hidden_size"] else "")
+        + (f", {options['layers']} layers" if options["layers"] else "")
         + f", weights in {options['dtype']}; rollouts of {rows} responses of {min(lengths)} to {max(lengths)} tokens "
         f"(mean {statistics.mean(lengths):.0f}), {MINI_BATCHES} optimizer steps each, micro-batches of "
-        f"{options['micro_batch']}; {options['rollouts'] - 1} rollouts timed, {len(turns)} turns. Peak memory is of "
-        + ("the tensors on the GPU." if report["on_gpu"] else "the whole process."),
+        f"{options['micro_batch']}; {options['rollouts'] - 1} rollouts timed, {len(turns)} turns; pictures of "
+        f"{options['image_size']} x {options['image_size']} pixels; gradient checkpointing "
+        f"{'on' if options['gradient_checkpointing'] else 'off'}; LoRA of {lora[options['lora_layers']]}. Peak memory "
+        "is of " + ("the tensors on the GPU." if report["on_gpu"] else "the process, without what imports take."),
     ]
     return "\n".join(lines) + "\n"
 
@@ -224,6 +233,16 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("3b", "tiny"), default="3b", help="shape of the model")
     parser.add_argument("--hidden_size", type=int, help="of a wider tiny model, a multiple of 64")
+    parser.add_argument("--layers", type=int, help="of the language model, if not as many as its size has")
+    parser.add_argument(
+        "--lora_layers",
+        choices=("all", "language"),
+        default="all",
+        help="linear layers that LoRA rows adapt; with those of the language model alone the vision tower is frozen",
+    )
+    parser.add_argument(
+        "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="by default on a GPU alone"
+    )
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="what to measure")
     parser.add_argument("--turns", type=int, default=3, help="how often each row is measured, in turn with the others")
     parser.add_argument("--rollouts", type=int, default=4, help="the first is not timed")
@@ -238,13 +257,21 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def complete(options: argparse.Namespace) -> None:
+    """Fill in what depends on the machine."""
+    on_gpu = torch.cuda.is_available()
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    if options.gradient_checkpointing is None:
+        options.gradient_checkpointing = on_gpu
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, write, print. Returns 1 if a row failed for another reason than memory."""
     arguments = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(arguments)
     if options.rollouts < 2:
         parser().error(f"--rollouts must be at least 2, because the first is not timed; got {options.rollouts}")
-    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    complete(options)
     if options.row is not None:
         try:
             found = measure(options.row, options)

@@ -198,6 +198,11 @@ class SAPOConfig(GRPOConfig):
             so that TRL's own losses are TRL's to the last bit only without it. Where TRL takes a mean or a quantile
             over the tokens of a micro-batch (`"bnpo"`; with its losses the entropy bonus, `top_entropy_quantile` and
             the experts' load) rows keep their micro-batch. Models that see absolute positions keep the padding.
+        reuse_image_features (`bool`, *optional*, defaults to `True`):
+            Whether a frozen vision tower (LoRA on the language model alone, for example) computes the features of an
+            image once a rollout, for all responses to its prompt and all forwards. Of towers that learn, or that have
+            adapters, and of models that are in pieces on several processes (ZeRO-3, FSDP) features are computed in
+            every forward.
         num_mini_batches (`int`, *optional*):
             Optimizer steps per rollout batch. Defaults to 4, or to what `steps_per_generation` or
             `generation_batch_size` imply if one of those is set.
@@ -507,6 +512,13 @@ class SAPOConfig(GRPOConfig):
         metadata={
             "help": "Whether rows of like length go through the model together, without the padding that they have in "
             "common. The gradients of optimizer steps stay the same."
+        },
+    )
+    reuse_image_features: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether a frozen vision tower computes the features of an image once a rollout, for all "
+            "responses to its prompt and all forwards."
         },
     )
     num_mini_batches: int | None = field(

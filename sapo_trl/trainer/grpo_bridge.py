@@ -48,6 +48,7 @@ from ..sharded_tensors import total_norm
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
+from .image_features import ImageFeatures
 from .padding import (
     RightAligned,
     can_move_rows,
@@ -184,6 +185,9 @@ class GRPOBridge(GRPOTrainer):
         backbone = backbone_of(self.accelerator.unwrap_model(self.model))
         self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         self._positions_follow_images = "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
+        self._image_features: ImageFeatures | None = None
+        if args.reuse_image_features and not self.runs_in_lockstep:
+            self._image_features = ImageFeatures(self.accelerator.autocast)
         if self.rollout_func is not None and self.placeholder_ids:
             sample = self.rollout_func
             self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
@@ -282,6 +286,12 @@ class GRPOBridge(GRPOTrainer):
         """`"train"` or `"eval"`."""
         return "train" if self.model.training else "eval"
 
+    @property
+    def runs_in_lockstep(self) -> bool:
+        """Whether models are in pieces on several processes, all of which have to run the same layers together."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
     def policy_forward(
         self, model: nn.Module, batch: Batch, batch_size: int | None = None, frozen: bool = False
     ) -> PolicyForward:
@@ -331,7 +341,13 @@ class GRPOBridge(GRPOTrainer):
             # Position p predicts token p + 1, and its value is that of the state before token p + 1.
             return SimpleNamespace(log_probs=critic(**model_inputs)[:, :-1])
 
-        values, _, _ = self._run_over_tokens(value_model, **_forward_inputs(batch), batch_size=batch_size)
+        value_head = self.accelerator.unwrap_model(critic)
+        values, _, _ = self._run_over_tokens(
+            value_model,
+            **_forward_inputs(batch),
+            batch_size=batch_size,
+            backbone=value_head.backbone if value_head.adapter is None else value_head.adapter.backbone,
+        )
         return values
 
     def trl_loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -468,6 +484,8 @@ class GRPOBridge(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         inputs = _with_image_lists(inputs)
         started = time.perf_counter()
+        if self._image_features is not None:
+            self._image_features.clear()
         given = self.plan_rollout(inputs)
         inputs = inputs if given is None else given.inputs
         self._record = RolloutRecord(started=started, inputs=inputs, given=given)
@@ -772,12 +790,21 @@ class GRPOBridge(GRPOTrainer):
             regrouped += [take_rows(rows, group) for group in groups]
         return regrouped
 
-    def _run_over_tokens(self, model: Callable, *args, batch_size: int | None = None, **kwargs):
+    def _run_over_tokens(
+        self,
+        model: Callable,
+        *args,
+        batch_size: int | None = None,
+        backbone: PreTrainedModel | None = None,
+        **kwargs,
+    ):
         """TRL's forward over a batch's completions, `batch_size` rows at a time, those of like length together."""
         inputs = dict(zip(_FORWARD_KEYS[2:], args, strict=False)) | kwargs
         total = inputs["input_ids"].size(0)
+        if backbone is None:
+            backbone = backbone_of(self.accelerator.unwrap_model(model))
         if not self.can_move_rows or batch_size is None or batch_size >= total:
-            return self._run_rows(model, batch_size=batch_size, **inputs)
+            return self._run_rows(model, backbone, batch_size=batch_size, **inputs)
         options = {name: inputs.pop(name) for name in _FORWARD_OPTIONS if name in inputs}
         inputs.pop("width", None)
         rows = merge_rows([{name: value for name, value in inputs.items() if value is not None}])
@@ -785,7 +812,13 @@ class GRPOBridge(GRPOTrainer):
         groups = group_rows(lengths, -(-total // batch_size), batch_size * inputs["input_ids"].size(1))
         logps, entropies, aux_losses = zip(
             *(
-                self._run_rows(model, width=max(lengths[row] for row in group), **options, **take_rows(rows, group))
+                self._run_rows(
+                    model,
+                    backbone,
+                    width=max(lengths[row] for row in group),
+                    **options,
+                    **take_rows(rows, group),
+                )
                 for group in groups
             ),
             strict=True,
@@ -799,7 +832,7 @@ class GRPOBridge(GRPOTrainer):
             None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
         )
 
-    def _run_rows(self, model: Callable, *, width: int | None = None, **kwargs):
+    def _run_rows(self, model: Callable, backbone: PreTrainedModel, *, width: int | None = None, **kwargs):
         """The same for rows of any length, also where a chunk has no image or too many placeholders."""
         length = kwargs["logits_to_keep"]
 
@@ -809,6 +842,8 @@ class GRPOBridge(GRPOTrainer):
             if self.placeholder_ids:
                 # The labels, which TRL has taken from the same ids, keep them.
                 inputs = hide_placeholders(inputs, length, self.placeholder_ids, self._tokenizer.pad_token_id)
+            if self._image_features is not None:
+                inputs = self._image_features.in_place_of_pixels(backbone, inputs)
             with _whole_lm_head(model):
                 return self._without_padding(model, inputs, width) if self.can_move_rows else model(**inputs)
 
@@ -822,7 +857,7 @@ class GRPOBridge(GRPOTrainer):
             name: aligned.move(value) if torch.is_tensor(value) and value.shape == shape else value
             for name, value in inputs.items()
         }
-        if self._takes_positions and not (self._positions_follow_images and "pixel_values" in inputs):
+        if self._takes_positions and not (self._positions_follow_images and "image_grid_thw" in inputs):
             # The column's number, which a model takes otherwise, changes with the rows beside a row, and in half
             # precision the rotation by another angle gives other log-probabilities.
             moved["position_ids"] = token_positions(moved["attention_mask"])
