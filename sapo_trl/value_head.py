@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
 from .critic_adapter import CriticAdapter
+from .segments import accumulation_dtype
 from .sharded_tensors import gathered_state, sharded_like
 
 
@@ -25,12 +26,13 @@ MODES = ("separate", "shared", "adapter")
 
 
 class _Float32Linear(nn.Linear):
-    """A linear layer that computes in float32, also where its weights are kept or gathered in half precision."""
+    """A linear layer that computes in float32 at least, also where its weights are kept or gathered in less."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Out of autocast, which would compute in half precision.
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.float(), self.weight.float(), self.bias.float())
+            dtype = accumulation_dtype(x)
+            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class SegmentValueHead(nn.Module):

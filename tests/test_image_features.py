@@ -9,6 +9,7 @@ from transformers import set_seed
 
 from sapo_trl.trainer.image_features import ImageFeatures, has_frozen_tower, image_keys
 
+from .exact_arithmetic import exact_lm_head, make_exact
 from .testing_utils import Recorder, fixed_rollout, random_completions, sapo_trainer
 
 
@@ -24,9 +25,9 @@ def well_formed(prompts, trainer):
 
 
 def trained(family, folder, reuse: bool, lora: dict | None = None, responses=None, **overrides):
-    """Two rollouts of two optimizer steps of SGD, four prompts each; a frozen tower unless adapters are in it."""
+    """In float64, two rollouts of two steps of SGD, four prompts each; a frozen tower unless adapters are in it."""
     recorder, images = Recorder(), []
-    model = family.build_model()
+    model = make_exact(family.build_model())
     if lora is None:
         model.model.visual.requires_grad_(False)
     set_seed(0)  # weights of value heads and adapters
@@ -49,6 +50,9 @@ def trained(family, folder, reuse: bool, lora: dict | None = None, responses=Non
         },
         **overrides,
     )
+    trainer.model.double()  # adapters too
+    if trainer.critic is not None:
+        trainer.critic.value_head.double()
     models = [trainer.accelerator.unwrap_model(trainer.model)]
     if trainer.args.critic == "separate":
         models.append(trainer.critic.module)
@@ -58,7 +62,8 @@ def trained(family, folder, reuse: bool, lora: dict | None = None, responses=Non
                 module.register_forward_pre_hook(
                     lambda module, args, kwargs: images.append(len(kwargs["grid_thw"])), with_kwargs=True
                 )
-    trainer.train()
+    with exact_lm_head():
+        trainer.train()
     return trainer, recorder.rollouts, images
 
 
@@ -77,11 +82,11 @@ def test_training_is_what_it_is_without(family, lora, overrides, towers, tmp_pat
     with_it, same_rollouts, images = trained(family, tmp_path / "with", True, lora, **overrides)
     for expected, found in zip(rollouts, same_rollouts, strict=True):
         for name in ("logps", "entropies", "values", "advantages"):
-            torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=2e-5, rtol=0)
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-9, rtol=0)
     after, moved = dict(with_it.model.named_parameters()), 0
-    start = dict(family.build_model().named_parameters())
+    start = dict(make_exact(family.build_model()).named_parameters())
     for name, parameter in without.model.named_parameters():
-        torch.testing.assert_close(after[name], parameter, atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(after[name], parameter, atol=1e-9, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
         moved += name in start and not torch.equal(parameter, start[name])
     assert moved or lora
     # Four prompts a rollout, of two responses each.
@@ -101,7 +106,7 @@ def test_pixels_that_somebody_changes_have_features_of_their_own(family, tmp_pat
     }
     _, rollouts, _ = trained(family, tmp_path / "without", False, **overrides)
     _, same_rollouts, images = trained(family, tmp_path / "with", True, **overrides)
-    torch.testing.assert_close(same_rollouts[0].advantages, rollouts[0].advantages, atol=1e-4, rtol=0)
+    torch.testing.assert_close(same_rollouts[0].advantages, rollouts[0].advantages, atol=1e-9, rtol=0)
     by_response = [row[row != 0].unique() for row in rollouts[0].advantages]
     assert max(map(len, by_response)) > 3
     # Four images a rollout, and each of them with patches hidden, the same ones for both responses.

@@ -24,6 +24,7 @@ from transformers import (
 
 from sapo_trl.trainer.padding import RightAligned, can_move_rows, equal_groups, group_rows, merge_rows, take_rows
 
+from .exact_arithmetic import exact_lm_head, make_exact
 from .testing_utils import Recorder, fixed_rollout, random_completions, sapo_trainer
 
 
@@ -152,7 +153,7 @@ TRL_LOSS = {
 
 def trained(family, folder, avoid_padding: bool, **overrides):
     """Two optimizer steps of SGD on responses of very different lengths."""
-    recorder, widths = Recorder(), []
+    recorder, widths, losses = Recorder(), [], []
     set_seed(0)  # weights of value heads
     trainer = sapo_trainer(
         family,
@@ -174,7 +175,18 @@ def trained(family, folder, avoid_padding: bool, **overrides):
     backbone.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
+    if trainer.model.dtype == torch.float64 and trainer.critic is not None:
+        trainer.critic.value_head.double()
+    policy_loss = trainer.policy_loss
+
+    def recorded_loss(*args):
+        loss = policy_loss(*args)
+        losses.append(loss.item())
+        return loss
+
+    trainer.policy_loss = recorded_loss
     trainer.train()
+    trainer.step_losses = [sum(losses[step : step + 2]) for step in range(0, len(losses), 2)]
     return trainer, recorder.rollouts[0], widths
 
 
@@ -249,39 +261,42 @@ def test_responses_with_images_of_tools_are_not_cut_off_from_them(family, masked
     assert trainer.can_move_rows != masked
 
 
-def exact_rotary(rotary: torch.nn.Module):
-    """Angles in float64: transformers' are in float32 whatever the model is, and differ by 1e-7 at other positions."""
-
-    def forward(hidden_states, position_ids, **kwargs):
-        angles = position_ids[..., None].double() * rotary.inv_freq.double()
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
-
-    return forward
-
-
-@TEXT_FAMILY
-def test_a_model_in_float64_sees_no_difference(family):
-    model = family.build_model().double()
-    rotary = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
-    for module in rotary:
-        module.forward = exact_rotary(module)
-    inputs = {
-        "input_ids": torch.randint(20, 200, (4, 12), generator=torch.Generator().manual_seed(0)),
-        "attention_mask": torch.tensor(
-            [
-                [0] * before + [1] * (12 - before - behind) + [0] * behind
-                for before, behind in [(2, 5), (0, 0), (4, 1), (1, 6)]
-            ]
-        ),
-    }
-    seen = inputs["attention_mask"].bool()
-    expected = model.base_model(**inputs).last_hidden_state
-    aligned = RightAligned.of(inputs["attention_mask"])
-    found = model.base_model(**{name: aligned.move(x) for name, x in inputs.items()}).last_hidden_state
-    for row in range(4):
-        kept = found[row, aligned.target[row][seen[row]]]
-        torch.testing.assert_close(kept, expected[row][seen[row]], atol=1e-9, rtol=0)
+@BOTH_FAMILIES
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"critic": "separate"},
+        {"critic": "shared", "beta": 0.1, "kl_placement": "loss", "kl_estimator": "k3"},
+        {**TRL_LOSS, "loss_type": "grpo"},
+    ],
+    ids=lambda overrides: overrides.get("loss_type", overrides["critic"]),
+)
+def test_training_in_float64_sees_no_difference(family, overrides, tmp_path):
+    """Losses and gradients: SGD's weights are nothing else."""
+    trainers = []
+    for avoid_padding in (False, True):
+        model = make_exact(family.build_model())
+        start = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        with exact_lm_head():
+            trainer, rollout, _ = trained(
+                family, tmp_path / str(avoid_padding), avoid_padding, model=model, **overrides
+            )
+        trainers.append((trainer, rollout))
+    (padded, padded_rollout), (moved, rollout) = trainers
+    assert rollout.logps.dtype == torch.float64
+    mask = rollout.segments.mask
+    for name in ("logps", "values", "advantages"):
+        found, expected = getattr(rollout, name)[mask], getattr(padded_rollout, name)[mask]
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    assert len(moved.step_losses) == 2 and moved.step_losses == pytest.approx(padded.step_losses, abs=1e-9)
+    pairs = [(padded.model, moved.model)]
+    if overrides["critic"] == "separate":
+        pairs.append((padded.critic.module, moved.critic.module))
+    for expected, found in pairs:
+        after = dict(found.named_parameters())
+        for name, parameter in expected.named_parameters():
+            torch.testing.assert_close(after[name], parameter, atol=1e-9, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert max((parameter - start[name]).abs().max() for name, parameter in moved.model.named_parameters()) > 1e-4
 
 
 @TEXT_FAMILY

@@ -44,6 +44,7 @@ from ..rollouts.placeholders import (
     length_until_placeholder,
     placeholder_ids,
 )
+from ..segments import accumulation_dtype
 from ..sharded_tensors import total_norm
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
@@ -1045,8 +1046,8 @@ def _policy_forward(
 ) -> PolicyForward:
     length = logps.size(1)
     return PolicyForward(
-        logps=logps.float(),
-        entropies=entropies.float(),
+        logps=logps.to(accumulation_dtype(logps)),
+        entropies=entropies.to(accumulation_dtype(entropies)),
         values=torch.cat([chunk[:, -length:] for chunk in values]) if values else None,
         aux_loss=aux_loss,
     )
