@@ -92,17 +92,18 @@ def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimizer step, rollout included."""
+    """Seconds of each optimizer step, from the end of the one before: loading of rows and the rollout included."""
 
     def __init__(self):
         self.seconds: list[float] = []
-        self._started = 0.0
+        self._ended = 0.0
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._started = now()
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._ended = now()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(now() - self._started)
+        before, self._ended = self._ended, now()
+        self.seconds.append(self._ended - before)
 
 
 def now() -> float:

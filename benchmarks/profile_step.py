@@ -6,10 +6,10 @@ The set-up is that of `update_cost.py`: given responses of log-normal lengths, s
     python benchmarks/profile_step.py --row sapo_separate --out results                 # on a GPU
     python benchmarks/profile_step.py --row sapo_separate --size tiny --out results     # on a CPU too
 
-It writes `profile_ROW.json` and prints a table. The optimizers' share has the clipping of gradients in it. Everything
-else is segmentation, advantages, losses, metrics, collation, logging and transformers' own loop. On a GPU the device
-is waited for at each border between two stages, so that what it does is counted where it was asked for: a step takes
-somewhat longer than without.
+It writes `profile_ROW.json` and prints a table. The optimizers' share has the clipping of gradients in it. Rows are
+read by datasets' code, and images cut into patches by transformers'. Everything else is segmentation, advantages,
+losses, metrics, collation, logging and transformers' own loop. On a GPU the device is waited for at each border between
+two stages, so that what it does is counted where it was asked for: a step takes somewhat longer than without.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Stages(TrainerCallback):
         self._inside = False
         self._counts = False
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         self._counts = state.global_step >= MINI_BATCHES
 
     @contextmanager
@@ -95,6 +95,9 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
         return optimizer
 
     trainer.create_optimizer = create_timed_optimizer
+    trainer.get_batch_samples = stages.timed("reading rows", trainer.get_batch_samples)
+    image_processor = trainer.processing_class.image_processor
+    image_processor.preprocess = stages.timed("images to patches", image_processor.preprocess)
     trainer.train()
     total = sum(timer.seconds[MINI_BATCHES:])
     rollouts = options.rollouts - 1

@@ -71,6 +71,7 @@ ATTRIBUTES = {
 OVERRIDDEN = {
     "__init__",
     "create_accelerator_and_postprocess",
+    "get_train_dataloader",
     "train",
     "training_step",
     "create_scheduler",

@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
@@ -59,6 +59,7 @@ from .padding import (
     take_rows,
     token_positions,
 )
+from .repeated_rows import RepeatedRows
 
 
 logger = logging.getLogger(__name__)
@@ -556,6 +557,15 @@ class GRPOBridge(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
         return self.policy_loss(model, inputs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataset = self.train_dataset
+        if isinstance(dataset, Dataset):
+            self.train_dataset = RepeatedRows(dataset)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._train_sampler = super()._get_train_sampler(dataset)
