@@ -8,8 +8,8 @@ The set-up is that of `update_cost.py`: given responses of log-normal lengths, s
 
 It writes `profile_ROW.json` and prints a table. The optimizers' share has the clipping of gradients in it. Rows are
 read by datasets' code, and images cut into patches by transformers'. Everything else is segmentation, advantages,
-losses, metrics, collation, logging and transformers' own loop. On a GPU the device is waited for at each border between
-two stages, so that what it does is counted where it was asked for: a step takes somewhat longer than without.
+losses, metrics, collation, logging and transformers' own loop. On a GPU the device is waited for at each border
+between two stages, so that what it does is counted where it was asked for: a step takes somewhat longer than without.
 """
 
 from __future__ import annotations
