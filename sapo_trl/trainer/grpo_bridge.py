@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import logging
 import math
 import shutil
@@ -44,13 +45,15 @@ from ..rollouts.placeholders import (
     length_until_placeholder,
     placeholder_ids,
 )
-from ..sharded_tensors import total_norm
+from ..sharded_tensors import total_norm, weights_are_in_pieces
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
 from .padding import (
     RightAligned,
     can_move_rows,
+    common_cuts,
+    cut_rows,
     equal_groups,
     group_rows,
     merge_rows,
@@ -759,18 +762,40 @@ class GRPOBridge(GRPOTrainer):
     def _by_length(self, batches: list[Batch]) -> list[Batch]:
         """Micro-batches of a rollout, their rows exchanged within each optimizer step so that like lengths meet."""
         regrouped, window = [], self.args.gradient_accumulation_steps
-        for first in range(0, len(batches), window):
-            rows = merge_rows(batches[first : first + window])
-            lengths = (rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)).tolist()
-            if self.weighs_rows_alike():
-                columns = rows["prompt_mask"].size(1) + rows["completion_mask"].size(1)
-                groups = group_rows(lengths, window, self.args.per_device_train_batch_size * columns)
-            else:
-                groups = equal_groups(lengths, window)
+        lengths = torch.stack([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])
+        lengths = lengths.view(len(batches) // window, -1).tolist()
+        columns = batches[0]["prompt_mask"].size(1) + batches[0]["completion_mask"].size(1)
+        for step, groups in enumerate(self._groups_of_steps(lengths, columns)):
+            rows = merge_rows(batches[step * window : (step + 1) * window])
             # With their lengths, which the device need not be asked for again.
-            rows["token_counts"] = lengths
+            rows["token_counts"] = lengths[step]
             regrouped += [take_rows(rows, group) for group in groups]
         return regrouped
+
+    def _groups_of_steps(self, lengths: list[list[int]], columns: int) -> list[list[list[int]]]:
+        """
+        Which rows share a micro-batch.
+
+        Args:
+            lengths (`list[list[int]]`): of each optimizer step of a rollout the tokens of this process's rows.
+            columns (`int`): of the rollout, padding included.
+
+        Returns:
+            `list[list[list[int]]]`: of each optimizer step the rows of each micro-batch.
+        """
+        num_groups, batch_size = self.args.gradient_accumulation_steps, self.args.per_device_train_batch_size
+        if not self.weighs_rows_alike():
+            return [equal_groups(step, num_groups) for step in lengths]
+        if not weights_are_in_pieces(self.accelerator):
+            return [group_rows(step, num_groups, batch_size * columns) for step in lengths]
+        # In each micro-batch all processes wait for the one that has the most tokens. They exchange lengths once a
+        # rollout, which they begin to train on together.
+        own = torch.tensor([[columns, *itertools.chain(*lengths)]], device=self.accelerator.device)
+        everyone = self.accelerator.gather(own).cpu().numpy()
+        max_tokens = batch_size * int(everyone[:, 0].max())
+        steps = everyone[:, 1:].reshape(len(everyone), len(lengths), -1)
+        cuts = [common_cuts(steps[:, index], num_groups, max_tokens) for index in range(len(lengths))]
+        return [cut_rows(step, at) for step, at in zip(lengths, cuts, strict=True)]
 
     def _run_over_tokens(self, model: Callable, *args, batch_size: int | None = None, **kwargs):
         """TRL's forward over a batch's completions, `batch_size` rows at a time, those of like length together."""
