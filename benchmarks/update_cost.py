@@ -60,9 +60,9 @@ ROWS = {
 MINI_BATCHES = 2
 
 
-def lengths_of(rows: int, longest: int) -> list[int]:
+def lengths_of(rows: int, longest: int, seed: int = 0) -> list[int]:
     """Log-normal, with a spread as of reasoning models' responses; the longest are cut off as by a limit."""
-    drawn = np.random.default_rng(0).lognormal(np.log(longest / 5), 0.7, rows)
+    drawn = np.random.default_rng(seed).lognormal(np.log(longest / 5), 0.7, rows)
     return np.clip(drawn, 1, longest).astype(int).tolist()
 
 

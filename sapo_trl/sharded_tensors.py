@@ -1,4 +1,4 @@
-"""Tensors that FSDP2 keeps in pieces, one on each process: from pieces to the whole and back."""
+"""Tensors that are kept in pieces, one on each process: whether weights are, and FSDP2's put together and apart."""
 
 from __future__ import annotations
 
@@ -6,8 +6,24 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
+
+
+def weights_are_in_pieces(accelerator: Accelerator) -> bool:
+    """Whether a model's forward has all processes put its layers together, one after the other (ZeRO-3, FSDP)."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def gradients_are_in_pieces(accelerator: Accelerator) -> bool:
+    """Whether each micro-batch's backward has all processes add up their gradients (ZeRO-2, ZeRO-3, FSDP)."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage >= 2
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:

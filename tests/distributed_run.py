@@ -16,6 +16,7 @@ from sapo_trl import SAPOTrainer
 from sapo_trl.callbacks import RolloutCallback
 from sapo_trl.embedded import build_processor, build_tokenizer
 from sapo_trl.sharded_tensors import gathered
+from sapo_trl.value_head import backbone_of
 
 from .testing_utils import FAMILIES, fixed_rollout, length_reward, logged, sapo_config
 
@@ -25,7 +26,7 @@ def completions_of_prompts(prompts: list, trainer: SAPOTrainer) -> list[list[int
     rows = []
     for prompt in prompts:
         generator = torch.Generator().manual_seed(sum(map(ord, json.dumps(prompt, default=lambda image: ""))))
-        length = int(torch.randint(1, 9, (), generator=generator))
+        length = int(torch.randint(1, trainer.max_completion_length + 1, (), generator=generator))
         rows.append(torch.randint(20, 250, (length,), generator=generator).tolist())
     return rows
 
@@ -56,6 +57,18 @@ def spoil(trainer: SAPOTrainer, name: str, step: int) -> None:
     setattr(trainer, name, spoiled)
 
 
+def note_micro_batches(trainer: SAPOTrainer) -> list[tuple[int, int]]:
+    """Rows and columns of what the policy is about to be trained on, micro-batch for micro-batch."""
+    shapes = []
+
+    def note(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.is_grad_enabled():
+            shapes.append(tuple(kwargs["input_ids"].shape))
+
+    backbone_of(trainer.accelerator.unwrap_model(trainer.model)).register_forward_pre_hook(note, with_kwargs=True)
+    return shapes
+
+
 def main(
     folder: Path, name: str, global_batch: int, settings: dict, before_training: Callable[[], None] = lambda: None
 ) -> None:
@@ -63,7 +76,7 @@ def main(
     tokenizer = build_tokenizer()
     family = FAMILIES[name](tokenizer if name == "qwen2" else build_processor(tokenizer))
     settings = dict(settings)
-    spoiled = settings.pop("spoiled", None)
+    spoiled, numbered = settings.pop("spoiled", None), settings.pop("numbered", False)
     model, loads_it = settings.pop("model", None), settings.pop("loads_it", False)
     if model is None:
         # Before the arguments, which tell transformers about ZeRO-3: it cannot make Qwen2.5-VL's weights in pieces.
@@ -79,12 +92,17 @@ def main(
     if loads_it:
         model = family.model_class.from_pretrained(model)
     before_training()
+    dataset = family.dataset(max(8, args.gradient_accumulation_steps * global_batch))  # a rollout's at least
+    if numbered:  # else only a few texts, and responses, are different ones
+        dataset = dataset.map(
+            lambda row, index: {"prompt": [{"role": "user", "content": f"{index}."}]}, with_indices=True
+        )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if args.critic == "adapter" else None
     trainer = SAPOTrainer(
         model=model,
         reward_funcs=length_reward,
         args=args,
-        train_dataset=family.dataset(max(8, args.gradient_accumulation_steps * global_batch)),  # a rollout's at least
+        train_dataset=dataset,
         processing_class=family.processing_class,
         # Continuations need the trainer's own generation.
         rollout_func=None if args.critic in ("monte_carlo", "tree") else fixed_rollout(completions_of_prompts),
@@ -94,6 +112,7 @@ def main(
         spoil(trainer, *spoiled)
     last = LastRollout()
     trainer.add_callback(last)
+    micro_batches = note_micro_batches(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
     names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
@@ -123,6 +142,7 @@ def main(
     state |= {
         "logps": last.logps,
         "values": last.values,
+        "micro_batches": micro_batches,
         "log": {name: logged(trainer, name) for name in names},
     }
     torch.save(state, folder / f"rank{trainer.accelerator.process_index}.pt")

@@ -170,3 +170,50 @@ def test_length_benchmark_finds_how_stages_grow(tmp_path):
         assert f"| {name} | {short:.3f} | {long:.3f} | {found['powers'][name]:.2f} |" in printed
     # More tokens are more work for the model alone: optimizers see parameters.
     assert found["powers"]["model"] > found["powers"]["optimizers"]
+
+
+class TestPadding:
+    OPTIONS = ("--draws", "3", "--rows", "16", "--optimizer_steps", "2", "--prompts", "10", "50", "--processes")
+
+    @pytest.fixture
+    def script(self, monkeypatch):
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        return load("padding")
+
+    def test_what_it_writes_is_what_it_prints(self, script, tmp_path, capsys):
+        assert script.main([*self.OPTIONS, "1", "3", "--out", str(tmp_path)]) == 0
+        report = json.loads((tmp_path / "padding.json").read_text())
+        assert report["options"]["rows"] == 16 and report["options"]["processes"] == [1, 3]
+        found = report["counts"]
+        for values in found.values():
+            assert values["min"] <= values["median"] <= values["max"]
+        for stage in ("train", "score"):
+            assert 0 < found[f"padding/{stage}/own"]["median"] < found["padding/trl"]["median"] < 1
+            # Nobody else to wait for; among several the cuts that are common are better than each one's own.
+            assert found[f"saved/1/{stage}"] == {"min": 0, "median": 0, "max": 0}
+            assert found[f"saved/3/{stage}"]["median"] > 0
+        table = (tmp_path / "padding.md").read_text()
+        assert table in capsys.readouterr().out
+        own, common = (found[f"waited_for/3/train/{way}"] for way in ("own", "common"))
+        cells = [" / ".join([f"{x['min']:.2f}", f"**{x['median']:.2f}**", f"{x['max']:.2f}"]) for x in (own, common)]
+        assert f"| {cells[0]} | {cells[1]} |" in table
+
+    def test_tokens_are_counted_as_by_hand(self, script):
+        options = script.parser().parse_args(["--rows", "4", "--micro_batch", "2", "--optimizer_steps", "1"])
+        options.processes = [2]
+        prompts = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 2]]).numpy()
+        responses = torch.tensor([[8, 8, 1, 1], [8, 1, 1, 1]]).numpy()
+        found = script.count(prompts, responses, options)
+        # Lengths 9, 9, 2, 2 and 9, 2, 2, 3: 38 tokens.
+        assert found["padding/trl"] == pytest.approx(1 - 38 / (4 * 9 + 4 * 10))
+        assert found["padding/train/equal"] == pytest.approx(1 - 38 / (18 + 4 + 18 + 4))
+        assert found["padding/train/own"] == pytest.approx(1 - 38 / (18 + 4 + 9 + 9))
+        # The largest of each micro-batch: 18 and 4, 18 and 9, 18 and 4.
+        waited_for = [found[f"waited_for/2/train/{way}"] for way in ("equal", "own", "common")]
+        assert waited_for == pytest.approx([2 * 22 / 38, 2 * 27 / 38, 2 * 22 / 38])
+        assert found["saved/2/train"] == pytest.approx(5 / 27)
+
+    def test_rows_that_do_not_fill_micro_batches_are_refused(self, script, capsys):
+        with pytest.raises(SystemExit):
+            script.main(["--rows", "20"])
+        assert "--rows must be a multiple" in capsys.readouterr().err

@@ -79,6 +79,25 @@ def test_two_processes_equal_one(family, settings, tmp_path):
         assert first["log"][name] == pytest.approx(values, abs=1e-4), name
 
 
+def test_processes_cut_their_rows_into_micro_batches_at_the_same_places(tmp_path):
+    """They wait for each other in each. What is learned is what one process learns with all the padding."""
+    settings = {"max_steps": 3, "critic": "separate", "gradient_accumulation_steps": 4, "beta": 0.1}
+    # Lengths of which each process alone would make other micro-batches.
+    settings |= {"numbered": True, "max_completion_length": 200}
+    (tmp_path / "one").mkdir()
+    main(tmp_path / "one", "qwen2", 4, {**settings, "avoid_padding": False})
+    one = torch.load(tmp_path / "one" / "rank0.pt")
+    first, second = run_with_fsdp(tmp_path / "two", "qwen2", settings)
+    rows, others = ([rows for rows, _ in run["micro_batches"]] for run in (first, second))
+    assert len(rows) == 12 and set(rows) > {2} and rows == others
+    for name in ("policy_loss", "value_loss"):
+        assert first["log"][name] == pytest.approx(one["log"][name], abs=5e-6), name
+    for module in ("policy", "critic"):
+        for name, tensor in one[module].items():
+            assert torch.equal(first[module][name], second[module][name]), name
+            torch.testing.assert_close(first[module][name], tensor, rtol=0, atol=5e-6, msg=lambda m, n=name: n + m)
+
+
 @pytest.mark.parametrize(
     ("critic", "state_dict_type"),
     [

@@ -1,12 +1,14 @@
 """Rows of like length together, moved to the right: less to compute, and the same results."""
 
 import copy
-from itertools import combinations
+from itertools import combinations, pairwise, permutations, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import trl
+from accelerate.utils import DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +24,17 @@ from transformers import (
     set_seed,
 )
 
-from sapo_trl.trainer.padding import RightAligned, can_move_rows, equal_groups, group_rows, merge_rows, take_rows
+from sapo_trl.sharded_tensors import gradients_are_in_pieces, weights_are_in_pieces
+from sapo_trl.trainer.padding import (
+    RightAligned,
+    can_move_rows,
+    common_cuts,
+    cut_rows,
+    equal_groups,
+    group_rows,
+    merge_rows,
+    take_rows,
+)
 
 from .exact_arithmetic import exact_lm_head, make_exact
 from .testing_utils import Recorder, fixed_rollout, random_completions, sapo_trainer
@@ -85,6 +97,7 @@ class TestGroups:
     def test_the_longest_come_first_and_rows_of_equal_length_stay_in_order(self):
         assert group_rows([3, 9, 3, 9, 3], 2) == [[1, 3], [0, 2, 4]]
         assert equal_groups([3, 9, 3, 8, 5, 3], 3) == [[1, 3], [4, 0], [2, 5]]
+        assert equal_groups([3, 9, 3, 8, 5, 3], 4) == [[1, 3], [4, 0], [2], [5]]
 
     @pytest.mark.parametrize("num_groups", [0, 3])
     def test_bad_numbers(self, num_groups):
@@ -97,6 +110,131 @@ class TestGroups:
         as_they_come = [list(range(first, first + 4)) for first in range(0, 64, 4)]
         assert 1 - sum(lengths) / tokens(lengths, as_they_come) > 1 / 4
         assert 1 - sum(lengths) / tokens(lengths, group_rows(lengths, 16)) < 0.05
+
+
+def waited_for(lengths: list[list[int]], groups: list[list[list[int]]]) -> list[int]:
+    """Of each group, the tokens of the process that has the most in its place."""
+    return [
+        max(tokens(own, [group]) for own, group in zip(lengths, of_processes, strict=True))
+        for of_processes in zip(*groups, strict=True)
+    ]
+
+
+def fewest(candidates: list[list[int]], limit: int | None) -> int:
+    """Tokens waited for, of candidates whose largest group is not too large: within 1.2 times, and within a limit."""
+    smallest = min(max(candidate) for candidate in candidates)
+    candidates = [candidate for candidate in candidates if max(candidate) <= 1.2 * smallest]
+    allowed = [candidate for candidate in candidates if limit is None or max(candidate) <= limit]
+    return min(sum(candidate) for candidate in allowed or candidates)
+
+
+def lengths_of_processes(num_processes: int, most_rows: int) -> st.SearchStrategy[list[list[int]]]:
+    """As many rows on each process, also some of very unequal lengths."""
+    length = st.integers(1, 30) | st.sampled_from([1, 2, 30])
+    return st.integers(1, most_rows).flatmap(
+        lambda rows: st.lists(
+            st.lists(length, min_size=rows, max_size=rows), min_size=num_processes, max_size=num_processes
+        )
+    )
+
+
+class TestCommonCuts:
+    @settings(deadline=None, max_examples=150)
+    @given(st.integers(1, 4).flatmap(lambda processes: lengths_of_processes(processes, most_rows=8)), st.data())
+    def test_no_other_common_cuts_have_processes_wait_for_fewer_tokens(self, lengths, data):
+        num_rows = len(lengths[0])
+        num_groups = data.draw(st.integers(1, num_rows))
+        max_rows = 2 * -(-num_rows // num_groups)
+        every = [[0, *between, num_rows] for between in combinations(range(1, num_rows), num_groups - 1)]
+        every = [cuts for cuts in every if max(end - start for start, end in pairwise(cuts)) <= max_rows]
+        candidates = [waited_for(lengths, [cut_rows(own, cuts) for own in lengths]) for cuts in every]
+        limit = data.draw(st.sampled_from([None, 1, *sorted({max(candidate) for candidate in candidates})]))
+
+        cuts = common_cuts(lengths, num_groups, limit)
+        groups = [cut_rows(own, cuts) for own in lengths]
+        for own, of_process in zip(lengths, groups, strict=True):
+            assert sorted(row for group in of_process for row in group) == list(range(num_rows))
+            assert [own[row] for group in of_process for row in group] == sorted(own, reverse=True)
+        sizes = [[len(group) for group in of_process] for of_process in groups]
+        assert all(of_process == sizes[0] for of_process in sizes)
+        assert len(sizes[0]) == num_groups and min(sizes[0]) > 0 and max(sizes[0]) <= max_rows
+        assert sum(waited_for(lengths, groups)) == fewest(candidates, limit)
+
+    @settings(deadline=None, max_examples=50)
+    @given(lengths_of_processes(2, most_rows=5), st.data())
+    def test_rows_in_another_order_than_by_length_would_not_help(self, lengths, data):
+        """Whichever rows two processes put together, if they have the same numbers of rows in their groups."""
+        num_groups = data.draw(st.integers(1, len(lengths[0])))
+        max_rows = 2 * -(-len(lengths[0]) // num_groups)
+        every = [
+            partition
+            for partition in partitions(list(range(len(lengths[0]))), num_groups)
+            if max(map(len, partition)) <= max_rows
+        ]
+        in_any_order = [order for partition in every for order in permutations(partition)]
+        candidates = [
+            waited_for(lengths, [first, second])
+            for first, second in product(every, in_any_order)
+            if [*map(len, first)] == [*map(len, second)]
+        ]
+        cuts = common_cuts(lengths, num_groups)
+        assert sum(waited_for(lengths, [cut_rows(own, cuts) for own in lengths])) == fewest(candidates, None)
+
+    def test_no_group_has_more_than_twice_its_share_of_rows(self):
+        """Although all five rows of one token in one group, and each longer one by itself, would be a token less."""
+        lengths = [[30, 9, 8, 1, 1, 1, 1, 1], [30, 5, 5, 1, 1, 1, 1, 1]]
+        assert common_cuts(lengths, 4) == [0, 1, 3, 6, 8]
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.data())
+    def test_processes_with_the_same_lengths_cut_as_one_does(self, data):
+        lengths = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=12))
+        others = data.draw(st.permutations(lengths))
+        num_groups = data.draw(st.integers(1, len(lengths)))
+        limit = data.draw(st.none() | st.integers(1, 200))
+        cuts = common_cuts([lengths, others, lengths], num_groups, limit)
+        assert cut_rows(lengths, cuts) == group_rows(lengths, num_groups, limit)
+
+    def test_each_process_alone_would_cut_elsewhere(self):
+        lengths = [[9, 9, 1, 1], [9, 1, 1, 1]]
+        alone = [group_rows(own, 2) for own in lengths]
+        assert alone == [[[0, 1], [2, 3]], [[0], [1, 2, 3]]]
+        together = [cut_rows(own, common_cuts(lengths, 2)) for own in lengths]
+        assert together == [[[0, 1], [2, 3]], [[0, 1], [2, 3]]]
+        assert (sum(waited_for(lengths, alone)), sum(waited_for(lengths, together))) == (21, 20)
+
+    def test_one_process_cuts_as_it_did_before_there_were_several(self):
+        """What `group_rows` made of these before it had anything to do with other processes."""
+        lengths = (np.random.default_rng(1).lognormal(5.5, 0.7, 24) + 200).astype(int).tolist()
+        groups = [[22], [23, 4, 1], [15, 7, 11, 5], [8, 0, 2, 9], [16, 10, 20, 13, 19], [21, 17, 14, 6, 12, 18, 3]]
+        assert group_rows(lengths, 6) == groups
+        groups = [[22], [23, 4, 1], [15, 7, 11, 5], [8, 0, 2, 9, 16], [10, 20, 13, 19, 21], [17, 14, 6, 12, 18, 3]]
+        assert group_rows(lengths, 6, 2600) == groups
+
+    @pytest.mark.parametrize("num_groups", [0, 3])
+    def test_bad_numbers(self, num_groups):
+        with pytest.raises(ValueError, match=f"num_groups={num_groups} must lie between 1 and the number of rows, 2"):
+            common_cuts([[1, 2], [3, 4], [5, 6]], num_groups)
+
+
+@pytest.mark.parametrize(
+    ("distributed_type", "zero_stage", "weights", "gradients"),
+    [
+        ("NO", None, False, False),
+        ("MULTI_GPU", None, False, False),
+        ("FSDP", None, True, True),
+        ("DEEPSPEED", 1, False, False),
+        ("DEEPSPEED", 2, False, True),
+        ("DEEPSPEED", 3, True, True),
+    ],
+)
+def test_where_processes_wait_for_each_other(distributed_type, zero_stage, weights, gradients):
+    plugin = None if zero_stage is None else SimpleNamespace(zero_stage=zero_stage)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType(distributed_type), state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    assert weights_are_in_pieces(accelerator) == weights
+    assert gradients_are_in_pieces(accelerator) == gradients
 
 
 class TestRightAligned:

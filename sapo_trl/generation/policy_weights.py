@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ..sharded_tensors import weights_are_in_pieces
 
 
 INCOMPLETE_FOLDER = "incomplete-policy"
@@ -73,11 +74,7 @@ def _check_mergeable(policy: PeftModel, accelerator: Any) -> None:
             "An adapter cannot be merged into a quantized base model without changing it. Train the adapter on a "
             "base model in a floating-point dtype, or generate without a vLLM server."
         )
-    zero3 = (
-        accelerator.distributed_type == DistributedType.DEEPSPEED
-        and accelerator.state.deepspeed_plugin.zero_stage == 3
-    )
-    if zero3 or accelerator.distributed_type == DistributedType.FSDP:
+    if weights_are_in_pieces(accelerator):
         raise ValueError(
             "An adapter cannot be merged into a base model that is sharded over processes (ZeRO-3, FSDP). Use ZeRO-2 "
             "or plain data parallelism with adapters and a vLLM server."

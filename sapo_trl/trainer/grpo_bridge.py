@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import logging
 import math
 import shutil
@@ -45,7 +46,7 @@ from ..rollouts.placeholders import (
     placeholder_ids,
 )
 from ..segments import accumulation_dtype
-from ..sharded_tensors import total_norm
+from ..sharded_tensors import gradients_are_in_pieces, total_norm, weights_are_in_pieces
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
@@ -53,6 +54,8 @@ from .image_features import ImageFeatures
 from .padding import (
     RightAligned,
     can_move_rows,
+    common_cuts,
+    cut_rows,
     equal_groups,
     group_rows,
     merge_rows,
@@ -188,7 +191,7 @@ class GRPOBridge(GRPOTrainer):
         self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         self._positions_follow_images = "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
         self._image_features: ImageFeatures | None = None
-        if args.reuse_image_features and not self.runs_in_lockstep:
+        if args.reuse_image_features and not weights_are_in_pieces(self.accelerator):
             self._image_features = ImageFeatures(self.accelerator.autocast)
         if self.rollout_func is not None and self.placeholder_ids:
             sample = self.rollout_func
@@ -287,12 +290,6 @@ class GRPOBridge(GRPOTrainer):
     def mode(self) -> str:
         """`"train"` or `"eval"`."""
         return "train" if self.model.training else "eval"
-
-    @property
-    def runs_in_lockstep(self) -> bool:
-        """Whether models are in pieces on several processes, all of which have to run the same layers together."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def policy_forward(
         self, model: nn.Module, batch: Batch, batch_size: int | None = None, frozen: bool = False
@@ -550,7 +547,7 @@ class GRPOBridge(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         is_new = self._buffered_inputs is not buffered
-        if self.mode == "train" and is_new and self.args.avoid_padding and self.may_exchange_rows():
+        if self.mode == "train" and is_new and self.can_move_rows and self.may_exchange_rows():
             self._buffered_inputs = self._by_length(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
@@ -788,18 +785,40 @@ class GRPOBridge(GRPOTrainer):
     def _by_length(self, batches: list[Batch]) -> list[Batch]:
         """Micro-batches of a rollout, their rows exchanged within each optimizer step so that like lengths meet."""
         regrouped, window = [], self.args.gradient_accumulation_steps
-        for first in range(0, len(batches), window):
-            rows = merge_rows(batches[first : first + window])
-            lengths = (rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)).tolist()
-            if self.weighs_rows_alike():
-                columns = rows["prompt_mask"].size(1) + rows["completion_mask"].size(1)
-                groups = group_rows(lengths, window, self.args.per_device_train_batch_size * columns)
-            else:
-                groups = equal_groups(lengths, window)
+        lengths = torch.stack([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])
+        lengths = lengths.view(len(batches) // window, -1).tolist()
+        columns = batches[0]["prompt_mask"].size(1) + batches[0]["completion_mask"].size(1)
+        for step, groups in enumerate(self._groups_of_steps(lengths, columns)):
+            rows = merge_rows(batches[step * window : (step + 1) * window])
             # With their lengths, which the device need not be asked for again.
-            rows["token_counts"] = lengths
+            rows["token_counts"] = lengths[step]
             regrouped += [take_rows(rows, group) for group in groups]
         return regrouped
+
+    def _groups_of_steps(self, lengths: list[list[int]], columns: int) -> list[list[list[int]]]:
+        """
+        Which rows share a micro-batch.
+
+        Args:
+            lengths (`list[list[int]]`): of each optimizer step of a rollout the tokens of this process's rows.
+            columns (`int`): of the rollout, padding included.
+
+        Returns:
+            `list[list[list[int]]]`: of each optimizer step the rows of each micro-batch.
+        """
+        num_groups, batch_size = self.args.gradient_accumulation_steps, self.args.per_device_train_batch_size
+        if not self.weighs_rows_alike():
+            return [equal_groups(step, num_groups) for step in lengths]
+        if not gradients_are_in_pieces(self.accelerator):
+            return [group_rows(step, num_groups, batch_size * columns) for step in lengths]
+        # In each micro-batch's backward, if not in its forward, all processes wait for the one that has the most tokens. They exchange lengths once a
+        # rollout, which they begin to train on together.
+        own = torch.tensor([[columns, *itertools.chain(*lengths)]], device=self.accelerator.device)
+        everyone = self.accelerator.gather(own).cpu().numpy()
+        max_tokens = batch_size * int(everyone[:, 0].max())
+        steps = everyone[:, 1:].reshape(len(everyone), len(lengths), -1)
+        cuts = [common_cuts(steps[:, index], num_groups, max_tokens) for index in range(len(lengths))]
+        return [cut_rows(step, at) for step, at in zip(lengths, cuts, strict=True)]
 
     def _run_over_tokens(
         self,
@@ -820,7 +839,12 @@ class GRPOBridge(GRPOTrainer):
         inputs.pop("width", None)
         rows = merge_rows([{name: value for name, value in inputs.items() if value is not None}])
         lengths = inputs["attention_mask"].sum(1).tolist()
-        groups = group_rows(lengths, -(-total // batch_size), batch_size * inputs["input_ids"].size(1))
+        num_groups = -(-total // batch_size)
+        if weights_are_in_pieces(self.accelerator):
+            # Processes wait for each other in each group, and these are of like size without asking the others.
+            groups = equal_groups(lengths, num_groups)
+        else:
+            groups = group_rows(lengths, num_groups, batch_size * inputs["input_ids"].size(1))
         logps, entropies, aux_losses = zip(
             *(
                 self._run_rows(

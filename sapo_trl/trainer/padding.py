@@ -40,24 +40,58 @@ def group_rows(lengths: Sequence[int], num_groups: int, max_tokens: int | None =
     Returns:
         `list[list[int]]`: rows of each group, the longest ones first: what does not fit into memory is found at once.
     """
-    lengths = np.asarray(lengths)
-    if not 1 <= num_groups <= len(lengths):
-        raise ValueError(f"num_groups={num_groups} must lie between 1 and the number of rows, {len(lengths)}.")
-    order = np.argsort(-lengths, kind="stable")
-    max_rows = min(2 * -(-len(lengths) // num_groups), len(lengths))
+    return cut_rows(lengths, common_cuts([lengths], num_groups, max_tokens))
+
+
+def common_cuts(
+    lengths: Sequence[Sequence[int]] | np.ndarray, num_groups: int, max_tokens: int | None = None
+) -> list[int]:
+    """
+    Where processes that go through their groups in lockstep cut their rows, each its own, all at the same places.
+
+    All of them wait for the largest of the k-th groups. The tokens of these, added up, are the fewest among the cuts
+    that [`group_rows`] allows, with the largest group of all processes in the place of a process's own.
+
+    Args:
+        lengths (`Sequence[Sequence[int]]`): `(P, B)`, of each process the tokens of its rows without padding.
+        num_groups (`int`): number of groups, none of them empty; at most B.
+        max_tokens (`int`, *optional*):
+            what a group may have on any process. Ignored where no cuts keep to it.
+
+    Returns:
+        `list[int]`: `num_groups + 1` from 0 to B, for [`cut_rows`].
+    """
+    # Groups that have as many rows on all processes are as large as the longest row makes them, so of each place in
+    # the order only the longest row counts.
+    longest = np.sort(lengths, axis=1)[:, ::-1].max(0)
+    if not 1 <= num_groups <= len(longest):
+        raise ValueError(f"num_groups={num_groups} must lie between 1 and the number of rows, {len(longest)}.")
+    max_rows = min(2 * -(-len(longest) // num_groups), len(longest))
     # Of the rows sorted, at (k, j) the group of k + 1 rows that ends in front of row j: (max_rows, B + 1).
     sizes = np.arange(1, max_rows + 1)[:, None]
-    starts = np.arange(len(lengths) + 1) - sizes
-    tokens = np.where(starts >= 0, sizes * lengths[order][starts], np.inf)
+    starts = np.arange(len(longest) + 1) - sizes
+    tokens = np.where(starts >= 0, sizes * longest[starts], np.inf)
     largest, _ = _best_cuts(tokens, num_groups, np.maximum)
     tokens[tokens > _SLACK * largest] = np.inf
     # Squares of sizes, which add up to less than 1 altogether, decide between sums of tokens that are alike.
-    costs = tokens + sizes**2 / (len(lengths) ** 2 + 1)
+    costs = tokens + sizes**2 / (len(longest) ** 2 + 1)
     total = np.inf
     if max_tokens is not None:
         total, cuts = _best_cuts(np.where(tokens <= max_tokens, costs, np.inf), num_groups, np.add)
     if not np.isfinite(total):
         _, cuts = _best_cuts(costs, num_groups, np.add)
+    return cuts
+
+
+def cut_rows(lengths: Sequence[int], cuts: Sequence[int]) -> list[list[int]]:
+    """
+    Groups of rows from the longest to the shortest; rows of equal length stay in their order.
+
+    Args:
+        lengths (`Sequence[int]`): tokens of each row without padding; B of them.
+        cuts (`Sequence[int]`): where a group ends and the next one begins, from 0 to B.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
     return [order[start:end].tolist() for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
@@ -67,10 +101,10 @@ def equal_groups(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
 
     Args:
         lengths (`Sequence[int]`): tokens of each row without padding.
-        num_groups (`int`): number of groups; divides the number of rows.
+        num_groups (`int`): number of groups; where it does not divide the number of rows, the first have one more.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
-    return order.reshape(num_groups, -1).tolist()
+    return [group.tolist() for group in np.array_split(order, num_groups)]
 
 
 def _best_cuts(costs: np.ndarray, num_groups: int, combine: np.ufunc) -> tuple[float, list[int]]:
