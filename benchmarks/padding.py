@@ -10,9 +10,9 @@ Padding is counted as TRL computes a rollout, each process's padded to its longe
 micro-batches of equally many rows, sorted by length; and in this package's, which `group_rows` makes. To be trained on
 rows share a micro-batch with others of their optimizer step, to be scored with others of their rollout.
 
-Under ZeRO-3 and FSDP (and ZeRO-2, to train) each micro-batch takes as long as the largest of all processes. The tokens waited for, the sum of
-these, are counted with micro-batches of equally many rows, with each process's own (`group_rows`), and with the same
-cuts on all of them (`common_cuts`), by which this package trains there.
+Under ZeRO-3 and FSDP, and to train under ZeRO-2, each micro-batch takes as long as the largest of all processes. The
+tokens waited for, the sum of these, are counted with micro-batches of equally many rows, with each process's own
+(`group_rows`), and with the same cuts on all of them (`common_cuts`), by which this package trains there.
 
 It writes `padding.json` and, as tables for `docs/performance.md`, `padding.md`.
 """

@@ -11,13 +11,15 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from transformers import set_seed
 
-from sapo_trl import SAPOTrainer
+from sapo_trl import SAPOTrainer, SegmentValueHead
 from sapo_trl.callbacks import RolloutCallback
 from sapo_trl.embedded import build_processor, build_tokenizer
 from sapo_trl.sharded_tensors import gathered
 from sapo_trl.value_head import backbone_of
 
+from .exact_arithmetic import exact_lm_head, make_exact
 from .testing_utils import FAMILIES, fixed_rollout, length_reward, logged, sapo_config
 
 
@@ -77,6 +79,8 @@ def main(
     family = FAMILIES[name](tokenizer if name == "qwen2" else build_processor(tokenizer))
     settings = dict(settings)
     spoiled, numbered = settings.pop("spoiled", None), settings.pop("numbered", False)
+    in_float64, value_model = settings.pop("in_float64", False), None
+    frozen_tower = settings.pop("frozen_tower", False)
     model, loads_it = settings.pop("model", None), settings.pop("loads_it", False)
     if model is None:
         # Before the arguments, which tell transformers about ZeRO-3: it cannot make Qwen2.5-VL's weights in pieces.
@@ -91,6 +95,12 @@ def main(
     )
     if loads_it:
         model = family.model_class.from_pretrained(model)
+    if frozen_tower:
+        model.model.visual.requires_grad_(False)
+    if in_float64:
+        model = make_exact(model)
+        set_seed(0)
+        value_model = SegmentValueHead.from_policy(model).double()
     before_training()
     dataset = family.dataset(max(8, args.gradient_accumulation_steps * global_batch))  # a rollout's at least
     if numbered:  # else only a few texts, and responses, are different ones
@@ -107,13 +117,15 @@ def main(
         # Continuations need the trainer's own generation.
         rollout_func=None if args.critic in ("monte_carlo", "tree") else fixed_rollout(completions_of_prompts),
         peft_config=lora,
+        value_model=value_model,
     )
     if spoiled is not None:
         spoil(trainer, *spoiled)
     last = LastRollout()
     trainer.add_callback(last)
     micro_batches = note_micro_batches(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with exact_lm_head() if in_float64 else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=checkpoint)
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
     names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
     names += ["skipped_steps"]

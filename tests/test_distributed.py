@@ -81,18 +81,22 @@ def test_two_processes_equal_one(family, settings, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"])
-def test_two_processes_without_padding_equal_one_with_it(family, tmp_path):
-    """Each sorts its own rows into micro-batches: other ones than one process has."""
-    settings = {"max_steps": 4, "critic": "shared", "gradient_accumulation_steps": 2, "beta": 0.1}
+@pytest.mark.parametrize(("family", "frozen_tower"), [("qwen2", False), ("qwen2_5_vl", False), ("qwen2_5_vl", True)])
+def test_two_processes_without_padding_equal_one_with_it(family, frozen_tower, tmp_path):
+    """Each sorts its own rows into micro-batches: other ones than one process has. In float64, by SGD."""
+    settings = {"max_steps": 4, "critic": "separate", "gradient_accumulation_steps": 2, "beta": 0.1}
+    settings |= {"in_float64": True, "frozen_tower": frozen_tower}
+    fast, slow = ({"avoid_padding": fast, "reuse_image_features": fast} for fast in (True, False))
     (tmp_path / "one").mkdir()
-    main(tmp_path / "one", family, 8, {**settings, "avoid_padding": False})
+    main(tmp_path / "one", family, 8, {**settings, **slow})
     one = torch.load(tmp_path / "one" / "rank0.pt")
-    first, second = run_in_two_processes(tmp_path / "two", family, {**settings, "avoid_padding": True}, global_batch=8)
+    first, second = run_in_two_processes(tmp_path / "two", family, {**settings, **fast}, global_batch=8)
     assert [run["world_size"] for run in (one, first, second)] == [1, 2, 2]
-    for name, tensor in one["policy"].items():
-        assert torch.equal(first["policy"][name], second["policy"][name]), name
-        torch.testing.assert_close(first["policy"][name], tensor, rtol=0, atol=5e-6, msg=lambda m, n=name: n + m)
+    for module in ("policy", "critic"):
+        for name, tensor in one[module].items():
+            assert torch.equal(first[module][name], second[module][name]), name
+            assert tensor.dtype == torch.float64
+            torch.testing.assert_close(first[module][name], tensor, rtol=0, atol=1e-9, msg=lambda m, n=name: n + m)
 
 
 @pytest.mark.slow

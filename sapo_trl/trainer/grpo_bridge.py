@@ -811,8 +811,8 @@ class GRPOBridge(GRPOTrainer):
             return [equal_groups(step, num_groups) for step in lengths]
         if not gradients_are_in_pieces(self.accelerator):
             return [group_rows(step, num_groups, batch_size * columns) for step in lengths]
-        # In each micro-batch's backward, if not in its forward, all processes wait for the one that has the most tokens. They exchange lengths once a
-        # rollout, which they begin to train on together.
+        # In each micro-batch, at its backward if not before, all processes wait for the one that has the most tokens.
+        # They exchange lengths once a rollout, which they begin to train on together.
         own = torch.tensor([[columns, *itertools.chain(*lengths)]], device=self.accelerator.device)
         everyone = self.accelerator.gather(own).cpu().numpy()
         max_tokens = batch_size * int(everyone[:, 0].max())
