@@ -29,6 +29,8 @@ class Segments:
         ids (`torch.Tensor`):
             int64 tensor of shape `(B, T)`: the index of each token's segment, `0..count-1` from left to right without
             gaps, and `-1` for positions that belong to no segment.
+        max_count (`int`, *optional*):
+            the most segments that a row has, where it is known. Otherwise the device is asked for it, once.
 
     Example:
 
@@ -44,6 +46,7 @@ class Segments:
     """
 
     ids: torch.Tensor
+    max_count: int | None = None
 
     def __post_init__(self):
         if self.ids.dim() != 2 or self.ids.dtype != torch.int64:
@@ -192,6 +195,8 @@ class Segments:
 
     @cached_property
     def _max_count(self) -> int:
+        if self.max_count is not None:
+            return self.max_count
         # The only host synchronisation of the class, once per partition.
         return int(self.count.max()) if self.ids.size(0) else 0
 

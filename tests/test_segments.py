@@ -74,6 +74,15 @@ def test_sum_mean_and_expand_equal_loops(segments, seed):
     torch.testing.assert_close(expanded, expected, rtol=0, atol=1e-12)
 
 
+@given(partitions(), seeds)
+def test_nothing_changes_where_the_largest_count_is_known(segments, seed):
+    x, known = noise(segments.ids, seed), Segments(segments.ids, max_count=max(map(len, token_lists(segments))))
+    for name in ("sum", "mean"):
+        assert torch.equal(getattr(known, name)(x), getattr(segments, name)(x))
+    assert torch.equal(known.expand(known.mean(x)), segments.expand(segments.mean(x)))
+    assert torch.equal(known.lengths, segments.lengths)
+
+
 @given(partitions(max_rows=2, max_length=6), seeds)
 def test_gradients_of_sum_mean_and_expand(segments, seed):
     x = noise(segments.ids, seed, requires_grad=True)

@@ -2,12 +2,17 @@
 
 import copy
 import math
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import sapo_trl
 from sapo_trl import SAPOTrainer
+from sapo_trl.segments import Segments
 
 from .testing_utils import (
     Recorder,
@@ -348,6 +353,57 @@ class TestForward:
             batch["pixel_values"] = batch["pixel_values"].flip(0)
             assert (trainer.policy_forward(trainer.model, batch).logps - logps).abs().max() > 1e-3
             assert (trainer.critic_forward(trainer.critic.module, batch) - values).abs().max() > 1e-3
+
+
+class DeviceReads(TorchDispatchMode):
+    """Lines of this package by which the host reads what is on the device, and on a GPU waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            # Of the libraries' frames and ours the one that asked.
+            frame = next(f for f in reversed(traceback.extract_stack()[:-1]) if "/torch/" not in f.filename)
+            if Path(frame.filename).is_relative_to(Path(sapo_trl.__file__).parent):
+                self.lines.append(f"{frame.filename}:{frame.lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("level", ["segment", "sequence"])
+def test_the_device_is_not_read_inside_of_an_optimizer_step(family, level, tmp_path):
+    """From its second micro-batch to the last but one: rollouts and updates may wait for the device."""
+    trainer = sapo_trainer(
+        family,
+        tmp_path,
+        importance_sampling_level=level,
+        beta=0.1,
+        kl_placement="loss",
+        kl_estimator="k3",
+        entropy_coef=0.1,
+        gradient_accumulation_steps=4,
+        num_mini_batches=1,
+        max_steps=1,
+        trainer_kwargs={"rollout_func": fixed_rollout(random_completions(5))},
+    )
+    training_step, reads, micro_batches = trainer.training_step, DeviceReads(), []
+
+    def watched(*args):
+        micro_batches.append(None)
+        if len(micro_batches) not in (2, 3):
+            return training_step(*args)
+        with reads:
+            return training_step(*args)
+
+    trainer.training_step = watched
+    trainer.train()
+    assert len(micro_batches) == 4 and reads.lines == []
+    # Of the search itself.
+    with reads:
+        Segments(torch.tensor([[0, 1]])).sum(torch.ones(1, 2))
+    assert len(reads.lines) == 1 and "segments.py" in reads.lines[0]
 
 
 class TestMicroBatches:

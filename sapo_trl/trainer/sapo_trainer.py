@@ -307,6 +307,8 @@ class SAPOTrainer(GRPOBridge):
         batch["returns"] = returns
         batch["old_values"] = values
         batch["segment_ids"] = segments.ids
+        # On the host: a micro-batch that had to ask the device for its largest would wait for it.
+        batch["segment_counts"] = segments.count.tolist()
         batch["policy_mask"] = policy_mask
         # TRL shuffles: with these, callbacks know the rows of micro-batches again.
         batch["rollout_rows"] = torch.arange(len(rewards), device=rewards.device)
@@ -620,7 +622,7 @@ class SAPOTrainer(GRPOBridge):
     def _segment_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """This package's losses of one micro-batch: policy, KL, entropy, likelihood of correct responses, experts."""
         args = self.args
-        segments, mask, old_logps = Segments(batch["segment_ids"]), batch["policy_mask"], batch["old_per_token_logps"]
+        segments, mask, old_logps = _segments_of(batch), batch["policy_mask"], batch["old_per_token_logps"]
         forward = self.policy_forward(model, batch)
         self._micro_batch_values = forward.values
         if self.mode == "train" and "rollout_rows" in batch:  # the rest of a rollout may be an older checkpoint's
@@ -630,7 +632,7 @@ class SAPOTrainer(GRPOBridge):
 
         ratio_segments = segments if args.importance_sampling_level == "segment" else None
         if args.importance_sampling_level == "sequence":
-            ratio_segments = Segments(torch.where(segments.mask, 0, segments.ids))
+            ratio_segments = Segments(torch.where(segments.mask, 0, segments.ids), max_count=1)
         output = self._policy_term(forward.logps, batch, mask, ratio_segments)
         loss = output.loss
         self._accumulate_loss("policy_loss", output.loss)
@@ -707,7 +709,7 @@ class SAPOTrainer(GRPOBridge):
             `torch.Tensor`: 0-dimensional.
         """
         args = self.args
-        segments = Segments(batch["segment_ids"])
+        segments = _segments_of(batch)
         if values is None:
             values = self.critic_forward(self.critic.module, batch)
         output = segment_value_loss(
@@ -907,6 +909,12 @@ _SEGMENT_RATIO_METRICS = {
     "geometric_bias_bound": "ratio/geometric_bias_bound",
 }
 _VALUE_METRICS = {"value_clip_fraction": "value/clip_ratio"}
+
+
+def _segments_of(batch: Batch) -> Segments:
+    """The partition that a batch carries."""
+    counts = batch.get("segment_counts")  # not of the rest of a rollout in an older checkpoint
+    return Segments(batch["segment_ids"], max_count=max(counts) if counts else None)
 
 
 def _loss_mask(batch: Batch) -> torch.Tensor:
