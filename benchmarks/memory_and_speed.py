@@ -55,13 +55,21 @@ OUT_OF_MEMORY = "out of memory"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
-def build_model_config(size: str, tokenizer: Any) -> Qwen2_5_VLConfig:
+def build_model_config(options: argparse.Namespace, tokenizer: Any) -> Qwen2_5_VLConfig:
     """Of the shape asked for; special tokens are the tokenizer's, whose vocabulary is smaller than the model's."""
-    if size == "tiny":
+    if options.size == "tiny":
         config = build_config(tokenizer)
         config.text_config.vocab_size = 1024
     else:
         config = PUBLISHED["Qwen/Qwen2.5-VL-3B-Instruct"]()
+    if options.hidden_size is not None:
+        config.text_config.hidden_size = config.vision_config.out_hidden_size = options.hidden_size
+        config.text_config.intermediate_size = 3 * options.hidden_size
+        config.text_config.num_attention_heads = options.hidden_size // 32
+        config.text_config.num_key_value_heads = options.hidden_size // 32
+    if options.layers is not None:
+        config.text_config.num_hidden_layers = options.layers
+        config.text_config.layer_types = config.text_config.layer_types[:1] * options.layers
     token_id = tokenizer.convert_tokens_to_ids
     config.image_token_id, config.video_token_id = token_id("<|image_pad|>"), token_id("<|video_pad|>")
     config.vision_start_token_id, config.vision_end_token_id = token_id("<|vision_start|>"), token_id("<|vision_end|>")
@@ -117,7 +125,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     _, critic, lora = ROWS[name]
     on_gpu = torch.cuda.is_available()
     processor = build_processor_for(options.image_size)
-    config = build_model_config(options.size, processor.tokenizer)
+    config = build_model_config(options, processor.tokenizer)
     before = peak_bytes()
     set_seed(0)
     with torch.device("cuda" if on_gpu else "cpu"):
@@ -181,7 +189,7 @@ def planned_bytes(name: str, options: argparse.Namespace, prompt_tokens: int) ->
     _, critic, lora = ROWS[name]
     tokenizer = build_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        build_model_config(options.size, tokenizer).save_pretrained(folder)
+        build_model_config(options, tokenizer).save_pretrained(folder)
         plan = plan_memory(
             Setup(
                 model=folder,
@@ -244,7 +252,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     lines += [
         "",
-        f"{report['machine']}; {versions}. Size {options['size']}, weights in {options['dtype']}, "
+        f"{report['machine']}; {versions}. {described(options)}, weights in {options['dtype']}, "
         f"{options['micro_batch']} x {options['accumulation']} responses of {options['completion_length']} tokens a "
         f"step, pictures of {options['image_size']} x {options['image_size']} pixels, {options['steps']} steps. With "
         "one optimizer step a rollout TRL's trainer takes the old log-probabilities from the update's own forward; "
@@ -253,9 +261,25 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def described(options: dict[str, Any]) -> str:
+    """The shape of the model, in words."""
+    return (
+        f"Size {options['size']}"
+        + (f", hidden size {options['hidden_size']}" if options["hidden_size"] else "")
+        + (f", {options['layers']} layers" if options["layers"] else "")
+    )
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Options that say which model is measured."""
+    parser.add_argument("--size", choices=("3b", "tiny"), default="3b", help="shape of the model")
+    parser.add_argument("--hidden_size", type=int, help="of a wider tiny model, a multiple of 64")
+    parser.add_argument("--layers", type=int, help="of the language model, if not as many as its size has")
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("3b", "tiny"), default="3b", help="shape of the model")
+    add_shape(parser)
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="what to measure")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps; the first is not timed")
     parser.add_argument("--micro_batch", type=int, default=2)

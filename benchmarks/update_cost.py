@@ -33,9 +33,11 @@ from memory_and_speed import (
     OUT_OF_MEMORY,
     PACKAGES,
     StepTimer,
+    add_shape,
     build_dataset,
     build_model_config,
     build_processor_for,
+    described,
     machine,
     peak_bytes,
     reward,
@@ -101,15 +103,7 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
     _, critic, lora, _ = ROWS[name]
     on_gpu = torch.cuda.is_available()
     processor = build_processor_for(options.image_size)
-    config = build_model_config(options.size, processor.tokenizer)
-    if options.hidden_size is not None:
-        config.text_config.hidden_size = config.vision_config.out_hidden_size = options.hidden_size
-        config.text_config.intermediate_size = 3 * options.hidden_size
-        config.text_config.num_attention_heads = options.hidden_size // 32
-        config.text_config.num_key_value_heads = options.hidden_size // 32
-    if options.layers is not None:
-        config.text_config.num_hidden_layers = options.layers
-        config.text_config.layer_types = config.text_config.layer_types[:1] * options.layers
+    config = build_model_config(options, processor.tokenizer)
     set_seed(0)
     with torch.device("cuda" if on_gpu else "cpu"):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, options.dtype))
@@ -216,10 +210,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     lengths = lengths_of(rows, options["completion_length"])
     lines += [
         "",
-        f"{report['machine']}; {versions}. Size {options['size']}"
-        + (f", hidden size {options['hidden_size']}" if options["hidden_size"] else "")
-        + (f", {options['layers']} layers" if options["layers"] else "")
-        + f", weights in {options['dtype']}; rollouts of {rows} responses of {min(lengths)} to {max(lengths)} tokens "
+        f"{report['machine']}; {versions}. {described(options)}, weights in {options['dtype']}; rollouts of "
+        f"{rows} responses of {min(lengths)} to {max(lengths)} tokens "
         f"(mean {statistics.mean(lengths):.0f}), {MINI_BATCHES} optimizer steps each, micro-batches of "
         f"{options['micro_batch']}; {options['rollouts'] - 1} rollouts timed, {len(turns)} turns; pictures of "
         f"{options['image_size']} x {options['image_size']} pixels; gradient checkpointing "
@@ -231,9 +223,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("3b", "tiny"), default="3b", help="shape of the model")
-    parser.add_argument("--hidden_size", type=int, help="of a wider tiny model, a multiple of 64")
-    parser.add_argument("--layers", type=int, help="of the language model, if not as many as its size has")
+    add_shape(parser)
     parser.add_argument(
         "--lora_layers",
         choices=("all", "language"),

@@ -110,7 +110,7 @@ def test_planned_memory_of_the_benchmark_counts_weights_and_optimizer(tmp_path):
     benchmark = load("memory_and_speed")
     options = benchmark.parser().parse_args(["--size", "tiny", "--dtype", "float32", "--image_size", "84"])
     separate, shared = (benchmark.planned_bytes(name, options, 300) for name in ("sapo_separate", "sapo_shared"))
-    config = benchmark.build_model_config("tiny", benchmark.build_tokenizer())
+    config = benchmark.build_model_config(options, benchmark.build_tokenizer())
     with torch.device("meta"):
         model = benchmark.Qwen2_5_VLForConditionalGeneration(config)
     backbone = sum(parameter.numel() for parameter in model.base_model.parameters())
