@@ -428,6 +428,7 @@ class RoleAwareWeighting:
             if patches_per_row.any():  # else other processes have images, and this one keeps them company
                 pixel_values = self.corrupt(batch["pixel_values"], patches_per_row, self.mask_ratio, self.seed)
                 corrupted["pixel_values"] = pixel_values
+                corrupted.pop("image_keys", None)  # of the images as they were
             perception_scores = self.perception_score(logps, forward(corrupted))
             ids, completion_mask, source = remove_span(completion_ids, batch["completion_mask"], perception, pad_id)
             shortened = forward({**batch, "completion_ids": ids, "completion_mask": completion_mask})

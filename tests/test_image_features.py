@@ -56,6 +56,9 @@ def trained(family, folder, reuse: bool, lora: dict | None = None, responses=Non
     models = [trainer.accelerator.unwrap_model(trainer.model)]
     if trainer.args.critic == "separate":
         models.append(trainer.critic.module)
+    parameters = [*trainer.model.named_parameters()]
+    parameters += [] if trainer.critic is None else trainer.critic.value_head.learned_parameters()
+    before = {name: parameter.detach().clone() for name, parameter in parameters}
     for each in models:
         for name, module in each.named_modules():
             if name.endswith("visual"):
@@ -64,6 +67,7 @@ def trained(family, folder, reuse: bool, lora: dict | None = None, responses=Non
                 )
     with exact_lm_head():
         trainer.train()
+    trainer.moved = {name: not torch.equal(parameter, before[name]) for name, parameter in parameters}
     return trainer, recorder.rollouts, images
 
 
@@ -83,12 +87,15 @@ def test_training_is_what_it_is_without(family, lora, overrides, towers, tmp_pat
     for expected, found in zip(rollouts, same_rollouts, strict=True):
         for name in ("logps", "entropies", "values", "advantages"):
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-9, rtol=0)
-    after, moved = dict(with_it.model.named_parameters()), 0
-    start = dict(make_exact(family.build_model()).named_parameters())
-    for name, parameter in without.model.named_parameters():
-        torch.testing.assert_close(after[name], parameter, atol=1e-9, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-        moved += name in start and not torch.equal(parameter, start[name])
-    assert moved or lora
+    for expected, found in (
+        (without.model.named_parameters(), with_it.model.named_parameters()),
+        (without.critic.value_head.learned_parameters(), with_it.critic.value_head.learned_parameters()),
+    ):
+        after, learned = dict(found), 0
+        for name, parameter in expected:
+            torch.testing.assert_close(after[name], parameter, atol=1e-9, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            learned += without.moved[name]
+        assert learned > 0
     # Four prompts a rollout, of two responses each.
     assert sum(images) == 2 * 4 * towers
     assert sum(every_image) >= 2 * 8 * 2 * towers
@@ -137,6 +144,15 @@ def test_what_is_frozen(family):
     backbone.visual.blocks[0].attn.attention_dropout = 0.0
     backbone.visual.merger.ln_q.weight.requires_grad_(True)
     assert not has_frozen_tower(backbone)
+    backbone.visual.dropout = 0.1
+    backbone.visual.requires_grad_(False)
+    assert not has_frozen_tower(backbone)
+    backbone.visual.dropout = 0.0
+    assert has_frozen_tower(backbone)
+    # A backbone whose decoder cannot be told from its tower.
+    backbone.get_decoder = lambda: backbone
+    assert not has_frozen_tower(backbone)
+    del backbone.get_decoder
     adapted = get_peft_model(model, LoraConfig(**LANGUAGE_LORA))
     assert has_frozen_tower(adapted.get_base_model().base_model)
 
@@ -157,20 +173,23 @@ def test_features_come_in_the_order_of_the_images(family):
     )
     for colors, computed in [([1, 2, 1], 2), ([3, 2, 4, 1, 3], 2), ([4, 4], 0)]:
         inputs, calls[:] = inputs_of(family, colors), []
-        found = features.in_place_of_pixels(backbone, {**inputs, "input_ids": None})
+        keys = image_keys(**inputs)
+        found = features.in_place_of_pixels(backbone, {**inputs, "input_ids": None}, keys)
         assert found.keys() == {"image_grid_thw", "input_ids", "mm_encoder_outputs"} and sum(calls) == computed
         expected = backbone.get_image_features(**inputs, return_dict=True).pooler_output
         for one, other in zip(found["mm_encoder_outputs"]["image"].pooler_output, expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    with_video = {**inputs, "pixel_values_videos": inputs["pixel_values"]}
+    assert features.in_place_of_pixels(backbone, with_video, keys) is with_video
     # Weights may have changed by the next rollout, and what is frozen.
     before = found["mm_encoder_outputs"]["image"].pooler_output[0]
     backbone.visual.merger.mlp[0].weight.mul_(2)
     features.clear()
-    after = features.in_place_of_pixels(backbone, inputs)["mm_encoder_outputs"]["image"].pooler_output[0]
+    after = features.in_place_of_pixels(backbone, inputs, keys)["mm_encoder_outputs"]["image"].pooler_output[0]
     assert (after - before).abs().max() > 0.01
     backbone.visual.requires_grad_(True)
     features.clear()
-    assert features.in_place_of_pixels(backbone, inputs) is inputs
+    assert features.in_place_of_pixels(backbone, inputs, keys) is inputs
 
 
 @settings(deadline=None, max_examples=100)
@@ -178,13 +197,17 @@ def test_features_come_in_the_order_of_the_images(family):
 def test_images_are_the_same_if_and_only_if_their_pixels_and_grids_are(data):
     grids = data.draw(st.lists(st.sampled_from([(1, 2, 2), (1, 2, 4), (1, 4, 2), (2, 2, 2)]), min_size=2, max_size=4))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-    # Of few values, so that images of one size are often the same but for a few pixels.
-    images = [torch.randint(0, 2, (t * h * w, 3), generator=generator).to(dtype) for t, h, w in grids]
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.uint8]))
+    shape = data.draw(st.sampled_from([(3,), (3, 2, 2)]))
+    # Of few values, which differ in few bits, so that images of one size are often the same but for a few pixels.
+    low, high = data.draw(st.sampled_from([(0, 2), (-1, 2)])) if dtype != torch.uint8 else (0, 2)
+    images = [torch.randint(low, high, (t * h * w, *shape), generator=generator).to(dtype) for t, h, w in grids]
     if data.draw(st.booleans()) and images[0].shape == images[1].shape:
         images[1] = images[0].clone()
         if data.draw(st.booleans()):
             images[1][data.draw(st.integers(0, len(images[1]) - 1)), data.draw(st.integers(0, 2))] += 1
+        if dtype != torch.uint8 and data.draw(st.booleans()):
+            images[1][:2] *= -1  # an even number of signs
     keys = image_keys(torch.cat(images), torch.tensor(grids))
     for one in range(len(grids)):
         for other in range(len(grids)):

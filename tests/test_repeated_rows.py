@@ -44,26 +44,39 @@ class Counted:
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=6))
 def test_rows_are_what_they_are_when_read_each_time(requests):
     dataset = pictures(["PNG", "JPEG", "GIF", "BMP"])
-    counted = Counted(dataset)
-    repeated, before = RepeatedRows(counted), []
+    counted, repeats = Counted(dataset), 3
+    repeated = RepeatedRows(counted, repeats)
     for request in requests:
+        expected = dataset.__getitems__(request)
         counted.read.clear()
-        found, expected = repeated.__getitems__(request), dataset.__getitems__(request)
+        found = repeated.__getitems__(request)
+        for _ in range(repeats - 1):
+            assert [id(row) for row in repeated.__getitems__(request)] == [id(row) for row in found]
+        assert sorted(counted.read) == sorted(set(request))
         assert [row["prompt"] for row in found] == [row["prompt"] for row in expected]
         for one, other in zip(found, expected, strict=True):
             assert one["image"].mode == other["image"].mode and one["image"].tobytes() == other["image"].tobytes()
-        assert sorted(counted.read) == sorted(set(request) - set(before))
-        before = request
 
 
 def test_what_is_done_to_a_row_stays_with_it():
-    repeated = RepeatedRows(pictures(["PNG", "JPEG"]))
+    repeated = RepeatedRows(pictures(["PNG", "JPEG"]), repeats=2)
     one, other = repeated.__getitems__([1, 1])
     untouched = copy.deepcopy(other)
     one["image"].thumbnail((2, 2))
     one["prompt"].append("more")
-    for row in (other, *repeated.__getitems__([1, 0])[:1]):
-        assert row["prompt"] == untouched["prompt"] and row["image"].size == untouched["image"].size
+    repeated.__getitems__([1, 1])
+    # Of the same rollout, and of the next one, whose rows are the same.
+    for row in (other, *repeated.__getitems__([1, 1])):
+        assert row["prompt"] == untouched["prompt"]
+        assert row["image"].size == untouched["image"].size and row["image"].format == "JPEG"
+
+
+def test_random_transforms_are_drawn_for_each_rollout():
+    drawn = iter(range(100))
+    dataset = pictures(["PNG", "JPEG"]).with_transform(lambda rows: {"number": [next(drawn) for _ in rows["image"]]})
+    repeated = RepeatedRows(dataset, repeats=2)
+    numbers = [[row["number"] for row in repeated.__getitems__(request)] for request in ([0, 1],) * 4 + ([1, 0],)]
+    assert numbers == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5]]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sapo_trl
 from sapo_trl import SAPOTrainer
 from sapo_trl.segments import Segments
+from sapo_trl.trainer import grpo_bridge
 
 from .testing_utils import (
     Recorder,
@@ -358,12 +359,21 @@ class TestForward:
 class DeviceReads(TorchDispatchMode):
     """Lines of this package by which the host reads what is on the device, and on a GPU waits for it."""
 
+    READS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+    )
+
     def __init__(self):
         super().__init__()
         self.lines: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        by_mask = func == torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or func in self.READS:
             # Of the libraries' frames and ours the one that asked.
             frame = next(f for f in reversed(traceback.extract_stack()[:-1]) if "/torch/" not in f.filename)
             if Path(frame.filename).is_relative_to(Path(sapo_trl.__file__).parent):
@@ -371,13 +381,19 @@ class DeviceReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize(
+    ("family", "frozen"), [("qwen2", False), ("qwen2_5_vl", False), ("qwen2_5_vl", True)], indirect=["family"]
+)
 @pytest.mark.parametrize("level", ["segment", "sequence"])
-def test_the_device_is_not_read_inside_of_an_optimizer_step(family, level, tmp_path):
+def test_the_device_is_not_read_inside_of_an_optimizer_step(family, frozen, level, tmp_path, monkeypatch):
     """From its second micro-batch to the last but one: rollouts and updates may wait for the device."""
+    model = family.build_model()
+    if frozen:
+        model.model.visual.requires_grad_(False)
     trainer = sapo_trainer(
         family,
         tmp_path,
+        model=model,
         importance_sampling_level=level,
         beta=0.1,
         kl_placement="loss",
@@ -388,7 +404,14 @@ def test_the_device_is_not_read_inside_of_an_optimizer_step(family, level, tmp_p
         max_steps=1,
         trainer_kwargs={"rollout_func": fixed_rollout(random_completions(5))},
     )
-    training_step, reads, micro_batches = trainer.training_step, DeviceReads(), []
+    training_step, reads, micro_batches, image_keys_made = trainer.training_step, DeviceReads(), [], []
+    make_keys = grpo_bridge.image_keys
+
+    def noted_keys(*args):
+        image_keys_made.extend(micro_batches[1:])
+        return make_keys(*args)
+
+    monkeypatch.setattr(grpo_bridge, "image_keys", noted_keys)
 
     def watched(*args):
         micro_batches.append(None)
@@ -404,6 +427,8 @@ def test_the_device_is_not_read_inside_of_an_optimizer_step(family, level, tmp_p
     with reads:
         Segments(torch.tensor([[0, 1]])).sum(torch.ones(1, 2))
     assert len(reads.lines) == 1 and "segments.py" in reads.lines[0]
+    # On a CPU lists are made of tensors without an operation that could be seen.
+    assert image_keys_made == []
 
 
 class TestMicroBatches:

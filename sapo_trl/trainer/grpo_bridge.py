@@ -50,7 +50,7 @@ from ..sharded_tensors import gradients_are_in_pieces, total_norm, weights_are_i
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
 from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
-from .image_features import ImageFeatures
+from .image_features import ImageFeatures, ImageKey, image_keys
 from .padding import (
     RightAligned,
     can_move_rows,
@@ -187,12 +187,13 @@ class GRPOBridge(GRPOTrainer):
         if args.mask_truncated_completions and self.tools and self.placeholder_ids:
             # A masked response counts as padding, and would leave behind the images that a tool has put into it.
             self.can_move_rows = False
-        backbone = backbone_of(self.accelerator.unwrap_model(self.model))
-        self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+        self._backbone = backbone_of(self.accelerator.unwrap_model(self.model))
+        self._takes_positions = "position_ids" in inspect.signature(self._backbone.forward).parameters
         self._positions_follow_images = "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
         self._image_features: ImageFeatures | None = None
         if args.reuse_image_features and not weights_are_in_pieces(self.accelerator):
-            self._image_features = ImageFeatures(self.accelerator.autocast)
+            self._image_features = ImageFeatures()
+            self.add_callback(self._image_features)
         if self.rollout_func is not None and self.placeholder_ids:
             sample = self.rollout_func
             self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
@@ -492,6 +493,9 @@ class GRPOBridge(GRPOTrainer):
             batch = super()._generate_and_score_completions(inputs)
         finally:
             record, self._record = self._record, None
+        if (keys := self._image_keys(self._backbone, batch)) is not None:
+            # Once: micro-batches find them beside their rows.
+            batch["image_keys"] = keys
         return self.score_rollout(batch, record)
 
     def _tokenize_prompts(self, prompts: list):
@@ -527,7 +531,10 @@ class GRPOBridge(GRPOTrainer):
         if self._record is not None:
             self._record.mark_generated()
         if self._record is None or model is not self.model:
-            return self._run_over_tokens(model, *args, compute_entropy=compute_entropy, **kwargs)
+            outputs = self._run_over_tokens(model, *args, compute_entropy=compute_entropy, **kwargs)
+            if self._image_features is not None and model is self.ref_model:
+                self._image_features.forget(backbone_of(self.accelerator.unwrap_model(model)))
+            return outputs
         # TRL scores a rollout with the policy when it needs old log-probabilities. The fused head computes the
         # entropies in the same pass anyway: keep them, and the values, instead of running the policy again.
         with self._value_tap() as values:
@@ -558,7 +565,7 @@ class GRPOBridge(GRPOTrainer):
     def get_train_dataloader(self) -> DataLoader:
         dataset = self.train_dataset
         if isinstance(dataset, Dataset):
-            self.train_dataset = RepeatedRows(dataset)
+            self.train_dataset = RepeatedRows(dataset, self.args.steps_per_generation * self.num_iterations)
         try:
             return super().get_train_dataloader()
         finally:
@@ -832,7 +839,10 @@ class GRPOBridge(GRPOTrainer):
         inputs = dict(zip(_FORWARD_KEYS[2:], args, strict=False)) | kwargs
         total = inputs["input_ids"].size(0)
         if backbone is None:
-            backbone = backbone_of(self.accelerator.unwrap_model(model))
+            # Not to be given the wrapper again that `torch.compile` makes: the model's own stays as it is.
+            backbone = backbone_of(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        if "image_keys" not in inputs:
+            inputs["image_keys"] = self._image_keys(backbone, inputs)
         if not self.can_move_rows or batch_size is None or batch_size >= total:
             return self._run_rows(model, backbone, batch_size=batch_size, **inputs)
         options = {name: inputs.pop(name) for name in _FORWARD_OPTIONS if name in inputs}
@@ -867,9 +877,28 @@ class GRPOBridge(GRPOTrainer):
             None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
         )
 
-    def _run_rows(self, model: Callable, backbone: PreTrainedModel, *, width: int | None = None, **kwargs):
+    def _image_keys(self, backbone: PreTrainedModel, batch: Batch) -> list[list[ImageKey]] | None:
+        """What tells the images of each row apart, if a model's features of them are kept."""
+        inputs = [batch.get(name) for name in ("pixel_values", "image_grid_thw", "num_images")]
+        kept = self._image_features is not None and self._image_features.are_kept_of(backbone)
+        if not kept or any(value is None or not len(value) for value in inputs):
+            return None
+        pixel_values, grids, num_images = inputs
+        keys = iter(image_keys(pixel_values, grids))
+        return [list(itertools.islice(keys, number)) for number in num_images]
+
+    def _run_rows(
+        self,
+        model: Callable,
+        backbone: PreTrainedModel,
+        *,
+        width: int | None = None,
+        image_keys: list[list[ImageKey]] | None = None,
+        **kwargs,
+    ):
         """The same for rows of any length, also where a chunk has no image or too many placeholders."""
         length = kwargs["logits_to_keep"]
+        keys_of_rows = iter(image_keys or [])
 
         def run(**inputs):
             # Of a batch with images TRL passes every chunk some, if only none; vision towers refuse empty tensors.
@@ -877,8 +906,10 @@ class GRPOBridge(GRPOTrainer):
             if self.placeholder_ids:
                 # The labels, which TRL has taken from the same ids, keep them.
                 inputs = hide_placeholders(inputs, length, self.placeholder_ids, self._tokenizer.pad_token_id)
-            if self._image_features is not None:
-                inputs = self._image_features.in_place_of_pixels(backbone, inputs)
+            # TRL's chunks of rows come one after the other.
+            keys = itertools.chain(*itertools.islice(keys_of_rows, len(inputs["input_ids"])))
+            if image_keys is not None:
+                inputs = self._image_features.in_place_of_pixels(backbone, inputs, list(keys))
             with _whole_lm_head(model):
                 return self._without_padding(model, inputs, width) if self.can_move_rows else model(**inputs)
 
@@ -1072,6 +1103,8 @@ def _forward_inputs(batch: Batch) -> dict[str, Any]:
     inputs["logits_to_keep"] = batch["completion_ids"].size(1)
     if "token_counts" in batch:
         inputs["width"] = max(batch["token_counts"])
+    if "image_keys" in batch:
+        inputs["image_keys"] = batch["image_keys"]
     return inputs
 
 

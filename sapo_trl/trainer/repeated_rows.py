@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from PIL import Image
 
 
 class RepeatedRows(torch.utils.data.Dataset):
@@ -16,16 +17,18 @@ class RepeatedRows(torch.utils.data.Dataset):
 
     TRL's loader asks for all rows of a rollout before each of its micro-batches, of which the first alone uses them,
     and for a prompt's row once for each of its responses: with images, decoding would take longer than much of what
-    it waits for. The rows of one request are kept until one for others comes.
+    it waits for. Loaders with several workers have one of these in each, and read as often as there are workers.
 
     Args:
         dataset ([`~datasets.Dataset`]): the rows.
+        repeats (`int`): how often a rollout's rows are asked for.
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset, repeats: int):
         self.dataset = dataset
-        self._rows: dict[int, dict[str, Any]] = {}
+        self.repeats = repeats
         self._asked_for: list[int] = []
+        self._times = 0
         self._answer: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
@@ -36,13 +39,22 @@ class RepeatedRows(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """
-        Rows for a batch. Each is its own copy, as if it had been read; of the same request made again they are the
-        same objects.
+        Rows for a batch. Containers and images of each are its own, as if it had been read; of a rollout's further
+        requests, which nobody looks at, they are the same objects.
         """
-        if list(indices) != self._asked_for:
-            missing = [index for index in dict.fromkeys(indices) if index not in self._rows]
-            rows = self._rows | dict(zip(missing, self.dataset.__getitems__(missing), strict=True))
-            self._rows = {index: rows[index] for index in indices}
-            self._asked_for = list(indices)
-            self._answer = [copy.deepcopy(self._rows[index]) for index in indices]
+        if list(indices) != self._asked_for or self._times == self.repeats:
+            different = list(dict.fromkeys(indices))
+            rows = dict(zip(different, self.dataset.__getitems__(different), strict=True))
+            self._asked_for, self._times = list(indices), 0
+            self._answer = [_own(rows[index]) for index in indices]
+        self._times += 1
         return list(self._answer)
+
+
+def _own(value: Any) -> Any:
+    """A copy of nested containers and of the images in them."""
+    if isinstance(value, dict):
+        return {name: _own(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_own(part) for part in value]
+    return copy.deepcopy(value) if isinstance(value, Image.Image) else value
