@@ -97,6 +97,7 @@ class TestConfig:
             ({"settings": {"max_steps": 3}}, "'max_steps' is decided by the study"),
             ({"records": {"arms": ["bettr"]}}, r"records\.arms: 'bettr' is not known\. Did you mean `better`"),
             ({"qualification": {**QUALIFICATION, "exact": "vineppo"}}, "qualification: 'vineppo' is not known"),
+            ({"qualification": {**QUALIFICATION, "looks": 0}}, "looks=0 must be a whole number of at least 1"),
             ({"qualification": {**QUALIFICATION, "critics": []}}, "qualification: critics is empty"),
             ({"qualification": {**QUALIFICATION, "note": 5}}, "qualification: note=5 must be a text"),
             ({"qualification": {**QUALIFICATION, "seeds": [4, 9]}}, r"no experiment runs 'better' on .* seeds \[9\]"),
@@ -314,6 +315,18 @@ class TestReport:
             assert len(tests.controls) == 1
             (critic,) = tests.critics.values()
             assert critic.interval.value == pytest.approx(0.3, abs=0.1) and critic.pairs == 5
+
+    def test_who_has_looked_more_often_has_to_be_surer(self, planted):
+        study, results, _ = planted
+        wanted = Qualification(
+            task="short", seeds=[0, 1, 2, 3, 4], exact="better", controls=["equal"], critics=["sapo"]
+        )
+        (control,) = qualification_tests(wanted, results).controls.values()
+        enough = int(0.05 / control.p_value)
+        assert enough >= 1
+        for looks, failed in ((enough, False), (enough + 1, True)):
+            asked = replace(study, qualification=replace(wanted, looks=looks))
+            assert ("does not qualify** (accuracy of `better`" in write_qualification(asked, results)) == failed
 
     def test_the_qualification_has_its_note(self, planted, tmp_path):
         _, results, _ = planted

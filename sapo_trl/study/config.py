@@ -208,6 +208,8 @@ class Qualification:
         controls (`list[str]`): arms without credit inside a response, which it has to beat.
         critics (`list[str]`):
             arms of which at least one's critic has to explain Monte-Carlo values, in recorded runs.
+        looks (`int`, *optional*, defaults to `1`):
+            how often it has been asked, with more seeds each time: the tests' level is divided by it.
         note (`str`, *optional*): what a reader has to know about how it was asked, for the report.
     """
 
@@ -216,9 +218,12 @@ class Qualification:
     exact: str
     controls: list[str]
     critics: list[str]
+    looks: int = 1
     note: str = ""
 
     def __post_init__(self):
+        if not isinstance(self.looks, int) or self.looks < 1:
+            raise ValueError(f"looks={self.looks!r} must be a whole number of at least 1.")
         if not isinstance(self.note, str):
             raise ValueError(f"note={self.note!r} must be a text.")
         for name in ("seeds", "controls", "critics"):

@@ -72,20 +72,20 @@ def _critic_tests(wanted: Qualification, results: StudyResults) -> dict[str, Dif
     return tests
 
 
-def _holds(test: Difference) -> bool:
-    return test.interval.value > 0 and test.p_value < SIGNIFICANCE
+def _holds(test: Difference, level: float) -> bool:
+    return test.interval.value > 0 and test.p_value < level
 
 
-def _failed(tests: QualificationTests) -> list[str]:
+def _failed(tests: QualificationTests, level: float) -> list[str]:
     """What speaks against the task, by what is tested."""
-    failed = [name for name, test in tests.controls.items() if not _holds(test)]
+    failed = [name for name, test in tests.controls.items() if not _holds(test, level)]
     # That one critic does not learn values is about that critic; that none does is about the task.
-    if tests.critics and not any(_holds(test) for test in tests.critics.values()):
+    if tests.critics and not any(_holds(test, level) for test in tests.critics.values()):
         failed += tests.critics
     return failed
 
 
-def _table(tests: QualificationTests) -> str:
+def _table(tests: QualificationTests, level: float) -> str:
     rows = [
         {
             "has to be above zero": name,
@@ -94,7 +94,7 @@ def _table(tests: QualificationTests) -> str:
             "95 % (Student)": "" if math.isnan(test.t_low) else f"[{test.t_low:+.3f}, {test.t_high:+.3f}]",
             "p": "" if math.isnan(test.p_value) else f"{test.p_value:.2g}",
             "p (ranks)": "" if math.isnan(test.rank_p_value) else f"{test.rank_p_value:.2g}",
-            "holds": "yes" if _holds(test) else "**no**",
+            "holds": "yes" if _holds(test, level) else "**no**",
         }
         for name, test in (tests.controls | tests.critics).items()
     ]
@@ -107,7 +107,9 @@ def write_qualification(study: StudyConfig, results: StudyResults) -> str:
     if wanted is None:
         return ""
     tests = qualification_tests(wanted, results)
-    failed = _failed(tests)
+    # Who looks several times, and would stop at the first that pleases, has as many chances to be wrong.
+    level = SIGNIFICANCE / wanted.looks
+    failed = _failed(tests, level)
     if len(tests.controls) < len(wanted.controls) or len(tests.critics) < len(wanted.critics):
         failed = failed or ["some of its runs are missing"]
     if failed:
@@ -118,6 +120,7 @@ def write_qualification(study: StudyConfig, results: StudyResults) -> str:
     return (
         "## Can this task tell algorithms apart?\n\nA comparison of credit assignment means something only where "
         "exact credit helps, against every control, and values can be learned, by one critic at least. "
-        f"{verdict}\n\n{_table(tests)}\n\n`p` is of a t-test, which decides; *ranks* are Wilcoxon's, which single "
-        f"broken runs do not sway.\n{note}"
+        f"{verdict}\n\n{_table(tests, level)}\n\n`p` is of a t-test, which decides, at {level:.2g}"
+        + (f" ({SIGNIFICANCE:.2g} over {wanted.looks} looks)" if wanted.looks > 1 else "")
+        + f"; *ranks* are Wilcoxon's, which single broken runs do not sway.\n{note}"
     )
