@@ -91,9 +91,10 @@ class PolicyForward:
 
     Args:
         logps (`torch.Tensor`):
-            float32 `(B, T)`, log-probabilities of the completion tokens at the sampling temperature.
-        entropies (`torch.Tensor`): float32 `(B, T)`, entropies of the same distributions.
-        values (`torch.Tensor`, *optional*): float32 `(B, T)`, with a shared critic.
+            float32 (float64 of a model in float64) `(B, T)`, log-probabilities of the completion tokens at the
+            sampling temperature.
+        entropies (`torch.Tensor`): the same, entropies of these distributions.
+        values (`torch.Tensor`, *optional*): the same, with a shared critic.
         aux_loss (`torch.Tensor`, *optional*): 0-dimensional, the load-balancing loss of a mixture of experts.
     """
 

@@ -441,7 +441,7 @@ class SAPOTrainer(GRPOBridge):
         if critic == "shared":
             return forward.values
         if critic == "tree" and record.given is not None:
-            return record.given.tensors["parent_values"].unsqueeze(1).expand_as(forward.logps).float()
+            return record.given.tensors["parent_values"].unsqueeze(1).expand_as(forward.logps).to(forward.logps.dtype)
         if critic == "monte_carlo" and self.mode == "train":
             return self._monte_carlo_values(batch, segments, policy_mask, record)
         return torch.zeros_like(forward.logps)
