@@ -151,23 +151,25 @@ def masked_moments(
         `tuple[torch.Tensor, torch.Tensor]`:
             two 0-dimensional tensors, both 0 without entries; the variance of a single entry is 0.
     """
-    mask = mask.bool()
-    return _moments(torch.where(mask, x, 0).to(accumulation_dtype(x)), mask, reduce)
+    mean, variance, _ = _moments(x, mask.bool(), reduce)
+    return mean, variance
 
 
 def _moments(
     x: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`masked_moments`] of what is 0 outside the mask."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[`masked_moments`], and the deviations from the mean, 0 outside the mask."""
+    x = torch.where(mask, x, 0).to(accumulation_dtype(x))
     # Two passes: the mean first, then squared deviations from it. The one-pass formula cancels catastrophically when
     # the mean is large against the spread.
     totals = torch.stack([mask.count_nonzero().to(x.dtype), x.sum()])
     count, total = reduce(totals) if reduce is not None else totals
     mean = total / count.clamp(min=1)
-    squared_deviations = ((x - mean) * mask).square().sum()
+    deviations = (x - mean) * mask
+    squared_deviations = deviations.square().sum()
     if reduce is not None:
         squared_deviations = reduce(squared_deviations)
-    return mean, squared_deviations / (count - 1).clamp(min=1)
+    return mean, squared_deviations / (count - 1).clamp(min=1), deviations
 
 
 def masked_whiten(
@@ -188,7 +190,5 @@ def masked_whiten(
     Returns:
         `torch.Tensor`: same shape, float32 or wider, 0 outside the mask.
     """
-    mask = mask.bool()
-    x = torch.where(mask, x, 0).to(accumulation_dtype(x))
-    mean, variance = _moments(x, mask, reduce)
-    return (x - mean) * torch.rsqrt(variance + eps) * mask
+    _, variance, deviations = _moments(x, mask.bool(), reduce)
+    return deviations * torch.rsqrt(variance + eps)

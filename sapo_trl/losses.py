@@ -222,9 +222,9 @@ def _bias_metrics(
 
 
 @torch.no_grad()
-def _ratio_metrics(log_ratios: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def _ratio_metrics(log_ratios: torch.Tensor, ratio: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """What every policy loss logs about its importance ratios, from log-ratios that are 0 outside the mask."""
-    count, ratio = mask.count_nonzero().clamp(min=1), torch.exp(log_ratios)
+    count = mask.count_nonzero().clamp(min=1)
     return {
         "approx_kl": (-log_ratios).sum() / count,
         "approx_kl_k3": (ratio - 1 - log_ratios).sum() / count,
@@ -287,16 +287,18 @@ def clipped_policy_loss(
     )
     ratio = torch.exp(log_ratios)
     unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    token_loss = torch.maximum(unclipped, clipped)
-    is_dual_clipped = torch.zeros_like(mask)
-    if dual_clip is not None:
-        bound = -dual_clip * advantages
-        is_dual_clipped = (advantages < 0) & (token_loss > bound)
-        token_loss = torch.where(advantages < 0, torch.minimum(token_loss, bound), token_loss)
+    with torch.no_grad():
+        # What is clipped does not depend on the ratio, so its gradient is 0: autograd need not find that out.
+        clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+        is_clipped = clipped > unclipped
+        is_dual_clipped, is_fixed = torch.zeros_like(mask), is_clipped
+        if dual_clip is not None:
+            bound = -dual_clip * advantages
+            is_dual_clipped = (advantages < 0) & (torch.maximum(unclipped, clipped) > bound)
+            is_fixed, clipped = is_clipped | is_dual_clipped, torch.where(is_dual_clipped, bound, clipped)
+    token_loss = torch.where(is_fixed, clipped, unclipped)
 
     with torch.no_grad():
-        is_clipped = clipped > unclipped
         count = mask.count_nonzero().clamp(min=1)
 
         def share(flags: torch.Tensor) -> torch.Tensor:
@@ -308,7 +310,7 @@ def clipped_policy_loss(
             "clip_fraction_low": share(is_clipped & (ratio < 1)),
             "clip_fraction_high": share(is_clipped & (ratio > 1)),
             "dual_clip_fraction": share(is_dual_clipped),
-            **_ratio_metrics(log_ratios, mask),
+            **_ratio_metrics(log_ratios, ratio, mask),
             **bias_metrics,
         }
     token_loss = _weighted(token_loss, weights, mask)
@@ -363,9 +365,10 @@ def soft_adaptive_policy_loss(
     # Filled in: of two Python numbers `torch.where` makes float32, also among float64, and a tensor of one would have
     # to be copied to the device.
     temperature = torch.full_like(advantages, temperature_neg).masked_fill(advantages > 0, temperature_pos)
-    gate = torch.sigmoid(temperature * (torch.exp(log_ratios) - 1)) * 4 / temperature
+    ratio = torch.exp(log_ratios)
+    gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
     token_loss = _weighted(-gate * advantages, weights, mask)
-    metrics = {**_ratio_metrics(log_ratios, mask), **bias_metrics}
+    metrics = {**_ratio_metrics(log_ratios, ratio, mask), **bias_metrics}
     return LossOutput(_sum_up(token_loss, mask, aggregation, normalizer), metrics)
 
 
@@ -409,9 +412,10 @@ def segment_value_loss(
     error = (value_preds - returns).square()
     is_clipped = torch.zeros_like(mask)
     if cliprange_value is not None:
-        near_old = torch.clamp(value_preds, old_values - cliprange_value, old_values + cliprange_value)
-        clipped_error = (near_old - returns).square()
-        is_clipped = clipped_error > error
-        error = torch.maximum(error, clipped_error)
+        with torch.no_grad():  # where the clipped error is the larger one, it does not depend on the prediction
+            near_old = torch.clamp(value_preds, old_values - cliprange_value, old_values + cliprange_value)
+            clipped_error = (near_old - returns).square()
+            is_clipped = clipped_error > error
+        error = torch.where(is_clipped, clipped_error, error)
     metrics = {"value_clip_fraction": is_clipped.count_nonzero().float() / mask.count_nonzero().clamp(min=1)}
     return LossOutput(0.5 * _sum_up(error, mask, aggregation, normalizer), metrics)
