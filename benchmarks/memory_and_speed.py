@@ -26,10 +26,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
+from torch.profiler import profile
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback, set_seed
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from trl import GRPOConfig, GRPOTrainer
@@ -184,6 +186,13 @@ def peak_bytes() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def peak_of_tensors(counter: profile) -> int:
+    """The most bytes that tensors had on the CPU at one time, while a profiler counted allocations."""
+    events = [event for event in counter.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = np.array([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(changes.cumsum().max())
+
+
 def planned_bytes(name: str, options: argparse.Namespace, prompt_tokens: int) -> float:
     """What the planner says, without its allowance for what is no tensor."""
     _, critic, lora = ROWS[name]
@@ -247,7 +256,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         if "error" in row:
             lines.append(f"| {title} | {row['error'].replace('|', ' ')} | | | |")
             continue
-        sizes = f"{row['peak_bytes'] / GIB:.1f} | {row['planned_bytes'] / GIB:.1f}"
+        sizes = f"{row['peak_bytes'] / GIB:.2f} | {row['planned_bytes'] / GIB:.2f}"
         lines.append(f"| {title} | {sizes} | {row['seconds_per_step']:.2f} | {row['tokens_per_second']:.0f} |")
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     lines += [

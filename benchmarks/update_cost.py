@@ -9,12 +9,16 @@ Qwen2.5-VL's shape; nothing is downloaded.
     python benchmarks/update_cost.py --out results                   # Qwen2.5-VL-3B's shape, on a GPU
     python benchmarks/update_cost.py --size tiny --out results       # a tiny model, on a CPU too
 
+Memory on a GPU is that of its tensors. On a CPU it is what the process has grown by, in which there is also what its
+allocator keeps; `--count_tensors` counts tensors there too, by PyTorch's profiler, with which steps take longer.
+
 It writes `update_cost.json` and, as tables for `docs/performance.md`, `update_cost.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import statistics
@@ -40,9 +44,11 @@ from memory_and_speed import (
     described,
     machine,
     peak_bytes,
+    peak_of_tensors,
     reward,
 )
 from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
@@ -108,7 +114,9 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
     with torch.device("cuda" if on_gpu else "cpu"):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, options.dtype))
     rows = options.micro_batch * options.accumulation * MINI_BATCHES
-    lengths = lengths_of(rows, options.completion_length)
+    lengths = [options.completion_length] * rows
+    if not options.same_length:
+        lengths = lengths_of(rows, options.completion_length)
     targets = LANGUAGE_LORA_TARGETS if options.lora_layers == "language" else LORA_TARGETS
     settings = {
         "output_dir": tempfile.mkdtemp(),
@@ -147,12 +155,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps in this process, and say what they took."""
     _, critic, lora, _ = ROWS[name]
     timer, before = StepTimer(), peak_bytes()
-    trainer = make_trainer(name, options, [timer])
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    counter = TokenCounter((policy.get_base_model() if lora else policy).base_model)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
+    memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if options.count_tensors else None
+    with memory or contextlib.nullcontext():
+        trainer = make_trainer(name, options, [timer])
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        counter = TokenCounter((policy.get_base_model() if lora else policy).base_model)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
     # A rollout's first step scores it. The first rollout also makes the optimizer's state and fills caches.
     rollouts = range(MINI_BATCHES, len(timer.seconds), MINI_BATCHES)
     seconds = [sum(timer.seconds[first : first + MINI_BATCHES]) for first in rollouts]
@@ -160,7 +170,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     needed = trainer.state.num_input_tokens_seen * (4 if critic == "adapter" else 2)
     return {
         "seconds": statistics.median(seconds),
-        "peak_bytes": peak_bytes() - before,
+        "peak_bytes": peak_bytes() - before if memory is None else peak_of_tensors(memory),
         "padding": 1 - needed / counter.tokens,
     }
 
@@ -205,9 +215,14 @@ def as_markdown(report: dict[str, Any]) -> str:
             cells[3:] = [ROWS[against][0], spread, f"{memory:.2f}"]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
+    memory = "the process, without what imports take"
+    if report["on_gpu"] or options["count_tensors"]:
+        memory = "tensors"
     lora = {"all": "all linear layers", "language": "those of the language model, the vision tower is frozen"}
     rows = options["micro_batch"] * options["accumulation"] * MINI_BATCHES
-    lengths = lengths_of(rows, options["completion_length"])
+    lengths = [options["completion_length"]] * rows
+    if not options["same_length"]:
+        lengths = lengths_of(rows, options["completion_length"])
     lines += [
         "",
         f"{report['machine']}; {versions}. {described(options)}, weights in {options['dtype']}; rollouts of "
@@ -216,7 +231,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"{options['micro_batch']}; {options['rollouts'] - 1} rollouts timed, {len(turns)} turns; pictures of "
         f"{options['image_size']} x {options['image_size']} pixels; gradient checkpointing "
         f"{'on' if options['gradient_checkpointing'] else 'off'}; LoRA of {lora[options['lora_layers']]}. Peak memory "
-        "is of " + ("the tensors on the GPU." if report["on_gpu"] else "the process, without what imports take."),
+        f"is of {memory}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -241,6 +256,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--completion_length", type=int, default=2048, help="tokens of the longest response")
     parser.add_argument("--image_size", type=int, default=448, help="pixels, a multiple of 28")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (GPU: bfloat16)")
+    parser.add_argument("--count_tensors", action="store_true", help="on a CPU, instead of the process's memory")
+    parser.add_argument("--same_length", action="store_true", help="all responses as long as the longest: no padding")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
     parser.add_argument("--row", choices=tuple(ROWS), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
