@@ -46,6 +46,7 @@ from memory_and_speed import (
     peak_bytes,
     peak_of_tensors,
     reward,
+    start_counting,
 )
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
@@ -154,14 +155,12 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps in this process, and say what they took."""
     _, critic, lora, _ = ROWS[name]
-    timer, before = StepTimer(), peak_bytes()
+    timer, before = StepTimer(), start_counting()
     memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if options.count_tensors else None
     with memory or contextlib.nullcontext():
         trainer = make_trainer(name, options, [timer])
         policy = trainer.accelerator.unwrap_model(trainer.model)
         counter = TokenCounter((policy.get_base_model() if lora else policy).base_model)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         trainer.train()
     # A rollout's first step scores it. The first rollout also makes the optimizer's state and fills caches.
     rollouts = range(MINI_BATCHES, len(timer.seconds), MINI_BATCHES)
