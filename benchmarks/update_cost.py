@@ -69,8 +69,10 @@ ROWS = {
 MINI_BATCHES = 2
 
 
-def lengths_of(rows: int, longest: int, seed: int = 0) -> list[int]:
+def lengths_of(rows: int, longest: int, seed: int = 0, same: bool = False) -> list[int]:
     """Log-normal, with a spread as of reasoning models' responses; the longest are cut off as by a limit."""
+    if same:
+        return [longest] * rows
     drawn = np.random.default_rng(seed).lognormal(np.log(longest / 5), 0.7, rows)
     return np.clip(drawn, 1, longest).astype(int).tolist()
 
@@ -115,9 +117,7 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
     with torch.device("cuda" if on_gpu else "cpu"):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, options.dtype))
     rows = options.micro_batch * options.accumulation * MINI_BATCHES
-    lengths = [options.completion_length] * rows
-    if not options.same_length:
-        lengths = lengths_of(rows, options.completion_length)
+    lengths = lengths_of(rows, options.completion_length, same=options.same_length)
     targets = LANGUAGE_LORA_TARGETS if options.lora_layers == "language" else LORA_TARGETS
     settings = {
         "output_dir": tempfile.mkdtemp(),
@@ -219,9 +219,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         memory = "tensors"
     lora = {"all": "all linear layers", "language": "those of the language model, the vision tower is frozen"}
     rows = options["micro_batch"] * options["accumulation"] * MINI_BATCHES
-    lengths = [options["completion_length"]] * rows
-    if not options["same_length"]:
-        lengths = lengths_of(rows, options["completion_length"])
+    lengths = lengths_of(rows, options["completion_length"], same=options["same_length"])
     lines += [
         "",
         f"{report['machine']}; {versions}. {described(options)}, weights in {options['dtype']}; rollouts of "
