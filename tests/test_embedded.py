@@ -25,6 +25,7 @@ from sapo_trl.embedded import (
     wilson_interval,
 )
 from sapo_trl.embedded.evaluation import encode_prompts
+from sapo_trl.embedded.imitation import fingerprint
 from sapo_trl.embedded.warm_start import encode_solutions, validation_accuracy
 
 
@@ -393,3 +394,42 @@ def test_warm_start_that_does_not_learn_fails(tmp_path):
     with pytest.raises(RuntimeError, match="seed=0 reads .* Use another `seed`, or raise `max_steps`"):
         warm_start(tmp_path, config)
     assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------- fingerprint
+
+
+CODE = """
+import math
+
+def area(radius):
+    return math.pi * radius**2
+"""
+SAME_CODE = [
+    '"""A module."""\n' + CODE,
+    CODE.replace("import math\n", "from math import tau\nimport math\n"),
+    CODE.replace("(radius):\n", '(radius):\n    """The area of a circle."""\n'),
+    CODE.replace("    return", "    # of a circle\n\n    return"),
+]
+OTHER_CODE = [
+    CODE.replace("**2", "**3"),
+    CODE.replace("(radius)", "(radius=1)"),
+    CODE.replace("(radius)", "(r)").replace("* radius", "* r"),
+    CODE + "\nUNIT = 'cm'\n",
+]
+
+
+def fingerprint_of(folder, code):
+    folder.mkdir(exist_ok=True)
+    (folder / "module.py").write_text(code)
+    return fingerprint(WarmStartConfig(), [folder])
+
+
+@pytest.mark.parametrize("code", SAME_CODE)
+def test_words_leave_the_fingerprint_as_it_is(tmp_path, code):
+    assert fingerprint_of(tmp_path / "a", code) == fingerprint_of(tmp_path / "b", CODE)
+
+
+@pytest.mark.parametrize("code", OTHER_CODE)
+def test_code_changes_the_fingerprint(tmp_path, code):
+    assert fingerprint_of(tmp_path / "a", code) != fingerprint_of(tmp_path / "b", CODE)

@@ -1,5 +1,6 @@
-"""Supervised training on written solutions, and folders that keep its results: what all warm starts share."""
+"""Supervised training on written solutions, and folders that keep its results: shared by all warm starts."""
 
+import ast
 import hashlib
 import json
 import shutil
@@ -138,14 +139,36 @@ def append_solutions(
 
 
 def fingerprint(config: Any, code_folders: Iterable[Path]) -> str:
-    """Of everything that decides a result: settings (a dataclass), code, and the libraries that compute."""
+    """
+    Fingerprint of everything that decides a result: settings (a dataclass), code, and the libraries that compute.
+
+    Comments, docstrings, imports and layout do not count: a corrected word must not make finished runs useless.
+    """
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for folder in code_folders:
         for source in sorted(folder.glob("*.py")):
-            digest.update(source.read_bytes())
+            digest.update(_statements(source.read_text(encoding="utf-8")).encode())
     for library in ("pillow", "tokenizers", "torch", "transformers"):
         digest.update(version(library).encode())
     return digest.hexdigest()[:12]
+
+
+def _statements(source: str) -> str:
+    """The code of a module without comments, docstrings and imports, in one layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if not isinstance(body, list):  # a lambda's is an expression
+            continue
+        # A string that stands alone documents something, wherever it is.
+        kept = [
+            statement
+            for statement in body
+            if not isinstance(statement, ast.Import | ast.ImportFrom)
+            and not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        ]
+        node.body = kept or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 def save_once(
