@@ -4,14 +4,22 @@ Segment-Aligned Policy Optimization (SAPO, https://huggingface.co/papers/2605.01
 Not Qwen's *Soft Adaptive* Policy Optimization, which TRL calls `loss_type="sapo"`.
 """
 
-from .callbacks import RolloutCallback, SegmentationCallback
-from .config import SAPOConfig
-from .diagnostics import ValueDiagnostics
-from .presets import PRESETS
-from .segments import Segments
-from .stop_on_signal import StopOnSignal
-from .trainer import SAPOTrainer
-from .value_head import SegmentValueHead
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .callbacks import RolloutCallback, SegmentationCallback
+    from .config import SAPOConfig
+    from .diagnostics import ValueDiagnostics
+    from .presets import PRESETS
+    from .segments import Segments
+    from .stop_on_signal import StopOnSignal
+    from .trainer import SAPOTrainer
+    from .value_head import SegmentValueHead
 
 
 __version__ = "0.1.0"
@@ -27,3 +35,19 @@ __all__ = [
     "StopOnSignal",
     "ValueDiagnostics",
 ]
+
+# `from sapo_trl.segments import Segments` must not load TRL, nor `sapo-trl --help` torch.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "PRESETS": "presets",
+        "RolloutCallback": "callbacks",
+        "SAPOConfig": "config",
+        "SAPOTrainer": "trainer",
+        "SegmentValueHead": "value_head",
+        "SegmentationCallback": "callbacks",
+        "Segments": "segments",
+        "StopOnSignal": "stop_on_signal",
+        "ValueDiagnostics": "diagnostics",
+    },
+)

@@ -8,9 +8,9 @@ from trl import GRPOConfig
 
 from .config_checks import CHOICES, LEARNED_CRITICS, SEGMENT_LOSS_TYPES, TRL_LOSS_TYPES, check_config
 from .losses import AGGREGATIONS
+from .names import nearest_name
 from .presets import preset_settings
 from .role_aware import PERCEPTION_PATTERN, REASONING_PATTERN
-from .validation import nearest_name
 
 
 class _OneGeneration(int):

@@ -1,7 +1,7 @@
 """
-Every setting for people to read: the tables of `docs/configuration.md`.
+Every setting for people to read: the tables of `docs/configuration.md`, and the help of `sapo-trl train`.
 
-`python -m sapo_trl.config_table` writes them into the folder it is called in, a clone of the repository.
+`python -m sapo_trl.config_table`, called in a clone of the repository, writes both.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from trl import GRPOConfig
+from trl import GRPOConfig, ModelConfig
 
+from .cli.run_arguments import short_help
+from .cli.train import TrainArguments
+from .cli.train_command import HELP
 from .config import SAPOConfig
-from .train import TrainArguments
 
 
 TABLES_START, TABLES_END = "<!-- settings: start -->", "<!-- settings: end -->"
@@ -109,11 +111,12 @@ def _type(hint: Any) -> str:
 
 
 def main() -> None:
-    """Write the tables."""
+    """Write the tables and the help."""
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(TABLES_START)
     _, _, after = rest.partition(TABLES_END)
     text = f"{before}{TABLES_START}\n\n{markdown_tables()}\n\n{TABLES_END}{after}"
     DOCUMENT.write_text(text, encoding="utf-8")
+    HELP.write_text(short_help(TrainArguments, SAPOConfig, ModelConfig) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from .validation import nearest_name
+from .names import nearest_name
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from .segmentation import token_texts
 from .segments import accumulation_dtype
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 PERCEPTION_PATTERN = r"<perception>(.*?)</perception>"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -21,12 +19,6 @@ logger = logging.getLogger(__name__)
 
 # Rows of a data set whose images are counted before training: enough to catch a wrong template or processor.
 NUM_ROWS_CHECKED = 8
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """` Did you mean ...?` for a mistyped name, to append to an error; empty if no known name is similar."""
-    similar = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean `{similar[0]}`?" if similar else ""
 
 
 def check_prompt_column(dataset: Dataset | IterableDataset | None, name: str) -> None:

@@ -20,7 +20,8 @@ from trl import ModelConfig, TrlParser
 import sapo_trl
 from sapo_trl import SAPOConfig
 from sapo_trl.cli import COMMANDS, main
-from sapo_trl.demo import colour_segments, demo_config, run_demo, training_accuracy
+from sapo_trl.cli.demo_run import colour_segments, demo_config, run_demo, training_accuracy
+from sapo_trl.cli.train import TrainArguments, load_prompts
 from sapo_trl.embedded import (
     WarmStartConfig,
     build_model,
@@ -33,7 +34,6 @@ from sapo_trl.embedded.warm_start import encode_solutions, validation_accuracy
 from sapo_trl.presets import PRESETS, preset_settings
 from sapo_trl.reward_lookup import find_reward
 from sapo_trl.rewards import accuracy_reward, format_reward
-from sapo_trl.train import TrainArguments, load_prompts
 
 from .testing_utils import FAMILIES
 

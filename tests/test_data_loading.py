@@ -13,9 +13,9 @@ from trl import ModelConfig, TrlParser
 
 from sapo_trl import SAPOConfig
 from sapo_trl.cli import main
+from sapo_trl.cli.train import TrainArguments, load_prompts
 from sapo_trl.data import load_rows
 from sapo_trl.embedded import build_model, build_processor, make_problems
-from sapo_trl.train import TrainArguments, load_prompts
 
 from .testing_utils import sapo_trainer, unmoved
 

@@ -28,8 +28,10 @@ import yaml
 
 from sapo_trl import SAPOConfig
 from sapo_trl.cli import main
+from sapo_trl.cli.run_arguments import short_help
+from sapo_trl.cli.train import TrainArguments
+from sapo_trl.cli.train_command import HELP
 from sapo_trl.config_table import DOCUMENT, described, markdown_tables, own_fields
-from sapo_trl.train import TrainArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +240,11 @@ def test_the_tables_of_settings_are_up_to_date():
     assert markdown_tables() in (ROOT / DOCUMENT).read_text(encoding="utf-8")
 
 
+def test_the_help_of_train_is_up_to_date():
+    """Otherwise: `python -m sapo_trl.config_table`."""
+    assert HELP.read_text(encoding="utf-8") == short_help(TrainArguments, SAPOConfig, trl.ModelConfig) + "\n"
+
+
 def test_the_tables_have_every_setting():
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / DOCUMENT).read_text(encoding="utf-8"), re.MULTILINE)
     train = [setting.name for setting in dataclasses.fields(TrainArguments)]
@@ -270,8 +277,7 @@ ELSEWHERE = (
     "recipes",
     "viewer",
     "data",
-    "demo.py",
-    "cli.py",
+    "cli",
 )
 ELSEWHERE += ("config_table.py", "preset_table.py")
 

@@ -20,6 +20,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageFile
 from rich.console import Console
 
+from sapo_trl.cli.train import TrainArguments, load_prompts
 from sapo_trl.embedded import build_model, make_problems
 from sapo_trl.evaluation.backends import generation_seed
 from sapo_trl.evaluation.benchmark import Problem, Score
@@ -29,7 +30,6 @@ from sapo_trl.evaluation.progress import Steps
 from sapo_trl.evaluation.rows import load_rows
 from sapo_trl.evaluation.settings import EvalArguments, chosen_benchmarks
 from sapo_trl.evaluation.store import GENERATIONS, MERGE_AT, GenerationStore, PartFiles
-from sapo_trl.train import TrainArguments, load_prompts
 
 from .evaluation_run import DRAWN, TEXT, TOYS
 

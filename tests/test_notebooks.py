@@ -22,9 +22,9 @@ from nbformat import NotebookNode
 from peft import PeftModel
 
 from sapo_trl import SAPOConfig, SAPOTrainer
+from sapo_trl.cli.train import TrainArguments
 from sapo_trl.embedded import WarmStartConfig, build_model, build_processor, make_problems, warm_start
 from sapo_trl.presets import PRESETS
-from sapo_trl.train import TrainArguments
 
 from .test_docs import anchors
 

@@ -15,8 +15,9 @@ from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM,
 from sapo_trl.cli import main as cli_main
 from sapo_trl.embedded import build_model
 from sapo_trl.planner import Lora, Setup, model_shape, plan_memory, suggest
-from sapo_trl.planner.command import main, parser, read_setup
+from sapo_trl.planner.command import main, parser
 from sapo_trl.planner.memory import OVERHEAD_BYTES, kv_bytes_per_token, layer_activation_bytes
+from sapo_trl.planner.reading import read_setup
 from sapo_trl.planner.run_configs import FOLDER, RUNS
 from sapo_trl.planner.scaling_table import DOCUMENT, changes_table, memory_table
 from sapo_trl.planner.setup import GIB

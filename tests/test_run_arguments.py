@@ -7,9 +7,9 @@ import yaml
 from trl import ModelConfig
 
 from sapo_trl import SAPOConfig
+from sapo_trl.cli.run_arguments import RunRequest, parse_run
+from sapo_trl.cli.train import TrainArguments
 from sapo_trl.presets import PRESETS, preset_settings
-from sapo_trl.run_arguments import RunRequest, parse_run
-from sapo_trl.train import TrainArguments
 
 
 RUN_FILES = sorted((Path(__file__).parents[1] / "trainer_configs").glob("*.yaml"))

@@ -10,11 +10,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig, TrlParser
 
 from sapo_trl import SAPOConfig
+from sapo_trl.cli.train import TrainArguments
 from sapo_trl.planner.run_configs import FOLDER, MINI_BATCHES, RUNS, Run, read_header, yaml_text
 from sapo_trl.preset_table import AXES
 from sapo_trl.presets import preset_settings
 from sapo_trl.reward_lookup import find_reward
-from sapo_trl.train import TrainArguments
 
 
 ROOT = Path(__file__).parents[1]

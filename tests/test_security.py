@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from sapo_trl.cli import main
+from sapo_trl.cli.train import TrainArguments, load_prompts
 from sapo_trl.evaluation.backends import make_backend
 from sapo_trl.evaluation.settings import EvalArguments
-from sapo_trl.train import TrainArguments, load_prompts
 
 from .testing_utils import FAMILIES
 

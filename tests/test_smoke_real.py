@@ -17,9 +17,9 @@ from examples.smoke_real.__main__ import CONFIG, main, remove_last_run, what_is_
 from examples.smoke_real.model import find_gguf, unpack_model
 from examples.smoke_real.questions import write_questions
 from sapo_trl import SAPOConfig, SAPOTrainer
+from sapo_trl.cli.train import TrainArguments, load_prompts
 from sapo_trl.evaluation.benchmarks import BENCHMARKS
 from sapo_trl.rewards import accuracy_reward
-from sapo_trl.train import TrainArguments, load_prompts
 
 from .testing_utils import Recorder, logged, state_of, unmoved
 

@@ -1,10 +1,16 @@
 """Analyses of finished runs: what the recorded responses, values and logs say about segments."""
 
-from .borders import BorderAgreement, border_agreement
-from .gradient_variance import GradientNoise, GradientVariance
-from .lift import LiftCurve, lift_curve, token_jumps, trend_test, valued_state_jumps
-from .ratio_bias import SegmentRatios, segment_ratios
-from .records import read_log_history, read_responses, read_values
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .borders import BorderAgreement, border_agreement
+    from .gradient_variance import GradientNoise, GradientVariance
+    from .lift import LiftCurve, lift_curve, token_jumps, trend_test, valued_state_jumps
+    from .ratio_bias import SegmentRatios, segment_ratios
+    from .records import read_log_history, read_responses, read_values
 
 
 __all__ = [
@@ -23,3 +29,23 @@ __all__ = [
     "trend_test",
     "valued_state_jumps",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BorderAgreement": "borders",
+        "GradientNoise": "gradient_variance",
+        "GradientVariance": "gradient_variance",
+        "LiftCurve": "lift",
+        "SegmentRatios": "ratio_bias",
+        "border_agreement": "borders",
+        "lift_curve": "lift",
+        "read_log_history": "records",
+        "read_responses": "records",
+        "read_values": "records",
+        "segment_ratios": "ratio_bias",
+        "token_jumps": "lift",
+        "trend_test": "lift",
+        "valued_state_jumps": "lift",
+    },
+)

@@ -8,7 +8,7 @@ for the forms that `segmentation="step"` and SRPO's role patterns look for. The 
 texts: a model is evaluated with the very words that it was trained with.
 """
 
-from ..validation import nearest_name
+from ..names import nearest_name
 
 
 _BOX = r"The final answer MUST BE put in \boxed{}."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.images import ImageLimits
-from ..validation import nearest_name
+from ..names import nearest_name
 
 
 BACKENDS = ("transformers", "vllm")

@@ -47,7 +47,7 @@ class Data:
 
     Args:
         name (`str`): as in the files' names.
-        settings (`dict`): settings of [`~sapo_trl.train.TrainArguments`] and of rewards.
+        settings (`dict`): settings of [`~sapo_trl.cli.train.TrainArguments`] and of rewards.
         notes (`tuple[str, ...]`): comments on it.
     """
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from .advice import suggest
 from .command import parser as plan_parser
-from .command import read_setup
 from .memory import MemoryPlan, plan_memory
+from .reading import read_setup
 from .run_configs import FOLDER, RUNS
 from .setup import GIB, Setup
 

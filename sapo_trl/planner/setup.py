@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl import ModelConfig
 
-from ..config import SAPOConfig
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from ..config import SAPOConfig
 
 
 SHARDINGS = ("none", "zero2", "zero3", "fsdp2")

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..embedded import build_config, build_tokenizer
-from ..validation import nearest_name
+from ..names import nearest_name
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..embedded import default_cache_dir
-from .config import load_study
-from .report import write_report
-from .results import load_results
-from .runner import CellFailed, run_study
-
 
 def main(argv: Sequence[str]) -> int:
     """
@@ -40,6 +34,12 @@ def main(argv: Sequence[str]) -> int:
         command.add_argument("--figures", type=Path, help="folder for figures and data (default: beside the report)")
     run.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core (default: 2)")
     arguments = parser.parse_args(argv)
+    from ..embedded import default_cache_dir
+    from .config import load_study
+    from .report import write_report
+    from .results import load_results
+    from .runner import CellFailed, run_study
+
     console = Console(stderr=True)
     try:
         study = load_study(arguments.config)

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import yaml
 
 from ..config import SAPOConfig
+from ..names import nearest_name
 from ..presets import PRESETS
-from ..validation import nearest_name
 from .task import ModelSize, TaskConfig, WarmStartConfig
 
 

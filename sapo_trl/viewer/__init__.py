@@ -4,9 +4,25 @@
 [`token_html`] shows a single response in a notebook.
 """
 
-from .inline import token_html
-from .page import write_page
-from .recordings import Recording, read_recording
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .inline import token_html
+    from .page import write_page
+    from .recordings import Recording, read_recording
 
 
 __all__ = ["Recording", "read_recording", "token_html", "write_page"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Recording": "recordings",
+        "read_recording": "recordings",
+        "token_html": "inline",
+        "write_page": "page",
+    },
+)

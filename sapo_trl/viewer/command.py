@@ -8,9 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .page import write_page
-from .recordings import read_recording, run_names
-
 
 def main(argv: Sequence[str], console: Console | None = None) -> int:
     """
@@ -25,6 +22,9 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     """
     own = parser()
     arguments = own.parse_args(list(argv))
+    from .page import write_page
+    from .recordings import read_recording, run_names
+
     console = console or Console()
     output = arguments.output or arguments.runs[0] / "view.html"
     try:

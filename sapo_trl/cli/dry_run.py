@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .callbacks import RolloutCallback, segmented_responses
-from .config import SAPOConfig
-from .trainer import SAPOTrainer
-from .validation import check_size
+from ..callbacks import RolloutCallback, segmented_responses
+from ..config import SAPOConfig
+from ..trainer import SAPOTrainer
+from ..validation import check_size
 
 
 class _FirstRollout(RolloutCallback):

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from .presets import PRESETS, preset_settings
+from ..presets import PRESETS, preset_settings
 
 
 def main(argv: Sequence[str], console: Console | None = None) -> int:

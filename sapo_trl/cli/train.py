@@ -16,9 +16,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .callbacks import SegmentationCallback
-from .config import SAPOConfig
-from .data import (
+from ..callbacks import SegmentationCallback
+from ..config import SAPOConfig
+from ..data import (
     FORMATS,
     TEMPLATES,
     CleaningReport,
@@ -30,18 +30,19 @@ from .data import (
     save_reports,
     to_prompts,
 )
-from .data.formats import FORMAT_OF_HUB_ID
-from .data.own_columns import check_roles
-from .data.templates import template_text
+from ..data.columns import check_roles
+from ..data.formats import FORMAT_OF_HUB_ID
+from ..data.templates import template_text
+from ..embedded import default_cache_dir, load_processor, make_problems, warm_start
+from ..names import nearest_name
+from ..progress import show_progress
+from ..reward_lookup import find_reward
+from ..stop_on_signal import StopOnSignal
+from ..trainer import SAPOTrainer
+from ..validation import check_size
 from .dry_run import show_dry_run
-from .embedded import default_cache_dir, load_processor, make_problems, warm_start
 from .launch import check_launched, launch
-from .progress import show_progress
-from .reward_lookup import find_reward
 from .run_arguments import parse_run
-from .stop_on_signal import StopOnSignal
-from .trainer import SAPOTrainer
-from .validation import check_size, nearest_name
 
 
 EMBEDDED = "embedded"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from trl.scripts.env import print_env
-
-from . import __version__
+from .. import __version__
 
 
 def main(argv: Sequence[str]) -> int:
     """Print this package's version, and what TRL prints for its own reports."""
     argparse.ArgumentParser(prog="sapo-trl env", description="Print versions and devices.").parse_args(list(argv))
+    from trl.scripts.env import print_env
+
     print(f"- sapo_trl version: {__version__}", end="")
     print_env()
     return 0

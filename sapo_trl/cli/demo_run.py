@@ -1,11 +1,10 @@
-"""`sapo-trl demo`: warm start, accuracy, SAPO, accuracy; what was learned in a table and two pictures."""
+"""The demo: warm start, accuracy, SAPO, accuracy; the result in a table and two pictures."""
 
-import argparse
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForImageTextToText, PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
 
-from .callbacks import RolloutCallback, segmented_responses
-from .config import SAPOConfig
-from .data import to_prompts
-from .embedded import (
+from ..callbacks import RolloutCallback, segmented_responses
+from ..config import SAPOConfig
+from ..data import to_prompts
+from ..embedded import (
     Evaluation,
     WarmStartConfig,
     WarmStartProgress,
@@ -32,9 +31,9 @@ from .embedded import (
     make_problems,
     warm_start,
 )
-from .plots import SEGMENT_COLOURS, plot_learning_curve, plot_response
-from .rewards import accuracy_reward
-from .trainer import SAPOTrainer
+from ..plots import SEGMENT_COLOURS, plot_learning_curve, plot_response
+from ..rewards import accuracy_reward
+from ..trainer import SAPOTrainer
 
 
 RESPONSES_PER_ROLLOUT = 256
@@ -292,25 +291,3 @@ def _print_results(console: Console, output_dir: Path, results: dict, before: Ev
     console.print("A response and its segments:", colour_segments(results["response"]), sep="\n")
     console.print(f"\nLearning curve, picture of the response and results: {output_dir}/")
     console.print("Seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in results["seconds"].items()))
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the demo with arguments from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="sapo-trl demo",
-        description="Train a tiny vision-language model on a CPU and show what it learned.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="where the results go")
-    parser.add_argument("--rollouts", type=_positive, default=14, help="rollouts of 256 responses to train on")
-    parser.add_argument("--problems", type=_positive, default=1024, help="test problems for each measured accuracy")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything")
-    arguments = parser.parse_args(list(argv))
-    return run_demo(arguments.output_dir, arguments.rollouts, arguments.problems, arguments.seed)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number

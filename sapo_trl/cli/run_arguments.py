@@ -1,52 +1,79 @@
-"""The arguments of `sapo-trl train`: a YAML file, a preset in the place of its algorithm, and single settings."""
+"""The arguments of `sapo-trl train`: a YAML file, a preset instead of its algorithm, and single settings."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from trl import GRPOConfig, ModelConfig, TrlParser
+from trl import TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from .config import SAPOConfig
-from .presets import PRESETS, preset_settings
-from .validation import nearest_name
+from ..names import nearest_name
+from ..presets import PRESETS, preset_settings
 
 
 PROGRAM = "sapo-trl train"
+HELP_WIDTH = 110
 
-# Of some 200 settings of TRL and transformers, those that most runs set: the others are in `--help_all`.
-COMMON_SETTINGS = (
-    "output_dir",
-    "learning_rate",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_generations",
-    "max_completion_length",
-    "temperature",
-    "beta",
-    "loss_type",
-    "use_vllm",
-    "vllm_mode",
-    "bf16",
-    "gradient_checkpointing",
-    "eval_strategy",
-    "save_steps",
-    "logging_steps",
-    "report_to",
-    "resume_from_checkpoint",
-    "push_to_hub",
-    "seed",
-)
+# The settings that most runs set. `--help_all` has the others, some 200 of TRL and transformers among them.
+MOST_USED = {
+    "algorithm": (
+        "segmentation",
+        "top_percent",
+        "critic",
+        "critic_learning_rate",
+        "critic_warmup_steps",
+        "advantage_estimator",
+        "gamma",
+        "lam",
+        "critic_lam",
+        "whiten_advantages",
+        "importance_sampling_level",
+        "loss_type",
+        "beta",
+        "num_mini_batches",
+    ),
+    "training": (
+        "output_dir",
+        "learning_rate",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_generations",
+        "max_completion_length",
+        "temperature",
+        "use_vllm",
+        "vllm_mode",
+        "bf16",
+        "gradient_checkpointing",
+        "eval_strategy",
+        "save_steps",
+        "logging_steps",
+        "report_to",
+        "resume_from_checkpoint",
+        "push_to_hub",
+        "seed",
+    ),
+    "model": (
+        "model_name_or_path",
+        "dtype",
+        "attn_implementation",
+        "use_peft",
+        "lora_r",
+        "lora_target_modules",
+        "load_in_4bit",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,7 @@ def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -
     parser = TrlParser(dataclasses, prog=program, add_help=False, allow_abbrev=False)
     known = {field.name for kind in dataclasses for field in fields(kind) if field.init}
     if options.help or options.help_all:
-        _print_help(own, parser, dataclasses, everything=options.help_all)
+        print(short_help(*dataclasses) if options.help else f"{own.format_help()}\n{parser.format_help()}")
         sys.exit(0)
     settings = _file_settings(options.config, known, parser)
     try:
@@ -110,7 +137,7 @@ def _own_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file of settings, a `preset`, `env` variables"
     )
-    group.add_argument("--preset", metavar="NAME", help="algorithm in the place of the file's: `sapo-trl presets`")
+    group.add_argument("--preset", metavar="NAME", help="use this algorithm instead of the file's: `sapo-trl presets`")
     group.add_argument("--dry_run", action="store_true", help="load everything, show what would be done, and stop")
     group.add_argument(
         "--accelerate_config",
@@ -118,8 +145,10 @@ def _own_options() -> argparse.ArgumentParser:
         help="launch processes as this file of accelerate's says (a path, or a name of TRL's such as zero2); options "
         "of `accelerate launch` such as --num_processes do so, too",
     )
-    group.add_argument("-h", "--help", action="store_true", help="show this and exit")
-    group.add_argument("--help_all", action="store_true", help="the same with every setting of TRL and transformers")
+    group.add_argument("-h", "--help", action="store_true", help="show the most used settings and exit")
+    group.add_argument(
+        "--help_all", action="store_true", help="show every setting, also TRL's and transformers', and exit"
+    )
     return options
 
 
@@ -170,32 +199,40 @@ def _launch_arguments(
     return settings, resolve_accelerate_config_argument(launch)
 
 
-def _print_help(
-    own: argparse.ArgumentParser, parser: TrlParser, dataclasses: Sequence[type], everything: bool
-) -> None:
-    print("Train a model; settings come from a YAML file and from the command line, which takes precedence.\n")
-    own.print_help()
-    if everything:
-        print(parser.format_help())
-        return
-    ours = [field.name for field in fields(SAPOConfig) if field.name not in {f.name for f in fields(GRPOConfig)}]
-    for kind in dataclasses:
-        if kind is SAPOConfig:
-            print(_help_of(kind, ours, "segments, critic, advantages and losses (SAPOConfig)"))
-            print(_help_of(kind, COMMON_SETTINGS, "most used of TRL's and transformers' (all: --help_all)"))
-        else:
-            title = "the model (TRL's ModelConfig)" if kind is ModelConfig else "data and rewards"
-            print(_help_of(kind, [field.name for field in fields(kind) if field.init], title))
+def short_help(*dataclasses: type) -> str:
+    """
+    Help on the settings that most runs set: a line or two each.
+
+    Args:
+        dataclasses (`type`): the classes of the settings, which run files mix. All fields of the first are shown.
+    """
+    by_name = {field.name: field for kind in dataclasses for field in fields(kind) if field.init}
+    sections = {"data and rewards": [field.name for field in fields(dataclasses[0]) if field.init], **MOST_USED}
+    lines = [
+        f"usage: {PROGRAM} --config FILE [--SETTING VALUE ...]",
+        "",
+        "Train a model. Settings come from a YAML file and from the command line, which takes precedence.",
+        "",
+        *(
+            _help_line(" ".join(filter(None, (action.option_strings[-1], action.metavar))), action.help)
+            for action in _own_options()._actions
+        ),
+    ]
+    for title, names in sections.items():
+        lines += ["", f"{title}:", *(_help_line(f"--{name}", _described(by_name[name])) for name in names)]
+    return "\n".join(lines)
 
 
-def _help_of(kind: type, names: Sequence[str], title: str) -> str:
-    """The help of some fields of a data class."""
-    hints = get_type_hints(kind)
-    by_name = {field.name: field for field in fields(kind)}
-    part = make_dataclass(kind.__name__, [(name, hints[name], by_name[name]) for name in names])
-    part._argument_group_name = title
-    text = TrlParser([part], prog=PROGRAM, add_help=False).format_help()
-    return text[text.index(title) :]
+def _described(setting: Field) -> str:
+    """The first sentence on a setting, and its default."""
+    text = re.split(r"(?<=[a-z0-9`')])\.\s", str(setting.metadata.get("help", "")).replace("%%", "%"))[0].rstrip(".")
+    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    return text if default in (MISSING, None) else f"{text} ({getattr(default, 'value', default)})"
+
+
+def _help_line(option: str, text: str) -> str:
+    beginning = f"  {option:<29} " if len(option) < 30 else f"  {option}\n{'':<32}"
+    return beginning + textwrap.fill(text, HELP_WIDTH, initial_indent=" " * 32, subsequent_indent=" " * 32).lstrip()
 
 
 def _fail(parser: TrlParser, message: str) -> NoReturn:

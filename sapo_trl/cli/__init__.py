@@ -9,20 +9,20 @@ from collections.abc import Sequence
 
 import yaml
 
-from .validation import nearest_name
+from ..names import nearest_name
 
 
 # Module with a `main(argv)`, and a line of help.
 COMMANDS = {
-    "demo": ("demo", "train a tiny vision-language model on a CPU and show what it learned"),
-    "train": ("train", "train a model; settings from a YAML file (--config) and the command line"),
-    "eval": ("evaluation.command", "evaluate a model on benchmarks, and table the results beside the paper's"),
-    "view": ("viewer.command", "write a page to look at a run's responses, token by token"),
-    "analyze": ("analysis.command", "ask the recordings of a finished run what its segments do"),
-    "study": ("study.command", "compare algorithms: several seeds, equal budgets and tuning, one report"),
-    "plan": ("planner.command", "compute the GPU memory that a training needs, and what would make it fit"),
-    "presets": ("presets_command", "list the algorithms, or show the settings of one"),
-    "env": ("environment", "print versions and devices, for a report of a problem"),
+    "demo": (".demo", "train a tiny vision-language model on a CPU and show what it learned"),
+    "train": (".train_command", "train a model; settings from a YAML file (--config) and the command line"),
+    "eval": ("..evaluation.command", "evaluate a model on benchmarks, and table the results beside the paper's"),
+    "view": ("..viewer.command", "write a page to look at a run's responses, token by token"),
+    "analyze": ("..analysis.command", "ask the recordings of a finished run what its segments do"),
+    "study": ("..study.command", "compare algorithms: several seeds, equal budgets and tuning, one report"),
+    "plan": ("..planner.command", "compute the GPU memory that a training needs, and what would make it fit"),
+    "presets": (".presets", "list the algorithms, or show the settings of one"),
+    "env": (".environment", "print versions and devices, for a report of a problem"),
 }
 
 USAGE = "usage: sapo-trl COMMAND [ARGUMENTS]"
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # TRL's own defaults use names that transformers has renamed: nothing that a user of this command could change.
     warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
-    module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", package=__package__)
+    module = importlib.import_module(COMMANDS[argv[0]][0], package=__name__)
     try:
         return module.main(argv[1:])
     except yaml.YAMLError as error:  # of any file that a command reads
@@ -65,7 +65,3 @@ def _help() -> str:
     lines = [USAGE, "", "Segment-Aligned Policy Optimization (arXiv 2605.01327) for TRL.", ""]
     lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([*lines, "", "sapo-trl COMMAND --help says more."])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

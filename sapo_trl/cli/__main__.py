@@ -1,0 +1,8 @@
+"""`python -m sapo_trl.cli`: the `sapo-trl` command without its script."""
+
+import sys
+
+from . import main
+
+
+sys.exit(main())

@@ -1,0 +1,31 @@
+"""`sapo-trl demo`: the arguments of the demo."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the demo with arguments from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="sapo-trl demo",
+        description="Train a tiny vision-language model on a CPU and show what it learned.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="where the results go")
+    parser.add_argument("--rollouts", type=_positive, default=14, help="rollouts of 256 responses to train on")
+    parser.add_argument("--problems", type=_positive, default=1024, help="test problems for each measured accuracy")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything")
+    arguments = parser.parse_args(list(argv))
+    from .demo_run import run_demo
+
+    return run_demo(arguments.output_dir, arguments.rollouts, arguments.problems, arguments.seed)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

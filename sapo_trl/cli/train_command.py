@@ -1,0 +1,21 @@
+"""`sapo-trl train`: its help is read from a file, because the settings behind it take seconds to import."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+HELP = Path(__file__).with_name("train_help.txt")
+"""Written by `python -m sapo_trl.config_table`, and compared with the settings by a test."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the help, or train, see [`~sapo_trl.cli.train.main`]."""
+    if "-h" in argv or "--help" in argv:
+        print(HELP.read_text(encoding="utf-8"), end="")
+        sys.exit(0)
+    from .train import main as train
+
+    return train(argv)

@@ -1,0 +1,55 @@
+"""A plan in the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from .advice import suggest
+from .memory import ERROR_MARGIN, MemoryPlan, plan_memory
+from .setup import GIB
+
+
+def print_plan(plan: MemoryPlan, console: Console) -> None:
+    """Print the items, the total, and what would help where it is too much."""
+    setup = plan.setup
+    console.print(
+        f"{setup.model} on {setup.processes} x {setup.gpu_memory_gib:g} GiB, sharding {setup.sharding}; "
+        f"{setup.micro_batch} x {setup.accumulation} x {setup.processes} responses per optimizer step, "
+        f"{setup.mini_batches} steps per rollout; {setup.prompt_length} + {setup.completion_length} tokens"
+    )
+    table = Table("Memory of one GPU", "when", "GiB")
+    for name, size in plan.resident.items():
+        if size > 0:
+            table.add_row(name, "always", _gib(size))
+    for phase, items in plan.phases.items():
+        for name, size in items.items():
+            if size > 0:
+                table.add_row(name, phase, _gib(size))
+    table.add_section()
+    table.add_row("total at the peak", plan.peak_phase, _gib(plan.total))
+    console.print(table)
+    if not math.isnan(plan.kv_cache_rows):
+        console.print(
+            f"vLLM's cache holds {plan.kv_cache_rows:.0f} sequences of full length per process; a rollout has "
+            f"{setup.rollout_rows}, and those beyond wait."
+        )
+    verdict = "It fits" if plan.fits else "It does not fit"
+    margin = f" That is within the estimate's error of {ERROR_MARGIN:.0%}." if plan.is_close else ""
+    console.print(f"{verdict}: {_gib(plan.total)} of {setup.gpu_memory_gib:g} GiB.{margin}")
+    if plan.fits:
+        return
+    if plan.vllm_shortage > 0:
+        console.print(f"vLLM lacks {_gib(plan.vllm_shortage)} GiB inside its share for the weights and one sequence.")
+    suggestions = suggest(setup)
+    for suggestion in suggestions:
+        fitted = _gib(plan_memory(suggestion.setup).total)
+        console.print(f"It would with {' and '.join(suggestion.changes)} ({fitted} GiB).")
+    if not suggestions:
+        console.print("No three of the planner's changes suffice: take more or larger GPUs, or a smaller model.")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}"
