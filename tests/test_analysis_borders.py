@@ -13,11 +13,12 @@ from scipy.stats import chisquare
 from sapo_trl import Segments
 from sapo_trl.analysis import border_agreement
 from sapo_trl.analysis.borders import borders_of, cuts_of
-from sapo_trl.boundary_noise import NoisyBoundaries, RandomCuts
 from sapo_trl.segmentation import (
     EntropySegmenter,
     NewlineSegmenter,
+    NoisyBoundaries,
     ProbabilitySegmenter,
+    RandomCuts,
     SequenceSegmenter,
     TokenSegmenter,
 )

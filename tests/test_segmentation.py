@@ -15,9 +15,9 @@ from sapo_trl.segmentation import (
     SequenceSegmenter,
     StepSegmenter,
     TokenSegmenter,
-    _cut_at_largest,
     entropy_segments,
 )
+from sapo_trl.segmentation.entropy import cut_at_largest
 
 from .strategies import masks, noise, seeds
 
@@ -215,4 +215,4 @@ def test_cuts_are_those_of_a_stable_order():
         order = torch.sort(scores.masked_fill(~mask, -torch.inf), dim=1, descending=True, stable=True).indices
         selected = torch.zeros_like(mask).scatter(1, order, torch.arange(length) < num_cuts.unsqueeze(1))
         expected = Segments.from_last_tokens(selected & mask, mask)
-        assert torch.equal(_cut_at_largest(scores, mask, num_cuts, "end").ids, expected.ids)
+        assert torch.equal(cut_at_largest(scores, mask, num_cuts, "end").ids, expected.ids)

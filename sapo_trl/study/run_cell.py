@@ -26,14 +26,13 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, TrainerCallback
 
 from ..analysis import GradientVariance
-from ..boundary_noise import NoisyBoundaries, RandomCuts
 from ..callbacks import SegmentationCallback
 from ..config import SAPOConfig
 from ..config_checks import LEARNED_CRITICS
 from ..diagnostics import ValueDiagnostics
 from ..embedded import load_processor
 from ..presets import preset_settings
-from ..segmentation import Segmenter
+from ..segmentation import NoisyBoundaries, RandomCuts, Segmenter
 from ..trainer import SAPOTrainer
 from ..trainer.parts import make_segmenter
 from .cells import CELL_NAME, RESULT_NAME, Cell

@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..boundary_noise import RandomCuts
-from ..segmentation import EntropySegmenter, NewlineSegmenter, Segmenter, StepSegmenter, accepted_inputs
+from ..segmentation import EntropySegmenter, NewlineSegmenter, RandomCuts, Segmenter, StepSegmenter, accepted_inputs
 from ..segments import Segments
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from .segmentation import Segmenter, _cut_at_largest, accepted_inputs
-from .segments import Segments
+from ..segments import Segments
+from .entropy import cut_at_largest
+from .segmenter import Segmenter, accepted_inputs
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class NoisyBoundaries:
         # The boundaries that stay come first, then free positions by chance, then, if those do not suffice, boundaries
         # that would have moved.
         scores = torch.where(moves, reluctance - 1, draw(1)).masked_fill(is_boundary & ~moves, 2.0)
-        return _cut_at_largest(scores.masked_fill(~is_slot, -torch.inf), mask, is_boundary.sum(dim=1), "end")
+        return cut_at_largest(scores.masked_fill(~is_slot, -torch.inf), mask, is_boundary.sum(dim=1), "end")
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class RandomCuts:
         segments = _segmented(self.segmenter, entropies, mask, logps, completion_ids, tokenizer)
         num_cuts = (segments.count - 1).clamp(min=0)
         chance = _random_numbers(completion_ids, mask, self.seed)(2)
-        return _cut_at_largest(chance.masked_fill(~_inner_positions(mask), -torch.inf), mask, num_cuts, "end")
+        return cut_at_largest(chance.masked_fill(~_inner_positions(mask), -torch.inf), mask, num_cuts, "end")
 
 
 def _check_segmenter(segmenter: Segmenter) -> None:

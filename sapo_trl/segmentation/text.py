@@ -1,0 +1,133 @@
+"""Segmenters that read text: lines and announced steps."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..segments import Segments
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class NewlineSegmenter:
+    """
+    One segment per line: a segment ends with the last token of a run of tokens that contain a line break.
+
+    A line has text. Blank lines before the first one belong to it, and so do blanks and special tokens (the end of the
+    sequence) behind the last one to that.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            tokenizer of the completions; by default the one that the trainer passes with each call.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __call__(
+        self,
+        entropies: torch.Tensor,
+        mask: torch.Tensor,
+        completion_ids: torch.Tensor,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Segments:
+        mask = mask.bool()
+        tokenizer = _given(self.tokenizer, tokenizer)
+        texts, special = token_texts(tokenizer, completion_ids), set(tokenizer.all_special_ids)
+        has_newline = torch.tensor(["\n" in text for text in texts], device=completion_ids.device)
+        has_text = torch.tensor(
+            [text.strip() != "" and index not in special for index, text in enumerate(texts)],
+            device=completion_ids.device,
+        )
+        is_newline, is_text = has_newline[completion_ids] & mask, has_text[completion_ids] & mask
+        # Whether the next token of the row (across holes) is a newline too: then this one does not end the line.
+        ends_line = is_newline & ~_next_in_mask(is_newline, mask)
+        # A line without text is none, and neither is what follows the last text.
+        lines = Segments.from_last_tokens(ends_line, mask)
+        line_has_text = lines.expand(lines.sum(is_text)) > 0
+        text_so_far = torch.cumsum(is_text, dim=1)
+        text_follows = text_so_far < text_so_far[:, -1:]
+        return Segments.from_last_tokens(ends_line & line_has_text & text_follows, mask)
+
+
+@dataclass(frozen=True)
+class StepSegmenter:
+    """
+    One segment per announced step: a segment starts with the token in which a match of `pattern` starts.
+
+    Finding text in token sequences is the one thing here that works row by row on strings, once per rollout.
+
+    Args:
+        pattern (`str`, *optional*, defaults to `r"Step\\s*\\d+\\s*[:.]"`):
+            regular expression of a step's announcement.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            tokenizer of the completions; by default the one that the trainer passes with each call.
+    """
+
+    pattern: str = r"Step\s*\d+\s*[:.]"
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"`pattern` is not a regular expression: {self.pattern!r} ({error}).") from error
+
+    def __call__(
+        self,
+        entropies: torch.Tensor,
+        mask: torch.Tensor,
+        completion_ids: torch.Tensor,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Segments:
+        mask = mask.bool()
+        texts = token_texts(_given(self.tokenizer, tokenizer), completion_ids)
+        is_first = torch.zeros_like(mask)
+        for row, (ids, keep) in enumerate(zip(completion_ids.tolist(), mask.tolist(), strict=True)):
+            positions = [position for position, kept in enumerate(keep) if kept]
+            pieces = [texts[ids[position]] for position in positions]
+            starts = torch.tensor([0, *accumulate(len(piece) for piece in pieces)])
+            text = "".join(pieces)
+            # A pattern may also match the empty end of the text, where no token starts.
+            offsets = torch.tensor([m.start() for m in re.finditer(self.pattern, text) if m.start() < len(text)])
+            # The token that covers a character is the last one that starts at or before it.
+            tokens = torch.searchsorted(starts, offsets, right=True) - 1
+            is_first[row, torch.tensor(positions, dtype=torch.long)[tokens.long()]] = True
+        return Segments.from_first_tokens(is_first, mask)
+
+
+def _next_in_mask(flags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """For each position, the flag of the nearest masked position to its right (`False` without one)."""
+    positions = torch.arange(mask.size(1), device=mask.device).expand_as(mask)
+    beyond = mask.size(1)
+    nearest = torch.cummin(positions.masked_fill(~mask, beyond).flip(1), dim=1).values.flip(1)
+    following = torch.cat([nearest[:, 1:], torch.full_like(nearest[:, :1], beyond)], dim=1)
+    return torch.cat([flags, torch.zeros_like(flags[:, :1])], dim=1).gather(1, following)
+
+
+def _given(own: PreTrainedTokenizerBase | None, passed: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    tokenizer = passed if own is None else own
+    if tokenizer is None:
+        raise ValueError("This segmenter reads text: give it a `tokenizer`.")
+    return tokenizer
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
+    """The text of every token id up to the largest of `ids` at least; "" for ids that only padded embeddings have."""
+    texts = _decoded_vocabulary(tokenizer)
+    largest_id = int(ids.max()) if ids.numel() else -1
+    return texts + [""] * (largest_id + 1 - len(texts))
+
+
+@lru_cache(maxsize=4)
+def _decoded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    # Decoded one by one, so that the texts of a response's tokens join to text whose offsets map back to tokens.
+    return tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
