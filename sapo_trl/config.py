@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trl import GRPOConfig
 
 from .config_checks import CHOICES, LEARNED_CRITICS, SEGMENT_LOSS_TYPES, TRL_LOSS_TYPES, check_config
 from .losses import AGGREGATIONS
 from .names import nearest_name
-from .presets import preset_settings
+from .presets import AXES, preset_settings
 from .role_aware import PERCEPTION_PATTERN, REASONING_PATTERN
 
 
@@ -585,3 +586,9 @@ class SAPOConfig(GRPOConfig):
                 f"{mini_batches}. Set one of the two."
             )
         self.num_mini_batches = mini_batches
+
+
+def default_settings() -> dict[str, Any]:
+    """The defaults of [`SAPOConfig`] for all settings of [`~sapo_trl.presets.AXES`]."""
+    defaults = {setting.name: setting.default for setting in fields(SAPOConfig)}
+    return {name: defaults[name] for names in AXES.values() for name in names}

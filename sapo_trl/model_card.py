@@ -10,8 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from .config import SAPOConfig
-from .preset_table import default_settings
+from .config import SAPOConfig, default_settings
 from .presets import PRESETS, preset_settings
 from .segmentation import Segmenter
 

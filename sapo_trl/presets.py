@@ -2,7 +2,7 @@
 Every algorithm of the comparison as data: the settings in which it differs from [`SAPOConfig`]'s defaults.
 
 `docs/algorithms.md` shows them as one table and says where each number comes from; `trainer_configs/algorithms/` has
-them as YAML. Both are written from this file, see [`sapo_trl.preset_table`].
+them as YAML. Both are written from this file, see `docs/generate/preset_table.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,44 @@ from types import MappingProxyType
 from typing import Any
 
 from .names import nearest_name
+
+
+AXES: dict[str, tuple[str, ...]] = {
+    "Segmentation": ("segmentation",),
+    "Value estimate": (
+        "critic",
+        "value_state",
+        "cliprange_value",
+        "value_loss_aggregation",
+        "critic_lam",
+        "critic_warmup_steps",
+        "critic_warmup_tolerance",
+        "max_valued_segments",
+        "truncated_continuation_reward",
+    ),
+    "Advantage": (
+        "advantage_estimator",
+        "lam",
+        "length_adaptive_lam",
+        "whiten_advantages",
+        "advantage_clamp",
+        "scale_rewards",
+        "advantage_weighting",
+    ),
+    "Ratio": ("importance_sampling_level", "ratio_reduction"),
+    "Clip and loss": (
+        "loss_type",
+        "epsilon",
+        "epsilon_high",
+        "delta",
+        "loss_aggregation",
+        "confident_token_threshold",
+        "positive_lm_coef",
+    ),
+    "KL": ("beta", "kl_placement", "kl_estimator", "kl_aggregation", "use_bias_correction_kl"),
+    "Rollouts": ("num_generations",),
+}
+"""What the algorithms differ in, and the settings that say so: every setting of a preset is in exactly one axis."""
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ import torch
 import trl
 import yaml
 
+from docs.generate.config_table import DOCUMENT, described, markdown_tables, own_fields
 from sapo_trl import SAPOConfig
 from sapo_trl.cli import main
 from sapo_trl.cli.run_arguments import short_help
 from sapo_trl.cli.train import TrainArguments
 from sapo_trl.cli.train_command import HELP
-from sapo_trl.config_table import DOCUMENT, described, markdown_tables, own_fields
 
 
 ROOT = Path(__file__).parents[1]
@@ -236,12 +236,12 @@ def test_other_commands():
 
 
 def test_the_tables_of_settings_are_up_to_date():
-    """Otherwise: `python -m sapo_trl.config_table`."""
+    """Otherwise: `python -m docs.generate.config_table`."""
     assert markdown_tables() in (ROOT / DOCUMENT).read_text(encoding="utf-8")
 
 
 def test_the_help_of_train_is_up_to_date():
-    """Otherwise: `python -m sapo_trl.config_table`."""
+    """Otherwise: `python -m docs.generate.config_table`."""
     assert HELP.read_text(encoding="utf-8") == short_help(TrainArguments, SAPOConfig, trl.ModelConfig) + "\n"
 
 
@@ -279,7 +279,6 @@ ELSEWHERE = (
     "data",
     "cli",
 )
-ELSEWHERE += ("config_table.py", "preset_table.py")
 
 
 def documented() -> set[str]:

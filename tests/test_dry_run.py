@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from sapo_trl import PRESETS
 from sapo_trl.cli import main
-from sapo_trl.preset_table import default_settings
+from sapo_trl.config import default_settings
 
 from .test_data_loading import ROWS, SCHEMAS
 from .testing_utils import FAMILIES

@@ -12,14 +12,14 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 
+from docs.generate.run_configs import FOLDER, RUNS
+from docs.generate.scaling_table import DOCUMENT, changes_table, memory_table
 from sapo_trl.cli import main as cli_main
 from sapo_trl.embedded import build_model
 from sapo_trl.planner import Lora, Setup, model_shape, plan_memory, suggest
 from sapo_trl.planner.command import main, parser
 from sapo_trl.planner.memory import OVERHEAD_BYTES, kv_bytes_per_token, layer_activation_bytes
 from sapo_trl.planner.reading import read_setup
-from sapo_trl.planner.run_configs import FOLDER, RUNS
-from sapo_trl.planner.scaling_table import DOCUMENT, changes_table, memory_table
 from sapo_trl.planner.setup import GIB
 from sapo_trl.planner.shapes import PUBLISHED, lora_parameters
 from sapo_trl.value_head import SegmentValueHead
@@ -410,14 +410,14 @@ class TestDocument:
     TEXT = (ROOT / DOCUMENT).read_text(encoding="utf-8")
 
     def test_memory_table_is_up_to_date(self):
-        """Otherwise: `python -m sapo_trl.planner.scaling_table`."""
+        """Otherwise: `python -m docs.generate.scaling_table`."""
         table = memory_table(ROOT / FOLDER)
         assert table in self.TEXT
         assert "**" not in table  # every file fits on the machine it names
         assert all(f"`{run.name}`" in table for run in RUNS)
 
     def test_changes_table_is_up_to_date(self):
-        """Otherwise: `python -m sapo_trl.planner.scaling_table`."""
+        """Otherwise: `python -m docs.generate.scaling_table`."""
         assert changes_table(ROOT / FOLDER) in self.TEXT
 
     def test_every_model_of_a_file_is_known(self):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from trl import TrlParser
 
+from docs.generate.preset_table import DOCUMENT, TABLE_END, TABLE_START, YAML_FOLDER, markdown_table, yaml_text
 from sapo_trl import PRESETS, SAPOConfig
-from sapo_trl.preset_table import AXES, DOCUMENT, TABLE_END, TABLE_START, YAML_FOLDER, markdown_table, yaml_text
-from sapo_trl.presets import RECIPES, preset_settings
+from sapo_trl.presets import AXES, RECIPES, preset_settings
 
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ class TestTable:
         assert used <= set(listed) <= {field.name for field in fields(SAPOConfig)}
 
     def test_table_is_up_to_date(self):
-        """Otherwise: `python -m sapo_trl.preset_table`."""
+        """Otherwise: `python -m docs.generate.preset_table`."""
         assert markdown_table() in (ROOT / DOCUMENT).read_text(encoding="utf-8")
 
 
@@ -78,7 +78,7 @@ class TestYaml:
 
     @pytest.mark.parametrize("preset", PRESETS)
     def test_file_is_up_to_date(self, preset):
-        """Otherwise: `python -m sapo_trl.preset_table`."""
+        """Otherwise: `python -m docs.generate.preset_table`."""
         assert (ROOT / YAML_FOLDER / f"{preset}.yaml").read_text(encoding="utf-8") == yaml_text(preset)
 
     def test_no_other_file_is_there(self):

@@ -9,11 +9,11 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig, TrlParser
 
+from docs.generate.run_configs import FOLDER, MINI_BATCHES, RUNS, Run, yaml_text
 from sapo_trl import SAPOConfig
 from sapo_trl.cli.train import TrainArguments
-from sapo_trl.planner.run_configs import FOLDER, MINI_BATCHES, RUNS, Run, read_header, yaml_text
-from sapo_trl.preset_table import AXES
-from sapo_trl.presets import preset_settings
+from sapo_trl.planner.reading import read_header
+from sapo_trl.presets import AXES, preset_settings
 from sapo_trl.reward_lookup import find_reward
 
 
@@ -39,7 +39,7 @@ def algorithm_of(args: SAPOConfig) -> dict[str, object]:
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 class TestRuns:
     def test_file_is_up_to_date(self, run):
-        """Otherwise: `python -m sapo_trl.planner.run_configs`."""
+        """Otherwise: `python -m docs.generate.run_configs`."""
         assert path_of(run).read_text(encoding="utf-8") == yaml_text(run)
 
     def test_batch_is_what_the_file_states(self, run):

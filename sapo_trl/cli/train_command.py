@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 HELP = Path(__file__).with_name("train_help.txt")
-"""Written by `python -m sapo_trl.config_table`, and compared with the settings by a test."""
+"""Written by `python -m docs.generate.config_table`, and compared with the settings by a test."""
 
 
 def main(argv: Sequence[str]) -> int:

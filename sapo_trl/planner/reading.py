@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from trl import ModelConfig
 from ..cli.run_arguments import parse_run
 from ..cli.train import TrainArguments
 from ..config import SAPOConfig
-from .run_configs import read_header
 from .setup import Setup
 
 
@@ -74,3 +74,24 @@ def _taken(settings: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     single.add_argument(f"--{name}")
     known, rest = single.parse_known_args(list(settings))
     return getattr(known, name), rest
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """
+    The `# name: value` comments at the top of a file.
+
+    Args:
+        path (`str` or `Path`): configuration file.
+
+    Returns:
+        `dict[str, str]`: `preset`, `accelerate`, `processes`, `sharding` and `gpu_memory_gib` in the repository's run
+        files; in others, whatever is there.
+    """
+    header = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        match = re.fullmatch(r"# ([a-z_]+): (\S+)", line)
+        if match is not None:
+            header[match[1]] = match[2]
+    return header

@@ -1,68 +1,23 @@
 """
 The presets for people to read: one Markdown table, and a YAML file for each.
 
-`python -m sapo_trl.preset_table` writes both into the folder it is called in, a clone of the repository.
+`python -m docs.generate.preset_table` writes both into the folder it is called in, a clone of the repository.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from .config import SAPOConfig
-from .presets import PRESETS
+from sapo_trl.config import default_settings
+from sapo_trl.presets import AXES, PRESETS
 
-
-AXES: dict[str, tuple[str, ...]] = {
-    "Segmentation": ("segmentation",),
-    "Value estimate": (
-        "critic",
-        "value_state",
-        "cliprange_value",
-        "value_loss_aggregation",
-        "critic_lam",
-        "critic_warmup_steps",
-        "critic_warmup_tolerance",
-        "max_valued_segments",
-        "truncated_continuation_reward",
-    ),
-    "Advantage": (
-        "advantage_estimator",
-        "lam",
-        "length_adaptive_lam",
-        "whiten_advantages",
-        "advantage_clamp",
-        "scale_rewards",
-        "advantage_weighting",
-    ),
-    "Ratio": ("importance_sampling_level", "ratio_reduction"),
-    "Clip and loss": (
-        "loss_type",
-        "epsilon",
-        "epsilon_high",
-        "delta",
-        "loss_aggregation",
-        "confident_token_threshold",
-        "positive_lm_coef",
-    ),
-    "KL": ("beta", "kl_placement", "kl_estimator", "kl_aggregation", "use_bias_correction_kl"),
-    "Rollouts": ("num_generations",),
-}
-"""What the algorithms differ in, and the settings that say so: every setting of a preset is in exactly one axis."""
 
 TABLE_START, TABLE_END = "<!-- presets: start -->", "<!-- presets: end -->"
 DOCUMENT = Path("docs/algorithms.md")
 YAML_FOLDER = Path("trainer_configs/algorithms")
-
-
-def default_settings() -> dict[str, Any]:
-    """The defaults of [`SAPOConfig`] for all settings of [`AXES`]."""
-    defaults = {setting.name: setting.default for setting in fields(SAPOConfig)}
-    return {name: defaults[name] for names in AXES.values() for name in names}
 
 
 def markdown_table() -> str:

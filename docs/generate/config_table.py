@@ -1,7 +1,7 @@
 """
 Every setting for people to read: the tables of `docs/configuration.md`, and the help of `sapo-trl train`.
 
-`python -m sapo_trl.config_table`, called in a clone of the repository, writes both.
+`python -m docs.generate.config_table`, called in a clone of the repository, writes both.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from trl import GRPOConfig, ModelConfig
 
-from .cli.run_arguments import short_help
-from .cli.train import TrainArguments
-from .cli.train_command import HELP
-from .config import SAPOConfig
+from sapo_trl.cli.run_arguments import short_help
+from sapo_trl.cli.train import TrainArguments
+from sapo_trl.cli.train_command import HELP
+from sapo_trl.config import SAPOConfig
 
 
 TABLES_START, TABLES_END = "<!-- settings: start -->", "<!-- settings: end -->"

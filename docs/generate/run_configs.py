@@ -1,21 +1,19 @@
 r"""
 The runs of the paper, and a few for smaller machines, as a table of model, data, algorithm and hardware.
 
-`python -m sapo_trl.planner.run_configs` writes `trainer_configs/*.yaml` from it, into the folder it is called in, a
+`python -m docs.generate.run_configs` writes `trainer_configs/*.yaml` from it, into the folder it is called in, a
 clone of the repository.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..preset_table import AXES
-from ..presets import preset_settings
+from sapo_trl.presets import AXES, preset_settings
 
 
 FOLDER = Path("trainer_configs")
@@ -324,7 +322,7 @@ def yaml_text(run: Run) -> str:
         f"# sharding: {hardware.sharding}",
         f"# gpu_memory_gib: {hardware.gpu_memory_gib:g}",
         "#",
-        "# Written from sapo_trl/planner/run_configs.py. How to launch it, and what it needs: docs/scaling.md.",
+        "# Written from docs/generate/run_configs.py. How to launch it, and what it needs: docs/scaling.md.",
         *(f"# {note}" for note in run.notes),
         "",
         "# Model",
@@ -368,27 +366,6 @@ def _dump(settings: dict[str, Any]) -> str:
         )
         for name, value in settings.items()
     )
-
-
-def read_header(path: str | Path) -> dict[str, str]:
-    """
-    The `# name: value` comments at the top of a file.
-
-    Args:
-        path (`str` or `Path`): configuration file.
-
-    Returns:
-        `dict[str, str]`: `preset`, `accelerate`, `processes`, `sharding` and `gpu_memory_gib` in files of this module;
-        whatever is there in others.
-    """
-    header = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        match = re.fullmatch(r"# ([a-z_]+): (\S+)", line)
-        if match is not None:
-            header[match[1]] = match[2]
-    return header
 
 
 def main() -> None:

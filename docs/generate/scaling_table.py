@@ -1,19 +1,20 @@
 """
 The planner's numbers for the files in `trainer_configs/`, as tables in `docs/scaling.md`.
 
-`python -m sapo_trl.planner.scaling_table` writes them into the folder it is called in, a clone of the repository.
+`python -m docs.generate.scaling_table` writes them into the folder it is called in, a clone of the repository.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from .advice import suggest
-from .command import parser as plan_parser
-from .memory import MemoryPlan, plan_memory
-from .reading import read_setup
+from sapo_trl.planner.advice import suggest
+from sapo_trl.planner.command import parser as plan_parser
+from sapo_trl.planner.memory import MemoryPlan, plan_memory
+from sapo_trl.planner.reading import read_setup
+from sapo_trl.planner.setup import GIB, Setup
+
 from .run_configs import FOLDER, RUNS
-from .setup import GIB, Setup
 
 
 DOCUMENT = Path("docs/scaling.md")
