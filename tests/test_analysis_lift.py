@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from sapo_trl.analysis import lift_curve, token_jumps, trend_test, valued_state_jumps
-from sapo_trl.analysis.bootstrap import ratio_bands
 from sapo_trl.analysis.lift import stages
+from sapo_trl.statistics import ratio_bands
 
 
 def made_responses(generator, count=200, steps=6, effect=0.0, lengths=(2, 40)) -> pd.DataFrame:

@@ -22,11 +22,11 @@ from sapo_trl.embedded import (
     reference_solution,
     sample_problems,
     warm_start,
-    wilson_interval,
 )
 from sapo_trl.embedded.evaluation import encode_prompts
 from sapo_trl.embedded.imitation import fingerprint
 from sapo_trl.embedded.warm_start import encode_solutions, validation_accuracy
+from sapo_trl.statistics import wilson_interval
 
 
 @pytest.fixture(scope="module")

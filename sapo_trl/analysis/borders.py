@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from .bootstrap import ratio_bands
+from ..statistics import ratio_bands
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import page_trend_test
 
-from .bootstrap import ratio_bands
+from ..statistics import ratio_bands
 from .records import flatten
 
 

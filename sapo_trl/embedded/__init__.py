@@ -1,6 +1,6 @@
 """A vision-language task that needs no download: tiny Qwen2.5-VL, drawn geometry problems, warm start, evaluation."""
 
-from .evaluation import Evaluation, evaluate, wilson_interval
+from .evaluation import Evaluation, evaluate
 from .model import build_config, build_model
 from .problems import Problem, all_problems, make_problems, sample_problems
 from .processor import Qwen2_5_VLImageTextProcessor, build_processor, load_processor
@@ -27,5 +27,4 @@ __all__ = [
     "reference_solution",
     "sample_problems",
     "warm_start",
-    "wilson_interval",
 ]

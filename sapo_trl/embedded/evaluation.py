@@ -1,9 +1,7 @@
 """Accuracy of a model on problems it has not seen, with its uncertainty."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from datasets import Dataset
@@ -12,6 +10,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from ..data import geometry_prompt
 from ..rewards import accuracy_reward
+from ..statistics import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -29,18 +28,6 @@ class Evaluation:
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the accuracy."""
         return wilson_interval(sum(self.correct), len(self.correct))
-
-
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion: unlike mean ± 2 standard errors, it stays inside [0, 1]."""
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"successes={successes} of trials={trials}: need trials >= 1 and 0 <= successes <= trials.")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    p = successes / trials
-    centre = p + z**2 / (2 * trials)
-    half_width = z * math.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2))
-    scale = 1 + z**2 / trials
-    return (centre - half_width) / scale, (centre + half_width) / scale
 
 
 def encode_prompts(processor: ProcessorMixin, problems: Dataset | list[dict]) -> dict[str, torch.Tensor]:

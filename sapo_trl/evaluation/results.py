@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..study.statistics import Interval
+from ..statistics import Interval
 from .benchmark import Benchmark, Result
 from .statistics import benchmark_metrics, repeated_metrics
 from .store import GenerationStore, stored_problem

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import gammaln
 
-from ..analysis.bootstrap import ratio_bands
-from ..study.statistics import Interval
+from ..statistics import Interval, percentile_interval, ratio_bands
 from .benchmark import Aggregate, Result, mean_accuracy
 
 
@@ -108,11 +107,9 @@ def benchmark_metrics(
     values = averaged(range(size))
     rng = np.random.default_rng(seed)
     resampled = [averaged(rng.integers(size, size=size)) for _ in range(RESAMPLES)]
-    tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
     intervals = {}
     for name, value in values.items():
         # A resample may lack what a metric is about (a category that few questions have).
         drawn = np.array([metrics.get(name, np.nan) for metrics in resampled])
-        low, high = np.nanquantile(drawn, tails) if not np.isnan(drawn).all() else (np.nan, np.nan)
-        intervals[name] = Interval(value, float(low), float(high))
+        intervals[name] = Interval(value, *map(float, percentile_interval(drawn, CONFIDENCE)))
     return intervals

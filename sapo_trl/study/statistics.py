@@ -8,24 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from ..statistics import Interval, percentile_interval
+
 
 RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """
-    An estimate and its bootstrap interval.
-
-    Args:
-        value (`float`): the estimate.
-        low (`float`): lower end; the estimate itself if there is one sample only.
-        high (`float`): upper end.
-    """
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -178,11 +164,7 @@ def _resampled(scores: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _interval(value: float, resampled: np.ndarray, confidence: float) -> Interval:
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie between 0 and 1, got {confidence}.")
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled, (tail, 1 - tail))
-    return Interval(float(value), float(low), float(high))
+    return Interval(float(value), *map(float, percentile_interval(resampled, confidence)))
 
 
 def _checked(scores: Sequence[float]) -> np.ndarray:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ...embedded import wilson_interval
 from ...rewards.completion import Completion, completion_text
+from ...statistics import wilson_interval
 from .config import TaskConfig
 from .problems import Split, make_problems, sample_problems
 from .prompts import encode_prompts
