@@ -1,12 +1,16 @@
 """The demo's two pictures, and how all of this package's pictures look."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .embedded import Evaluation
+
+if TYPE_CHECKING:
+    from .embedded import Evaluation
 
 
 SEGMENT_COLOURS = ("#a6cee3", "#fdbf6f", "#b2df8a", "#fb9a99", "#cab2d6", "#ffff99")
