@@ -22,7 +22,6 @@ at most T segments, so M = T here. The columns after a response's last segment h
 """
 
 import copy
-import time
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +84,8 @@ def append_completions(prompts: Inputs, completion_ids: Tensor, mask: Tensor) ->
         "attention_mask": mask.long(),  # (B, T)
         "mm_token_type_ids": torch.zeros_like(completion_ids),  # (B, T): 0 is text, 1 is image
     }
-    return {**prompts, **{name: torch.cat([prompts[name], x], dim=1) for name, x in completions.items()}}
+    joined = {name: torch.cat([prompts[name], x], dim=1) for name, x in completions.items()}
+    return {**prompts, **joined}
 
 
 def take_rows(inputs: Inputs, rows: Tensor) -> Inputs:
@@ -137,14 +137,12 @@ def cut_into_segments(entropies: Tensor, mask: Tensor, top_percent: float) -> Te
 
 def segment_sum(x: Tensor, segment_ids: Tensor) -> Tensor:
     """Sum over the tokens of each segment, without padding: (B, T) -> (B, M)."""
-    is_token = segment_ids >= 0
-    return torch.zeros_like(x).scatter_add(1, segment_ids.clamp(min=0), x * is_token)
+    return torch.zeros_like(x).scatter_add(1, segment_ids.clamp(min=0), x * (segment_ids >= 0))
 
 
 def to_tokens(y: Tensor, segment_ids: Tensor) -> Tensor:
     """Each token gets the number of its segment, padding gets 0: (B, M) -> (B, T)."""
-    is_token = segment_ids >= 0
-    return y.gather(1, segment_ids.clamp(min=0)) * is_token
+    return y.gather(1, segment_ids.clamp(min=0)) * (segment_ids >= 0)
 
 
 def segment_values(critic: Module, inputs: Inputs, segment_ids: Tensor) -> Tensor:
@@ -169,13 +167,13 @@ def segment_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tu
 
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, segment_ids: Tensor, epsilon: float) -> Tensor:
     """Step 6. PPO's clipped loss with one importance ratio per segment: mean per response, then over responses."""
-    num_tokens = segment_sum(torch.ones_like(logps), segment_ids)  # (B, M)
+    lengths = segment_sum(torch.ones_like(logps), segment_ids)  # (B, M)
     log_ratios = (logps - old_logps).clamp(-20, 20)  # (B, T): one token cannot make a ratio overflow
     # The tokens of a segment share one ratio, the geometric mean of the ratios of its tokens.
-    segment_ratios = torch.exp(segment_sum(log_ratios, segment_ids) / num_tokens.clamp(min=1))  # (B, M)
+    segment_ratios = torch.exp(segment_sum(log_ratios, segment_ids) / lengths.clamp(min=1))  # (B, M)
     ratios, advantages = to_tokens(segment_ratios, segment_ids), to_tokens(advantages, segment_ids)  # (B, T)
     token_losses = torch.maximum(-ratios * advantages, -ratios.clamp(1 - epsilon, 1 + epsilon) * advantages)
-    return (token_losses.sum(1) / num_tokens.sum(1)).mean()
+    return (token_losses.sum(1) / lengths.sum(1)).mean()
 
 
 def value_loss(values: Tensor, returns: Tensor, segment_ids: Tensor) -> Tensor:
@@ -241,8 +239,7 @@ def update(
 
 def explained_variance(rollout: Rollout) -> float:
     """Share of the returns' variance that the values explain: 1 is perfect, 0 is no better than a constant."""
-    num_segments = rollout.segment_ids.amax(1, keepdim=True) + 1  # (B, 1)
-    is_segment = torch.arange(rollout.values.size(1)) < num_segments  # (B, M)
+    is_segment = torch.arange(rollout.values.size(1)) <= rollout.segment_ids.amax(1, keepdim=True)  # (B, M)
     returns, values = rollout.returns[is_segment], rollout.values[is_segment]
     return (1 - (returns - values).var() / returns.var()).item()
 
@@ -253,9 +250,8 @@ def train(policy: Module, processor: ProcessorMixin, config: Config) -> None:
     optimizer = make_optimizer(policy, critic, config)
     problems = make_problems(config.num_steps * config.batch_size, seed=config.seed)
     for step in range(config.num_steps):
-        started = time.perf_counter()
         batch = problems.select(range(step * config.batch_size, (step + 1) * config.batch_size))
-        prompts = dict(encode_prompts(processor, batch))
+        prompts = encode_prompts(processor, batch)
         completion_ids, mask = generate(policy, processor, prompts, config)
         completions = processor.batch_decode(completion_ids, skip_special_tokens=True)
         rewards = torch.tensor(accuracy_reward(completions=completions, answer=batch["answer"]))  # (B,)
@@ -266,9 +262,8 @@ def train(policy: Module, processor: ProcessorMixin, config: Config) -> None:
         pg_loss, v_loss = torch.tensor(losses).mean(0)
         num_segments = (rollout.segment_ids.amax(1) + 1.0).mean()
         print(
-            f"step {step + 1:2}  reward {rewards.mean():.3f}  segments {num_segments:.1f}  policy loss {pg_loss:+.4f}  "
-            f"value loss {v_loss:.4f}  explained variance {explained_variance(rollout):+.3f}  "
-            f"{time.perf_counter() - started:.1f} s"
+            f"step {step + 1}  reward {rewards.mean():.3f}  segments {num_segments:.1f}  policy loss {pg_loss:+.4f}  "
+            f"value loss {v_loss:.4f}  explained variance {explained_variance(rollout):+.3f}"
         )
 
 
