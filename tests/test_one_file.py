@@ -19,8 +19,8 @@ from examples import sapo_in_one_file as one_file
 from sapo_trl import SAPOConfig, SegmentValueHead
 from sapo_trl import advantages as package_advantages
 from sapo_trl import losses as package_losses
+from sapo_trl.cli.demo_run import demo_config
 from sapo_trl.data import to_prompts
-from sapo_trl.demo import demo_config
 from sapo_trl.embedded import make_problems
 from sapo_trl.embedded.evaluation import encode_prompts
 from sapo_trl.metrics import explained_variance
