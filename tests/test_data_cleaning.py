@@ -188,8 +188,15 @@ class TestLimits:
             return
         assert new_width * new_height <= high if pixels > high else new_width * new_height >= low
         scale = math.sqrt((high if pixels > high else low) / pixels)
-        assert abs(new_width - width * scale) <= 1
-        assert abs(new_height - height * scale) <= 1
+        assert max(new_width, new_height) <= 200 * min(new_width, new_height)
+        # To a pixel, or cut to the widest shape that there may be.
+        assert abs(new_width - width * scale) <= 1 or new_width == 200 * new_height
+        assert abs(new_height - height * scale) <= 1 or new_height == 200 * new_width
+
+    def test_a_narrow_picture_does_not_become_too_narrow(self):
+        """20,000 by 101 pixels are 198 to 1; rounded down to 7,204 by 36 they are 200.1 to 1."""
+        assert ImageLimits(max_pixels=262_144).fit(20_000, 101) == (7_200, 36)
+        assert ImageLimits(max_pixels=262_144).fit(101, 20_000) == (36, 7_200)
 
     def test_pixels_are_resized(self):
         fitted = fit_image(png((100, 50), "blue"), ImageLimits(min_pixels=20_000))

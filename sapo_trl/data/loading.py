@@ -2,11 +2,12 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, List, load_dataset
-from datasets import Image as ImageFeature
+from datasets import Dataset, IterableDataset, Json, load_dataset
 from datasets.data_files import DataFilesDict, get_data_patterns
 from PIL import Image
 
@@ -88,22 +89,34 @@ def load_rows(
 
 def undecoded(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, list[str]]:
     """
-    A data set that gives its pictures as files, and the names of its columns with pictures.
+    A data set that gives its pictures, videos and sounds as files, and the names of its columns with such media, at
+    whatever depth.
 
-    `datasets` would hand any file to any of Pillow's decoders, before anybody can look at its header.
+    `datasets` would hand any file to any of Pillow's decoders, before anybody can look at its header, and fetch a file
+    whose path is an address.
     """
-    columns = {name: feature for name, feature in dataset.features.items() if _holds_images(feature)}
-    for name, feature in columns.items():
-        dataset = dataset.cast_column(name, _as_files(feature))
-    return dataset, list(columns)
+    columns = {name: _as_files(feature) for name, feature in dataset.features.items()}
+    changed = {name: feature for name, feature in columns.items() if feature != dataset.features[name]}
+    for name, feature in changed.items():
+        dataset = dataset.cast_column(name, feature)
+    return dataset, [name for name, feature in columns.items() if _holds_media(feature)]
 
 
-def _holds_images(feature: Any) -> bool:
-    return isinstance(feature, ImageFeature) or isinstance(feature, List) and _holds_images(feature.feature)
+def _is_media(feature: Any) -> bool:
+    return hasattr(feature, "decode") and not isinstance(feature, Json)
+
+
+def _holds_media(feature: Any) -> bool:
+    parts = feature.values() if isinstance(feature, Mapping) else [getattr(feature, "feature", None)]
+    return _is_media(feature) or any(_holds_media(part) for part in parts if part is not None)
 
 
 def _as_files(feature: Any) -> Any:
-    return List(_as_files(feature.feature)) if isinstance(feature, List) else ImageFeature(decode=False)
+    if isinstance(feature, Mapping):
+        return {name: _as_files(part) for name, part in feature.items()}
+    if getattr(feature, "feature", None) is not None:  # a list of one of the three kinds
+        return replace(feature, feature=_as_files(feature.feature))
+    return replace(feature, decode=False) if _is_media(feature) else feature
 
 
 def _names_its_files(folder: Path) -> bool:
