@@ -97,12 +97,12 @@ def to_prompts(
 
 
 def _check_decoded(columns: dict[str, Any]) -> dict[str, Any]:
-    """The columns themselves. Raises `ValueError` for files and paths: a processor would fail on them or fetch them."""
+    """The columns themselves. Raises `ValueError` for files and paths: a processor fails on them, or fetches them."""
     files = [image for image in columns.get("images") or () if not isinstance(image, Image)]
     if files:
         raise ValueError(
-            f"`images` must hold decoded pictures, got {repr(files[0])[:200]}. `clean_prompts` reads and checks files; "
-            "`dataset.cast_column(name, List(Image()))` of the library `datasets` decodes them unchecked."
+            f"`images` must hold decoded pictures, got {repr(files[0])[:200]}. `clean_prompts` reads and checks "
+            "files; `dataset.cast_column(name, List(Image()))` of the library `datasets` decodes them unchecked."
         )
     return columns
 
