@@ -59,6 +59,6 @@ def _kinds(cells: Iterable[str]) -> set[str]:
 
 def _is_exact(cell: str) -> bool:
     try:
-        return "e" not in cell and math.isfinite(float(cell)) and str(float(cell)) == cell
+        return "e" not in cell and cell != "-0.0" and math.isfinite(float(cell)) and str(float(cell)) == cell
     except ValueError:
         return False
