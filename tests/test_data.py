@@ -76,11 +76,9 @@ def test_whole_data_set_is_what_trl_takes(iterable):
 @pytest.mark.parametrize("image", [{"bytes": b"", "path": None}, "http://127.0.0.1:9/a.png", b""])
 def test_pictures_must_be_decoded(image):
     """A processor ends on a table's files with a bare TypeError, and would fetch an address."""
-    row = {"images": [image], "problem": "<image>Find x.", "answer": "2"}
+    rows = Dataset.from_list([{"images": [image], "problem": "<image>Find x.", "answer": "2"}])
     with pytest.raises(ValueError, match="must hold decoded pictures, got .*`clean_prompts` reads and checks files"):
-        geometry_prompt(row)
-    with pytest.raises(ValueError, match="must hold decoded pictures"):
-        to_prompts(Dataset.from_list([row]))
+        to_prompts(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- answers

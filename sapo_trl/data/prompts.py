@@ -63,11 +63,10 @@ def geometry_prompt(row: Mapping[str, Any], prompt_template: str = "none") -> di
 
     Returns:
         `dict`: `prompt` (one user message, with an image block where `<image>` was), `images` and `answer`.
-        Raises `ValueError` if a column is missing or empty, a picture is not decoded, or the placeholders do not match
-        the images.
+        Raises `ValueError` if a column is missing or empty, or the placeholders do not match the images.
     """
     check_columns(row, GEOMETRY3K.columns)
-    return _check_decoded(question_prompt(GEOMETRY3K.read(row), template_text(prompt_template)))
+    return question_prompt(GEOMETRY3K.read(row), template_text(prompt_template))
 
 
 def to_prompts(
@@ -75,7 +74,7 @@ def to_prompts(
 ) -> Dataset | IterableDataset:
     """
     Convert a whole data set that is known to be sound: its first bad row is an error, and decoded pictures stay as
-    they are. [`~sapo_trl.data.clean_prompts`] also cleans and resizes.
+    they are. [`~sapo_trl.data.clean_prompts`] also cleans and resizes, and reads files.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):

@@ -9,7 +9,7 @@ scripts that read the copy `lscpku/LogicVista` (there also `image` and `id`); no
 from collections.abc import Mapping
 from typing import Any
 
-from ..benchmark import Benchmark, Problem
+from ..benchmark import Benchmark, Problem, Score
 from .prompts import SEVERAL_LETTERS, ask
 from .rows import is_given, read_row, to_image
 from .scoring import read_labels, score_choices
@@ -29,8 +29,12 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
         prompt=ask(row["question"], SEVERAL_LETTERS, num_images=1),
         answer=answer,
         images=[to_image(row["image"], f"`image` in row {i} of logicvista")],
-        fields={"letters": LETTERS, "skill": row.get("skill")},
+        fields={"skill": row.get("skill")},
     )
+
+
+def score(problem: Problem, text: str) -> Score:
+    return score_choices(problem, text, LETTERS)
 
 
 def has_text(row: Mapping[str, Any]) -> bool:
@@ -44,7 +48,7 @@ LOGICVISTA = Benchmark(
     dataset="lscpku/LogicVista",
     split="test",
     to_problem=to_problem,
-    score=score_choices,
+    score=score,
     keep=has_text,
     scoring_note=(
         "The authors have a language model extract the letters, then compare the sets of letters, as here; here the "

@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ...data.question import text_cell
 from ...rewards.choices import plain_text
 from ..benchmark import Benchmark, Problem, Score
 from .prompts import FREE_FORM, ONE_LETTER, SEVERAL_LETTERS, ask
@@ -21,7 +20,7 @@ from .scoring import choice_fields, lettered_options, read_labels, score_choices
 
 
 VERSION = "Vision Only"
-TEXTS = ("sample_index", "problem_version", "question", "answer", "question_type")
+TEXTS = ("sample_index", "problem_version", "question", "answer", "question_type", "question_for_eval")
 
 _LABEL = r"^[ \t]*LETTER[ \t]*[.:]"
 # `Area $=9.4 \mathrm{~cm}^{2}$`, `Slope =-4`, `=\frac{7}{4}`: what stands before the sign only says what is measured.
@@ -29,12 +28,12 @@ _NAME = re.compile(r"\s*(?:[A-Za-z. ]*[A-Za-z]{2}[A-Za-z. ]*|S\.A\.[A-Za-z ]*)?=
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
-    row = read_row(row, "mathverse", i, TEXTS, ("image", "metadata"))
+    # The text that the authors' judge sees has the options; the model sees them in the image.
+    row = read_row({"question_for_eval": None, **row}, "mathverse", i, TEXTS, ("image", "metadata"))
     fields = {name: row["metadata"].get(name) for name in ("subject", "subfield")}
     answer, template = read_gold(row["answer"]), FREE_FORM
     if row["question_type"] == "multi-choice":
-        # The text that the authors' judge sees has the options; the model sees them in the image.
-        options = lettered_options(text_cell({"question_for_eval": None, **row}, "question_for_eval"), _LABEL)
+        options = lettered_options(row["question_for_eval"], _LABEL)
         answer = _letters(row["answer"], options)
         fields |= choice_fields(options, answer)
         template = ONE_LETTER if len(answer) == 1 else SEVERAL_LETTERS

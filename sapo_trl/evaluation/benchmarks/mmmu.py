@@ -48,6 +48,7 @@ DISCIPLINES = {
 
 _DISCIPLINE_OF = {subject: discipline for discipline, subjects in DISCIPLINES.items() for subject in subjects}
 _ID = re.compile(r"[a-z]+_(\w+)_\d+")
+_DECIMAL = re.compile(r"-?[0-9.,]+")
 _IMAGE = re.compile(r"<image (\d)>")
 
 
@@ -89,8 +90,12 @@ def score(problem: Problem, text: str) -> Score:
 
 
 def _is_right(answer: str, gold: str) -> bool:
-    """Equal as text, as numbers with two decimals (the authors' rule), or as mathematics."""
-    return plain_text(answer) == plain_text(gold) or is_close(answer, gold, precision=2) or is_equivalent(answer, gold)
+    """Equal as text, as numbers with two decimals (the authors' rule for golds like 8.41), or as mathematics."""
+    if plain_text(answer) == plain_text(gold):
+        return True
+    if _DECIMAL.fullmatch(gold):
+        return is_close(answer, gold, precision=2)
+    return is_equivalent(answer, gold)
 
 
 def _python_list(text: str, field: str, i: int) -> list[str]:

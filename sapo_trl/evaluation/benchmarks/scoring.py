@@ -31,9 +31,9 @@ def score_choice(problem: Problem, text: str) -> Score:
     return Score(float(letter == problem.answer), letter)
 
 
-def score_choices(problem: Problem, text: str) -> Score:
-    """Right if exactly the right letters are chosen; several can only be chosen in a box."""
-    box, letters = last_boxed(text), problem.fields["letters"]
+def score_choices(problem: Problem, text: str, letters: str | None = None) -> Score:
+    """As [`score_choice`], with exactly the right letters; several can only be chosen in a box."""
+    box, letters = last_boxed(text), letters or problem.fields["letters"]
     labels = None if box is None else read_labels(box)
     if labels is None or not set(labels) <= {*letters, *problem.answer}:  # an option's text may be a digit
         labels = choose(text, letters, problem.fields.get("options"))
@@ -73,7 +73,7 @@ def lettered_options(text: str, *labels: str) -> dict[str, str]:
         if match:
             found.append((letter, match.start(), match.end()))
     ends = [start for _, start, _ in found[1:]] + [len(text)]
-    return {letter: text[start:end].strip(" ,;\n") for (letter, _, start), end in zip(found, ends, strict=True)}
+    return {letter: text[start:end].strip(" ,;\n") for (letter, _, start), end in zip(found, ends, strict=False)}
 
 
 def choice_fields(found: Mapping[str, str], answer: str) -> dict[str, Any]:
