@@ -84,8 +84,8 @@ class Rows:
         if faults:
             more = f" And {len(faults) - _FAULTS_SHOWN} more." if len(faults) > _FAULTS_SHOWN else ""
             raise ValueError(
-                f"{self.benchmark.name} has rows that cannot be used: {len(faults)}. Nothing was generated. Mend them, "
-                f"or leave them out of a local copy. {' '.join(faults[:_FAULTS_SHOWN])}{more}"
+                f"{self.benchmark.name} has rows that cannot be used: {len(faults)}. Nothing was generated. Mend "
+                f"them, or leave them out of a local copy. {' '.join(faults[:_FAULTS_SHOWN])}{more}"
             )
 
     def _fault(self, problem: Problem) -> str | None:
