@@ -13,9 +13,9 @@ from datasets import Audio, Dataset, Features, Json, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from sapo_trl.cli.train import TrainArguments, load_prompts
 from sapo_trl.data import clean_prompts, own_columns
 from sapo_trl.data.loading import undecoded
-from sapo_trl.train import TrainArguments, load_prompts
 
 from .test_data_cleaning import decoded, encoded, png, png_header
 
