@@ -7,9 +7,12 @@ Where the two differ it is marked: the table says what is right, and the test th
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mathruler.grader import grade_answer
 
 from sapo_trl.evaluation.benchmarks import BENCHMARKS
+from sapo_trl.evaluation.benchmarks.dynamath import MONTHS, is_same_text
 
 from .benchmark_rows import (
     ROWS,
@@ -377,3 +380,21 @@ def test_scores_beside_the_authors(name):
         expected.append((answer, float(right), bool(right) if verdict == SAME else verdict == THEY_ACCEPT))
     assert found == expected
     assert {right for _, _, right, _ in CASES[name]} == {0, 1}
+
+
+@given(st.lists(st.integers(-99, 99), min_size=2, max_size=5), st.data())
+def test_lists_of_dynamath_have_an_order(numbers, data):
+    """Any notation of the list is right, and no other order of it."""
+    gold = data.draw(st.sampled_from(["[{}]", "({})", "{}"])).format(", ".join(map(str, numbers)))
+    shuffled = data.draw(st.permutations(numbers))
+    form = data.draw(st.sampled_from(["[{}]", "({})", "{}", r"\left({}\right)", r"$({})$", r"\left[{}\right]"]))
+    answer = form.format(data.draw(st.sampled_from([",", ", ", r",\ "])).join(map(str, shuffled)))
+    assert is_same_text(answer, gold) == (shuffled == numbers)
+    assert not is_same_text(rf"\{{{', '.join(map(str, numbers))}\}}", gold)
+    assert not is_same_text(", ".join(map(str, [*numbers, 1])), gold)
+
+
+@given(st.sampled_from(MONTHS), st.sampled_from(MONTHS))
+def test_months_of_dynamath(month, other):
+    for answer in (other, other[:3], other.upper(), rf"\text{{{other}}}"):
+        assert is_same_text(answer, month[:3]) == (month == other)

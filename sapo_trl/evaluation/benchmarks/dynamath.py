@@ -40,7 +40,7 @@ _EQUATION = re.compile(r"([a-z])\s*=\s*(.+)")
 _EDGE = re.compile(r"(?:\\overline\s*)?\{?([a-z])\s*[-–,]?\s*([a-z])\}?")
 _BRACKETS = re.compile(r"\((.*)\)|\[(.*)\]")
 _COMMA = re.compile(r",(?![^{]*\})")
-_MONTHS = (
+MONTHS = (
     *("january", "february", "march", "april", "may", "june"),
     *("july", "august", "september", "october", "november", "december"),
 )
@@ -114,7 +114,7 @@ def _numbers(text: str) -> list[str]:
 
 def _month(word: str) -> int | None:
     """Which month a name or its first three letters are."""
-    return next((i for i, name in enumerate(_MONTHS) if word in (name, name[:3])), None)
+    return next((i for i, name in enumerate(MONTHS) if word in (name, name[:3])), None)
 
 
 def aggregate(groups: Sequence[Sequence[Result]]) -> dict[str, float]:
