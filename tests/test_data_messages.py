@@ -229,6 +229,7 @@ def test_blocks_of_a_table_have_empty_keys():
         ["text"],
         [{"content": "no role"}],
         [{"role": "user", "content": 3}],
+        [{"role": "user", "content": None}],
         [{"role": "user", "content": ["text"]}],
         [{"role": "user", "content": [{"type": "text", "text": ["a", "b"]}]}],
         [{"role": "user", "content": [{"type": "image", "image": "a.png", "url": "b.png"}]}],
@@ -240,6 +241,12 @@ def test_messages_that_nobody_can_read(prompt):
     features = Features({"prompt": Json()})
     rows = Dataset.from_list([{"prompt": prompt}, {"prompt": messages()}], features=features)
     assert clean_prompts(rows)[1].bad == {"unreadable prompt": [0]}
+
+
+def test_calls_of_tools_have_no_content():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    (row,) = clean_prompts(given([*messages(), call, *messages()]))[0]
+    assert row["prompt"][1] == {name: call[name] for name in ("role", "tool_calls")}
 
 
 def test_tools_show_no_pictures(tmp_path):

@@ -282,7 +282,7 @@ def _check_places(prompt: str | list[dict[str, Any]], images: list[Any] | None) 
 def _text_of(prompt: str | list[dict[str, Any]] | None) -> str:
     if prompt is None or isinstance(prompt, str):
         return prompt or ""
-    contents = [message["content"] for message in prompt]
+    contents = [message.get("content") for message in prompt]
     return "".join(
         content if isinstance(content, str) else "".join(block.get("text") or "" for block in content or ())
         for content in contents

@@ -52,7 +52,7 @@ def take_images(messages: Any, images: list[Any]) -> tuple[list[dict[str, Any]],
     plain = []
     for message in messages:
         message = {key: value for key, value in message.items() if value is not None}
-        content = message.get("content", "")
+        content = message.get("content")
         if isinstance(content, list | tuple):
             blocks = [_plain(block) for block in content]
             places = [source for block, source in blocks if block["type"] == "image"]
@@ -60,7 +60,7 @@ def take_images(messages: Any, images: list[Any]) -> tuple[list[dict[str, Any]],
                 raise BadRow("image count", "TRL puts no pictures into messages of the role 'tool'")
             found += [next(own, None) if source is None else source for source in places]
             message["content"] = [block for block, _ in blocks]
-        elif not isinstance(content, str):
+        elif not isinstance(content, str) and (content is not None or message["role"] == "user"):
             raise BadRow("unreadable prompt", f"a message's content is neither text nor blocks: {repr(content)[:200]}")
         plain.append(message)
     if any(image is None for image in found):
