@@ -91,6 +91,32 @@ def wemath_row(problem: str, key: str, answer: str = "B") -> dict:
     }
 
 
+def mathverse_row(index: int, answer: str, options: str | None = None, **values) -> dict:
+    return {
+        "sample_index": str(index),
+        "problem_index": "1",
+        "problem_version": "Vision Only",
+        "question": "",
+        "image": picture(),
+        "answer": answer,
+        "question_type": "free-form" if options is None else "multi-choice",
+        "metadata": {"subject": "Plane Geometry", "subfield": "Angle"},
+        "question_for_eval": f"Find the angle.\n{options or ''}",
+        **values,
+    }
+
+
+def mmstar_row(index: int, question: str, answer: str) -> dict:
+    return {
+        "index": index,
+        "question": question,
+        "image": picture(),
+        "answer": answer,
+        "category": "math",
+        "l2_category": "geometry",
+    }
+
+
 def dynamath_row(seed: str, question: str, answer: str, kind: str) -> dict:
     return {
         "id": seed,
@@ -192,6 +218,8 @@ ROWS = {
         dynamath_row("5", "Is Dark Magenta greater? Choices: (A) yes (B) no", "B", "multiple choice"),
         dynamath_row("2", "Which month is the hottest?", "May", "text"),
         dynamath_row("21", "What time is shown? Answer in the form __:__.", "5:0", "text"),
+        dynamath_row("465", "How many more?", "49", "single answer"),
+        dynamath_row("480", "What is the trace?", "5.000000000000001", "int"),
     ],
     "scienceqa": [science_row(), science_row(hint="", answer=0), science_row(image=None)],
     "mmmu": [

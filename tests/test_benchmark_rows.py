@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 
 import pytest
 from datasets import Features, load_dataset
@@ -15,8 +16,20 @@ from sapo_trl.evaluation.benchmarks.mmbench import convert_tsv
 from sapo_trl.evaluation.benchmarks.mmmu import DISCIPLINES
 from sapo_trl.evaluation.benchmarks.prompts import ask
 from sapo_trl.evaluation.benchmarks.rows import to_image
+from sapo_trl.evaluation.rows import load_rows
 
-from .benchmark_rows import FEATURES, ROWS, dataset, dynamath_row, mathvista_row, mmbench_row, picture, wemath_row
+from .benchmark_rows import (
+    FEATURES,
+    ROWS,
+    dataset,
+    dynamath_row,
+    mathverse_row,
+    mathvista_row,
+    mmbench_row,
+    mmstar_row,
+    picture,
+    wemath_row,
+)
 
 
 def problems(name: str, rows=None) -> list[Problem]:
@@ -73,7 +86,7 @@ def test_answers():
         "mathverse": ["B", r"2 \sqrt{3}"],
         "wemath": ["B", "B", "B"],
         "mathvista": ["14", "0.6", "[2007, 2008]", "8/11", "same"],
-        "dynamath": ["2.0944", "B", "May", "5:0"],
+        "dynamath": ["2.0944", "B", "May", "5:0", "49", "5.000000000000001"],
         "scienceqa": ["B", "A"],
         "mmmu": ["B", "8.4", "['major third', 'M3']"],
         "mmbench": ["A", "C", "B", "B"],
@@ -126,6 +139,115 @@ def test_options_that_stand_in_the_text_are_found():
     assert problems("mmstar")[1].fields["options"] == ["1", "2", "3", "4"]
 
 
+@pytest.mark.parametrize(
+    ("listed", "options"),
+    [
+        ("A. 30;B．45;C. 60;D. none", {"A": "30", "B": "45", "C": "60", "D": "none"}),
+        ("A. 30° B. 45° ;C. 60°; D. none", {"A": "30°", "B": "45°", "C": "60°", "D": "none"}),
+        ("A. 4 B. 3 C. 2 ;D. 1", {"A": "4", "B": "3", "C": "2", "D": "1"}),
+        ("A. from A to ;C.; B. from B to ;C.; C. neither ;C. ;D. none",)
+        + ({"A": "from A to ;C.", "B": "from B to ;C.", "C": "neither ;C.", "D": "none"},),
+        ("A. AB;E.; B. AB;C.; C. none.", {"A": "AB;E.", "B": "AB;C.", "C": "none."}),
+        ("A. around ;O.;B. no.; F. none", {"A": "around ;O.", "B": "no.", "F": "none"}),
+        ("A. ①; ③;B. ②; ③", {"A": "①; ③", "B": "②; ③"}),
+        ("A: 1\nB: 2", {"A": "1", "B": "2"}),
+    ],
+    ids=str,
+)
+def test_option_lists_of_wemath(listed, options):
+    """A letter inside an option, such as a point's, is not a label."""
+    (problem,) = problems("wemath", [wemath_row("1", "2steps_1", "A") | {"option": listed}])
+    assert dict(zip(problem.fields["letters"], problem.fields["options"], strict=True)) == options
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "letters", "options"),
+    [
+        ("How many?\nOptions: A: nan, B: Two, C: One, D: Three", "C", "BCD", ["Two", "One", "Three"]),
+        ("Hint: e.g., A, B.\nHow many?\nChoices:\n(A) 4\n(B) 8\n(C) nan\n(D) nan", "B", "AB", ["4", "8"]),
+        ("Which?\nOptions: A: the note C:, B: a, b, C: c, D: d", "A", "ABCD", ["the note C:", "a, b", "c", "d"]),
+    ],
+)
+def test_option_lists_of_mmstar(question, answer, letters, options):
+    (problem,) = problems("mmstar", [mmstar_row(1, question, answer)])
+    assert (problem.fields["letters"], problem.fields["options"]) == (letters, options)
+
+
+@pytest.mark.parametrize(
+    ("question", "letters", "options"),
+    [
+        ("Which group?\nA. Group 1\nB. Group 2", "AB", ["Group 1", "Group 2"]),
+        ("Which set?\nA: [1, 2]\nB: [3, 7]\n", "AB", ["[1, 2]", "[3, 7]"]),
+        ("Which figure? choice: (A) (B) (C) (D)", "ABCD", None),  # the options are in the image
+    ],
+)
+def test_option_lists_of_dynamath(question, letters, options):
+    (problem,) = problems("dynamath", [dynamath_row("1", question, "B", "multiple choice")])
+    assert (problem.fields["letters"], problem.fields["options"]) == (letters, options)
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "gold"),
+    [
+        ("(C)", "Choices:\nA.30\nB.45\nC.60", "C"),
+        ("True", "Choice:\nA. False\nB. True", "B"),
+        (r"090^\circ T", "Choice:\nA. 180^\\circ T\nB. 090^\\circ T".replace(r"\\", "\\"), "B"),
+        ("A\nC", "Choose 2 answers:\nChoices:\nA:$x$\nB:$y$\nC:$z$", "AC"),
+        ("C", "Choices:\nA:one\nB:\nC:three", "C"),
+        (r"Area $=9.4 \mathrm{~cm}^{2}$", None, r"9.4 \mathrm{~cm}^{2}"),
+        ("S.A. of rectangular prism $=4371.46$", None, "4371.46"),
+        (r"$=\frac{7}{4}$", None, r"\frac{7}{4}"),
+        ("Slope =-4", None, "-4"),
+        ("35掳", None, "35°"),
+        (r"$y=\sin x$", None, r"y=\sin x"),
+        ("$5=s$", None, "5=s"),
+        ("When x<=3 $f(x)=-x+1$", None, "When x<=3 f(x)=-x+1"),
+    ],
+    ids=str,
+)
+def test_golds_of_mathverse(answer, options, gold):
+    """Forms of the published rows that are neither a letter nor bare mathematics."""
+    (problem,) = problems("mathverse", [mathverse_row(1, answer, options)])
+    assert problem.answer == gold
+    assert BENCHMARKS["mathverse"].score(problem, rf"\boxed{{{gold}}}").correct == 1.0
+
+
+def test_the_row_of_logicvista_without_a_question():
+    rows = [ROWS["logicvista"][0], ROWS["logicvista"][0] | {"question": "", "answer": "", "id": "v1_382"}]
+    assert [problem.id for problem in problems("logicvista", rows)] == ["v1_0"]
+    with pytest.raises(ValueError, match="`answer` in row 0 of logicvista must be labels such as `A, C`, got ''"):
+        problems("logicvista", [ROWS["logicvista"][0] | {"answer": ""}])
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_tables_of_text(ending, tmp_path):
+    """Whose answers are numbers, and whose images are paths, as in no table of `datasets`."""
+    picture("blue").save(tmp_path / "a.png")
+    row = {"images": "a.png", "problem": "<image>Find x.", "answer": 48}
+    path = tmp_path / f"rows.{ending}"
+    lines = [",".join(row), ",".join(map(str, row.values()))] if ending == "csv" else [json.dumps(row)]
+    path.write_text("\n".join(lines))
+    rows = load_rows(BENCHMARKS["geo3k"], str(path))
+    problem = rows.problem(0)
+    assert (problem.answer, problem.images[0].getpixel((0, 0))) == ("48", (0, 0, 255))
+    path.write_text(path.read_text().replace("a.png", "lost.png"))
+    with pytest.raises(ValueError, match="geo3k: row 0 .*`images` in row 0 of geo3k is neither an image file"):
+        load_rows(BENCHMARKS["geo3k"], str(path)).problem(0)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_cell_that_is_no_text_is_named(name):
+    """Whatever a local file has there: one error that names the row, and no bare one."""
+    benchmark, row = BENCHMARKS[name], ROWS[name][0]
+    texts = [column for column, value in row.items() if isinstance(value, str)]
+    for column in texts:
+        for value in ({"a": 1}, ["x", "y"], 1e300):
+            try:
+                benchmark.to_problem(row | {column: value}, 5)
+            except ValueError as error:
+                assert re.search(rf"ow 5 of {name}", str(error)), (column, value, error)
+
+
 def test_options_that_are_not_found_leave_all_letters():
     row = ROWS["wemath"][0] | {"option": "30 or 45 or 60"}
     fields = problems("wemath", [row])[0].fields
@@ -139,7 +261,7 @@ def test_questions_of_other_settings_are_left_out():
 
 def test_groups():
     group_ids = {name: [BENCHMARKS[name].group_of(p) for p in problems(name)] for name in ("dynamath", "mmbench")}
-    assert group_ids == {"dynamath": ["1", "5", "2", "21"], "mmbench": ["241", "241", "241", "7"]}
+    assert group_ids == {"dynamath": ["1", "5", "2", "21", "465", "480"], "mmbench": ["241", "241", "241", "7"]}
     rows = [wemath_row("1", "2steps_1"), wemath_row("1", "2steps_multi"), wemath_row("1", "3steps_1")]
     first, second, other = map(BENCHMARKS["wemath"].group_of, problems("wemath", rows))
     assert first == second != other
@@ -168,7 +290,7 @@ def test_disciplines_are_those_published():
         ("wemath", wemath_row("1", "2steps_1", "45"), "must be a letter from A to H, got '45'"),
         ("mathvista", mathvista_row("1", "q", "x", "word"), r"`answer_type` in row 0 .*'float', 'list'\], got 'word'"),
         ("mathvista", mathvista_row("1", "q", "3", "text", choices=["1", "2"]), r"one of \['1', '2'\], got '3'"),
-        ("dynamath", dynamath_row("1", "q", "1", "int"), r"`answer_type` in row 0 of dynamath .* got 'int'"),
+        ("dynamath", dynamath_row("1", "q", "1", "set"), r"`answer_type` in row 0 of dynamath .* got 'set'"),
         (
             "scienceqa",
             ROWS["scienceqa"][0] | {"answer": 3},

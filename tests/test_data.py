@@ -73,6 +73,14 @@ def test_whole_data_set_is_what_trl_takes(iterable):
         assert f"<image>{content[1]['text']}" == problem["problem"]
 
 
+@pytest.mark.parametrize("image", [{"bytes": b"", "path": None}, "http://127.0.0.1:9/a.png", b""])
+def test_pictures_must_be_decoded(image):
+    """A processor ends on a table's files with a bare TypeError, and would fetch an address."""
+    rows = Dataset.from_list([{"images": [image], "problem": "<image>Find x.", "answer": "2"}])
+    with pytest.raises(ValueError, match="must hold decoded pictures, got .*`clean_prompts` reads and checks files"):
+        to_prompts(rows)
+
+
 # ------------------------------------------------------------------------------------------------------------- answers
 
 

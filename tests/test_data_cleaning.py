@@ -5,6 +5,8 @@ import json
 import math
 import struct
 import zlib
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from rich.console import Console
 
-from sapo_trl.data import FORMATS, CleaningReport, ImageLimits, clean_prompts, own_columns, save_reports
+from sapo_trl.data import FORMATS, CleaningReport, ImageLimits, clean_prompts, load_rows, own_columns, save_reports
 from sapo_trl.data.cleaning import count_tokens
 from sapo_trl.data.images import fit_image
-from sapo_trl.data.question import BadRow
+from sapo_trl.data.placeholders import placeholders
+from sapo_trl.data.question import BadRow, text_cell
 
 
 FEATURES = Features({"images": List(ImageFeature()), "problem": Value("string"), "answer": Value("string")})
@@ -188,8 +191,15 @@ class TestLimits:
             return
         assert new_width * new_height <= high if pixels > high else new_width * new_height >= low
         scale = math.sqrt((high if pixels > high else low) / pixels)
-        assert abs(new_width - width * scale) <= 1
-        assert abs(new_height - height * scale) <= 1
+        assert max(new_width, new_height) <= 200 * min(new_width, new_height)
+        # To a pixel, or cut to the widest shape that there may be.
+        assert abs(new_width - width * scale) <= 1 or new_width == 200 * new_height
+        assert abs(new_height - height * scale) <= 1 or new_height == 200 * new_width
+
+    def test_a_narrow_picture_does_not_become_too_narrow(self):
+        """20,000 by 101 pixels are 198 to 1; rounded down to 7,204 by 36 they are 200.1 to 1."""
+        assert ImageLimits(max_pixels=262_144).fit(20_000, 101) == (7_200, 36)
+        assert ImageLimits(max_pixels=262_144).fit(101, 20_000) == (36, 7_200)
 
     def test_pixels_are_resized(self):
         fitted = fit_image(png((100, 50), "blue"), ImageLimits(min_pixels=20_000))
@@ -313,6 +323,115 @@ class TestRows:
         assert [r["answer"] for r in kept] == expected
         assert report.bad == bad
         assert report.rows == len(rows)
+
+
+class TestGolds:
+    """The answers of a table's rows, whatever type they have there."""
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            (8, "8"),
+            (8.0, "8"),
+            (0.5, "0.5"),
+            (1e-7, "0.0000001"),
+            (-12.0, "-12"),
+            (2**53 - 1.0, "9007199254740991"),
+            (["4"], "4"),
+            ([[4.0]], "4"),
+            (True, "True"),
+            (datetime(2020, 2, 29), "2020-02-29"),
+            (Decimal("1.50"), "1.50"),
+        ],
+        ids=repr,
+    )
+    def test_that_are_one_text(self, value, text):
+        assert text_cell({"final": value}, "final") == text
+
+    @pytest.mark.parametrize("value", [None, float("nan"), [], [[]], [None], " ", {}], ids=repr)
+    def test_that_are_missing(self, value):
+        assert not text_cell({"final": value}, "final").strip()
+
+    @pytest.mark.parametrize(
+        "value", [["1", "2"], {"value": "4"}, b"4", float("inf"), 1e30, 2.0**53, datetime(2020, 2, 29, 1)], ids=repr
+    )
+    def test_whose_text_is_not_known(self, value):
+        with pytest.raises(BadRow, match="unreadable text: `final` is neither one text nor one exact number"):
+            text_cell({"final": value}, "final")
+
+    @pytest.mark.parametrize(
+        ("answers", "kept", "bad"),
+        [
+            ([["4"], [], ["1", "2"]], ["4"], {"empty answer": [1], "unreadable text": [2]}),
+            ([{"a": 1}, "x", {"b": 2}], ["x"], {"unreadable text": [0, 2]}),
+            ([10**30, 2**63, 5], ["5"], {"unreadable text": [0, 1]}),
+            ([math.nan, 5, None], ["5"], {"empty answer": [0, 2]}),
+            (["2020-02-29", "1999-12-31"], ["2020-02-29", "1999-12-31"], {}),
+        ],
+        ids=str,
+    )
+    def test_of_a_file(self, answers, kept, bad, tmp_path):
+        path = tmp_path / "train.jsonl"
+        path.write_text("\n".join(json.dumps({"problem": f"{i}?", "answer": a}) for i, a in enumerate(answers)))
+        rows, _ = load_rows(str(path))
+        prompts, report = clean_prompts(rows, own_columns(rows.column_names))
+        assert (prompts["answer"], report.bad) == (kept, bad)
+
+    def test_of_prompts_as_they_are(self):
+        """A reward function of the user's own may read lists; nothing reads what is not there."""
+        rows = Dataset.from_dict({"prompt": ["a", "b"], "answer": [["1", "2"], []]})
+        kept, report = clean_prompts(rows)
+        assert (kept["answer"], report.bad) == ([["1", "2"]], {"empty answer": [1]})
+        rows = Dataset.from_dict({"prompt": ["a", "b"], "answer": [1.5, math.nan]})
+        assert clean_prompts(rows)[1].bad == {"empty answer": [1]}
+
+
+class TestPlaceholders:
+    """Texts that stand for pieces of pictures: written out in a question they have no pieces to stand for."""
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_of_the_model(self, streaming, qwen2_5_vl_processor):
+        rows = [row(), row("<image>Find <|image_pad|>."), row("<image><|video_pad|>?"), row("<image>An image_pad?")]
+        for processor in (qwen2_5_vl_processor, None):
+            kept, report = clean(rows, streaming, processor=processor)
+            assert (len(kept), report.bad) == (2, {"placeholder in text": [1, 2]})
+        assert report.examples["placeholder in text"].startswith("row 1: the text has '<|image_pad|>'")
+
+    def test_of_messages(self):
+        content = [{"type": "text", "text": "What is <|image_pad|>?"}]
+        prompts = [
+            [{"role": "user", "content": content}],
+            [{"role": "user", "content": [{**content[0], "text": "x"}]}],
+        ]
+        assert clean_prompts(Dataset.from_dict({"prompt": prompts}))[1].bad == {"placeholder in text": [0]}
+        assert clean_prompts(Dataset.from_dict({"prompt": ["<|video_pad|>", "x"]}))[1].bad == {
+            "placeholder in text": [0]
+        }
+
+    def test_of_other_models(self, qwen2_5_vl_processor, tokenizer, monkeypatch):
+        assert placeholders(tokenizer) == ()  # its model reads text alone
+        monkeypatch.setattr(qwen2_5_vl_processor, "image_token", "<picture>")
+        monkeypatch.setattr(qwen2_5_vl_processor, "audio_token", "<sound>", raising=False)
+        assert {"<picture>", "<|video_pad|>", "<sound>"} <= set(placeholders(qwen2_5_vl_processor))
+
+
+class TestNames:
+    @pytest.mark.parametrize("name", ["completion", "completions", "prompts", "completion_ids", "log_metric"])
+    def test_that_trl_uses_itself(self, name):
+        rows = Dataset.from_dict({"prompt": ["x"], name: ["y"]})
+        with pytest.raises(ValueError, match=rf"columns \['{name}'\], names that TRL uses itself. Rename or remove"):
+            clean_prompts(rows)
+        rows = rows.rename_column("prompt", "problem")
+        (only,) = clean_prompts(rows, own_columns(rows.column_names, {"answer": name}))[0]
+        assert only == {"prompt": [{"role": "user", "content": "x"}], "answer": "y"}
+
+    def test_that_confuse_trl_beside_pictures(self):
+        """TRL takes any of these for the prompt, when it asks whether prompts are messages."""
+        features = Features({**FEATURES, "messages": Value("string")})
+        rows = Dataset.from_list([{**row(), "messages": "none"}], features=features)
+        with pytest.raises(ValueError, match=r"columns \['messages'\]"):
+            clean_prompts(rows, GEOMETRY3K)
+        assert len(clean_prompts(Dataset.from_dict({"prompt": ["x"], "messages": ["none"]}))[0]) == 1
 
 
 class TestPromptLength:

@@ -2,12 +2,15 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from trl import ModelConfig, TrlParser
 
@@ -15,6 +18,7 @@ from sapo_trl import SAPOConfig
 from sapo_trl.cli import main
 from sapo_trl.cli.train import TrainArguments, load_prompts
 from sapo_trl.data import load_rows
+from sapo_trl.data.question import text_cell
 from sapo_trl.embedded import build_model, build_processor, make_problems
 
 from .testing_utils import sapo_trainer, unmoved
@@ -191,6 +195,55 @@ class TestFiles:
         dataset, report = load_prompts(arguments(tmp_path / "train.csv", streaming=streaming), "train")
         assert [row["answer"] for row in dataset] == ["8", "-12"]
         assert report.bad == {"empty answer": [1]}
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("place", ["file", "tsv", "folder", "pictures"])
+    def test_cells_of_a_csv_stay_what_they_are(self, place, streaming, tmp_path):
+        golds = ["007", "NA", "None", "null", "nan", "1e5", "1.50", "True", "", "12345678901234567890"]
+        lines = ["problem,answer,digits,flag,level", *(f"{i}?,{gold},{i},True,{i}.5" for i, gold in enumerate(golds))]
+        name = (
+            tmp_path if place in ("folder", "pictures") else tmp_path / f"train.{'tsv' if place == 'tsv' else 'csv'}"
+        )
+        file = {"folder": tmp_path / "train.csv", "pictures": tmp_path / "train" / "metadata.csv"}.get(place, name)
+        if place == "pictures":
+            pictures(tmp_path / "train", 1)
+            lines = [lines[0] + ",file_name", *(f"{line},0.png" for line in lines[1:])]
+        file.write_text("\n".join(lines).replace(",", "\t" if place == "tsv" else ","))
+        dataset, report = load_prompts(arguments(name, streaming=streaming), "train")
+        rows = list(dataset)
+        assert [row["answer"] for row in rows] == [gold for gold in golds if gold]
+        assert report.bad == {"empty answer": [8]}
+        # Columns of numbers stay numbers, for reward functions.
+        assert [rows[1][name] for name in ("digits", "flag", "level")] == [1, True, 1.5]
+        assert ("images" in rows[0]) == (place == "pictures")
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        st.lists(
+            st.one_of(
+                st.sampled_from(["", "NA", "None", "null", "007", "-0", "1e3", "1.50", ".5", "inf", "True", "FALSE"]),
+                st.integers().map(str),
+                st.floats(width=16).map(str),
+                st.text("0123456789.-+eE", max_size=6),
+            ),
+            min_size=1,
+            max_size=6,
+        )
+    )
+    def test_any_cells_of_a_csv(self, cells):
+        """Each is the same number or the same text afterwards."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "train.csv")
+            path.write_text("\n".join(["answer,other", *(f"{cell},x" for cell in cells)]))
+            rows, _ = load_rows(str(path))
+            read = [text_cell(row, "answer") for row in rows]
+        for cell, text in zip(cells, read, strict=True):
+            assert text == cell or (cell.endswith(".0") and text == cell.removesuffix(".0"))
+
+    def test_a_csv_that_is_no_table(self, tmp_path):
+        (tmp_path / "train.csv").write_text("a,b\n1,2\n1,2,3\n")
+        with pytest.raises(ValueError, match=r"train.csv' is no table of cells between ','.*line 3"):
+            load_rows(str(tmp_path / "train.csv"))
 
     def test_more_pictures_than_files_with_rows(self, tmp_path):
         """Which `load_dataset` alone takes for a folder of pictures."""

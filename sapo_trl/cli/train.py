@@ -85,6 +85,9 @@ class TrainArguments:
             Pixels that larger pictures are reduced to.
         max_prompt_length (`int`, *optional*):
             Tokens of a prompt, those of its pictures included. Longer ones are left out.
+        allow_remote_images (`bool`, *optional*, defaults to `False`):
+            Fetch pictures that rows name by their address on the network. By default nothing is fetched: such rows
+            are left out.
         strict (`bool`, *optional*, defaults to `False`):
             Rows that cannot be used are an error. By default they are left out, counted and listed in
             `OUTPUT_DIR/data_report.json`.
@@ -123,6 +126,9 @@ class TrainArguments:
     max_pixels: int | None = field(default=None, metadata={"help": "Pixels that larger pictures are reduced to."})
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Tokens of a prompt, pictures included; longer ones are left out."}
+    )
+    allow_remote_images: bool = field(
+        default=False, metadata={"help": "Whether pictures that rows name by an address on the network are fetched."}
     )
     strict: bool = field(default=False, metadata={"help": "Rows that cannot be used are an error, not left out."})
     reward_funcs: list[str] = field(
@@ -349,6 +355,7 @@ def load_prompts(
         folders=folders,
         processor=processor,
         max_prompt_length=arguments.max_prompt_length,
+        allow_remote_images=arguments.allow_remote_images,
         strict=arguments.strict,
         name=split,
     )

@@ -16,8 +16,10 @@ from trl.data_utils import prepare_multimodal_messages
 
 from .images import ImageLimits, fit_image
 from .loading import undecoded
-from .prompts import check_columns, question_prompt
-from .question import BadRow, DataFormat, as_list
+from .messages import OTHER_MEDIA, holds_blocks, take_images
+from .placeholders import placeholders
+from .prompts import check_columns, check_names, question_prompt
+from .question import BadRow, DataFormat, as_list, is_missing
 from .report import CleaningReport
 from .templates import template_text
 
@@ -47,19 +49,22 @@ def clean_prompts(
     folders: Sequence[Path] = (),
     processor: Processing | None = None,
     max_prompt_length: int | None = None,
+    allow_remote_images: bool = False,
     strict: bool = False,
     name: str = "data",
 ) -> tuple[Dataset | IterableDataset, CleaningReport]:
     """
-    Convert a data set to TRL's columns and leave out what cannot be trained on: rows without question or answer, with
+    Convert a data set to TRL's columns and leave out rows that cannot be trained on: without question or answer, with
     pictures that are missing, unreadable, empty, huge or narrow, or that are not as many as their places in the text,
-    with too long a prompt, and rows that repeat an earlier one (same prompt, pictures and answer).
+    with a video or a sound, with the model's own placeholder written out in the text, with too long a prompt, and rows
+    that repeat an earlier one (same prompt, pictures and answer).
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows as loaded. Its features must be known.
         data_format ([`~sapo_trl.data.question.DataFormat`], *optional*):
-            How a row is read. `None` for a data set that has a column `prompt`, which stays as it is.
+            How a row is read. `None` for a data set that has a column `prompt`, which stays as it is, except that
+            pictures which its messages name move to the column `images`.
         prompt_template (`str`, *optional*, defaults to `"none"`):
             Name or text, see [`~sapo_trl.data.templates.template_text`].
         conversational (`bool`, *optional*, defaults to `True`):
@@ -69,9 +74,12 @@ def clean_prompts(
         folders (`Sequence[Path]`, *optional*):
             Where relative paths of pictures are looked up.
         processor (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
-            Counts the tokens of a prompt, those of its pictures included.
+            Counts the tokens of a prompt, those of its pictures included, and knows the model's placeholders.
         max_prompt_length (`int`, *optional*):
             Tokens that a prompt may have. Needs `processor`.
+        allow_remote_images (`bool`, *optional*, defaults to `False`):
+            Fetch pictures whose path is an address (`http:` or `https:`). By default they count as missing, so that
+            rows cannot make this machine send requests.
         strict (`bool`, *optional*, defaults to `False`):
             An error where rows would be left out: after the pass, or at the first of them in a stream.
         name (`str`, *optional*, defaults to `"data"`):
@@ -83,7 +91,8 @@ def clean_prompts(
         and starts anew with each pass.
 
     Raises:
-        ValueError: if a column is missing, no row is left, or a row would be left out and `strict` is set.
+        ValueError: if a column is missing or has a name that TRL uses itself, no row is left, or a row would be left
+            out and `strict` is set.
     """
     if dataset.features is None:
         raise ValueError(f"The features of {name!r} must be known; `IterableDataset.cast` tells a stream its own.")
@@ -98,21 +107,26 @@ def clean_prompts(
         pictures = data_format.images
         if pictures is not None and not conversational:
             raise ValueError(f"`conversational=False` is for text; {name!r} has pictures, in {pictures!r}.")
-    dataset, of_images = undecoded(dataset)
+    made = _made_features(data_format, features, pictures, conversational)
+    dataset, of_media = undecoded(dataset)
+    # A picture that nobody has checked must not be there to be decoded; under these two names TRL would look for some.
+    removed = {*of_media, *{"image", "images", *OTHER_MEDIA} & set(features)}
+    removed |= set(data_format.consumed if data_format else ())
+    stays = {column: feature for column, feature in features.items() if column not in removed | set(made)}
+    check_names(stays, has_images="images" in made)
     prepare = _Preparation(
         data_format,
         pictures,
+        tuple(made),
         template_text(prompt_template),
         conversational,
         limits or ImageLimits(),
         tuple(folders),
         processor,
+        placeholders(processor),
         max_prompt_length,
+        allow_remote_images,
     )
-    made = _made_features(data_format, pictures, conversational)
-    # A picture that nobody has checked must not be there to be decoded; under these two names TRL would look for some.
-    removed = {*of_images, *{"image", "images"} & set(features), *(data_format.consumed if data_format else ())}
-    stays = {column: feature for column, feature in features.items() if column not in removed | set(made)}
     settings = {
         "with_indices": True,
         "remove_columns": sorted(removed),
@@ -124,8 +138,8 @@ def clean_prompts(
         passed = dataset.map(prepare, **settings).filter(sieve, input_columns=list(_NOTES))
         return passed.remove_columns(list(_NOTES)), report
 
-    # Files next to the data may have changed since, which `map`'s cache would not notice.
-    fresh = {"load_from_cache_file": False} if folders else {}
+    # Files next to the data, or on the network, may have changed since, which `map`'s cache would not notice.
+    fresh = {"load_from_cache_file": False} if folders or allow_remote_images else {}
     mapped = dataset.map(prepare, **settings, **fresh, writer_batch_size=100, desc=f"Preparing {name}")
     sieve = _Sieve(report, strict=False)
     good = [row for row, notes in enumerate(mapped.select_columns(list(_NOTES))) if sieve(*notes.values())]
@@ -148,36 +162,36 @@ class _Preparation:
 
     data_format: DataFormat | None
     pictures: str | None
+    made: tuple[str, ...]
     template: str
     conversational: bool
     limits: ImageLimits
     folders: tuple[Path, ...]
     processor: Processing | None
+    placeholders: tuple[str, ...]
     max_prompt_length: int | None
-    version: int = 1
+    allow_remote_images: bool
+    version: int = 2
     """To be raised when this package does something else to a row: `map`'s cache knows settings, not code."""
 
     def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         try:
             return {**self._columns(row), "_row": number, "_reason": None, "_detail": None}
         except BadRow as bad:
-            blank = dict.fromkeys(_made_features(self.data_format, self.pictures, self.conversational))
+            blank = dict.fromkeys(self.made)
             notes = {"_row": number, "_reason": bad.reason, "_detail": bad.detail, "_digest": None, "_sizes": []}
             return {**blank, **notes}
 
     def _columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        if self.data_format is None:
-            columns: dict[str, Any] = {}
-            prompt, answer = row["prompt"], row.get("answer", "unknown")
-            if not _text_of(prompt).strip():
-                raise BadRow("empty prompt", f"the prompt is {prompt!r}")
-            if answer is None or not str(answer).strip():
-                raise BadRow("empty answer", f"the answer is {answer!r}")
-            images = None if self.pictures is None else as_list(row[self.pictures])
-        else:
-            columns = question_prompt(self.data_format.read(row), self.template, self.conversational)
-            prompt, answer, images = columns["prompt"], columns["answer"], columns.get("images")
-        fitted = [fit_image(image, self.limits, self.folders) for image in images or ()]
+        unread = [column for column in OTHER_MEDIA if row.get(column)]
+        if unread:
+            raise BadRow("video or sound", f"a cell in the column {unread[0]!r}, which is not read")
+        columns = self._given(row) if self.data_format is None else self._asked(row)
+        prompt, answer, images = columns["prompt"], columns["answer"], columns.get("images")
+        written = [token for token in self.placeholders if token in _text_of(prompt)]
+        if written:
+            raise BadRow("placeholder in text", f"the text has {written[0]!r}, which stands for a piece of a picture")
+        fitted = [fit_image(image, self.limits, self.folders, self.allow_remote_images) for image in images or ()]
         _check_places(prompt, images)
         if images is not None:
             columns["images"] = [{"bytes": image.data, "path": None} for image in fitted]
@@ -189,7 +203,24 @@ class _Preparation:
         for image in fitted:
             digest.update(hashlib.blake2b(image.source).digest())
         sizes = [[*image.before, *image.after] for image in fitted]
-        return {**columns, "_digest": digest.hexdigest(), "_sizes": sizes}
+        return {**{name: columns[name] for name in self.made}, "_digest": digest.hexdigest(), "_sizes": sizes}
+
+    def _asked(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return question_prompt(self.data_format.read(row), self.template, self.conversational)
+
+    def _given(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of a data set in TRL's form, its pictures in `images` alone."""
+        prompt, answer = row["prompt"], row.get("answer", "unknown")
+        columns = {"prompt": prompt, "answer": answer}
+        if self.pictures is not None:
+            columns["images"] = as_list(row[self.pictures])
+        if "prompt" in self.made and prompt is not None:
+            columns["prompt"], columns["images"] = take_images(prompt, columns.get("images", []))
+        if not _text_of(columns["prompt"]).strip():
+            raise BadRow("empty prompt", f"the prompt is {prompt!r}")
+        if is_missing(answer):
+            raise BadRow("empty answer", f"the answer is {answer!r}")
+        return columns
 
 
 class _Sieve:
@@ -251,21 +282,26 @@ def _check_places(prompt: str | list[dict[str, Any]], images: list[Any] | None) 
 def _text_of(prompt: str | list[dict[str, Any]] | None) -> str:
     if prompt is None or isinstance(prompt, str):
         return prompt or ""
-    contents = [message["content"] for message in prompt]
+    contents = [message.get("content") for message in prompt]
     return "".join(
         content if isinstance(content, str) else "".join(block.get("text") or "" for block in content or ())
         for content in contents
     )
 
 
-def _made_features(data_format: DataFormat | None, pictures: str | None, conversational: bool) -> dict[str, Any]:
+def _made_features(
+    data_format: DataFormat | None, found: Mapping[str, Any], pictures: str | None, conversational: bool
+) -> dict[str, Any]:
     """Features of the columns that the pass makes, rather than leaves."""
     made: dict[str, Any] = {}
+    given_blocks = data_format is None and holds_blocks(found["prompt"])
+    if given_blocks:
+        made["prompt"] = List(Json())  # of messages
     if data_format is not None:
         # JSON, for an image block has no `text`.
         content = Value("string") if pictures is None else List(Json())
         made["prompt"] = List({"role": Value("string"), "content": content}) if conversational else Value("string")
         made["answer"] = Value("string")
-    if pictures is not None:
+    if pictures is not None or given_blocks:
         made["images"] = List(ImageFeature())
     return made

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-from .question import DataFormat, Question, as_list, as_text, with_placeholders
+from .question import DataFormat, Question, as_list, text_cell, with_placeholders
 
 
 ROLES = ("problem", "answer", "images")
@@ -53,7 +53,7 @@ def check_roles(names: Mapping[str, str]) -> None:
 
 
 def _read(row: Mapping[str, Any], chosen: Mapping[str, str | None]) -> Question:
-    text, answer = as_text(row[chosen["problem"]]), as_text(row[chosen["answer"]])
+    text, answer = text_cell(row, chosen["problem"]), text_cell(row, chosen["answer"])
     if chosen["images"] is None:
         return Question(text, answer)
     images = as_list(row[chosen["images"]])

@@ -8,12 +8,12 @@ lists `id`, `choices` and `ground_truth` (the letter of the choice); they stay, 
 from collections.abc import Mapping
 from typing import Any
 
-from .question import DataFormat, Question, as_list, as_text
+from .question import DataFormat, Question, as_list, text_cell
 
 
 def read(row: Mapping[str, Any]) -> Question:
     """The text has its `<image>` already."""
-    return Question(as_text(row["problem"]), as_text(row["answer"]), as_list(row["images"]))
+    return Question(text_cell(row, "problem"), text_cell(row, "answer"), as_list(row["images"]))
 
 
 GEOMETRY3K = DataFormat(

@@ -6,7 +6,7 @@ rows. `answer` is a worked solution that ends with `#### 1,234`.
 from collections.abc import Mapping
 from typing import Any
 
-from .question import BadRow, DataFormat, Question, as_text
+from .question import BadRow, DataFormat, Question, text_cell
 
 
 def final_number(solution: str) -> str:
@@ -19,7 +19,7 @@ def final_number(solution: str) -> str:
 
 def read(row: Mapping[str, Any]) -> Question:
     """The worked solution goes: under the name `answer` it would be taken for the answer."""
-    return Question(as_text(row["question"]), final_number(as_text(row["answer"])))
+    return Question(text_cell(row, "question"), final_number(text_cell(row, "answer")))
 
 
 GSM8K = DataFormat(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..rewards.completion import last_boxed
-from .question import BadRow, DataFormat, Question, as_text
+from .question import BadRow, DataFormat, Question, text_cell
 
 
 def boxed_answer(solution: str) -> str:
@@ -34,7 +34,7 @@ def boxed_answer(solution: str) -> str:
 
 def read(row: Mapping[str, Any]) -> Question:
     """The column `answer`, where there is one, is what PRM800K made of the same box; it is not used."""
-    return Question(as_text(row["problem"]), boxed_answer(as_text(row["solution"])))
+    return Question(text_cell(row, "problem"), boxed_answer(text_cell(row, "solution")))
 
 
 MATH = DataFormat(

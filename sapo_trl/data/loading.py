@@ -2,16 +2,19 @@
 
 import re
 from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, List, load_dataset
-from datasets import Image as ImageFeature
+from datasets import Dataset, IterableDataset, Json, load_dataset
 from datasets.data_files import DataFilesDict, get_data_patterns
 from PIL import Image
 
+from .csv_types import csv_options
 
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 """From the ending of a file with rows to what reads it. Nothing among them runs code from the data, or unpickles."""
 
 _IMAGE_FOLDER = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -25,8 +28,9 @@ def load_rows(
 
     Args:
         name (`str`):
-            A hub id; a file (`.parquet`, `.jsonl`, `.json`, `.csv`), whose rows are the split `"train"`; or a folder:
-            of such files, with their split in their names, or of pictures with a `metadata.jsonl` (an ImageFolder).
+            A hub id; a file (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`), whose rows are the split `"train"`; or a
+            folder: of such files, with their split in their names, or of pictures with a `metadata.jsonl` or `.csv`
+            (an ImageFolder).
         config (`str`, *optional*):
             Configuration, of a data set that has several.
         split (`str`, *optional*, defaults to `"train"`):
@@ -45,23 +49,25 @@ def load_rows(
     path = Path(name).expanduser()
     arguments: dict[str, Any] = {"path": name, "name": config}
     folders: tuple[Path, ...] = ()
+    is_picture_table = False
     if path.is_file():
-        arguments = {"path": _builder(path.suffix), "data_files": {"train": str(path)}}
+        arguments = file_arguments({"train": [str(path)]})
         folders = (path.resolve().parent,)
     elif path.is_dir():
         tables, beside_pictures = _tables(path)
         folders = tuple(sorted({table.resolve().parent for table in tables})) or (path.resolve(),)
-        if beside_pictures and any(table.name in _IMAGE_FOLDER for table in tables):
+        suffix = Counter(table.suffix for table in tables).most_common(1)[0][0] if tables else ""
+        is_csv = BUILDERS.get(suffix) == "csv"
+        is_image_folder = beside_pictures and any(table.name in _IMAGE_FOLDER for table in tables)
+        # Of a `metadata.csv`, `imagefolder` takes `NA` for nothing and `007` for 7.
+        is_picture_table = is_image_folder and is_csv
+        if is_image_folder and not is_csv:
             arguments = {"path": "imagefolder", "data_dir": str(path)}
-        elif tables and beside_pictures and not _names_its_files(path):
+        elif tables and (beside_pictures or is_csv) and not _names_its_files(path):
             # Where there are more pictures than tables, `load_dataset` would take them for the rows.
-            suffix = Counter(table.suffix for table in tables).most_common(1)[0][0]
             base = str(path.resolve())
             files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[suffix])
-            arguments = {
-                "path": _builder(suffix),
-                "data_files": {str(key): list(value) for key, value in files.items()},
-            }
+            arguments = file_arguments({str(key): list(value) for key, value in files.items()})
     elif path.is_absolute() or path.suffix in BUILDERS or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"`dataset_name={name!r}` is neither a file nor a folder.")
 
@@ -83,27 +89,63 @@ def load_rows(
             f"{name!r} has no split {base_split!r}; it has {list(dataset)}. Set `dataset_train_split` and "
             "`dataset_test_split`."
         )
-    return (dataset[split] if base_split == split else load_dataset(**arguments, split=split)), folders
+    rows = dataset[split] if base_split == split else load_dataset(**arguments, split=split)
+    return (rows.rename_columns(_picture_names(rows.column_names)) if is_picture_table else rows), folders
+
+
+def file_arguments(files: dict[str, list[str]]) -> dict[str, Any]:
+    """
+    Arguments of [`~datasets.load_dataset`] for files with rows.
+
+    Args:
+        files (`dict[str, list[str]]`): paths by split, all of one kind.
+
+    Returns:
+        `dict`. Raises `ValueError` for files of another kind than those of `BUILDERS`.
+    """
+    paths = [path for of_split in files.values() for path in of_split]
+    suffix = Path(paths[0]).suffix
+    builder = _builder(suffix)
+    options = csv_options(paths, "\t" if suffix == ".tsv" else ",") if builder == "csv" else {}
+    return {"path": builder, "data_files": files, **options}
 
 
 def undecoded(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, list[str]]:
     """
-    A data set that gives its pictures as files, and the names of its columns with pictures.
+    A data set that gives its pictures, videos and sounds as files, and the names of its columns with such media, at
+    whatever depth.
 
-    `datasets` would hand any file to any of Pillow's decoders, before anybody can look at its header.
+    `datasets` would hand any file to any of Pillow's decoders, before anybody can look at its header, and fetch a file
+    whose path is an address.
     """
-    columns = {name: feature for name, feature in dataset.features.items() if _holds_images(feature)}
-    for name, feature in columns.items():
-        dataset = dataset.cast_column(name, _as_files(feature))
-    return dataset, list(columns)
+    columns = {name: _as_files(feature) for name, feature in dataset.features.items()}
+    changed = {name: feature for name, feature in columns.items() if feature != dataset.features[name]}
+    for name, feature in changed.items():
+        dataset = dataset.cast_column(name, feature)
+    return dataset, [name for name, feature in columns.items() if _holds_media(feature)]
 
 
-def _holds_images(feature: Any) -> bool:
-    return isinstance(feature, ImageFeature) or isinstance(feature, List) and _holds_images(feature.feature)
+def _is_media(feature: Any) -> bool:
+    return hasattr(feature, "decode") and not isinstance(feature, Json)
+
+
+def _holds_media(feature: Any) -> bool:
+    parts = feature.values() if isinstance(feature, Mapping) else [getattr(feature, "feature", None)]
+    return _is_media(feature) or any(_holds_media(part) for part in parts if part is not None)
 
 
 def _as_files(feature: Any) -> Any:
-    return List(_as_files(feature.feature)) if isinstance(feature, List) else ImageFeature(decode=False)
+    if isinstance(feature, Mapping):
+        return {name: _as_files(part) for name, part in feature.items()}
+    if getattr(feature, "feature", None) is not None:  # a list of one of the three kinds
+        return replace(feature, feature=_as_files(feature.feature))
+    return replace(feature, decode=False) if _is_media(feature) else feature
+
+
+def _picture_names(columns: Collection[str]) -> dict[str, str]:
+    """New names of columns with paths of pictures, as `imagefolder` gives them: `file_name` becomes `image`."""
+    found = {column: re.fullmatch(r"(?:(.+)_)?file_name(s?)", column) for column in columns}
+    return {column: match[1] or f"image{match[2]}" for column, match in found.items() if match}
 
 
 def _names_its_files(folder: Path) -> bool:

@@ -6,12 +6,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .question import DataFormat, Question, as_text
+from .question import DataFormat, Question, text_cell
 
 
 def read(row: Mapping[str, Any]) -> Question:
     """Nothing to take apart."""
-    return Question(as_text(row["problem"]), as_text(row["answer"]))
+    return Question(text_cell(row, "problem"), text_cell(row, "answer"))
 
 
 MATH12K = DataFormat(columns=("problem", "answer"), read=read, consumed=("problem",), hub_ids=("hiyouga/math12k",))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..rewards.completion import last_boxed
-from .question import BadRow, DataFormat, Question, as_list, as_text, with_placeholders
+from .question import BadRow, DataFormat, Question, as_list, text_cell, with_placeholders
 
 
 def tagged_answer(solution: str) -> str:
@@ -31,7 +31,7 @@ def read(row: Mapping[str, Any]) -> Question:
     """One picture a row, which the text does not mention."""
     images = as_list(row["image"])
     return Question(
-        with_placeholders(as_text(row["problem"]), images), tagged_answer(as_text(row["solution"])), images
+        with_placeholders(text_cell(row, "problem"), images), tagged_answer(text_cell(row, "solution")), images
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from PIL.Image import Image
 
 from .formats import FORMATS
 from .geometry3k import GEOMETRY3K
@@ -72,8 +73,8 @@ def to_prompts(
     dataset: Dataset | IterableDataset, prompt_template: str = "none", dataset_format: str = "geometry3k"
 ) -> Dataset | IterableDataset:
     """
-    Convert a whole data set that is known to be sound: its first bad row is an error, and pictures stay as they are.
-    [`~sapo_trl.data.clean_prompts`] also cleans and resizes.
+    Convert a whole data set that is known to be sound: its first bad row is an error, and decoded pictures stay as
+    they are. [`~sapo_trl.data.clean_prompts`] also cleans and resizes, and reads files.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -87,11 +88,48 @@ def to_prompts(
 
     def convert(row: Mapping[str, Any]) -> dict[str, Any]:
         check_columns(row, data_format.columns)
-        return question_prompt(data_format.read(row), template)
+        return _check_decoded(question_prompt(data_format.read(row), template))
 
     if dataset.column_names is not None:  # an iterable data set may not know them before it is read
         check_columns(dataset.column_names, data_format.columns)
     return dataset.map(convert, remove_columns=list(data_format.consumed))
+
+
+def _check_decoded(columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns themselves. Raises `ValueError` for files and paths: a processor fails on them, or fetches them."""
+    files = [image for image in columns.get("images") or () if not isinstance(image, Image)]
+    if files:
+        raise ValueError(
+            f"`images` must hold decoded pictures, got {repr(files[0])[:200]}. `clean_prompts` reads and checks "
+            "files; `dataset.cast_column(name, List(Image()))` of the library `datasets` decodes them unchecked."
+        )
+    return columns
+
+
+# What TRL passes to reward functions itself; a column of the same name collides with it, or is lost.
+_TRL_ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+)
+# With pictures, TRL tells by any of these columns whether prompts are messages.
+_CONVERSATIONS = ("messages", "chosen", "rejected")
+
+
+def check_names(columns: Iterable[str], has_images: bool) -> None:
+    """Raises `ValueError` if a column that stays beside the prompt has a name that TRL uses for something else."""
+    taken = {*_TRL_ARGUMENTS, *(_CONVERSATIONS if has_images else ())}
+    wrong = [name for name in columns if name in taken]
+    if wrong:
+        raise ValueError(
+            f"The data set has columns {wrong}, names that TRL uses itself. Rename or remove them, or name them in "
+            "`columns` if they are the question or the answer."
+        )
 
 
 def check_columns(found: Iterable[str], needed: tuple[str, ...]) -> None:

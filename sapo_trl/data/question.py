@@ -1,7 +1,10 @@
 """What a data set is to this package: its columns, and how one row becomes a question."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, time
+from decimal import Decimal
 from typing import Any
 
 
@@ -69,10 +72,41 @@ def with_placeholders(text: str, images: list[Any]) -> str:
     return text if IMAGE_PLACEHOLDER in text else IMAGE_PLACEHOLDER * len(images) + text
 
 
-def as_text(value: Any) -> str:
-    """A cell as text; empty for `None`."""
-    if value is None:
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: `None`, NaN, spaces, or an empty list or mapping."""
+    match value:
+        case float():
+            return math.isnan(value)
+        case str():
+            return not value.strip()
+        case Sequence() | Mapping():
+            return not value
+    return value is None
+
+
+def text_cell(row: Mapping[str, Any], column: str) -> str:
+    """
+    A cell as the text that its file had.
+
+    Args:
+        row (`Mapping`): a row.
+        column (`str`): the cell's column.
+
+    Returns:
+        `str`: Empty for a missing cell (`None`, NaN, an empty list). A list of one is its item. Raises [`BadRow`] for
+        a cell whose text cannot be known: several items, a mapping, bytes, or a number that a float has rounded.
+    """
+    value = row[column]
+    while isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if is_missing(value):
         return ""
-    # Whole numbers of a CSV are read as floats where a cell of their column is empty. Beyond 2**53 not each is exact.
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return str(int(value) if is_whole else value)
+    match value:
+        case str() | bool() | int() | Decimal():
+            return str(value)
+        # Whole numbers of a CSV are read as floats where a cell of their column is empty, and JSON's beyond 64 bits.
+        case float() if abs(value) < 2**53:
+            return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
+        case datetime() if value.time() == time():  # `datasets` reads "2020-02-29" in JSON as a time, 0:00 of that day
+            return str(value.date())
+    raise BadRow("unreadable text", f"`{column}` is neither one text nor one exact number: {repr(value)[:200]}")

@@ -81,5 +81,7 @@ class Benchmark:
     group_of: Callable[[Problem], str] = lambda problem: problem.id
     keep: Callable[[Mapping[str, Any]], bool] = lambda row: True
     """Whether a row belongs to the benchmark, where a split holds more (text-only rows, other settings)."""
+    right_answer: Callable[[Problem], str] = lambda problem: problem.answer
+    """What a right response has in its box. Each row is tried with it before anything is generated."""
     scoring_note: str = ""
     """How the rules differ from the benchmark's own scorer, for the docs and below tables."""

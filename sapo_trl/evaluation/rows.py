@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from typing import Any
 from datasets import Dataset, get_dataset_split_names, load_dataset
 
 from ..data.images import ImageLimits
-from ..data.loading import undecoded
+from ..data.loading import BUILDERS, file_arguments, undecoded
 from .benchmark import Benchmark, Problem
 
 
-FILE_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+# Columns in which data sets have the names of their rows.
+_ID_COLUMNS = ("id", "pid", "unique_id", "sample_index", "index", "ID")
+_FAULTS_SHOWN = 5
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -47,16 +49,56 @@ class Rows:
     folder: Path | None = None
 
     def problem(self, number: int) -> Problem:
-        """The problem in a row. Raises `ValueError` with the row's number if it cannot be made."""
+        """The problem in a row. Raises `ValueError` with the row's number and id if it cannot be made."""
+        row = self.dataset[number]
         try:
-            problem = self.benchmark.to_problem(_with_files(self.dataset[number], self.folder), number)
+            problem = self.benchmark.to_problem(_with_files(row, self.folder), number)
             images = [self.limits.resized(image) for image in problem.images]
         except Exception as error:  # of any kind: rows come from files that nobody here has written
             raise ValueError(
-                f"{self.benchmark.name}: row {number} of {self.source!r} is no problem of this benchmark "
+                f"{self.benchmark.name}: row {number} of {self.source!r}{_named(row)} is no problem of this benchmark "
                 f"({type(error).__name__}: {error})."
             ) from error
         return replace(problem, images=images)
+
+    def check(self, numbers: Iterable[int], advance: Callable[[], None] = lambda: None) -> None:
+        """
+        Read rows, images included, and have each scored with its own answer.
+
+        Args:
+            numbers (`Iterable[int]`): of the rows.
+            advance (`Callable`, *optional*): called after each.
+
+        Raises:
+            ValueError: with all rows that are no problem, or whose answer the scorer does not take for right.
+        """
+        faults = []
+        for number in numbers:
+            try:
+                fault = self._fault(self.problem(number))
+            except ValueError as error:
+                fault = str(error)
+            if fault is not None:
+                faults.append(fault)
+            advance()
+        if faults:
+            more = f" And {len(faults) - _FAULTS_SHOWN} more." if len(faults) > _FAULTS_SHOWN else ""
+            raise ValueError(
+                f"{self.benchmark.name} has rows that cannot be used: {len(faults)}. Nothing was generated. Mend "
+                f"them, or leave them out of a local copy. {' '.join(faults[:_FAULTS_SHOWN])}{more}"
+            )
+
+    def _fault(self, problem: Problem) -> str | None:
+        """Why the problem's own answer does not count as right; `None` if it does."""
+        name, answer = f"{self.benchmark.name}: the problem {problem.id!r} of {self.source!r}", problem.answer
+        if not answer.strip():
+            return f"{name} has no answer, got {answer!r}."
+        right = self.benchmark.right_answer(problem)
+        try:
+            score = self.benchmark.score(problem, rf"\boxed{{{right}}}")
+        except Exception as error:  # a scorer that cannot read its gold must say so now
+            return f"{name} has the answer {answer!r}, which cannot be scored ({type(error).__name__}: {error})."
+        return None if score.correct == 1.0 else f"{name} has the answer {answer!r}, for which {right!r} is not right."
 
 
 def load_rows(
@@ -104,12 +146,11 @@ def load_rows(
 def _load(benchmark: Benchmark, path: str | None) -> Dataset:
     if path is not None and os.path.isfile(path):
         ending = os.path.splitext(path)[1]
-        if ending not in FILE_LOADERS:
+        if ending not in BUILDERS:
             raise ValueError(
-                f"benchmarks: {benchmark.name}={path!r} ends in {ending!r}; a file ends in {', '.join(FILE_LOADERS)}."
+                f"benchmarks: {benchmark.name}={path!r} ends in {ending!r}; a file ends in {', '.join(BUILDERS)}."
             )
-        options = {"sep": "\t"} if ending == ".tsv" else {}
-        return load_dataset(FILE_LOADERS[ending], data_files=path, split="train", **options)
+        return load_dataset(**file_arguments({"train": [path]}), split="train")
     source = path or benchmark.dataset
     # Which configurations a data set has is known of the published one; a folder has its files.
     config = None if path else benchmark.config
@@ -119,6 +160,11 @@ def _load(benchmark: Benchmark, path: str | None) -> Dataset:
         if missing:
             raise ValueError(f"benchmarks: {benchmark.name}={path!r} has no split {missing[0]!r}; it has {splits}.")
     return load_dataset(source, name=config, split=benchmark.split)
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """A row's own name for an error; nothing if it has none."""
+    return next((f" ({column} {row[column]!r})" for column in _ID_COLUMNS if column in row), "")
 
 
 def _with_files(value: Any, folder: Path | None) -> Any:

@@ -85,10 +85,11 @@ def _generate_missing(
         )
         for name, path in paths.items()
     }
+    store = GenerationStore(folder)
+    _check_rows(rows, arguments.n, store, console)
     record = _record(arguments, located, rows)
     _check_same_run(folder, record)
     write_json(folder / EVAL_NAME, record)
-    store = GenerationStore(folder)
     total = sum(len(of_benchmark.numbers) for of_benchmark in rows.values()) * arguments.n
     done = sum(
         (name, row, generation) in store.done
@@ -104,6 +105,21 @@ def _generate_missing(
         for of_benchmark in rows.values():
             _generate(of_benchmark, arguments, backend, store, steps)
     store.merge()
+
+
+def _check_rows(rows: Mapping[str, Rows], n: int, store: GenerationStore, console: Console) -> None:
+    """Every row that is still to be asked is read before the first is: a bad one must not cost hours of generation."""
+    pending = {
+        name: [
+            row
+            for row in of_benchmark.numbers
+            if any((name, row, generation) not in store.done for generation in range(n))
+        ]
+        for name, of_benchmark in rows.items()
+    }
+    with Steps(console, "Reading rows", sum(map(len, pending.values()))) as steps:
+        for name, numbers in pending.items():
+            rows[name].check(numbers, steps.advance)
 
 
 def _generate(rows: Rows, arguments: EvalArguments, backend: Backend, store: GenerationStore, steps: Steps) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 from ...data.templates import TEMPLATES
 from ..benchmark import Benchmark, Problem
 from .prompts import ask
-from .rows import require, to_image
+from .rows import read_row, to_images
 from .scoring import score_mathematics
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
-    require(row, "geo3k", i, ("images", "problem", "answer"))
-    images = [to_image(image, f"`images` in row {i} of geo3k") for image in row["images"]]
+    row = read_row(row, "geo3k", i, ("problem", "answer"), ("images",))
+    images = to_images(row["images"], f"`images` in row {i} of geo3k")
     # The published recipe's, with which models are trained on this data set.
     prompt = ask(row["problem"], TEMPLATES["think_boxed"], len(images), in_place=True)
     return Problem(id=str(i), prompt=prompt, answer=row["answer"].strip(), images=images)

@@ -12,12 +12,12 @@ from ...rewards.equivalence import is_equivalent
 from ...rewards.numbers import is_close
 from ..benchmark import Benchmark, Problem, Score
 from .prompts import FREE_FORM, ask
-from .rows import require
+from .rows import read_row
 from .scoring import score_box
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
-    require(row, "gsm8k", i, ("question", "answer"))
+    row = read_row(row, "gsm8k", i, ("question", "answer"))
     _, mark, gold = row["answer"].rpartition("####")
     if not mark:
         raise ValueError(f"`answer` in row {i} of gsm8k must end with `#### number`, got {row['answer']!r}.")

@@ -11,12 +11,12 @@ from typing import Any
 
 from ..benchmark import Benchmark, Problem
 from .prompts import FREE_FORM, ask
-from .rows import require
+from .rows import read_row
 from .scoring import score_mathematics
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
-    require(row, "math500", i, ("problem", "answer", "subject", "level", "unique_id"))
+    row = read_row(row, "math500", i, ("problem", "answer", "unique_id"), ("subject", "level"))
     return Problem(
         id=row["unique_id"],
         prompt=ask(row["problem"], FREE_FORM),

@@ -4,45 +4,63 @@ MathVerse, vision only: diagram and question are in the image, the text has neit
 Paper: https://huggingface.co/papers/2403.14624. Schema: the card of `CaraJ/MathVerse-lmmseval` (the authors' copy for
 lmms-eval), with `sample_index`, `problem_index`, `problem_version`, `question`, `image`, `answer`, `question_type`
 (`multi-choice` or `free-form`), `metadata` (struct of `split`, `source`, `subject`, `subfield`), `query_wo`,
-`query_cot`, `question_for_eval`; a fifth of the 3,940 rows of testmini, 788. Multiple choice answers are letters.
+`query_cot`, `question_for_eval`; a fifth of the 3,940 rows of testmini, 788. Multiple choice answers are letters, with
+a few exceptions in the published rows: `(C)`, two letters in lines, or an option's text.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from ...rewards.choices import plain_text
 from ..benchmark import Benchmark, Problem, Score
-from .prompts import FREE_FORM, ONE_LETTER, ask
-from .rows import require, to_image
-from .scoring import choice_fields, score_choice, score_mathematics
+from .prompts import FREE_FORM, ONE_LETTER, SEVERAL_LETTERS, ask
+from .rows import read_row, to_image
+from .scoring import choice_fields, lettered_options, read_labels, score_choices, score_mathematics
 
 
 VERSION = "Vision Only"
-COLUMNS = ("sample_index", "problem_version", "question", "image", "answer", "question_type", "metadata")
+TEXTS = ("sample_index", "problem_version", "question", "answer", "question_type", "question_for_eval")
 
-_OPTION = re.compile(r"^\s*([A-H])\s*[.:]\s*(.*?)\s*$", re.MULTILINE)
+_LABEL = r"^[ \t]*LETTER[ \t]*[.:]"
+# `Area $=9.4 \mathrm{~cm}^{2}$`, `Slope =-4`, `=\frac{7}{4}`: what stands before the sign only says what is measured.
+_NAME = re.compile(r"\s*(?:[A-Za-z. ]*[A-Za-z]{2}[A-Za-z. ]*|S\.A\.[A-Za-z ]*)?=\s*(?=[^\s=])")
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
-    require(row, "mathverse", i, COLUMNS)
+    # The text that the authors' judge sees has the options; the model sees them in the image.
+    row = read_row({"question_for_eval": None, **row}, "mathverse", i, TEXTS, ("image", "metadata"))
     fields = {name: row["metadata"].get(name) for name in ("subject", "subfield")}
-    is_choice = row["question_type"] == "multi-choice"
-    answer = row["answer"].strip().strip("$")
-    if is_choice:
-        # The text that the authors' judge sees has the options; the model sees them in the image.
-        fields |= choice_fields(dict(_OPTION.findall(row.get("question_for_eval") or "")), answer)
-    question = row["question"].strip() or "Answer the question in the image."
+    answer, template = read_gold(row["answer"]), FREE_FORM
+    if row["question_type"] == "multi-choice":
+        options = lettered_options(row["question_for_eval"], _LABEL)
+        answer = _letters(row["answer"], options)
+        fields |= choice_fields(options, answer)
+        template = ONE_LETTER if len(answer) == 1 else SEVERAL_LETTERS
     return Problem(
         id=row["sample_index"],
-        prompt=ask(question, ONE_LETTER if is_choice else FREE_FORM, num_images=1),
+        prompt=ask(row["question"].strip() or "Answer the question in the image.", template, num_images=1),
         answer=answer,
         images=[to_image(row["image"], f"`image` in row {i} of mathverse")],
         fields=fields,
     )
 
 
+def read_gold(text: str) -> str:
+    """A free-form gold without dollars, the name of the quantity, and `掳`, which is `°` in another encoding."""
+    text = text.replace("$", "").replace("掳", "°").strip()
+    return _NAME.sub("", text, count=1) if _NAME.match(text) else text
+
+
+def _letters(answer: str, options: Mapping[str, str]) -> str:
+    """The letters of a gold: a few are in parentheses, two in lines, or an option's text."""
+    written = plain_text(answer)
+    by_text = [letter for letter, option in options.items() if plain_text(option) == written]
+    return by_text[0] if len(by_text) == 1 else read_labels(answer) or answer
+
+
 def score(problem: Problem, text: str) -> Score:
-    return score_choice(problem, text) if "letters" in problem.fields else score_mathematics(problem, text)
+    return score_choices(problem, text) if "letters" in problem.fields else score_mathematics(problem, text)
 
 
 MATHVERSE = Benchmark(

@@ -11,25 +11,26 @@ choice question is the option's text.
 from collections.abc import Mapping
 from typing import Any
 
-from ...rewards.choices import extract_choice, letters_of
+from ...rewards.choices import letters_of
 from ...rewards.numbers import is_close, read_numbers
 from ..benchmark import Benchmark, Problem, Score
 from .prompts import FREE_FORM, ONE_LETTER, ask
-from .rows import is_given, require, to_image
-from .scoring import score_box
+from .rows import is_given, read_row, to_image
+from .scoring import choose, score_box
 
 
-COLUMNS = ("pid", "query", "decoded_image", "choices", "precision", "answer", "question_type", "answer_type")
+TEXTS = ("pid", "query", "precision", "answer", "question_type", "answer_type")
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
-    require(row, "mathvista", i, COLUMNS)
+    row = read_row(row, "mathvista", i, TEXTS, ("decoded_image", "choices"))
     is_choice = row["question_type"] == "multi_choice"
     answer_type = "choice" if is_choice else row["answer_type"]
     if answer_type not in _RULES:
         raise ValueError(f"`answer_type` in row {i} of mathvista must be one of {list(_RULES)}, got {answer_type!r}.")
-    if is_choice and row["answer"] not in row["choices"]:
-        raise ValueError(f"`answer` in row {i} of mathvista must be one of {row['choices']}, got {row['answer']!r}.")
+    choices = row["choices"] if isinstance(row["choices"], list) else []
+    if is_choice and row["answer"] not in choices:
+        raise ValueError(f"`answer` in row {i} of mathvista must be one of {choices}, got {row['answer']!r}.")
     return Problem(
         id=row["pid"],
         prompt=ask(row["query"], ONE_LETTER if is_choice else FREE_FORM, num_images=1),
@@ -37,8 +38,8 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
         images=[to_image(row["decoded_image"], f"`decoded_image` in row {i} of mathvista")],
         fields={
             "answer_type": answer_type,
-            "precision": int(row["precision"]) if is_given(row["precision"]) else 0,
-            "options": list(row["choices"] or ()),
+            "precision": int(float(row["precision"])) if is_given(row["precision"]) else 0,
+            "options": choices,
             "task": (row.get("metadata") or {}).get("task"),
         },
     )
@@ -48,11 +49,19 @@ def score(problem: Problem, text: str) -> Score:
     return _RULES[problem.fields["answer_type"]](problem, text)
 
 
+def right_answer(problem: Problem) -> str:
+    """A letter for a choice: some options are the labels of others, such as `(b)` as option E."""
+    options = problem.fields["options"]
+    if problem.fields["answer_type"] == "choice":
+        return letters_of(options)[options.index(problem.answer)]
+    return problem.answer
+
+
 def _score_choice(problem: Problem, text: str) -> Score:
     # By the option's text: a few questions list the same text twice.
     options = problem.fields["options"]
     letters = letters_of(options)
-    letter = extract_choice(text, letters, options)
+    letter = choose(text, letters, options)
     return Score(float(letter is not None and options[letters.index(letter)] == problem.answer), letter)
 
 
@@ -78,6 +87,7 @@ MATHVISTA = Benchmark(
     split="testmini",
     to_problem=to_problem,
     score=score,
+    right_answer=right_answer,
     scoring_note=(
         "The authors have a language model extract the answer, take the option with the smallest edit distance to it, "
         "and cut decimals off where an integer is asked for, so that 14.7 counts as 14; here the answer must stand in "

@@ -23,7 +23,7 @@ from datasets import Dataset, Image
 
 from ..benchmark import Benchmark, Problem, Result, mean_accuracy
 from .prompts import ONE_LETTER, ask, list_options
-from .rows import is_given, require, to_image
+from .rows import is_given, read_row, to_image
 from .scoring import score_choice, share_of_groups_all_right
 
 
@@ -31,8 +31,9 @@ ROTATION = 1_000_000
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
-    require(row, "mmbench", i, ("index", "question", "hint", "answer", "A", "B", "image", "category"))
-    given = {letter: str(row[letter]) for letter in "ABCD" if letter in row and is_given(row[letter])}
+    texts = ("index", "question", "hint", "answer", "A", "B", *({"C", "D"} & row.keys()))
+    row = read_row(row, "mmbench", i, texts, ("image", "category"))
+    given = {letter: row[letter] for letter in "ABCD" if is_given(row.get(letter))}
     letters, options = "".join(given), list(given.values())
     if row["answer"] not in given or not "ABCD".startswith(letters):
         raise ValueError(

@@ -18,7 +18,7 @@ from ...rewards.equivalence import is_equivalent
 from ...rewards.numbers import is_close
 from ..benchmark import Benchmark, Problem, Score
 from .prompts import FREE_FORM, ONE_LETTER, ask, list_options
-from .rows import require, to_image
+from .rows import read_row, to_image
 from .scoring import accuracy_by, score_box, score_choice
 
 
@@ -48,11 +48,12 @@ DISCIPLINES = {
 
 _DISCIPLINE_OF = {subject: discipline for discipline, subjects in DISCIPLINES.items() for subject in subjects}
 _ID = re.compile(r"[a-z]+_(\w+)_\d+")
+_DECIMAL = re.compile(r"-?[0-9.,]+")
 _IMAGE = re.compile(r"<image (\d)>")
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
-    require(row, "mmmu", i, ("id", "question", "options", "answer", "question_type"))
+    row = read_row(row, "mmmu", i, ("id", "question", "options", "answer", "question_type"))
     subject = _ID.fullmatch(row["id"])
     if not subject or subject[1] not in _DISCIPLINE_OF:
         raise ValueError(f"`id` in row {i} of mmmu must be such as `validation_Art_1`, got {row['id']!r}.")
@@ -68,6 +69,8 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
     else:
         answer = row["answer"]
         fields["answers"] = _python_list(answer, "answer", i) if answer.startswith("[") else [answer]
+        if not all(map(str.strip, fields["answers"])) or not fields["answers"]:
+            raise ValueError(f"`answer` in row {i} of mmmu must not be empty, got {answer!r}.")
     if not _IMAGE.search(question):
         question = f"<image 1>{question}"
     names = [f"image_{number}" for number in _IMAGE.findall(question)]
@@ -87,8 +90,12 @@ def score(problem: Problem, text: str) -> Score:
 
 
 def _is_right(answer: str, gold: str) -> bool:
-    """Equal as text, as numbers with two decimals (the authors' rule), or as mathematics."""
-    return plain_text(answer) == plain_text(gold) or is_close(answer, gold, precision=2) or is_equivalent(answer, gold)
+    """Equal as text, as numbers with two decimals (the authors' rule for golds like 8.41), or as mathematics."""
+    if plain_text(answer) == plain_text(gold):
+        return True
+    if _DECIMAL.fullmatch(gold):
+        return is_close(answer, gold, precision=2)
+    return is_equivalent(answer, gold)
 
 
 def _python_list(text: str, field: str, i: int) -> list[str]:
@@ -107,6 +114,7 @@ MMMU = Benchmark(
     to_problem=to_problem,
     score=score,
     aggregate=accuracy_by("discipline"),
+    right_answer=lambda problem: problem.fields.get("answers", [problem.answer])[0],
     scoring_note=(
         "The authors draw a random option where none can be read, and count an open answer as right if the gold is "
         "anywhere in a key phrase of the response; here nothing is drawn, and an open answer must stand in a box and "

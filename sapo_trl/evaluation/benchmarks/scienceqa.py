@@ -13,13 +13,18 @@ from typing import Any
 from ...rewards.choices import letters_of
 from ..benchmark import Benchmark, Problem
 from .prompts import ONE_LETTER, ask, list_options
-from .rows import is_given, require, to_image
+from .rows import is_given, read_row, to_image
 from .scoring import accuracy_by, score_choice
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
-    require(row, "scienceqa", i, ("image", "question", "choices", "answer", "hint", "subject"))
-    options, answer = list(row["choices"]), int(row["answer"])
+    row = read_row(row, "scienceqa", i, ("question", "hint", "answer"), ("image", "choices", "subject"))
+    if not isinstance(row["choices"], list) or not row["answer"].isdecimal():
+        raise ValueError(
+            f"Row {i} of scienceqa must have a list as `choices` and the number of one of them as `answer`, got "
+            f"{row['choices']!r} and {row['answer']!r}."
+        )
+    options, answer = row["choices"], int(row["answer"])
     letters = letters_of(options)
     if not 0 <= answer < len(options):
         raise ValueError(f"`answer` in row {i} of scienceqa must lie in [0, {len(options)}), got {answer}.")

@@ -23,29 +23,28 @@ from typing import Any
 
 from ..benchmark import Benchmark, Problem, Result, mean_accuracy
 from .prompts import ONE_LETTER, ask
-from .rows import require, to_image
-from .scoring import choice_fields, score_choice
+from .rows import read_row, to_image
+from .scoring import choice_fields, lettered_options, score_choice
 
 
 _KEY = re.compile(r"([23])steps_([123]|multi)")
-_OPTION = re.compile(r"(?:^|[;\n])\s*([A-H])\s*[.:]\s*")
+# A label is followed by its text: `;C.;` is the end of a text about a point C. Some stand behind a space alone.
+_LABELS = (r"(?:^|[;；\n])\s*LETTER\s*[.:．：]\s*(?=[^\s;；])", r"\sLETTER\s*[.．]\s*(?=[^\s;；])")
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
-    require(row, "wemath", i, ("ID", "question", "option", "answer", "key", "image_path"))
+    row = read_row(row, "wemath", i, ("ID", "question", "option", "answer", "key"), ("image_path",))
     if not _KEY.fullmatch(row["key"]):
         raise ValueError(
             f"`key` in row {i} of wemath must be such as `2steps_1` or `3steps_multi`, got {row['key']!r}."
         )
-    _, *parts = _OPTION.split(row["option"])
     answer = row["answer"].strip()
     return Problem(
         id=f"{row['ID']}/{row['key']}",
         prompt=ask(f"{row['question']}\n{row['option']}", ONE_LETTER, num_images=1),
         answer=answer,
         images=[to_image(row["image_path"], f"`image_path` in row {i} of wemath")],
-        fields=choice_fields(dict(zip(parts[::2], parts[1::2], strict=True)), answer)
-        | {"ID": row["ID"], "key": row["key"]},
+        fields=choice_fields(lettered_options(row["option"], *_LABELS), answer) | {"ID": row["ID"], "key": row["key"]},
     )
 
 
