@@ -94,9 +94,14 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 	OMP_NUM_THREADS=1 SAPO_TRL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 		$(BIN)/python -m pytest tests/vllm $(ARGS)
 
-lint: $(STAMP)  ## check style and formatting
+# The files whose prose is written by the rules of docs/check_english.py. They are to become all files.
+PLAIN_ENGLISH := README.md CONTRIBUTING.md $(filter-out $(patsubst %,docs/%.md,api benchmarks configuration data metrics results \
+	rewards troubleshooting),$(wildcard docs/*.md)) notebooks docs/check_english.py
+
+lint: $(STAMP)  ## check style, formatting and language
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python docs/check_english.py $(PLAIN_ENGLISH)
 
 format: $(STAMP)  ## fix what lint can fix
 	$(BIN)/ruff check --fix

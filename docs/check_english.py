@@ -22,9 +22,7 @@ from pathlib import Path
 
 Passage = tuple[int, str]  # the number of its first line; its text, as many lines as the file has there
 
-_AFTER = (
-    "that|which|who|whose|whom|of|in|with|without|from|for|at|on|to|by|under|above|below|behind|before|after"
-)
+_AFTER = "that|which|who|whose|whom|of|in|with|without|from|for|at|on|to|by|under|above|below|behind|before|after"
 BANNED = {
     "free relative": re.compile(r"\b(?:what(?:ever)?|whoever|that which)\s+[\w`'(*]+", re.IGNORECASE),
     "pronoun for a noun": re.compile(
@@ -90,7 +88,8 @@ def notebook(text: str) -> Iterator[Passage]:
         at = text.index(json.dumps(cell["source"][0], ensure_ascii=False), at)
         first = text.count("\n", 0, at) + 1
         read = markdown if cell["cell_type"] == "markdown" else python
-        source = _blank(r"^[%!].*", "".join(cell["source"]), re.MULTILINE)  # IPython's commands are no Python
+        # IPython's commands are no Python.
+        source = re.sub(r"^([ \t]*)[%!].*", r"\1pass", "".join(cell["source"]), flags=re.MULTILINE)
         for line, passage in read(source):
             yield first + line - 1, passage
 

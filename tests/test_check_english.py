@@ -88,7 +88,7 @@ def test_prose_of_every_kind_of_file(name, tmp_path, capsys):
 def test_notebooks(tmp_path):
     cells = [
         {"cell_type": "markdown", "source": ["# Title\n", "It ", BAD]},
-        {"cell_type": "code", "source": ["%pip install x\n", f"# {BAD}\n", "what = 1\n"]},
+        {"cell_type": "code", "source": ["if True:\n", "    %pip install x\n", f"# {BAD}\n", "what = 1\n"]},
         {"cell_type": "code", "source": []},
     ]
     path = tmp_path / "a.ipynb"
