@@ -101,9 +101,12 @@ def python(text: str) -> Iterator[Passage]:
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip("#")
     yield from ((line, _without_code(words)) for line, words in _joined(comments))
-    lines = text.splitlines(keepends=True)
+    lines = text.encode().splitlines(keepends=True)
     for node in _strings(ast.parse(text)):
-        raw = "".join(lines[node.lineno - 1 : node.end_lineno])
+        part = lines[node.lineno - 1 : node.end_lineno]
+        part[-1] = part[-1][: node.end_col_offset]
+        part[0] = part[0][node.col_offset :]
+        raw = b"".join(part).decode()
         raw = _blank(r"(?<=[\"'])\s*\n\s*[a-zA-Z]?[\"']", raw).replace("\\n", "  ")
         raw = raw if '"""' in raw else re.sub(r"[\"'](?= *\n)", " ", raw)
         raw = _blank(r"(?<!\{)\{[^{}\n]*\}", raw, with_="x")
