@@ -66,7 +66,8 @@ FILES = {
     "page.md": (f"# Title\n\n```text\n{BAD}\n```\n\nIt `{BAD}` here.\n\nIt\n{BAD}.\n", [10]),
     "code.py": (
         f'"""{BAD}"""\n\n\ndef f(x):\n    # {BAD}\n    # and more\n    what = x  # no prose\n'
-        f'    raise ValueError(\n        f"{{what}} is bad: it "\n        "{BAD} of `what is`"\n    )\n\n\nD = {{"é": "{BAD}", "what": what}}\n',
+        f'    raise ValueError(\n        f"{{what}} is bad: it "\n        "{BAD} of `what is`"\n    )\n\n\n'
+        f'D = {{"é": "{BAD}", "what": what}}\n',
         [1, 5, 10, 14],
     ),
     "page.js": (f'// see https://x.y/what\nlet what = 1; // {BAD}\nconst s = "{BAD}";\n/* one\n{BAD} */\n', [2, 3, 5]),
