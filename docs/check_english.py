@@ -24,7 +24,7 @@ Passage = tuple[int, str]  # the number of its first line; its text, as many lin
 
 _AFTER = "that|which|who|whose|whom|of|in|with|without|from|for|at|on|to|by|under|above|below|behind|before|after"
 BANNED = {
-    "free relative": re.compile(r"\b(?:what(?:ever)?|whoever|that which)\s+[\w`'(*]+", re.IGNORECASE),
+    "free relative": re.compile(r"\b(?:what(?:ever)?|whoever|that which)\s+[\w`'*]+", re.IGNORECASE),
     "pronoun for a noun": re.compile(
         rf"\b(?:(?:those|these)\s+(?:{_AFTER})\b|that\s+of\b|the\s+ones\b|ones\s+(?:that|which|who|whose|of)\b"
         rf"|the\s+one\s+(?:{_AFTER})\b)",

@@ -98,8 +98,8 @@ class SAPOConfig(GRPOConfig):
             For Monte-Carlo values and diagnostics: continuations generated at a time on a process. By default as many
             as a rollout has responses, which are known to fit into memory; more are faster.
         max_valued_segments (`int`, *optional*):
-            For `critic="monte_carlo"`: largest number of states of a response that are valued after the prompt's. The reward
-            is the value of later states; later tokens therefore get advantage 0. `None` for no limit.
+            For `critic="monte_carlo"`: largest number of states of a response that are valued after the prompt's. The
+            reward is the value of later states; later tokens therefore get advantage 0. `None` for no limit.
         truncated_continuation_reward (`float`, *optional*):
             Reward of a continuation, or of a tree's leaf, that was cut off at `max_completion_length`. By default the
             result of the reward functions.
