@@ -94,9 +94,18 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 	OMP_NUM_THREADS=1 SAPO_TRL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 		$(BIN)/python -m pytest tests/vllm $(ARGS)
 
-lint: $(STAMP)  ## check style and formatting
+# The files that keep to docs/check_english.py. More are to follow, up to all files.
+PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks docs/check_english.py trainer_configs/embedded.yaml \
+	$(filter-out $(patsubst %,docs/%.md,api benchmarks configuration data metrics results rewards troubleshooting), \
+	$(wildcard docs/*.md)) \
+	$(patsubst %,sapo_trl/%.py,advantages critic_adapter diagnostics losses metrics model_card names plots presets \
+	progress role_aware segments statistics token_rewards value_head) \
+	$(addprefix sapo_trl/,analysis embedded evaluation/page planner recipes segmentation study/task viewer)
+
+lint: $(STAMP)  ## check style, formatting and language
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python docs/check_english.py $(PLAIN_ENGLISH)
 
 format: $(STAMP)  ## fix what lint can fix
 	$(BIN)/ruff check --fix

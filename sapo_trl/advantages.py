@@ -13,9 +13,9 @@ def discounted_suffix_sum(x: torch.Tensor, discount: float | torch.Tensor) -> to
     """
     `y[:, m] = sum_{l >= 0} discount**l * x[:, m + l]`, in `ceil(log2(M))` vectorised steps.
 
-    After step `k`, `y[:, m]` sums the `2**k` terms from `m` on; two neighbouring windows make one of twice the length.
-    Only sums of products with powers of `discount` are formed, so no discount in `[0, 1]` can overflow or divide by an
-    underflowed power, as the closed form with a cumulative sum does.
+    After step `k`, `y[:, m]` sums the `2**k` terms from `m` on: two neighbouring windows make one of twice the length.
+    Only sums of products with powers of `discount` are formed, so no discount in `[0, 1]` can overflow. The closed
+    form with a cumulative sum would divide by a power that may underflow.
 
     Args:
         x (`torch.Tensor`): float tensor of shape `(B, M)`.
@@ -60,7 +60,7 @@ def segment_gae(
         lam (`float` or `torch.Tensor`, *optional*, defaults to `0.99`):
             GAE's λ, in `[0, 1]`; a tensor of shape `(B, 1)` gives each row its own, see [`length_adaptive_lam`].
         value_state (`str`, *optional*, defaults to `"start"`):
-            where a segment's value is read: `"start"` (the paper) or `"end"` (the official code), see
+            state that gives a segment's value: `"start"` (the paper) or `"end"` (the official code), see
             [`Segments.state_mask`].
         critic_lam (`float`, *optional*):
             λ of the return targets. `None` uses `lam`; `1.0` makes them Monte-Carlo returns (decoupled GAE of VC-PPO,
@@ -96,7 +96,7 @@ def length_adaptive_lam(segments: Segments, alpha: float) -> torch.Tensor:
     (VAPO, https://huggingface.co/papers/2504.05118).
 
     VAPO counts tokens; here `l` counts the time steps of the estimation, which are segments (of one token, in PPO).
-    The published formula is negative for `l < 1 / alpha`, which no λ can be: it is clamped at 0.
+    The published formula is negative for `l < 1 / alpha`. A λ cannot be negative, so it is clamped at 0.
 
     Args:
         segments ([`Segments`]): the partition of the tokens of `B` rows.
@@ -118,18 +118,18 @@ def leave_one_out_advantages(rewards: torch.Tensor, num_generations: int) -> tor
 
     Args:
         rewards (`torch.Tensor`): float tensor of shape `(B,)`, the responses to one prompt next to each other; NaN for
-            a response without reward, which is no baseline to others.
+            a response without reward, which is left out of the baselines.
         num_generations (`int`): responses for each prompt.
 
     Returns:
-        `torch.Tensor`: `(B,)`, 0 for a response without reward and for one without any other to compare with.
+        `torch.Tensor`: `(B,)`, 0 for a response without reward or without another response to compare with.
     """
     if rewards.numel() % num_generations != 0:
         raise ValueError(f"{rewards.numel()} rewards are no whole number of groups of {num_generations}.")
     grouped = rewards.view(-1, num_generations)
     num_others = (~grouped.isnan()).sum(dim=1, keepdim=True) - 1
     baselines = (grouped.nansum(dim=1, keepdim=True) - grouped) / num_others
-    # NaN where the response has no reward (its own) or no other one has (0 / 0).
+    # NaN where the response has no reward (its own NaN) or no other response has one (0 / 0).
     return (grouped - baselines).view(-1).nan_to_num(nan=0.0)
 
 

@@ -30,10 +30,10 @@ class SAPOConfig(GRPOConfig):
     Not to be confused with Qwen's *Soft Adaptive* Policy Optimization, which TRL calls `loss_type="sapo"` and whose
     settings start with `sapo_temperature`: those act only with `loss_type="soft_adaptive_gate"`.
 
-    This class includes only the parameters that are specific to SAPO training, and those of [`~trl.GRPOConfig`] with
-    another default. Defaults are the paper's (Table 7), and where it is silent or unstable those of its official
-    script; the preset `sapo` is the paper to the letter. [`SAPOConfig.from_preset`] has every other algorithm of the
-    comparison (PPO, GRPO, VinePPO, SPO, …).
+    This class includes only the parameters that are specific to SAPO training, and the parameters of
+    [`~trl.GRPOConfig`] with another default. Defaults are the paper's (Table 7). Where the paper gives no value, or
+    its value is unstable, we use the official script's. The preset `sapo` is the paper to the letter.
+    [`SAPOConfig.from_preset`] has every other algorithm of the comparison (PPO, GRPO, VinePPO, SPO, …).
 
     Parameters:
         > Parameters that control the segmentation
@@ -98,11 +98,11 @@ class SAPOConfig(GRPOConfig):
             For Monte-Carlo values and diagnostics: continuations generated at a time on a process. By default as many
             as a rollout has responses, which are known to fit into memory; more are faster.
         max_valued_segments (`int`, *optional*):
-            For `critic="monte_carlo"`: a response's state is valued at most this many times after the prompt's; the
-            reward stands for later ones, so that the tokens behind them get no advantage. `None` for no limit.
+            For `critic="monte_carlo"`: largest number of states of a response that are valued after the prompt's. The
+            reward is the value of later states; later tokens therefore get advantage 0. `None` for no limit.
         truncated_continuation_reward (`float`, *optional*):
-            Reward of a continuation, or of a tree's leaf, that was cut off at `max_completion_length`. By default what
-            the reward functions say.
+            Reward of a continuation, or of a tree's leaf, that was cut off at `max_completion_length`. By default the
+            result of the reward functions.
         tree_widths (`list[int]`, *optional*, defaults to `[6, 6, 6]`):
             For `critic="tree"`: children of the nodes of each level.
         tree_segment_length (`int`, *optional*, defaults to `100`):
@@ -202,10 +202,9 @@ class SAPOConfig(GRPOConfig):
         reuse_image_features (`bool`, *optional*, defaults to `True`):
             Whether a frozen vision tower (LoRA on the language model alone, for example) computes the features of an
             image once a rollout, for all responses to its prompt and all forwards. They stay on the device until the
-            next rollout: with Qwen2.5-VL-3B in bfloat16 1 MiB for each different image of 448 x 448 pixels. So it is
-            for models that take patches and their grids, as Qwen's and GLM's do. Of other models, of towers that learn
-            or have adapters, and of models that are in pieces on several processes (ZeRO-3, FSDP) features are
-            computed in every forward.
+            next rollout: with Qwen2.5-VL-3B in bfloat16 1 MiB for each different image of 448 x 448 pixels. It works
+            for models that take patches and their grids, as Qwen's and GLM's do, without training or adapters in the
+            vision tower, and without sharding (ZeRO-3, FSDP). Otherwise features are recomputed in every forward.
         num_mini_batches (`int`, *optional*):
             Optimizer steps per rollout batch. Defaults to 4, or to what `steps_per_generation` or
             `generation_batch_size` imply if one of those is set.

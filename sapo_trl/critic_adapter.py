@@ -1,4 +1,4 @@
-"""A critic's adapter: a second one on the base model that carries the policy's."""
+"""A critic's adapter: a second adapter on the policy's base model."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class CriticAdapter:
     """
     The critic's share of a policy with adapters.
 
-    The base model is frozen and in memory once; policy and critic are adapters on it, one of which is active at a
-    time. Outside of [`CriticAdapter.active`] it is the policy's, and the critic's parameters require no gradient: they
-    are in no optimizer, gradient synchronisation or merge of the policy's.
+    The base model is frozen and in memory once. Policy and critic are adapters on it; one adapter is active at a time.
+    Outside of [`CriticAdapter.active`] the policy's adapter is active, and the critic's parameters require no
+    gradient: they are in no optimizer, gradient synchronisation or merge of the policy's.
 
     Args:
         policy ([`~peft.PeftModel`]): the policy. Gets an adapter named `"critic"` unless it has one.
-        config ([`~peft.PeftConfig`], *optional*): of the adapter. Defaults to that of the policy's active adapter.
+        config ([`~peft.PeftConfig`], *optional*):
+            configuration of the adapter. Defaults to a copy of the policy's active adapter's configuration.
     """
 
     def __init__(self, policy: PeftModel, config: PeftConfig | None = None):
@@ -46,22 +47,22 @@ class CriticAdapter:
         if ADAPTER_NAME not in policy.peft_config:
             active = policy.active_adapter
             config = copy.deepcopy(config or policy.peft_config[active])
-            # Whole copies of modules, such as an LM head, are the policy's; a sampler would be sent the critic's too.
+            # Whole copies of modules, such as an LM head, are the policy's. A sampler would also receive the critic's.
             config.modules_to_save = None
             policy.add_adapter(ADAPTER_NAME, config)
-            # Adding one may have made it trainable.
+            # Adding an adapter may have made it trainable.
             policy.set_adapter(active)
 
     @property
     def backbone(self) -> PreTrainedModel:
-        """The transformer under the LM head, with whichever adapter is active."""
+        """The transformer under the LM head, with the adapter that is active."""
         return self.policy.get_base_model().base_model
 
     def hidden_states(self, **model_inputs) -> torch.Tensor:
-        """Last hidden states of the backbone, float `(B, S, H)`, with whichever adapter is active."""
+        """Last hidden states of the backbone, float `(B, S, H)`, with the active adapter."""
         if not isinstance(self.policy, FSDPModule):
             return self.backbone(**model_inputs).last_hidden_state
-        # FSDP2 puts the weights together for calls of the whole policy and of methods that it knows of.
+        # FSDP2 gathers the weights for calls of the whole policy and of registered methods.
         if not hasattr(self.policy, _METHOD):
             setattr(self.policy, _METHOD, lambda **inputs: self.backbone(**inputs).last_hidden_state)
             register_fsdp_forward_method(self.policy, _METHOD)
@@ -70,11 +71,11 @@ class CriticAdapter:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """
-        Run forwards, and the backwards of what they computed, with the critic's adapter; then the policy's is back.
+        Run forwards and their backwards with the critic's adapter. Afterwards the policy's adapter is active again.
 
         The backward belongs inside because gradient checkpointing runs the forward again.
         """
-        if self.policy.active_adapter == ADAPTER_NAME:  # a forward within: switching walks through all layers
+        if self.policy.active_adapter == ADAPTER_NAME:  # a nested forward: switching would walk through all layers
             yield
             return
         with use_adapter(self.policy, ADAPTER_NAME):
@@ -96,7 +97,7 @@ class CriticAdapter:
 
         Args:
             folder (`str` or `Path`): an existing folder.
-            state (`dict[str, torch.Tensor]`, *optional*): weights to write in the place of `state_dict()`.
+            state (`dict[str, torch.Tensor]`, *optional*): weights to write instead of `state_dict()`.
         """
         folder = Path(folder)
         state = self.state_dict() if state is None else state

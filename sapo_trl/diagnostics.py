@@ -1,4 +1,4 @@
-"""How good a critic is: its values beside Monte-Carlo values of the same states, as VinePPO's authors did it."""
+"""The quality of a critic: its values beside Monte-Carlo values of the same states, as in VinePPO's paper."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .metrics import MetricAccumulator
 
 class ValueDiagnostics(RolloutCallback):
     """
-    Compares a critic's values with Monte-Carlo values at the states of segments that it is trained on.
+    Compares a critic's values with Monte-Carlo values at the states that the critic is trained on.
 
     The policy continues each state `num_continuations` times; the mean reward is an unbiased estimate of the state's
-    value (https://huggingface.co/papers/2410.01679). Works for any critic of [`SAPOTrainer`]; the error of
-    `"monte_carlo"` is that of its own estimate.
+    value (https://huggingface.co/papers/2410.01679). This works for any critic of [`SAPOTrainer`]. With
+    `"monte_carlo"` it measures the error of that critic's own estimate.
 
     Logged: `value_diagnostics/mae`, `…/rank_correlation` (Spearman), `…/explained_variance` (of the Monte-Carlo
     values, whose noise no critic can explain), `…/critic_mean`, `…/monte_carlo_mean`, and `…/standard_error`, the mean
-    standard error of the Monte-Carlo values: a perfect critic's `mae` is about 0.8 of it. Several processes compare
-    their own states and average the results. Training itself goes on as without this callback.
+    standard error of the Monte-Carlo values. A perfect critic's `mae` is about 0.8 of the standard error. Several
+    processes compare their own states and average the results. The callback does not change training.
 
     Args:
         every (`int`, *optional*, defaults to `10`): examine every `every`-th training rollout, the first one included.
@@ -78,7 +78,7 @@ class ValueDiagnostics(RolloutCallback):
             )
         states = rollout.segments.state_mask(args.value_state)[: self.max_responses]
         devices = [rollout.values.device] if rollout.values.is_cuda else []
-        # Training goes on with the random numbers that it would have had without being watched.
+        # Training must continue with the random numbers that it has without this callback.
         with torch.random.fork_rng(devices):
             result = rollout.continuations.values_at(
                 states, rollout.completion_ids, self.num_continuations, args.truncated_continuation_reward
@@ -110,11 +110,11 @@ class ValueDiagnostics(RolloutCallback):
 
 def value_agreement(values: pd.Series, monte_carlo_values: pd.Series) -> dict[str, float]:
     """
-    How well values agree with Monte-Carlo values of the same states.
+    Agreement of values with Monte-Carlo values of the same states.
 
     Args:
-        values (`pd.Series`): of `N` states.
-        monte_carlo_values (`pd.Series`): of the same states.
+        values (`pd.Series`): values of `N` states.
+        monte_carlo_values (`pd.Series`): Monte-Carlo values of the same states.
 
     Returns:
         `dict[str, float]`: `mae`, `rank_correlation` (Spearman, ties at their mean rank), `explained_variance`

@@ -17,13 +17,13 @@ RATIO_REDUCTIONS = ("mean", "sum")
 @dataclass
 class LossOutput:
     """
-    A loss and what to log about it.
+    A loss and its metrics.
 
     Args:
         loss (`torch.Tensor`): 0-dimensional, differentiable.
         metrics (`dict[str, torch.Tensor]`):
-            0-dimensional, detached; means over the tokens the loss reads, but for `geometric_bias*`, which are means
-            over segments.
+            0-dimensional, detached. They are means over the tokens that the loss reads, except `geometric_bias*`,
+            which are means over segments.
     """
 
     loss: torch.Tensor
@@ -43,12 +43,12 @@ def aggregate(
         x (`torch.Tensor`): float tensor of shape `(B, T)`. Masked-out entries are ignored, NaN included.
         mask (`torch.Tensor`): bool tensor of shape `(B, T)`.
         aggregation (`str`, *optional*, defaults to `"token-mean"`):
-            what is summed: `"token-mean"` every token, `"seq-mean-token-mean"` each row's mean over its tokens,
+            the terms of the sum: `"token-mean"` every token, `"seq-mean-token-mean"` each row's mean over its tokens,
             `"seq-mean-token-sum"` and `"seq-mean-token-sum-norm"` each row's sum.
         normalizer (`float` or `torch.Tensor`, *optional*):
-            what the sum is divided by. Defaults to this batch's number of tokens (`"token-mean"`), of rows times `T`
+            divisor of the sum. Defaults to this batch's number of tokens (`"token-mean"`), of rows times `T`
             (`"seq-mean-token-sum-norm"`, Dr. GRPO's constant), or of rows (the others). Pass the totals of the whole
-            optimizer step to make the gradient independent of how it is cut into micro-batches.
+            optimizer step: then the gradient does not depend on its division into micro-batches.
 
     Returns:
         `torch.Tensor`: 0-dimensional; 0 with zero gradient when no token is unmasked.
@@ -60,7 +60,7 @@ def aggregate(
 def _sum_up(
     x: torch.Tensor, mask: torch.Tensor, aggregation: str, normalizer: float | torch.Tensor | None
 ) -> torch.Tensor:
-    """[`aggregate`] of what is 0 outside the mask."""
+    """[`aggregate`] for `x` that is already 0 outside the mask."""
     if aggregation == "token-mean":
         total, default_normalizer = x.sum(), mask.count_nonzero().clamp(min=1)
     elif aggregation == "seq-mean-token-mean":
@@ -92,8 +92,8 @@ def segment_log_ratio(
             bound on each token's log-ratio before it is averaged (and on the sum), so that one token cannot make a
             segment's ratio overflow.
         reduction (`str`, *optional*, defaults to `"mean"`):
-            `"mean"`: its exponential is the geometric mean of the segment's token ratios (SAPO, GSPO); `"sum"`: it is
-            their product, the ratio of the segment's probabilities (RLOO with one segment).
+            `"mean"`: the shared ratio is the geometric mean of the segment's token ratios (SAPO, GSPO). `"sum"`: the
+            shared ratio is their product, the ratio of the segment's probabilities (RLOO with one segment).
 
     Returns:
         `torch.Tensor`: `(B, T)`, float32 or wider, 0 outside the segments; the gradient flows through the reduction.
@@ -120,7 +120,7 @@ def log_ratio(
     reduction: str = "mean",
 ) -> torch.Tensor:
     """
-    Log importance ratio of each token: its own without `segments`, its segment's ([`segment_log_ratio`]) with them.
+    Log importance ratio of each token: its own without `segments`, its segment's with them ([`segment_log_ratio`]).
 
     Args:
         logps (`torch.Tensor`): float tensor of shape `(B, T)`.
@@ -144,7 +144,7 @@ def _token_log_ratio(logps: torch.Tensor, old_logps: torch.Tensor, clamp: float 
 
 def geometric_bias(log_ratio: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    How far the geometric mean of each segment's token ratios lies below their arithmetic mean, and at most may lie.
+    Distance by which the geometric mean of each segment's token ratios lies below their arithmetic mean, and a bound.
 
     With `l` a token's log-ratio, `m` the segment's mean of them, `d = l - m` and `G = exp(m)` the geometric mean, the
     arithmetic mean exceeds `G` by `G * mean(exp(d) - 1)`, and `mean(d) = 0`. Taylor's theorem with Lagrange's form of
@@ -153,8 +153,8 @@ def geometric_bias(log_ratio: torch.Tensor, segments: Segments) -> tuple[torch.T
 
     `0 <= bias <= mean(max(G, exp(l)) * d^2) / 2 <= max(exp(l)) * Var(l) / 2`.
 
-    The middle one is returned as the bound. The paper's App. D (Eq. 26) bounds the same difference; that equation was
-    not at hand, so this is our bound and not a copy of it.
+    The middle term is returned as the bound. The paper's App. D (Eq. 26) bounds the same difference. That equation was
+    not available to us, so this bound is our own.
 
     Args:
         log_ratio (`torch.Tensor`):
@@ -174,7 +174,8 @@ def _geometric_bias(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[`geometric_bias`] of log-ratios that are 0 outside the segments, given each segment's mean of them."""
     deviation, geometric = log_ratio - segments.expand(mean), torch.exp(mean)
-    # Rounding leaves the mean deviation a little off zero, which matters where the bias is of second order: taken off.
+    # Rounding leaves the mean deviation a little off zero. Where the bias is of second order this matters: subtract
+    # it.
     excess = torch.expm1(deviation)
     bias = geometric * segments.mean(excess - deviation).clamp(min=0)
     # max(G, exp(l)) is G * max(1, exp(d)).
@@ -182,7 +183,7 @@ def _geometric_bias(
 
 
 class _PolicyInputs(NamedTuple):
-    """What policy losses compute with; per token, 0 where a token does not count."""
+    """The policy losses' inputs, per token; 0 where a token does not count."""
 
     log_ratios: torch.Tensor
     advantages: torch.Tensor
@@ -197,9 +198,9 @@ def _masked_policy_inputs(
     segments: Segments | None,
     ratio_reduction: str,
 ) -> _PolicyInputs:
-    # Positions outside the mask hold whatever the padding produced; a NaN there would poison the gradient even though
-    # its loss is dropped, so it is replaced before any arithmetic that multiplies. Once that is done, a product with
-    # the mask does the same as `torch.where`, in a fraction of its time on a CPU.
+    # Positions outside the mask hold results of padding. A NaN there would poison the gradient although its loss is
+    # dropped, so it is replaced before any multiplication. After that a product with the mask does the same as
+    # `torch.where`, in a fraction of its time on a CPU.
     known = mask if segments is None else segments.mask
     token_log_ratios = torch.where(known, _token_log_ratio(logps, old_logps.detach()), 0)
     advantages = torch.where(mask, advantages.detach(), 0).to(token_log_ratios.dtype)
@@ -223,7 +224,7 @@ def _bias_metrics(
 
 @torch.no_grad()
 def _ratio_metrics(log_ratios: torch.Tensor, ratio: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What every policy loss logs about its importance ratios, from log-ratios that are 0 outside the mask."""
+    """Every policy loss's metrics of its importance ratios, from log-ratios that are 0 outside the mask."""
     count = mask.count_nonzero().clamp(min=1)
     return {
         "approx_kl": (-log_ratios).sum() / count,
@@ -288,7 +289,7 @@ def clipped_policy_loss(
     ratio = torch.exp(log_ratios)
     unclipped = -ratio * advantages
     with torch.no_grad():
-        # What is clipped does not depend on the ratio, so its gradient is 0: autograd need not find that out.
+        # A clipped term does not depend on the ratio, so its gradient is 0: autograd need not track it.
         clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
         is_clipped = clipped > unclipped
         is_dual_clipped, is_fixed = torch.zeros_like(mask), is_clipped
@@ -334,9 +335,9 @@ def soft_adaptive_policy_loss(
     Surrogate with a smooth gate instead of a clip, from Qwen's *Soft Adaptive* Policy Optimization
     (https://huggingface.co/papers/2511.20347, TRL's `loss_type="sapo"`), with a ratio per segment or per token.
 
-    The loss of a token is `-A * sigmoid(tau * (ratio - 1)) * 4 / tau`, with `tau` the positive temperature where
-    `A > 0` and the negative one elsewhere. At `ratio = 1` the gate has slope 1; away from it the slope decays on both
-    sides, for advantages of either sign.
+    The loss of a token is `-A * sigmoid(tau * (ratio - 1)) * 4 / tau`, with `tau = temperature_pos` where `A > 0` and
+    `tau = temperature_neg` elsewhere. At `ratio = 1` the gate has slope 1. On both sides the slope decays, for
+    advantages of either sign.
 
     Args:
         logps (`torch.Tensor`): float tensor of shape `(B, T)`, log-probabilities under the current policy.
@@ -344,8 +345,8 @@ def soft_adaptive_policy_loss(
         advantages (`torch.Tensor`): float tensor of shape `(B, T)`.
         mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens that count.
         segments ([`Segments`], *optional*): the partition; `None` gives every token its own ratio.
-        temperature_pos (`float`, *optional*, defaults to `1.0`): of tokens with positive advantage.
-        temperature_neg (`float`, *optional*, defaults to `1.05`): of the others.
+        temperature_pos (`float`, *optional*, defaults to `1.0`): temperature of tokens with positive advantage.
+        temperature_neg (`float`, *optional*, defaults to `1.05`): temperature of the other tokens.
         aggregation (`str`, *optional*, defaults to `"seq-mean-token-mean"`): see [`aggregate`].
         normalizer (`float` or `torch.Tensor`, *optional*): see [`aggregate`].
         weights (`torch.Tensor`, *optional*): factors on the token losses, see [`clipped_policy_loss`].
@@ -362,8 +363,8 @@ def soft_adaptive_policy_loss(
     log_ratios, advantages, bias_metrics = _masked_policy_inputs(
         logps, old_logps, advantages, mask, segments, ratio_reduction
     )
-    # Filled in: of two Python numbers `torch.where` makes float32, also among float64, and a tensor of one would have
-    # to be copied to the device.
+    # `torch.where` with two Python numbers would give float32, also among float64 tensors. A tensor made of a number
+    # would have to be copied to the device. So the numbers are filled in.
     temperature = torch.full_like(advantages, temperature_neg).masked_fill(advantages > 0, temperature_pos)
     ratio = torch.exp(log_ratios)
     gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
@@ -392,10 +393,10 @@ def segment_value_loss(
         returns (`torch.Tensor`): float tensor of shape `(B, T)`, the targets, see [`segment_gae`].
         segments ([`Segments`]): the partition of the tokens.
         value_state (`str`, *optional*, defaults to `"start"`):
-            which state is regressed, see [`Segments.state_mask`].
+            the regressed state, see [`Segments.state_mask`].
         cliprange_value (`float`, *optional*, defaults to `0.5`):
-            how far a prediction may move from the old value before its gradient stops; `None` for a plain squared
-            error.
+            distance that a prediction may move from the old value before its gradient stops; `None` for a plain
+            squared error.
         aggregation (`str`, *optional*, defaults to `"token-mean"`):
             see [`aggregate`], with one "token" per segment: `"seq-mean-token-mean"` is the paper's per-response mean.
         normalizer (`float` or `torch.Tensor`, *optional*): see [`aggregate`].

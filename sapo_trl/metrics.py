@@ -1,4 +1,4 @@
-"""What is measured about a rollout, and how measurements travel from micro-batches to the log."""
+"""Measurements of a rollout, and their way from micro-batches to the log."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def segment_statistics(
     segments: Segments, entropies: torch.Tensor, values: torch.Tensor | None = None
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """
-    Describe a partition: how many segments, how long, and whether its cuts are where entropy and value change.
+    Describe a partition: number and length of segments, and whether entropy and value change at its cuts.
 
     A *cut* is the last token of a segment. The value change at a token is `|V(after it) - V(before it)|`, known for
     every token that another one follows.

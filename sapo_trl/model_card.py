@@ -1,4 +1,4 @@
-"""The model card: TRL's, with what was trained, how, and what the log said last."""
+"""The model card: TRL's card, completed by algorithm, settings and the last logged values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .segmentation import Segmenter
 
 DEFAULTS = "SAPOConfig's defaults"
 
-# Of all settings, those that a reader asks for first.
+# The settings that a reader asks for first.
 _SETTINGS = (
     "segmentation",
     "top_percent",
@@ -58,7 +58,7 @@ class ClosestPreset:
 
     Args:
         name (`str`): a preset, or [`DEFAULTS`].
-        differences (`dict[str, Any]`): the configuration's settings of the algorithm that are not the preset's.
+        differences (`dict[str, Any]`): the configuration's algorithm settings that differ from the preset's.
     """
 
     name: str
@@ -66,7 +66,7 @@ class ClosestPreset:
 
 
 def closest_preset(args: SAPOConfig) -> ClosestPreset:
-    """Which preset a configuration is, or is nearest to. The number of responses per prompt is no part of it."""
+    """The preset that a configuration is, or is nearest to. The number of responses per prompt does not count."""
     defaults = default_settings()
     del defaults["num_generations"]
     candidates = {DEFAULTS: defaults}
@@ -89,15 +89,15 @@ def complete_model_card(
     segmenter: Segmenter | None = None,
 ) -> None:
     """
-    Say in a card that TRL has written what was trained.
+    Add the description of the training to a card that TRL has written.
 
     Args:
         path (`Path`): the card.
-        args ([`SAPOConfig`]): of the run.
+        args ([`SAPOConfig`]): configuration of the run.
         log_history (`list[dict[str, float]]`): the trainer's log.
         model_id (`str`): hub id, or name of the folder.
         takes_images (`bool`): whether it is an image-text model.
-        segmenter ([`Segmenter`], *optional*): one that the configuration does not know.
+        segmenter ([`Segmenter`], *optional*): a segmenter that the configuration does not name.
     """
     card = ModelCard.load(path)
     text = card.text
@@ -107,11 +107,11 @@ def complete_model_card(
         (r"This model was trained with [^\n]*", run),
         (r"(?=- TRL: )", f"- sapo_trl: {version('sapo_trl')}\n"),
     ):
-        # As functions, because settings may hold backslashes.
+        # A function as replacement, because settings may hold backslashes.
         text, replaced = re.subn(pattern, lambda _, by=replacement: by, text, count=1, flags=re.DOTALL)
         if not replaced:
             text += f"\n{replacement}\n"
-    # What TRL makes of a base model that is a folder.
+    # TRL writes this link for a base model that is a folder.
     card.text = text.replace("[None](https://huggingface.co/None)", "a model that is not on the Hub")
     card.save(path)
 
@@ -169,7 +169,7 @@ def _results(log_history: list[dict[str, float]]) -> str:
         return "### Results\n\nNothing was logged."
     rows = [(f"`{name}`", f"{value:.4g}", str(step)) for name, (value, step) in sorted(latest.items())]
     return (
-        "### Results\n\nThe last logged values. Those without `eval_` are means over responses to training prompts: "
+        "### Results\n\nThe last logged values. Values without `eval_` are means over responses to training prompts: "
         f"no evaluation.\n\n{_table(('Metric', 'Value', 'Step'), rows)}"
     )
 

@@ -1,4 +1,4 @@
-"""The demo's two pictures, and how all of this package's pictures look."""
+"""The demo's two pictures, and the common style of this package's pictures."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def plot_learning_curve(
         responses_per_rollout (`int`):
             Size of a rollout.
         before ([`~sapo_trl.embedded.Evaluation`]):
-            On test problems, before training.
+            Accuracy on test problems, before training.
         after ([`~sapo_trl.embedded.Evaluation`]):
-            On other test problems, after it.
+            Accuracy on other test problems, after training.
     """
     figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
-    # A rollout's accuracy is that of the policy before it learned from it.
+    # A rollout's accuracy belongs to the policy before it has learned from the rollout.
     seen = [i * responses_per_rollout for i in range(len(accuracies))]
     axes.plot(seen, accuracies, "o-", color="#1f77b4", markersize=4, linewidth=1, label="training rollouts")
     ends = (("before", 0, before), ("after", len(accuracies) * responses_per_rollout, after))
@@ -127,7 +127,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def _visible(token: str) -> str:
-    """A token as an axis label: what no font has shown by a sign, matplotlib's `$` escaped, the end token short."""
+    """A token as an axis label: signs for unprintable characters, `$` escaped for matplotlib, a short end token."""
     if token == "<|im_end|>":
         return "end"
     signs = (character if character.isprintable() else "·" for character in token.replace("\n", "↵"))

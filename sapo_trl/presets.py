@@ -1,7 +1,7 @@
 """
 Every algorithm of the comparison as data: the settings in which it differs from [`SAPOConfig`]'s defaults.
 
-`docs/algorithms.md` shows them as one table and says where each number comes from; `trainer_configs/algorithms/` has
+`docs/algorithms.md` shows them as one table and names the source of each number; `trainer_configs/algorithms/` has
 them as YAML. Both are written from this file, see `docs/generate/preset_table.py`.
 """
 
@@ -49,7 +49,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "KL": ("beta", "kl_placement", "kl_estimator", "kl_aggregation", "use_bias_correction_kl"),
     "Rollouts": ("num_generations",),
 }
-"""What the algorithms differ in, and the settings that say so: every setting of a preset is in exactly one axis."""
+"""The axes on which algorithms differ, with their settings: every setting of a preset is in exactly one axis."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Preset:
     A named algorithm.
 
     Args:
-        summary (`str`): what it is, in one line.
-        source (`str`): where it comes from.
+        summary (`str`): the algorithm in one line.
+        source (`str`): paper or code that it comes from.
         settings (`dict[str, Any]`): settings of [`SAPOConfig`] that differ from its defaults.
     """
 
@@ -72,7 +72,7 @@ def _derived(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**base, **changes}
 
 
-# The paper's equations and its Table 7: nothing that only the official script has.
+# The paper's equations and its Table 7, without the official script's additions.
 _SAPO = {
     "value_state": "start",
     "whiten_advantages": False,
@@ -84,7 +84,7 @@ _SAPO = {
     "value_loss_aggregation": "seq-mean-token-mean",
 }
 
-# Table 7(d) but for λ; where it is silent, verl 0.4.1's defaults.
+# Table 7(d) except for λ; where it gives no value, verl 0.4.1's defaults.
 _PPO = {
     "segmentation": "token",
     "importance_sampling_level": "token",
@@ -115,7 +115,7 @@ _GRPO = {
     "beta": 0.01,
 }
 
-# What VinePPO and SPO share: one-step differences of sampled values, PPO's token ratio, a small KL loss.
+# Shared by VinePPO and SPO: one-step differences of sampled values, PPO's token ratio, a small KL loss.
 _SAMPLED_VALUES = {
     "importance_sampling_level": "token",
     "lam": 0.0,
@@ -275,7 +275,7 @@ def preset_settings(preset: str) -> dict[str, Any]:
         `dict[str, Any]`: settings of [`SAPOConfig`].
 
     Raises:
-        ValueError: if there is none of this name.
+        ValueError: if there is no preset of this name.
     """
     if preset in RECIPES:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What `sapo-trl train` shows while it trains."""
+"""The progress display of `sapo-trl train`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 
-# Logged name, and what to call it.
+# Logged names and their titles.
 SHOWN = {
     "reward": "reward",
     "rewards/accuracy_reward/mean": "accuracy",
@@ -24,7 +24,7 @@ class TrainingProgress(TrainerCallback):
     A bar with the time left and the latest numbers; where no bar can be drawn, a line for each log.
 
     Args:
-        console ([`~rich.console.Console`], *optional*): where to show it. Defaults to the terminal.
+        console ([`~rich.console.Console`], *optional*): the console to write to. Defaults to the terminal.
     """
 
     def __init__(self, console: Console | None = None):
@@ -76,7 +76,7 @@ def _news(logs: dict[str, float]) -> str:
 
 
 def show_progress(trainer: Trainer, console: Console | None = None) -> None:
-    """Show it in the place of transformers' own bar and prints. `disable_tqdm=True` asks for prints: they stay."""
+    """Replace transformers' own bar and prints. `disable_tqdm=True` asks for prints: then they stay."""
     if trainer.args.disable_tqdm:
         return
     for callback in (ProgressCallback, PrinterCallback):

@@ -1,11 +1,11 @@
 """
 SRPO, Structured Role-aware policy optimization (arXiv 2605.07274): a weight for each token of an image-grounded
-response, by the role the token plays in it. Pure functions on tensors, and [`RoleAwareWeighting`] of them all.
+response, by the token's role in it. Pure functions on tensors, combined in [`RoleAwareWeighting`].
 
-A response first describes the image (perception), then reasons. A perception token weighs more the more its
-log-probability depends on the image, a reasoning token the more its log-probability depends on the description that
-precedes it. The weights are positive and average one, so they redistribute a response's advantage over its tokens and
-never turn its sign.
+A response first describes the image (perception), then reasons. The weight of a perception token rises with the
+dependence of its log-probability on the image. The weight of a reasoning token rises with the dependence of its
+log-probability on the preceding description. The weights are positive and average one, so they redistribute a
+response's advantage over its tokens and never change its sign.
 
 Only the abstract of the paper is public. It names the two roles, the two contrasts under one policy, the shared
 baseline and the positive weights; every formula and default in this module is proposed here.
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 PERCEPTION_PATTERN = r"<perception>(.*?)</perception>"
-"""Where the perception span is: a regular expression whose group 1 is the span. Proposed here."""
+"""A regular expression whose group 1 is the perception span. Proposed here."""
 
 REASONING_PATTERN = r"<think>(.*?)</think>"
-"""Where the reasoning span is: a regular expression whose group 1 is the span. Proposed here."""
+"""A regular expression whose group 1 is the reasoning span. Proposed here."""
 
 
 def role_spans(
@@ -74,7 +74,7 @@ def role_spans(
         _compiled("reasoning_pattern", reasoning_pattern),
     )
     texts = token_texts(tokenizer, completion_ids)
-    # Filled on the CPU and moved once, where writing row by row would be one transfer a row.
+    # Filled on the CPU and moved once: writing row by row on the device would be one transfer per row.
     roles = torch.zeros(2, *mask.shape, dtype=torch.bool)
     for row, (ids, keep) in enumerate(zip(completion_ids.tolist(), mask.bool().tolist(), strict=True)):
         positions = [position for position, kept in enumerate(keep) if kept]
@@ -98,22 +98,22 @@ def mask_patches(
     """
     Corrupt the images of each batch row: replace a random share of its patches by its mean patch.
 
-    The shape is kept, so the number of visual tokens is too. Masking random patches and the share of 0.6 are those of
-    PAPO (arXiv 2507.06448); filling with the mean patch, which keeps the first moment of the input, is proposed here.
-    Single patches are drawn, not the blocks of neighbouring patches that a Qwen model merges into one visual token, so
-    most visual tokens see a part of their patches.
+    The shape is kept, so the number of visual tokens is too. Random patches and the share of 0.6 come from PAPO (arXiv
+    2507.06448). Filling with the mean patch, which keeps the first moment of the input, is proposed here. Single
+    patches are drawn, not the blocks of neighbouring patches that a Qwen model merges into one visual token. So most
+    visual tokens see a part of their patches.
 
-    Which of a row's patches are replaced depends on `seed` and on the row's number of patches alone. So it is the same
-    however the batch is cut or shared among processes, and the responses to one prompt are all compared against the
-    same corrupted image. Another `seed` gives other patches.
+    The choice of a row's patches depends only on `seed` and on the row's number of patches. So it does not depend on
+    how the batch is cut or shared among processes, and the responses to one prompt are all compared with the same
+    corrupted image. Another `seed` gives other patches.
 
     Args:
         pixel_values (`torch.Tensor`):
-            float tensor of shape `(patches, features)` in Qwen's layout: a patch per line, those of batch row 0 first,
-            then those of row 1, and so on. Not modified.
+            float tensor of shape `(patches, features)` in Qwen's layout: a patch per line, first the patches of batch
+            row 0, then of row 1, and so on. Not modified.
         patches_per_row (`torch.Tensor`): int64 tensor of shape `(B,)`, 0 for a row without an image.
         ratio (`float`, *optional*, defaults to `0.6`):
-            share of each row's patches to replace, in `[0, 1]`; of `n` patches it is `round(ratio * n)`.
+            share of each row's patches to replace, in `[0, 1]`: `round(ratio * n)` of `n` patches.
         seed (`int`, *optional*, defaults to `0`): seed of the draw.
 
     Returns:
@@ -137,8 +137,8 @@ def mask_patches(
     rows = torch.repeat_interleave(counts)
     first = torch.cumsum(counts, dim=0) - counts
     number_in_row = torch.arange(rows.size(0)) - first[rows]
-    # The n-th patch of every row gets the n-th score. They are drawn on the CPU, whose uniform generator makes the
-    # same first n numbers whatever their total: the other rows do not matter, and neither does the device.
+    # The n-th patch of every row gets the n-th score. Scores are drawn on the CPU: its uniform generator makes the
+    # same first n numbers for any total. So neither the other rows nor the device matter.
     longest = int(counts.max()) if counts.numel() else 0
     scores = torch.rand(longest, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[number_in_row]
     # Ordered by row, and by score within a row: the position in that order is the rank within the row.
@@ -161,20 +161,21 @@ def remove_span(
     """
     Drop tokens from right-padded completions.
 
-    The tokens of the mask that are not of the span move to the left, in order. The length stays `T`, so whatever else
-    in a batch has the length of the completions still fits.
+    The tokens of the mask that are outside the span move to the left, in order. The length stays `T`, so other tensors
+    of a batch that have the completions' length still fit.
 
     Args:
         ids (`torch.Tensor`): int64 tensor of shape `(B, T)`.
         mask (`torch.Tensor`): bool or int64 tensor of shape `(B, T)`, the tokens that are not padding.
         span (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens to drop.
-        pad_id (`int`, *optional*, defaults to `0`): what the rest of a row is filled with.
+        pad_id (`int`, *optional*, defaults to `0`): token that fills the rest of a row.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`:
             the new ids and the new mask, of the shapes and dtypes of the old ones, and `source`, an int64 tensor of
-            shape `(B, T)`: where each kept token went. `x.gather(1, source)` reads per-token results of the shortened
-            rows back at the original positions; dropped tokens and padding read position 0, which means nothing there.
+            shape `(B, T)`: the new position of each kept token. `x.gather(1, source)` reads per-token results of the
+            shortened rows back at the original positions. Dropped tokens and padding read position 0, which has no
+            meaning there.
 
     Raises:
         ValueError: if the shapes differ.
@@ -182,7 +183,7 @@ def remove_span(
     _check_shapes(ids=ids, mask=mask, span=span)
     kept = mask.bool() & ~span.bool()
     target = torch.cumsum(kept, dim=1) - 1
-    # Everything dropped is written to one extra column, which is then cut off.
+    # Dropped tokens are written to one extra column, which is then cut off.
     length = ids.size(1)
     padded = torch.full((ids.size(0), length + 1), pad_id, dtype=ids.dtype, device=ids.device)
     new_ids = padded.scatter(1, target.masked_fill(~kept, length), ids)[:, :-1]
@@ -242,11 +243,11 @@ def role_aware_weights(
     these tokens. So within a row no weight is more than `exp(2 * clip)` times another.
 
     A role whose scores do not vary (`std` at most `eps * max(1, rms)`, with the root mean square of its scores) is set
-    to `z_t = b`: its tokens neither move the baseline nor are moved by it. Its scores say nothing about how its tokens
-    compare, and dividing by that `std` would let rounding errors, or a span of a single token, decide the baseline.
-    So scores that are all 0, or contrasts that make no difference, give a weight of exactly 1.
+    to `z_t = b`: its tokens neither move the baseline nor are moved by it. Such scores cannot compare the role's
+    tokens. Dividing by that `std` would let rounding errors, or a span of a single token, decide the baseline. So
+    scores that are all 0, or contrasts that make no difference, give a weight of exactly 1.
 
-    The one baseline lets weight pass from one role to the other; [`role_means`] shows how much did.
+    The common baseline lets weight pass from one role to the other; [`role_means`] shows how much.
 
     Args:
         perception_scores (`torch.Tensor`): float tensor of shape `(B, T)`, read at the perception tokens only.
@@ -260,8 +261,8 @@ def role_aware_weights(
 
     Returns:
         `torch.Tensor`:
-            `(B, T)`, float32 or wider, positive, without gradient; 1 for tokens of no role, so for whole rows without
-            spans. Scores outside their role may be anything, NaN included.
+            `(B, T)`, float32 or wider, positive, without gradient. Tokens without a role have weight 1, so do whole
+            rows without spans. Scores outside their role may be anything, NaN included.
 
     Raises:
         ValueError: if the shapes differ, the roles overlap, or `temperature` or `clip` is out of range.
@@ -294,7 +295,7 @@ def role_aware_weights(
         varies = varies | role_varies
     baseline = z.sum(dim=1, keepdim=True) / varies.sum(dim=1, keepdim=True).clamp(min=1)
     exponents = torch.where(varies, ((z - baseline) / temperature).clamp(-clip, clip), 0)
-    # Divided by the largest, which the rescaling undoes, so that no `clip` is too large to exponentiate.
+    # Dividing by the largest factor keeps the exponential finite for any `clip`; the rescaling undoes the division.
     factors = torch.where(spans, torch.exp(exponents - exponents.amax(dim=1, keepdim=True)), 0)
     mean = factors.sum(dim=1, keepdim=True) / spans.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.where(spans, factors / mean, 1)
@@ -305,7 +306,7 @@ def role_means(
     weights: torch.Tensor, perception: torch.Tensor, reasoning: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """
-    What to log about the weights, as sums and counts, so that means over processes and steps come out right.
+    Metrics of the weights, as sums and counts, so that means over processes and steps come out right.
 
     Args:
         weights (`torch.Tensor`): float tensor of shape `(B, T)`, see [`role_aware_weights`].
@@ -314,8 +315,8 @@ def role_means(
 
     Returns:
         `dict[str, tuple[torch.Tensor, torch.Tensor]]`:
-            0-dimensional sums and counts. `role/perception_weight` and `role/reasoning_weight`: the weights of the
-            tokens of each role; `role/well_formed`: the rows with spans, of all rows.
+            0-dimensional sums and counts. `role/perception_weight` and `role/reasoning_weight`: the weights of each
+            role's tokens; `role/well_formed`: the rows with spans among all rows.
     """
     rows = torch.tensor(weights.size(0), device=weights.device)
     well_formed = (perception.bool() | reasoning.bool()).any(dim=1).sum()
@@ -329,10 +330,10 @@ def role_means(
 @dataclass(frozen=True)
 class RoleAwareWeighting:
     """
-    The token weights of a rollout, from two extra forward passes of the policy that made it and no extra rollout.
+    The token weights of a rollout, from two extra forward passes of its policy and no extra rollout.
 
-    One pass sees corrupted images, the other the completions without their perception span. The fields that are
-    functions can be replaced by others of the same signature.
+    One pass sees corrupted images, the other the completions without their perception span. Fields that are functions
+    can be replaced by functions of the same signature.
 
     Args:
         perception_pattern (`str`, *optional*, defaults to `PERCEPTION_PATTERN`): see [`role_spans`].
@@ -392,27 +393,27 @@ class RoleAwareWeighting:
 
         Args:
             batch (`dict[str, Any]`):
-                what `forward` reads, not modified. `completion_mask` `(B, T)`, `pixel_values` `(patches, features)`,
+                input of `forward`, not modified. `completion_mask` `(B, T)`, `pixel_values` `(patches, features)`,
                 `image_grid_thw` `(images, 3)` and `num_images` (the images of each row) are read here. The prompt is
-                not touched, nor is `mm_token_type_ids`, which is 0 on completions whatever their length.
+                not touched. Neither is `mm_token_type_ids`, which is 0 on completions of any length.
             completion_ids (`torch.Tensor`): int64 tensor of shape `(B, T)`, right-padded.
             mask (`torch.Tensor`):
                 bool tensor of shape `(B, T)`, the tokens that can have a role. Unlike `batch["completion_mask"]`, it
                 may leave out tokens that the policy reads but did not write, such as tool outputs.
             logps (`torch.Tensor`):
-                float tensor of shape `(B, T)`, what `forward` returns for the unchanged batch. Values from elsewhere,
-                an inference engine or another temperature, add their difference to every score.
+                float tensor of shape `(B, T)`, the result of `forward` for the unchanged batch. Values from an
+                inference engine or at another temperature would add their difference to every score.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer of the completions.
             forward (`Callable`): returns the `(B, T)` log-probabilities of a batch's completions.
             pad_id (`int`): the padding token.
             reduce (`Callable`, *optional*):
-                sums a tensor over all processes. With it, `forward` is called on all processes or on none, which
-                parameters that are sharded over them need; without it each process decides for itself.
+                sums a tensor over all processes. With it, `forward` is called on all processes or on none, as sharded
+                parameters require. Without it each process decides for itself.
 
         Returns:
             `tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]`:
-                the weights, see [`role_aware_weights`], and what [`role_means`] returns together with
-                `role/visual_dependency` and `role/perception_consistency`, the scores of the tokens of each role.
+                the weights, see [`role_aware_weights`], and the metrics of [`role_means`] together with
+                `role/visual_dependency` and `role/perception_consistency`, the scores of each role's tokens.
 
         Raises:
             ValueError: if the number of images does not fit, or their layout is not Qwen's.
@@ -428,10 +429,10 @@ class RoleAwareWeighting:
         num_tokens = perception.sum()
         if (num_tokens if reduce is None else reduce(num_tokens)) > 0:
             corrupted = dict(batch)
-            if patches_per_row.any():  # else other processes have images, and this one keeps them company
+            if patches_per_row.any():  # else only other processes have images, and this forward matches theirs
                 pixel_values = self.corrupt(batch["pixel_values"], patches_per_row, self.mask_ratio, self.seed)
                 corrupted["pixel_values"] = pixel_values
-                corrupted.pop("image_keys", None)  # of the images as they were
+                corrupted.pop("image_keys", None)  # they belong to the original images
             perception_scores = self.perception_score(logps, forward(corrupted))
             ids, completion_mask, source = remove_span(completion_ids, batch["completion_mask"], perception, pad_id)
             shortened = forward({**batch, "completion_ids": ids, "completion_mask": completion_mask})
@@ -449,7 +450,7 @@ class RoleAwareWeighting:
 
 
 def _only_span(pattern: re.Pattern, text: str) -> tuple[int, int] | None:
-    """Where the only match's group 1 (the match itself, without groups) is; `None` unless there is exactly one."""
+    """Start and end of the only match's group 1 (without groups: of the match); `None` unless exactly one matches."""
     matches = list(pattern.finditer(text))
     if len(matches) != 1:
         return None
@@ -459,7 +460,7 @@ def _only_span(pattern: re.Pattern, text: str) -> tuple[int, int] | None:
 
 def _patches_per_row(batch: dict[str, Any], num_rows: int) -> torch.Tensor:
     missing = [name for name in ("pixel_values", "image_grid_thw", "num_images") if batch.get(name) is None]
-    if "pixel_values" in missing:  # a rollout of prompts without images, among others with some
+    if "pixel_values" in missing:  # a rollout of prompts without images, among rollouts with images
         return torch.zeros(num_rows, dtype=torch.int64)
     if missing:
         raise ValueError(

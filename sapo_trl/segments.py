@@ -1,4 +1,4 @@
-"""The partition of completions into segments: computed once per rollout, read by everything downstream."""
+"""The partition of completions into segments: computed once per rollout, read by all later stages."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Segments:
     """
     A partition of each row's tokens into consecutive segments.
 
-    Only `ids` is stored, so a partition can travel through a batch as one tensor; everything else follows from it.
-    Nothing assumes that a row's tokens are contiguous: tool outputs and padding are holes (`-1`) that belong to no
-    segment, and a segment may continue on the other side of a hole.
+    Only `ids` is stored, so a partition can travel through a batch as one tensor; everything else follows from it. A
+    row's tokens need not be contiguous: tool outputs and padding are holes (`-1`) that belong to no segment. A segment
+    may continue on the other side of a hole.
 
     Args:
         ids (`torch.Tensor`):
             int64 tensor of shape `(B, T)`: the index of each token's segment, `0..count-1` from left to right without
             gaps, and `-1` for positions that belong to no segment.
         max_count (`int`, *optional*):
-            the most segments that a row has, where it is known. Otherwise the device is asked for it, once.
+            the largest number of segments in a row, if known. Otherwise it is read from the device, once.
 
     Example:
 

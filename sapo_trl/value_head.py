@@ -26,10 +26,10 @@ MODES = ("separate", "shared", "adapter")
 
 
 class _Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 at least, also where its weights are kept or gathered in less."""
+    """A linear layer that computes in float32 or wider, even if its weights are stored or gathered in less."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Out of autocast, which would compute in half precision.
+        # Autocast would compute in half precision.
         with torch.autocast(x.device.type, enabled=False):
             dtype = accumulation_dtype(x)
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
@@ -40,16 +40,16 @@ class SegmentValueHead(nn.Module):
     Values of a policy's states.
 
     A position's value is read from the hidden state after that position's token, so `values[:, p]` is the value of the
-    state *after* token `p`; the value of the state before token `p` is `values[:, p - 1]`. Values are per position:
-    which of them stand for a segment is decided by the partition, not here.
+    state *after* token `p`; the value of the state before token `p` is `values[:, p - 1]`. Values are per position.
+    The partition, not this class, decides which of them stand for a segment.
 
     Args:
         hidden_size (`int`): width of the hidden states.
         backbone ([`~transformers.PreTrainedModel`], *optional*):
             text or image-text model without LM head that returns `last_hidden_state`. `None` makes a `"shared"`
-            critic, which is given the policy's hidden states.
+            critic, which reads the policy's hidden states.
         adapter ([`~sapo_trl.critic_adapter.CriticAdapter`], *optional*):
-            in the place of a backbone: the critic's adapter on the policy's base model.
+            instead of a backbone: the critic's adapter on the policy's base model.
 
     Example:
 
@@ -69,9 +69,9 @@ class SegmentValueHead(nn.Module):
     ):
         super().__init__()
         self.backbone = backbone
-        # No module: the policy behind it is no part of the critic.
+        # Not an `nn.Module`: the policy that it refers to is no part of the critic.
         self.adapter = adapter
-        # float32 whatever the backbone's dtype: values are regression targets, and bf16 has three digits.
+        # float32 for any dtype of the backbone: values are regression targets, and bf16 has three digits.
         self.head = _Float32Linear(hidden_size, 1, dtype=torch.float32)
         # Values start close to 0 (std 0.1 on normalised hidden states) but not at 0, where the head would pass no
         # gradient on to the backbone.
@@ -89,7 +89,7 @@ class SegmentValueHead(nn.Module):
         return "shared" if self.backbone is None else "separate"
 
     def learned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the critic's optimizer trains, by name."""
+        """The parameters of the critic's optimizer, by name."""
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
@@ -110,8 +110,8 @@ class SegmentValueHead(nn.Module):
                 causal LM or image-text model. Adapters are merged into the critic's copy.
             mode (`str`, *optional*, defaults to `"separate"`):
                 `"separate"`: copy the policy's backbone, frozen parameters staying frozen (the paper); `"shared"`:
-                only a head, on the policy's hidden states; `"adapter"`: a second adapter on the base of a policy that
-                has one.
+                only a head, on the policy's hidden states; `"adapter"`: a second adapter on the base model of a policy
+                with an adapter.
 
         Returns:
             [`SegmentValueHead`]
@@ -148,13 +148,13 @@ class SegmentValueHead(nn.Module):
 
         Args:
             path (`str` or `Path`):
-                folder or hub id: of a critic written by [`SegmentValueHead.save_pretrained`], or of any causal LM,
-                image-text model or backbone, in which case the head is new.
+                folder or hub id of a critic written by [`SegmentValueHead.save_pretrained`]. It may also be of any
+                causal LM, image-text model or backbone; then the head is new.
             mode (`str`, *optional*):
                 `"separate"`, `"shared"` or `"adapter"`; by default the saved critic's, or `"separate"`. A saved critic
                 of another mode is an error.
             policy ([`~peft.PeftModel`], *optional*):
-                for a critic of mode `"adapter"`: the policy on whose base model it was trained.
+                for a critic of mode `"adapter"`: a policy on the base model that the critic was trained with.
             kwargs: passed to [`~transformers.AutoModel.from_pretrained`], e.g. `dtype` or `attn_implementation`.
 
         Returns:
@@ -202,14 +202,14 @@ class SegmentValueHead(nn.Module):
 
     def save_pretrained(self, path: str | Path, is_main_process: bool = True) -> None:
         """
-        Write the critic to a folder: the backbone as any transformers model (or the adapter as PEFT's), the head in
+        Write the critic to a folder: the backbone in transformers' format (or the adapter in PEFT's), the head in
         safetensors beside it.
 
         Args:
             path (`str` or `Path`): folder, made if missing.
             is_main_process (`bool`, *optional*, defaults to `True`):
-                whether this process writes. With weights that FSDP2 has sharded all processes have to call this, and
-                one to write.
+                whether this process writes. With weights sharded by FSDP2 all processes must call this, and one must
+                write.
         """
         path = Path(path)
         state = gathered_state(self.state_dict(), keep=is_main_process)
@@ -230,7 +230,7 @@ class SegmentValueHead(nn.Module):
         Args:
             hidden_states (`torch.Tensor`, *optional*):
                 float tensor of shape `(B, S, H)` to read instead of running the backbone; required in `"shared"` mode.
-            model_inputs: `input_ids`, `attention_mask` and whatever else the backbone takes (images).
+            model_inputs: `input_ids`, `attention_mask` and the backbone's other inputs (images).
 
         Returns:
             `torch.Tensor`: float32 `(B, S)`, the value after each position.
@@ -243,7 +243,7 @@ class SegmentValueHead(nn.Module):
                     hidden_states = self.adapter.hidden_states(**model_inputs, use_cache=False)
                 else:
                     hidden_states = self.backbone(**model_inputs, use_cache=False).last_hidden_state
-        # A copy, because FSDP2 cannot hook into the backward of a view that somebody changes in place.
+        # Clone: FSDP2 cannot hook into the backward of a view that is changed in place.
         return self.head(hidden_states).squeeze(-1).clone()
 
 
@@ -264,7 +264,7 @@ def _is_peft_model(model: nn.Module) -> bool:
 
 
 def _below(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a state dict, what is under a prefix, without it."""
+    """The entries of a state dict under a prefix, without the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

@@ -396,7 +396,7 @@ class TestCommand:
         with pytest.raises(SystemExit) as stop:
             cli(["study", "--help"])
         assert stop.value.code == 0
-        assert "run what is missing of a study" in capsys.readouterr().out
+        assert "run the missing runs of a study" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Analyses of finished runs: what the recorded responses, values and logs say about segments."""
+"""Analyses of finished runs: questions about segments, answered from recorded responses, values and logs."""
 
 from typing import TYPE_CHECKING
 

@@ -90,8 +90,8 @@ def border_agreement(
 
     Args:
         cuts (`Sequence[Sequence[int]]`):
-            of each response, the positions of tokens that end a segment, in `0..length-1`, each once, in any order.
-            That of the last token may be there and is ignored.
+            for each response, the positions of tokens that end a segment, in `0..length-1`, each once, in any order.
+            The last token's position may be there and is ignored.
         borders (`Sequence[Sequence[int]]`): the same for true steps.
         lengths (`Sequence[int]`): tokens of each response.
         confidence (`float`, *optional*, defaults to `0.95`): of the intervals.

@@ -11,7 +11,7 @@ from rich.console import Console
 
 def main(argv: Sequence[str], console: Console | None = None) -> int:
     """
-    Parse `argv`, analyse, print a table and the paths of what was written.
+    Parse `argv`, analyse, print a table and the paths of the written files.
 
     Args:
         argv (`Sequence[str]`): arguments after `analyze`.
@@ -35,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
     """One subcommand per analysis."""
     own = argparse.ArgumentParser(
         prog="sapo-trl analyze",
-        description="Ask a finished run's recordings what segments do. Each analysis writes a figure and a CSV file "
-        "of the same name, and prints a summary. docs/analysis.md has the definitions.",
+        description="Answer questions about segments from a run's recordings. Each analysis writes a figure and a CSV "
+        "file of the same name, and prints a summary. docs/analysis.md has the definitions.",
     )
     analyses = own.add_subparsers(dest="analysis", required=True, metavar="ANALYSIS")
 

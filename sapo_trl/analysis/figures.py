@@ -21,7 +21,7 @@ def plot_lift(path: Path, table: pd.DataFrame, title: str) -> list[Path]:
         title (`str`): above the axes.
 
     Returns:
-        `list[Path]`: what was written, the PNG and the CSV.
+        `list[Path]`: the written files, the PNG and the CSV.
     """
     figure = new_figure(6.5, 4.2)
     axes = figure.add_subplot()
@@ -44,7 +44,7 @@ def plot_ratio_bias(path: Path, table: pd.DataFrame) -> list[Path]:
         table (`pd.DataFrame`): of [`~sapo_trl.analysis.ratio_bias.logged_bias`].
 
     Returns:
-        `list[Path]`: what was written, the PNG and the CSV.
+        `list[Path]`: the written files, the PNG and the CSV.
     """
     figure = new_figure(6.5, 4.2)
     axes = figure.add_subplot()
@@ -67,10 +67,10 @@ def plot_borders(path: Path, table: pd.DataFrame, what: str = "borders between s
     Args:
         path (`Path`): PNG to write.
         table (`pd.DataFrame`): of [`~sapo_trl.analysis.BorderAgreement.table`].
-        what (`str`, *optional*, defaults to `"borders between steps"`): the places that cuts are compared with.
+        what (`str`, *optional*, defaults to `"borders between steps"`): name of the places to compare cuts with.
 
     Returns:
-        `list[Path]`: what was written, the PNG and the CSV.
+        `list[Path]`: the written files, the PNG and the CSV.
     """
     figure = new_figure(5, 3.8)
     axes = figure.add_subplot()
@@ -89,7 +89,7 @@ def plot_gradient_noise(path: Path, table: pd.DataFrame) -> list[Path]:
         table (`pd.DataFrame`): `setting` and the fields of [`~sapo_trl.analysis.GradientNoise`], one row per setting.
 
     Returns:
-        `list[Path]`: what was written, the PNG and the CSV.
+        `list[Path]`: the written files, the PNG and the CSV.
     """
     figure = new_figure(5, 3.8)
     axes = figure.add_subplot()

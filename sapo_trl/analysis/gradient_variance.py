@@ -24,7 +24,7 @@ class GradientNoise:
     Noise and signal of the gradient of one optimizer step, from `n` steps at the same weights.
 
     Args:
-        steps (`int`): `n`, those with a gradient.
+        steps (`int`): `n`, the number of steps with a gradient.
         parameters (`int`): numbers in the gradient.
         trace (`float`): trace of the gradient's covariance, unbiased for independent steps.
         squared_mean (`float`): squared norm of the mean gradient, unbiased, so it may be negative where noise is all.
@@ -52,16 +52,16 @@ class GradientVariance(TrainerCallback):
     (such as `segmentation`) and start from the same weights can then be compared. All ratios are 1, so token and
     segment level of the ratio give the same gradient where advantages are constant in segments.
 
-    With `S` the sum of `n` gradients and `Q` that of their squared norms, `(Q - |S|^2 / n) / (n - 1)` is the trace of
-    the covariance and `(|S|^2 - Q) / (n * (n - 1))` the squared norm of the mean, without the noise that `|S / n|^2`
-    has in it. Sums are float64. Standard errors are a jackknife over blocks of rollouts.
+    Let `S` be the sum of `n` gradients and `Q` the sum of their squared norms. Then `(Q - |S|^2 / n) / (n - 1)` is the
+    trace of the covariance. `(|S|^2 - Q) / (n * (n - 1))` is the squared norm of the mean, without the noise in
+    `|S / n|^2`. Sums are float64. Standard errors are a jackknife over blocks of rollouts.
 
-    Scale: a loss twice as large has four times the trace and the same noise-to-signal ratio, which is why the latter
-    is what compares across settings.
+    Scale: a loss twice as large has four times the trace and the same noise-to-signal ratio. So compare settings by
+    the ratio.
 
-    Steps should be independent draws. Those of one rollout are so only nearly, because advantages are whitened over
-    the rollout: take `num_mini_batches=1`, or many responses. Also freeze the critic (`critic_learning_rate=0`), or
-    the gradient's mean drifts and counts as noise.
+    Steps should be independent draws. Steps of one rollout are nearly but not quite independent, because advantages
+    are whitened over the rollout: take `num_mini_batches=1`, or many responses. Also freeze the critic
+    (`critic_learning_rate=0`), or the gradient's mean drifts and counts as noise.
 
     Memory: `8 * num_blocks` bytes for each trainable parameter, on the parameters' device.
 
@@ -134,7 +134,7 @@ class GradientVariance(TrainerCallback):
 
     def result(self) -> GradientNoise:
         """
-        What has been measured so far.
+        The measurements so far.
 
         Returns:
             [`GradientNoise`]
@@ -219,7 +219,7 @@ def check_frozen(args: SAPOConfig) -> None:
 
 def read_results(paths: dict[str, Path]) -> dict[str, GradientNoise]:
     """
-    Read what runs have written.
+    Read the results that runs have written.
 
     Args:
         paths (`dict[str, Path]`): files of [`GradientVariance`], by the name of their setting.

@@ -2,18 +2,17 @@
 Lift: how much more the value changes at tokens of high entropy than at all tokens.
 
 The SAPO paper draws a Lift–q curve (Fig. 3, Eq. 12) to argue that high-entropy tokens are where outcomes are decided.
-Its formula was not at hand; what follows is our reading, and should be cited as such.
+Its formula was not available to us. The definition below is our reading and should be cited as ours.
 
 A *jump* is `|V(after a token) - V(before it)|`. `Lift(q)` is the mean jump over the share `q` of each response's
-tokens that have the highest entropy, divided by the mean jump over all of them. A response of `m` tokens gives exactly
-`q * m` tokens to the numerator, the last of them with the fraction that is left; tokens of equal entropy share their
-mean jump. So if within every response entropies say nothing about jumps, numerator and denominator have the same
-expectation (Lift is 1 up to chance, whatever the lengths and sizes of jumps of the responses), and `Lift(1)` is
-exactly 1.
+tokens with the highest entropy, divided by the mean jump over all tokens. A response of `m` tokens gives exactly `q *
+m` tokens to the numerator, the last of them with the remaining fraction. Tokens of equal entropy share their mean
+jump. So if entropies say nothing about jumps within responses, numerator and denominator have the same expectation.
+Lift is then 1 up to chance, for any lengths of responses and sizes of jumps. `Lift(1)` is exactly 1.
 
-Sums run over all responses before the division, so a response counts with its jumps. Tokens of a response are not
-independent: bands draw responses with replacement, never tokens, and the test of a trend ranks within responses. What
-neither can rule out is a common cause: if entropies and jumps both fall along responses, there is lift.
+Sums run over all responses before the division, so a response with more jumps has more weight. Tokens of a response
+are not independent. Therefore bands draw responses with replacement, never tokens, and the test of a trend ranks
+within responses. Neither can rule out a common cause: if entropies and jumps both fall along responses, there is lift.
 """
 
 from __future__ import annotations
@@ -114,10 +113,10 @@ def valued_state_jumps(responses: pd.DataFrame, values: pd.DataFrame) -> pd.Data
     Jumps between the valued states of consecutive segments, by Monte Carlo and by the critic, with the entropy at the
     cut between them: at the last token of the earlier segment.
 
-    A Monte-Carlo value is a mean of few rewards, and its noise is a jump too, which draws Lift towards 1. The squared
-    jump can be freed from it: the squared difference of two independent estimates exceeds that of the true values by
-    the sum of their variances in expectation. So `squared_jump`, with the squared standard errors taken off, is
-    unbiased for the square of the true jump (and may be negative).
+    A Monte-Carlo value is a mean of few rewards. Its noise adds to jumps and draws Lift towards 1. The squared jump
+    can be freed from the noise: in expectation, the squared difference of two independent estimates exceeds the
+    squared difference of the true values by the sum of their variances. So `squared_jump`, with the squared standard
+    errors taken off, is unbiased for the square of the true jump (and may be negative).
 
     Args:
         responses (`pd.DataFrame`): from [`~sapo_trl.analysis.read_responses`], with `segment_ids` and `entropies`.
@@ -191,7 +190,7 @@ def lift_curve(
 
     Args:
         jumps (`pd.DataFrame`): from [`token_jumps`] or [`valued_state_jumps`].
-        column (`str`, *optional*, defaults to `"jump"`): of `jumps`, what is compared.
+        column (`str`, *optional*, defaults to `"jump"`): column of `jumps` to compare.
         shares (`tuple[float]`, *optional*, defaults to 0.05, 0.1, …, 1): of tokens, in (0, 1].
         confidence (`float`, *optional*, defaults to `0.95`): of each point's band.
         num_resamples (`int`, *optional*, defaults to `2000`): bootstrap draws of responses.
@@ -219,7 +218,7 @@ def share_sums(table: pd.DataFrame, column: str, shares: np.ndarray) -> np.ndarr
 
     Args:
         table (`pd.DataFrame`): jumps sorted by `cluster` and falling `entropy`.
-        column (`str`): what to sum.
+        column (`str`): column to sum.
         shares (`np.ndarray`): float64 `(Q,)`, in (0, 1].
 
     Returns:
@@ -252,7 +251,7 @@ def trend_test(jumps: pd.DataFrame, column: str = "jump", bins: int = 5) -> Tren
 
     Args:
         jumps (`pd.DataFrame`): from [`token_jumps`] or [`valued_state_jumps`].
-        column (`str`, *optional*, defaults to `"jump"`): of `jumps`, what is tested.
+        column (`str`, *optional*, defaults to `"jump"`): column of `jumps` to test.
         bins (`int`, *optional*, defaults to `5`): parts of each response, at least 3.
 
     Returns:

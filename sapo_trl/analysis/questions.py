@@ -123,13 +123,13 @@ def read_borders(path: Path, responses: pd.DataFrame) -> list[list[int]]:
 
     Args:
         path (`Path`): one JSON object a line: `step`, `process`, `response`, `borders`.
-        responses (`pd.DataFrame`): from [`~sapo_trl.analysis.read_responses`], all of which must be in the file.
+        responses (`pd.DataFrame`): from [`~sapo_trl.analysis.read_responses`]; the file must have all of them.
 
     Returns:
-        `list[list[int]]`: of each response.
+        `list[list[int]]`: the borders of each response.
 
     Raises:
-        ValueError: if the file is no such file, or lacks a response.
+        ValueError: if the file has another form, or lacks a response.
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")

@@ -1,10 +1,10 @@
 """
-What a segment's ratio hides: the geometric mean of its tokens' ratios beside their arithmetic mean and their product.
+The bias of a segment's ratio: the geometric mean of its tokens' ratios beside their arithmetic mean and their product.
 
-SAPO's ratio of a segment is the geometric mean of its tokens' ratios. The ratio that would make the estimator unbiased
-for the segment is their product, and the arithmetic mean is what token-level ratios amount to on average. The paper's
-App. D (Eq. 26) bounds the difference of the two means; that equation was not at hand, so the bound here is ours, with
-its proof in [`~sapo_trl.losses.geometric_bias`].
+SAPO's ratio of a segment is the geometric mean of its tokens' ratios. Their product would make the estimator unbiased
+for the segment. Their arithmetic mean is the average of token-level ratios. The paper's App. D (Eq. 26) bounds the
+difference of the two means. That equation was not available to us, so the bound here is ours, with its proof in
+[`~sapo_trl.losses.geometric_bias`].
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SegmentRatios:
     Three ratios of each segment, all `(B, M)`, float32 or wider; columns beyond a row's count are not meaningful.
 
     Args:
-        geometric (`torch.Tensor`): geometric mean of the tokens' ratios, the one that SAPO's loss takes.
+        geometric (`torch.Tensor`): geometric mean of the tokens' ratios, which SAPO's loss uses.
         arithmetic (`torch.Tensor`): their arithmetic mean.
         product (`torch.Tensor`): their product, the ratio of the segment's probabilities; may be inf.
         bias (`torch.Tensor`): `arithmetic - geometric`, computed without cancellation.

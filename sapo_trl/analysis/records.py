@@ -1,4 +1,4 @@
-"""What finished runs leave behind, read with errors that name the file and what is wrong with it."""
+"""The records of finished runs. Errors name the file and its fault."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_responses(
     folder: str | Path, columns: tuple[str, ...] = ("segment_ids", "entropies", "values")
 ) -> pd.DataFrame:
     """
-    Read what a [`~sapo_trl.SegmentationCallback`] has recorded.
+    Read the files of a [`~sapo_trl.SegmentationCallback`].
 
     Args:
         folder (`str` or `Path`):
@@ -52,7 +52,7 @@ def read_responses(
 
 def read_values(folder: str | Path) -> pd.DataFrame:
     """
-    Read what a [`~sapo_trl.ValueDiagnostics`] has recorded.
+    Read the files of a [`~sapo_trl.ValueDiagnostics`].
 
     Args:
         folder (`str` or `Path`):
@@ -79,8 +79,8 @@ def read_log_history(path: str | Path) -> pd.DataFrame:
     Args:
         path (`str` or `Path`):
             a `trainer_state.json` (checkpoints have one; `trainer.save_state()` writes one into the output folder), a
-            file with one JSON object per line (`.jsonl`), or a folder: then its `trainer_state.json`, that of its last
-            checkpoint, or its only `.jsonl` file, whichever is found first.
+            file with one JSON object per line (`.jsonl`), or a folder. In a folder the first of these counts: its
+            `trainer_state.json`, its last checkpoint's, its only `.jsonl` file.
 
     Returns:
         `pd.DataFrame`: one row per entry, in order, NaN where an entry lacks a name.
@@ -117,8 +117,8 @@ def flatten(responses: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarr
         columns (`tuple[str]`): of its lists.
 
     Returns:
-        `tuple[np.ndarray, dict[str, np.ndarray]]`: int64 `(N,)`, the row of `responses` that each of `N` tokens is of,
-        in order; and the columns, each `(N,)`.
+        `tuple[np.ndarray, dict[str, np.ndarray]]`: int64 `(N,)`, for each of `N` tokens its row of `responses`, in
+        order; and the columns, each `(N,)`.
     """
     lengths = responses[columns[0]].map(len).to_numpy(dtype=np.int64)
     flat: dict[str, Any] = {name: np.concatenate([np.zeros(0), *responses[name]]) for name in columns}
@@ -127,7 +127,7 @@ def flatten(responses: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarr
 
 def recorded_files(folder: Path, kind: str, formats: tuple[str, ...], writer: str) -> list[tuple[Path, int, int]]:
     """
-    Files `<kind>_<step>_<process>.<format>` in a folder, or in the one folder below it that has some.
+    Files `<kind>_<step>_<process>.<format>` in a folder, or in the only folder below it with such files.
 
     Args:
         folder (`Path`): where to look.
@@ -148,7 +148,7 @@ def recorded_files(folder: Path, kind: str, formats: tuple[str, ...], writer: st
     if not found:
         patterns = " or ".join(f"{kind}_<step>_<process>.{format_}" for format_ in formats)
         raise ValueError(f"{folder}: no file {patterns} in it; `{writer}(output_dir=…)` writes them during training.")
-    # Those in the folder itself are meant, even if there are others further down.
+    # Files in the folder itself take precedence over files further down.
     folders = sorted({path.parent for path, _ in found}, key=lambda parent: (parent != folder, parent))
     if folders[0] != folder and len(folders) > 1:
         raise ValueError(f"{folder}: several folders in it have such files; name one of {[str(f) for f in folders]}.")
@@ -163,11 +163,11 @@ def recorded_files(folder: Path, kind: str, formats: tuple[str, ...], writer: st
 
 def read_frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """
-    Read one of those files.
+    Read a recorded file.
 
     Args:
         path (`Path`): a Parquet file, or one with a JSON object on each line.
-        columns (`tuple[str]`): what it must have.
+        columns (`tuple[str]`): columns that it must have.
 
     Returns:
         `pd.DataFrame`: all of its columns.

@@ -120,7 +120,7 @@ class TrainArguments:
     )
     conversational: bool = field(
         default=True,
-        metadata={"help": "Whether prompts are messages; plain text is for models without chat template."},
+        metadata={"help": "Use chat messages (off: plain text)."},
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Pixels that smaller pictures are enlarged to."})
     max_pixels: int | None = field(default=None, metadata={"help": "Pixels that larger pictures are reduced to."})

@@ -15,7 +15,7 @@ from ..statistics import wilson_interval
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Completions of a set of problems, and which of them were right."""
+    """Completions of a set of problems, and whether each was right."""
 
     completions: list[str]
     correct: list[bool]
@@ -35,7 +35,7 @@ def encode_prompts(processor: ProcessorMixin, problems: Dataset | list[dict]) ->
     Encode the prompts of rows of (`images`, `problem`, `answer`), as TRL's trainers do for a rollout.
 
     Returns:
-        `dict[str, torch.Tensor]`: What the model's forward takes, left-padded; for Qwen2.5-VL `input_ids`,
+        `dict[str, torch.Tensor]`: Inputs of the model's forward, left-padded; for Qwen2.5-VL `input_ids`,
         `attention_mask` and `mm_token_type_ids` of shape `(B, T)`, `pixel_values` and `image_grid_thw`.
     """
     rows = (geometry_prompt(row) for row in problems)
@@ -62,7 +62,7 @@ def evaluate(
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """
-    Let a model solve problems, and score its completions by the reward that training uses.
+    Let a model solve problems, and score its completions with the training's reward.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

@@ -24,7 +24,7 @@ Accuracy = TypeVar("Accuracy")
 @dataclass(frozen=True)
 class Schedule:
     """
-    When to stop, and the learning rate until then.
+    The end of training, and the learning rate until then.
 
     Args:
         learning_rate (`float`): peak learning rate of AdamW.
@@ -41,7 +41,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ImitationStep(Generic[Accuracy]):
-    """What is known after a step. `accuracy` is measured every 20 steps until the cooldown."""
+    """The state after a step. `accuracy` is measured every 20 steps until the cooldown."""
 
     step: int
     loss: float
@@ -68,9 +68,9 @@ def imitate(
         schedule ([`Schedule`]):
             Learning rate and limits.
         draw_batch (`Callable`):
-            Gives the next batch, with labels, and is told whether training cools down.
+            Returns the next batch, with labels. Its argument says whether training cools down.
         measure (`Callable`):
-            Gives the accuracy on problems that are not trained on.
+            Returns the accuracy on problems that are not trained on.
         is_reached (`Callable`):
             Whether an accuracy is the target.
         on_step (`Callable`):
@@ -117,7 +117,7 @@ def append_solutions(
         prompts (`Mapping[str, torch.Tensor]`):
             Inputs of the model for the prompts alone, left-padded.
         solutions (`list[str]`):
-            What to write after each of them; the EOS token is added.
+            Solution of each prompt; the EOS token is added.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
 
@@ -142,7 +142,7 @@ def fingerprint(config: Any, code_folders: Iterable[Path]) -> str:
     """
     Fingerprint of everything that decides a result: settings (a dataclass), code, and the libraries that compute.
 
-    Comments, docstrings, imports and layout do not count: a corrected word must not make finished runs useless.
+    Comments, docstrings, imports and layout do not count: a corrected word must not invalidate finished runs.
     """
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for folder in code_folders:
@@ -174,7 +174,7 @@ def _statements(source: str) -> str:
 def save_once(
     folder: Path, model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase, config: Any
 ) -> None:
-    """Save what was trained. A folder under this name is always a finished one, whoever else writes it as well."""
+    """Save the trained model. A folder of this name is always complete, even if other processes write it too."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     try:

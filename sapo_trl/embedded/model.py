@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from .tokenizer import build_tokenizer
 
 
-# With the usual 0.02 the loss of so small a model stays on the plateau where it guesses every length.
+# With the usual 0.02 the loss of a model this small stays on the plateau where it guesses every length.
 INITIALIZER_RANGE = 0.08
 
 

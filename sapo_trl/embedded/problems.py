@@ -54,9 +54,9 @@ class Problem:
     @property
     def split(self) -> Split:
         """
-        A function of the side lengths alone, so that the two splits share no picture, whatever the question, and
-        therefore no (picture, question) pair either. A checksum, not a formula in the digits: nothing that could be
-        learned tells the splits apart.
+        A function of the side lengths alone. So the two splits share no picture for any question, and therefore no
+        (picture, question) pair. It is a checksum, not a formula in the digits: a model cannot learn to tell the
+        splits apart.
         """
         return "test" if zlib.crc32(bytes(self.lengths)) % TEST_FRACTION == 0 else "train"
 

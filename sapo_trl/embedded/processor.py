@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's processor where torchvision cannot be had (CPU builds of torch, for one)."""
+"""Qwen2.5-VL's processor for machines without torchvision (for example with CPU builds of torch)."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Qwen2_5_VLImageTextProcessor(Qwen2_5_VLProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
 
-# Lets `AutoProcessor.from_pretrained` load what this class has saved.
+# Lets `AutoProcessor.from_pretrained` load files that this class has saved.
 AutoProcessor.register(Qwen2_5_VLConfig, Qwen2_5_VLImageTextProcessor, exist_ok=True)
 
 

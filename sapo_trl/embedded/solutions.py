@@ -10,8 +10,8 @@ def reference_solution(problem: Problem, *, error_rate: float = 0.0, rng: random
     Write the solution of a problem: four readings, three running sums, the boxed answer, one a line.
 
     A wrong sum is off by one or two and is carried on to the end, so that its answer is (nearly always) wrong too.
-    Imitating such solutions gives a *soft* policy, whose most likely answer is right far more often than its sampled
-    one: the state in which reinforcement learning has something to sharpen.
+    Imitating such solutions gives a *soft* policy: its most likely answer is right far more often than a sampled
+    answer. Reinforcement learning can sharpen such a policy.
 
     Args:
         problem ([`Problem`]):

@@ -30,7 +30,7 @@ SPECIAL_TOKENS = (
 """Qwen2.5-VL's special tokens after `<|endoftext|>`, in the order of their ids."""
 
 VOCABULARY_LIMIT = 400
-"""Far above what the corpus can fill, so that every word of the task becomes one token; the result has about 300."""
+"""More than the corpus can fill, so that every word of the task becomes one token; the result has about 300."""
 
 _ROLES = "system\nYou are a helpful assistant.\nuser\nassistant\n"
 

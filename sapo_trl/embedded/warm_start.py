@@ -1,4 +1,4 @@
-"""The supervised warm start: from random weights to a policy that reads well and adds carelessly."""
+"""The supervised warm start: from random weights to a policy that reads well and makes arithmetic slips."""
 
 import os
 import random
@@ -49,7 +49,8 @@ class WarmStartConfig:
         target_solved (`float`, *optional*, defaults to `0.7`):
             Share of problems not trained on that the model must solve without any error.
         error_rate (`float`, *optional*, defaults to `0.3`):
-            Probability that a sum is wrong in the solutions of the cooldown: the room left for reinforcement learning.
+            Probability that a sum is wrong in the solutions of the cooldown. Reinforcement learning can remove these
+            errors.
     """
 
     seed: int = 0
@@ -66,7 +67,7 @@ class WarmStartConfig:
 
 @dataclass(frozen=True)
 class WarmStartProgress:
-    """What the progress callback gets after every step. The accuracies are measured every 20 steps until cooldown."""
+    """Argument of the progress callback after every step. Accuracies are measured every 20 steps until cooldown."""
 
     step: int
     loss: float
@@ -120,11 +121,12 @@ def train(
     on_progress: Callable[[WarmStartProgress], None] | None = None,
 ) -> None:
     """
-    Train in place: on right solutions until the model reads and adds, then on careless ones while it cools down.
+    Train in place: on right solutions until the model reads and adds, then on solutions with errors while it cools
+    down.
 
-    Reading comes suddenly, somewhere between steps 100 and 400 depending on the seed, so neither the length nor the
-    schedule of the learning rate can be fixed beforehand. Right sums first, because a sum that is right only most of
-    the time takes far longer to learn, whereas carelessness is learned in no time.
+    Reading comes suddenly, between steps 100 and 400 depending on the seed. So neither the length nor the schedule of
+    the learning rate can be fixed beforehand. Right sums come first, because sums that are right only most of the time
+    take far longer to learn. Errors are learned quickly.
     """
     rng = random.Random(config.seed)
     problems = sample_problems(config.problems + VALIDATION_PROBLEMS, seed=config.seed)

@@ -1,4 +1,4 @@
-"""What a run needs of each GPU's memory, computed from the model's configuration before anything is loaded."""
+"""The memory that a run needs on each GPU, computed from the model's configuration before anything is loaded."""
 
 from typing import TYPE_CHECKING
 

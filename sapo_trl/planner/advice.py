@@ -16,8 +16,8 @@ class Suggestion:
     Changes that make a setup fit.
 
     Args:
-        changes (`tuple[str, ...]`): what to set, in words.
-        setup ([`Setup`]): the setup with them.
+        changes (`tuple[str, ...]`): the settings to change, in words.
+        setup ([`Setup`]): the setup with these changes.
     """
 
     changes: tuple[str, ...]
@@ -30,9 +30,9 @@ Change = Callable[[Setup], tuple[str, Setup] | None]
 def _smaller_micro_batch(setup: Setup) -> tuple[str, Setup] | None:
     if setup.micro_batch == 1:
         return None
-    rows = setup.micro_batch * setup.accumulation  # the optimizer step stays what it was
+    rows = setup.micro_batch * setup.accumulation  # the optimizer step keeps its size
     changed = setup.changed(micro_batch=1, accumulation=rows)
-    for size in range(setup.micro_batch - 1, 1, -1):  # no smaller than it has to be
+    for size in range(setup.micro_batch - 1, 1, -1):  # no smaller than necessary
         candidate = setup.changed(micro_batch=size, accumulation=rows // size)
         if rows % size == 0 and plan_memory(candidate).fits:
             changed = candidate
@@ -122,7 +122,7 @@ CHANGES: tuple[Change, ...] = (
     _no_reference,
     _lora,
 )
-"""What is tried, in this order."""
+"""The changes to try, in this order."""
 
 
 def suggest(setup: Setup, most: int = 3, largest: int = 3) -> list[Suggestion]:
@@ -130,7 +130,7 @@ def suggest(setup: Setup, most: int = 3, largest: int = 3) -> list[Suggestion]:
     Find the smallest sets of changes after which a setup fits.
 
     Args:
-        setup ([`Setup`]): a setup, as a rule one that does not fit.
+        setup ([`Setup`]): a setup, usually one that does not fit.
         most (`int`, *optional*, defaults to `3`): number of suggestions.
         largest (`int`, *optional*, defaults to `3`): number of changes in one suggestion.
 
@@ -153,7 +153,7 @@ def suggest(setup: Setup, most: int = 3, largest: int = 3) -> list[Suggestion]:
 def _apply(setup: Setup, changes: tuple[Change, ...]) -> Suggestion | None:
     """All of the changes, or `None` if one of them cannot be made."""
     texts = []
-    # The micro-batch last: how small it has to be depends on the others.
+    # The micro-batch last: its size depends on the other changes.
     for change in sorted(changes, key=lambda change: change is _smaller_micro_batch):
         result = change(setup)
         if result is None:

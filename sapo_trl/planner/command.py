@@ -1,4 +1,4 @@
-"""`sapo-trl plan`: does a run fit on its GPUs, and if not, what would make it fit?"""
+"""`sapo-trl plan`: does a run fit on its GPUs, and if not, which changes would make it fit?"""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's own arguments; what it does not know are settings of the run."""
+    """The command's own arguments; unknown ones are settings of the run."""
     # No abbreviations: `--num` must not be taken from the settings, which the trainer's parser knows.
     own = argparse.ArgumentParser(
         prog="sapo-trl plan",
         allow_abbrev=False,
         description="Compute the memory a run needs on each GPU, from its configuration and the model's shape.",
-        epilog="Any setting of `sapo-trl train` can be added, such as `--critic shared`. The machine's defaults are "
-        "those that the file names in its first lines, otherwise one GPU of 80 GiB.",
+        epilog="Any setting of `sapo-trl train` can be added, such as `--critic shared`. The file's first lines "
+        "name the default machine; without them it is one GPU of 80 GiB.",
     )
     own.add_argument("--config", type=Path, required=True, help="file for `sapo-trl train --config`")
     own.add_argument("--num_processes", type=int, help="number of GPUs")

@@ -1,8 +1,8 @@
 """
 Memory of one GPU, item by item. `docs/scaling.md` states the assumptions.
 
-What stays allocated is `resident`. Sampling, learning and the optimizer's update follow one another and each need more
-for a while, so the peak is the resident memory and the largest of the three.
+`resident` memory stays allocated. Sampling, learning and the optimizer's update follow one another, and each needs
+more memory for a while. So the peak is the resident memory plus the largest of the three.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from .shapes import ModelShape, lora_parameters, model_shape
 
 
 ERROR_MARGIN = 0.2
-"""How far a total may be off: a judgement, as nothing has been measured on a GPU."""
+"""Relative error of a total: a judgement, because nothing has been measured on a GPU."""
 
 OVERHEAD_BYTES = 2 * GIB
-"""CUDA context, cuBLAS workspaces, NCCL buffers and what the allocator cannot reuse."""
+"""CUDA context, cuBLAS workspaces, NCCL buffers and fragmentation."""
 
 VLLM_OVERHEAD_BYTES = 2 * GIB
 """vLLM's profiling forward and CUDA graphs, inside its share."""
 
-# Defaults of DeepSpeed, in numbers: parameters that stage 3 keeps gathered, and the bucket that gradients wait in.
+# Defaults of DeepSpeed, in numbers: parameters that stage 3 keeps gathered, and the bucket of gradients.
 _ZERO3_LIVE = 1_000_000_000
 _ZERO_BUCKET = 500_000_000
 
@@ -36,9 +36,9 @@ class MemoryPlan:
     Bytes on one GPU.
 
     Args:
-        setup ([`Setup`]): what was planned.
-        resident (`dict[str, float]`): what stays allocated, by name.
-        phases (`dict[str, dict[str, float]]`): what each phase needs beside it, by name.
+        setup ([`Setup`]): the planned setup.
+        resident (`dict[str, float]`): memory that stays allocated, by name.
+        phases (`dict[str, dict[str, float]]`): additional memory of each phase, by name.
         vllm_shortage (`float`): bytes that vLLM lacks inside its share to hold the weights and one sequence.
         kv_cache_rows (`float`): sequences of full length whose keys and values fit at a time.
     """
@@ -51,7 +51,7 @@ class MemoryPlan:
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
@@ -61,12 +61,12 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU holds that, and vLLM its weights."""
+        """Whether the peak fits on the GPU, and the weights into vLLM's share."""
         return self.total <= self.setup.gpu_memory_gib * GIB and self.vllm_shortage <= 0
 
     @property
     def is_close(self) -> bool:
-        """Whether the estimate's error decides on it."""
+        """Whether the verdict lies within the estimate's error."""
         return abs(self.total / GIB - self.setup.gpu_memory_gib) < ERROR_MARGIN * self.total / GIB
 
 
@@ -125,7 +125,7 @@ def _deepspeed(setup: Setup) -> bool:
 def _bytes(setup: Setup) -> _Bytes:
     n, loaded, states = setup.processes, setup.weight_bytes, setup.optimizer_states
     if setup.sharding == "none":
-        trained = 4 if setup.lora else loaded  # PEFT makes adapters float32 whatever the base is
+        trained = 4 if setup.lora else loaded  # PEFT makes adapters float32 for any base model
         ddp_buckets = trained if n > 1 else 0  # DDP reduces copies of the gradients
         compute = 2 if setup.mixed_precision else loaded
         return _Bytes(trained, loaded, loaded, trained + ddp_buckets, states * trained, loaded, compute)
@@ -163,7 +163,7 @@ def _critic_parameters(setup: Setup, shape: ModelShape) -> int:
 
 
 def _reference_parameters(setup: Setup, shape: ModelShape) -> int:
-    """With an adapter the reference is the base model, which is there anyway."""
+    """A reference model; with an adapter it is the base model, which is in memory anyway."""
     return shape.parameters if setup.beta != 0 and setup.lora is None else 0
 
 
@@ -194,18 +194,18 @@ def layer_activation_bytes(
     normalizes_queries: bool = False,
 ) -> float:
     """
-    What the backward of one layer needs, per token.
+    Bytes that the backward of one layer needs, per token.
 
     Counted from transformers' code for a layer with RMSNorm, SDPA attention and a gated feed-forward part: all tensors
-    that autograd saves, but for the parameters. The attention matrix is not among them.
+    that autograd saves, except the parameters. The attention matrix is not among them.
 
     Args:
         hidden (`int`): width of the hidden states.
         intermediate (`int`): width inside the feed-forward part.
         query_width (`int`): heads times head size.
         key_width (`int`): key-value heads times head size.
-        residual_bytes (`int`): of a number between layers, which has the loaded weights' dtype.
-        compute_bytes (`int`): of a number inside of matrix products.
+        residual_bytes (`int`): bytes of a number between layers, which has the loaded weights' dtype.
+        compute_bytes (`int`): bytes of a number inside of matrix products.
         normalizes_queries (`bool`, *optional*, defaults to `False`): whether queries and keys are normalized.
     """
     # A norm keeps its input in float32, and its output before the weight; the products keep theirs.
@@ -220,8 +220,8 @@ def layer_activation_bytes(
 
 def activation_bytes(setup: Setup, shape: ModelShape, residual_bytes: int, compute_bytes: int) -> float:
     """
-    What one model's backward needs for a micro-batch: everything, or with checkpointing the layers' inputs and one
-    layer that is computed again.
+    Bytes that one model's backward needs for a micro-batch: all layers, or with checkpointing the layers' inputs and
+    one recomputed layer.
     """
     layer = layer_activation_bytes(
         shape.hidden,
@@ -252,7 +252,7 @@ def _stack(layer: float, layers: int, boundary: float, checkpointing: bool) -> f
 
 
 def _learning(setup: Setup, shape: ModelShape, each: _Bytes, trained: int, critic_parameters: int) -> dict[str, float]:
-    """One model's forward and backward at a time: the critic's begins when the policy's activations are gone."""
+    """One model's forward and backward at a time: the critic starts when the policy's activations are freed."""
     tokens = setup.micro_batch * setup.completion_length
     # The fused head has float32 gradients of its weights and of the completion's hidden states, and two tiles.
     head = 4.0 * tokens * shape.hidden + 2 * each.compute * _HEAD_TILE
@@ -264,7 +264,7 @@ def _learning(setup: Setup, shape: ModelShape, each: _Bytes, trained: int, criti
     if setup.sharding == "zero3":
         engine["gathered weights"] = half * min(_ZERO3_LIVE, shape.parameters)
     if setup.sharding == "fsdp2":
-        # What is in no block, the block that runs and the one that is fetched.
+        # Weights outside of blocks, the running block and the prefetched block.
         engine["gathered weights"] = half * (shape.root_parameters + 2 * shape.largest_layer_parameters)
         if setup.lora is None:
             engine["gradient buckets"] = half * (shape.root_parameters + shape.largest_layer_parameters)
@@ -286,7 +286,7 @@ def _sampling(setup: Setup, shape: ModelShape, awake_vllm: float) -> dict[str, f
     number = 4 if _bytes(setup).residual == 4 else 2
     rows = setup.rollout_rows
     gathered = 0.0
-    if setup.sharding in ("zero3", "fsdp2"):  # all weights are gathered for as long as it generates
+    if setup.sharding in ("zero3", "fsdp2"):  # all weights stay gathered while it generates
         gathered = float(number * shape.parameters)
     return {
         "KV cache": float(rows * setup.sequence_length * kv_bytes_per_token(shape, number)),

@@ -52,13 +52,13 @@ def read_setup(arguments: argparse.Namespace, settings: Sequence[str] = ()) -> S
 
 def _parse(config: Path, settings: Sequence[str], processes: int) -> tuple[SAPOConfig, ModelConfig]:
     """As `sapo-trl train` would on one of so many processes."""
-    # The batch's checks depend on the number of processes, which here is 1: one process with the batch of all is
-    # checked alike.
+    # The batch's checks depend on the number of processes, which is 1 here. One process with the batch of all
+    # processes passes the same checks.
     name = "per_device_train_batch_size"
     given, rest = _taken(settings, name)
     if given is None:
         given = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get(name, 8)
-    # On a CPU, because the machine that plans need not be the one that trains.
+    # On a CPU, because the planning machine need not be the training machine.
     arguments = ["--config", str(config), *rest, f"--{name}", str(int(given) * processes), "--use_cpu", "true"]
     request = parse_run(arguments, TrainArguments, SAPOConfig, ModelConfig, program="sapo-trl plan")
     if request.launch:
@@ -85,7 +85,7 @@ def read_header(path: str | Path) -> dict[str, str]:
 
     Returns:
         `dict[str, str]`: `preset`, `accelerate`, `processes`, `sharding` and `gpu_memory_gib` in the repository's run
-        files; in others, whatever is there.
+        files; other files may have other names.
     """
     header = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():

@@ -13,7 +13,7 @@ from .setup import GIB
 
 
 def print_plan(plan: MemoryPlan, console: Console) -> None:
-    """Print the items, the total, and what would help where it is too much."""
+    """Print the items, the total, and the changes that would make it fit."""
     setup = plan.setup
     console.print(
         f"{setup.model} on {setup.processes} x {setup.gpu_memory_gib:g} GiB, sharding {setup.sharding}; "

@@ -1,4 +1,4 @@
-"""What a plan depends on."""
+"""The inputs of a plan."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ class Setup:
         micro_batch (`int`): `per_device_train_batch_size`.
         accumulation (`int`): `gradient_accumulation_steps`.
         mini_batches (`int`): optimizer steps per rollout.
-        prompt_length (`int`): tokens of a prompt, those of its images included.
-        image_tokens (`int`): of these, tokens of images.
+        prompt_length (`int`): tokens of a prompt, image tokens included.
+        image_tokens (`int`): image tokens among them.
         completion_length (`int`): `max_completion_length`.
         gradient_checkpointing (`bool`): as in [`SAPOConfig`].
         critic (`str`): as in [`SAPOConfig`].
         beta (`float`): as in [`SAPOConfig`]; not 0 keeps a reference model, unless there is an adapter.
-        weight_bytes (`int`): of a loaded number.
+        weight_bytes (`int`): bytes of a loaded number.
         mixed_precision (`bool`): whether the forward runs in half precision.
         optimizer_states (`float`): numbers that the optimizer keeps for each parameter, in units of the parameter.
         lora ([`Lora`], *optional*): adapters; `None` trains all weights.
-        quantized_bits (`int`, *optional*): 4 or 8, of the frozen base model.
+        quantized_bits (`int`, *optional*): 4 or 8, for a quantized frozen base model.
         vllm (`str`, *optional*): `"colocate"`, `"server"`, or `None` for generation with transformers.
         vllm_share (`float`): `vllm_gpu_memory_utilization`.
         vllm_ranks (`int`): `vllm_tensor_parallel_size`.
@@ -120,9 +120,9 @@ class Setup:
         The setup of a run.
 
         Args:
-            args ([`SAPOConfig`]): its settings.
-            model_args ([`~trl.ModelConfig`]): its model.
-            machine: what these do not say: `processes`, `sharding`, `gpu_memory_gib`, `prompt_length`, `image_tokens`.
+            args ([`SAPOConfig`]): settings of the run.
+            model_args ([`~trl.ModelConfig`]): model of the run.
+            machine: the remaining fields: `processes`, `sharding`, `gpu_memory_gib`, `prompt_length`, `image_tokens`.
 
         Raises:
             ValueError: for an optimizer whose memory is not known.

@@ -53,7 +53,7 @@ class ModelShape:
 
     Args:
         parameters (`int`): all of them, tied ones once.
-        backbone_parameters (`int`): without the LM head, what a critic with a backbone of its own copies.
+        backbone_parameters (`int`): without the LM head; a critic with a backbone of its own copies these.
         embedding_parameters (`int`): of the token embeddings.
         largest_layer_parameters (`int`): of the largest repeated block.
         root_parameters (`int`): of everything outside of repeated blocks.

@@ -27,7 +27,7 @@ from .sampling import (
 )
 
 
-# DPO settings that change what the penalty is added to, with the only value they may have.
+# DPO settings that change the loss under the penalty, with the only value they may have.
 _FIXED_DPO_SETTINGS = {
     "loss_type": ["sigmoid"],
     "loss_weights": None,
@@ -42,8 +42,8 @@ class DPOPConfig(SamplingConfig, DPOConfig):
     r"""
     Configuration class for the [`DPOPTrainer`] (Smaug, https://huggingface.co/papers/2402.13228).
 
-    This class includes only the parameters that are specific to DPO-Positive; those of the sampling, which
-    [`dpop_trainer`] does, are in [`SamplingConfig`], everything else in [`~trl.DPOConfig`].
+    This class includes only the parameters that are specific to DPO-Positive. [`SamplingConfig`] has the parameters of
+    the sampling, which [`dpop_trainer`] does, and [`~trl.DPOConfig`] everything else.
 
     Parameters:
         dpop_penalty (`float`, *optional*, defaults to `50.0`):
@@ -91,9 +91,9 @@ class DPOPTrainer(DPOTrainer):
     $$ -\log\sigma\Big(\beta\big[\log\tfrac{\pi(y_w)}{\pi_\text{ref}(y_w)} - \log\tfrac{\pi(y_l)}{\pi_\text{ref}(y_l)}
     - \lambda\max\big(0, \log\tfrac{\pi_\text{ref}(y_w)}{\pi(y_w)}\big)\big]\Big) $$
 
-    DPO only asks that the chosen response $y_w$ gains on the rejected one $y_l$, which it may do while both become
-    less probable, in particular where the two share most of their tokens, as solutions of one problem do. The penalty
-    is on the chosen one becoming less probable.
+    DPO only asks that the chosen response $y_w$ gains on the rejected response $y_l$. Both may become less probable
+    meanwhile, in particular if they share most of their tokens, as solutions of one problem do. The penalty acts when
+    the chosen response becomes less probable.
 
     Everything but the loss is TRL's, including the data: `prompt`, `chosen`, `rejected`, and `images` if there are
     any. Besides TRL's metrics there is `dpop/penalty`, the mean of max(0, ·) before the weight λ.
@@ -117,12 +117,12 @@ class DPOPTrainer(DPOTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
         """
-        TRL's loss, with the part that the penalty changes exchanged.
+        TRL's loss with the penalty.
 
-        TRL computes and logs as ever; what the penalty needs is taken from the same forward passes. Neither is one of
-        them repeated nor is one of TRL's private methods overridden: the reference's log-probabilities come from
-        `compute_ref_log_probs` and go in with the batch, where TRL looks for precomputed ones, and a forward hook
-        keeps the policy's.
+        TRL computes and logs as always. The penalty uses the log-probabilities of the same forward passes, so no pass
+        is repeated and no private method of TRL is overridden. `compute_ref_log_probs` gives the reference's
+        log-probabilities; they go in with the batch, where TRL looks for precomputed ones. A forward hook keeps the
+        policy's.
         """
         if not self.precompute_ref_logps:
             chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
@@ -146,7 +146,7 @@ class DPOPTrainer(DPOTrainer):
 
         mode = "train" if self.model.training else "eval"
         self.dpop_penalties[mode].append(self.accelerator.gather(penalties.detach()).mean().item())
-        # A difference, so that whatever else TRL adds up, such as a mixture of experts' loss, stays in it.
+        # Add a difference, so that TRL's other terms, such as the loss of a mixture of experts, stay in the loss.
         difference = (dpop - dpo).mean()
         return (result[0] + difference, result[1]) if return_outputs else result + difference
 
@@ -172,17 +172,17 @@ def preference_pairs(
 
     Args:
         samples ([`~datasets.Dataset`]):
-            What [`sample_responses`] returned.
+            Result of [`sample_responses`].
         dataset ([`~datasets.Dataset`]):
-            What was sampled from.
+            Data set of the sampled prompts.
         reward_threshold (`float`, *optional*, defaults to `0.0`):
-            Responses with a greater reward are right, all others wrong; those whose reward is nan are neither.
+            Responses with a greater reward are right, all others wrong; responses with reward nan are neither.
         max_pairs_per_prompt (`int`, *optional*, defaults to `1`):
-            Most pairs of one prompt. No response is in two pairs, and of equal responses only one is in any.
+            Largest number of pairs per prompt. No response is in two pairs, and of equal responses only one is used.
         keep_truncated (`bool`, *optional*, defaults to `False`):
             Whether unfinished responses may be in a pair.
         seed (`int`, *optional*, defaults to `0`):
-            Decides which responses are paired.
+            Seed of the pairing.
 
     Returns:
         [`~datasets.Dataset`]: Columns `prompt`, `chosen` and `rejected`, and `images` if there are any, for
@@ -202,7 +202,7 @@ def preference_pairs(
     rng = random.Random(seed)
     pairs = []
     for prompt in sorted(right.keys() & wrong.keys()):
-        # The same text may be right and wrong, by a reward that looks at the tokens: then it tells nothing.
+        # A reward that looks at the tokens may call the same text right and wrong. Such a pair tells nothing.
         chosen = [response for response in right[prompt] if response not in wrong[prompt]]
         rejected = [response for response in wrong[prompt] if response not in right[prompt]]
         rng.shuffle(chosen)
@@ -233,7 +233,7 @@ def dpop_trainer(
     """
     Sample from a model, pair its right with its wrong responses, and build the trainer on them.
 
-    The samples are written to `samples.jsonl` in `output_dir` before anything else is done with them.
+    First the samples are written to `samples.jsonl` in `output_dir`.
 
     Example:
 
@@ -255,7 +255,7 @@ def dpop_trainer(
         train_dataset ([`~datasets.Dataset`]):
             Prompts, with images if there are any, and the columns that the rewards need.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
-            Defaults to the one that belongs to the model's name.
+            Defaults to the processing class of the model's name.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Preference data to evaluate on.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -281,7 +281,7 @@ def dpop_trainer(
         keep_truncated=args.keep_truncated,
         seed=args.seed,
     )
-    # An adapter is switched off for the reference, and what has a name is loaded again by it.
+    # With an adapter, the reference is the model with the adapter off. A model with a name is loaded again.
     needs_copy = not isinstance(model, str) and peft_config is None and not is_peft_model(model)
     return DPOPTrainer(
         model=model,

@@ -29,20 +29,20 @@ class ReSTEMConfig(SamplingConfig, SFTConfig):
     r"""
     Configuration class for [`ReSTEM`] (https://huggingface.co/papers/2312.06585).
 
-    This class includes only the parameters that are specific to ReST-EM; those of the sampling are in
-    [`SamplingConfig`], those of the fine-tuning in [`~trl.SFTConfig`]. `max_steps` and `num_train_epochs` are those of
-    one iteration.
+    This class includes only the parameters that are specific to ReST-EM. [`SamplingConfig`] has the parameters of the
+    sampling, [`~trl.SFTConfig`] the parameters of the fine-tuning. `max_steps` and `num_train_epochs` are for one
+    iteration.
 
     Parameters:
         max_kept_per_prompt (`int`, *optional*, defaults to `10`):
             Most responses to one prompt that are trained on, so that easy prompts do not crowd out the others.
         num_iterations (`int`, *optional*, defaults to `2`):
-            How often to sample and fine-tune.
+            Number of times to sample and fine-tune.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
     > - `max_length`: Defaults to `None` instead of `1024`. `max_completion_length` has bounded the responses already,
-    >   and to cut prompt or response once more would train on something that was not sampled.
+    >   and cutting prompt or response once more would train on text that was not sampled.
     """
 
     # Parameters whose default values are overridden from SFTConfig
@@ -69,8 +69,8 @@ class ReSTEM:
     Expectation-maximization for policies (ReST-EM, https://huggingface.co/papers/2312.06585).
 
     Each iteration samples responses from the current policy and keeps the right ones (the E-step), then fine-tunes the
-    *original* model on them (the M-step), which holds it closer to where it started than fine-tuning the latest policy
-    would. The fine-tuning is TRL's, on prompt-completion data, so that only the response is learned.
+    *original* model on them (the M-step). So it stays closer to its start than with fine-tuning of the latest policy.
+    The fine-tuning is TRL's, on prompt-completion data, so that only the response is learned.
 
     Example:
 
@@ -93,7 +93,7 @@ class ReSTEM:
         train_dataset ([`~datasets.Dataset`]):
             Prompts, with images if there are any, and the columns that the rewards need.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
-            Defaults to the one that belongs to the model's name.
+            Defaults to the processing class of the model's name.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Prompt-completion data for the fine-tuning to evaluate on.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -127,7 +127,7 @@ class ReSTEM:
         self.callbacks = callbacks
         self.peft_config = peft_config
         self.trainer: SFTTrainer | None = None
-        """That of the last iteration, `None` before the first."""
+        """The trainer of the last iteration, `None` before the first."""
 
     def train(self) -> SFTTrainer:
         """
@@ -176,7 +176,7 @@ class ReSTEM:
             self.processing_class,
             self.train_dataset,
             self.reward_funcs,
-            # Another in every iteration: a policy that has hardly changed would repeat itself.
+            # Another seed in every iteration: a policy that has hardly changed would repeat itself.
             seed=args.seed + iteration - 1,
         )
         kept = kept_rows(
@@ -204,7 +204,7 @@ class ReSTEM:
 
     def m_step(self, kept: Dataset, iteration: int) -> SFTTrainer:
         """Fine-tune the original model on kept samples. Returns the trainer, whose `model` is the new policy."""
-        self.trainer = None  # its model and optimizer would lie beside the new ones
+        self.trainer = None  # frees its model and optimizer before the new ones are made
         args = copy.copy(self.args)
         args.output_dir = str(Path(self.args.output_dir) / f"iteration_{iteration}")
         trainer = SFTTrainer(
@@ -230,9 +230,9 @@ def kept_rows(
         samples ([`~datasets.Dataset`]):
             Columns `prompt_index`, `response`, `reward` and `finished`.
         reward_threshold (`float`):
-            Rewards that are greater are kept; equal ones and nan are not.
+            Greater rewards are kept; equal rewards and nan are not.
         max_kept_per_prompt (`int`):
-            Most rows of one prompt; those with the highest rewards, of equal ones the first.
+            Largest number of rows per prompt. The highest rewards are kept, among equal ones the first.
         keep_truncated (`bool`, *optional*, defaults to `False`):
             Whether unfinished responses may be kept.
 

@@ -1,4 +1,4 @@
-"""Responses of a model to the prompts of a data set, scored: what both recipes train on."""
+"""Scored responses of a model to the prompts of a data set: the training data of both recipes."""
 
 import inspect
 import math
@@ -26,9 +26,9 @@ from ..embedded import load_processor
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 RewardFunction = Callable[..., list[float | None]]
 
-# What a reward function gets under another name, or would be given twice.
+# Columns that a reward function gets under another name, or would receive twice.
 _NOT_REWARD_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
-# What responses are sampled after, and therefore all that is trained on besides them. TRL would also read `tools` and
+# Columns that the sampling reads. Training reads the same columns, and the responses. TRL would also read `tools` and
 # `chat_template_kwargs`, but not in every trainer with images.
 _TRAINING_COLUMNS = ("prompt", "images", "image")
 
@@ -36,9 +36,9 @@ _TRAINING_COLUMNS = ("prompt", "images", "image")
 @dataclass
 class SamplingConfig:
     r"""
-    The settings that the recipes share: how responses are sampled, and which of them count as right.
+    The common settings of the recipes: sampling of responses, and the condition for a right response.
 
-    Defaults are those of ReST-EM (https://huggingface.co/papers/2312.06585) where it states them.
+    Defaults come from ReST-EM (https://huggingface.co/papers/2312.06585) where the paper states them.
 
     Parameters:
         num_samples (`int`, *optional*, defaults to `32`):
@@ -135,15 +135,15 @@ def sample_responses(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Model to sample from. Left in the mode, training or evaluation, that it was in.
+            Model to sample from. Its mode, training or evaluation, is the same afterwards.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Its tokenizer or processor.
         dataset ([`~datasets.Dataset`]):
-            Column `prompt` (messages or text), `images` or `image` if there are any, and what the rewards need.
+            Column `prompt` (messages or text), `images` or `image` if there are any, and the rewards' columns.
         reward_funcs (`Callable` or `list[Callable]`):
             Called as by [`~trl.GRPOTrainer`]: with `prompts`, `completions` (messages where the prompts are),
-            `completion_ids` and every other column of the data set; not with what only a running trainer has, such as
-            `trainer_state`. Called after every batch, so that a broken one shows before everything is sampled.
+            `completion_ids` and every other column of the data set. Arguments that only a running trainer has, such as
+            `trainer_state`, are missing. Called after every batch, so that a broken function fails early.
         num_samples (`int`):
             Responses per prompt.
         temperature, top_p, top_k, max_completion_length, batch_size, reward_weights:
@@ -154,7 +154,7 @@ def sample_responses(
             Whether to hide the progress bar.
 
     Returns:
-        [`~datasets.Dataset`]: `len(dataset) * num_samples` rows, those of a prompt one after another, with the columns
+        [`~datasets.Dataset`]: `len(dataset) * num_samples` rows, grouped by prompt, with the columns
         `prompt_index` (row in `dataset`), `prompt`, `response` (text without special tokens), `reward` (weighted sum;
         nan if every reward function returned `None`) and `finished` (whether the response ended by itself). Images are
         left out: there would be `num_samples` copies of each.
@@ -179,7 +179,7 @@ def sample_responses(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
-        # Said here, because `generate` takes what is left open from the model's own file: Qwen2.5-VL's has 1.05.
+        # Explicit, because `generate` takes missing settings from the model's own file: Qwen2.5-VL's has 1.05.
         repetition_penalty=1.0,
         num_beams=1,
         use_cache=True,
@@ -225,12 +225,11 @@ def sample_responses(
 
 def encode_prompts(processing_class: ProcessingClass, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
-    Encode prompts through the same text as TRL's collators do, so that the model is trained after what it was sampled
-    after.
+    Encode prompts through the same text as TRL's collators do, so that training and sampling see the same prompt.
 
     Returns:
-        `dict[str, torch.Tensor]`: What the model's forward takes, left-padded: `input_ids` and `attention_mask` of
-        shape `(B, T)`, and for images whatever the processor adds.
+        `dict[str, torch.Tensor]`: Inputs of the model's forward, left-padded: `input_ids` and `attention_mask` of
+        shape `(B, T)`, and for images the processor's other outputs.
     """
     images = [_images_of(row) for row in rows]
     prompts = [row["prompt"] for row in rows]
@@ -305,7 +304,7 @@ def load_as_configured(model: str, args: TrainingArguments) -> PreTrainedModel:
 def processing_class_of(
     model: str | PreTrainedModel, processing_class: ProcessingClass | None, args: TrainingArguments
 ) -> ProcessingClass:
-    """The given one, or the one that belongs to the model's name. Raises `ValueError` if there is no name."""
+    """`processing_class`, or else the class of the model's name. Raises `ValueError` if there is no name."""
     if processing_class is not None:
         return processing_class
     if not isinstance(model, str):
@@ -316,11 +315,11 @@ def processing_class_of(
 
 def training_rows(dataset: Dataset, prompt_indices: Sequence[int], **responses: Sequence[str]) -> Dataset:
     """
-    What TRL trains on: the prompts of some rows, with their images, and responses to them.
+    Training data for TRL: the prompts of some rows, with their images, and responses to them.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            What was sampled from.
+            Data set of the sampled prompts.
         prompt_indices (`Sequence[int]` of length `N`):
             Rows of the data set; a row may occur more than once.
         **responses (`Sequence[str]` of length `N`):
@@ -352,7 +351,7 @@ def _as_completion(text: str, conversational: bool) -> str | list[dict[str, str]
 
 
 def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a response: some chat models end their turns with another token than their tokenizer's."""
+    """The tokens that end a response: some chat models end their turns with another token than their tokenizer's."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in (tokenizer.eos_token_id, *configured) if token is not None})

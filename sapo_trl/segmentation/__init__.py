@@ -1,9 +1,9 @@
 """
 Segmenters: where to cut a response.
 
-A segmenter is any callable `(entropies, mask) -> Segments`. One that also names `logps`, `completion_ids` or
-`tokenizer` among its parameters gets those too; see [`Segmenter`]. Everything handed to a segmenter comes from the
-policy that produced the rollout.
+A segmenter is any callable `(entropies, mask) -> Segments`. If it also names `logps`, `completion_ids` or `tokenizer`
+among its parameters, it gets them too; see [`Segmenter`]. All its inputs come from the policy that produced the
+rollout.
 """
 
 from ..segments import Segments

@@ -16,7 +16,7 @@ def entropy_segments(
     """
     Cut each response at its own highest-entropy tokens (the SAPO paper's segmentation).
 
-    A response of `n` tokens is cut at its `max(1, ceil(n * top_percent / 100))` highest-entropy tokens; of equal
+    A response of `n` tokens is cut at its `max(1, ceil(n * top_percent / 100))` highest-entropy tokens. Among equal
     entropies the earlier token is taken. Rows do not influence each other.
 
     Args:
@@ -35,8 +35,8 @@ def entropy_segments(
     """
     check_top_percent(top_percent)
     mask = mask.bool()
-    # In float64 with the product first, the quotient of exact integers is exact; the small offset keeps a percentage
-    # that has no exact representation (33.3) from being pushed over the next integer.
+    # In float64 with the product first, the quotient of exact integers is exact. The small offset keeps a percentage
+    # without exact representation (33.3) from exceeding the next integer.
     num_cuts = torch.ceil(mask.sum(dim=1).double() * top_percent / 100 - 1e-9).long().clamp(min=1)
     return cut_at_largest(entropies, mask, num_cuts, cut)
 
@@ -73,8 +73,8 @@ class EntropySegmenter:
 @dataclass(frozen=True)
 class ProbabilitySegmenter:
     """
-    Cut at a fixed number of tokens per response: those the old policy found least probable (the paper's "prob"
-    ablation).
+    Cut each response at a fixed number of tokens: the tokens that the old policy found least probable (the paper's
+    "prob" ablation).
 
     Args:
         num_cuts (`int`, *optional*, defaults to `8`):
@@ -162,8 +162,8 @@ def cut_at_largest(scores: torch.Tensor, mask: torch.Tensor, num_cuts: torch.Ten
     if most == 0:
         return build(torch.zeros_like(mask), mask)
     scores = scores.masked_fill(~mask, -torch.inf)
-    # The smallest score that is cut at is found faster than the order of all. `topk` orders equal scores as it likes:
-    # which of those at the threshold are taken is counted from the left.
+    # Finding the threshold, the smallest score that is cut at, is faster than sorting all scores. `topk` orders equal
+    # scores arbitrarily, so scores equal to the threshold are taken from the left.
     num_cuts = num_cuts.unsqueeze(1)
     threshold = scores.topk(most, dim=1).values.gather(1, num_cuts.clamp(1, most) - 1)
     above, at_threshold = scores > threshold, scores == threshold

@@ -1,4 +1,4 @@
-"""Segmenters that spoil another one's cuts by chance, to learn how much it matters where the cuts are."""
+"""Segmenters that spoil another segmenter's cuts at random, to learn how much the places of cuts matter."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class NoisyBoundaries:
     """
     Another segmenter's partition in which each inner boundary is moved with a given probability.
 
-    A boundary that moves goes to a position drawn uniformly from those of the response where the segmenter had none,
-    never to one that another boundary takes: the number of segments stays. Where more boundaries would move than there
-    are free positions, only so many do. The end of a response is no inner boundary and stays.
+    A boundary moves to a position drawn uniformly from the response's positions without a boundary. Two boundaries
+    never take the same position, so the number of segments stays. If more boundaries would move than there are free
+    positions, only as many move as there are positions. The end of a response is no inner boundary and stays.
 
-    The draw depends on `seed` and on the response's own loss tokens alone, so a response is cut alike wherever and
-    whenever it appears. The same numbers decide at every `rate`, so with one seed the boundaries that move at a lower
+    The draw depends only on `seed` and on the response's own loss tokens, so a response is cut alike wherever and
+    whenever it appears. The same numbers decide at every `rate`: with one seed, the boundaries that move at a lower
     rate also move at a higher one.
 
     Args:
-        segmenter ([`~sapo_trl.segmentation.Segmenter`]): whose partition to spoil.
+        segmenter ([`~sapo_trl.segmentation.Segmenter`]): segmenter whose partition is spoiled.
         rate (`float`): probability of each inner boundary to be moved, in [0, 1].
-        seed (`int`, *optional*, defaults to `0`): of the draws.
+        seed (`int`, *optional*, defaults to `0`): seed of the draws.
 
     Example:
 
@@ -68,8 +68,8 @@ class NoisyBoundaries:
         draw = _random_numbers(completion_ids, mask, self.seed)
         reluctance = draw(0)
         moves = is_boundary & (reluctance < self.rate)
-        # The boundaries that stay come first, then free positions by chance, then, if those do not suffice, boundaries
-        # that would have moved.
+        # The boundaries that stay come first, then free positions in random order. If these do not suffice, boundaries
+        # that would have moved follow.
         scores = torch.where(moves, reluctance - 1, draw(1)).masked_fill(is_boundary & ~moves, 2.0)
         return cut_at_largest(scores.masked_fill(~is_slot, -torch.inf), mask, is_boundary.sum(dim=1), "end")
 
@@ -77,14 +77,14 @@ class NoisyBoundaries:
 @dataclass(frozen=True)
 class RandomCuts:
     """
-    As many segments as another segmenter makes of a response, cut at random: every choice of that many different inner
-    positions is equally likely.
+    Random cuts, as many per response as another segmenter makes: every choice of that many different inner positions
+    is equally likely.
 
-    The draw depends on `seed` and on the response's own loss tokens alone, see [`NoisyBoundaries`].
+    The draw depends only on `seed` and on the response's own loss tokens, see [`NoisyBoundaries`].
 
     Args:
-        segmenter ([`~sapo_trl.segmentation.Segmenter`]): who decides on the number of segments.
-        seed (`int`, *optional*, defaults to `0`): of the draws.
+        segmenter ([`~sapo_trl.segmentation.Segmenter`]): segmenter that decides on the number of segments.
+        seed (`int`, *optional*, defaults to `0`): seed of the draws.
     """
 
     segmenter: Segmenter
@@ -133,8 +133,8 @@ def _inner_positions(mask: torch.Tensor) -> torch.Tensor:
 
 def _random_numbers(completion_ids: torch.Tensor, mask: torch.Tensor, seed: int) -> Callable[[int], torch.Tensor]:
     """
-    Streams of uniform numbers in (0, 1) of the mask's shape, `(B, T)` float64, that follow from the seed and each
-    row's own tokens: not from its place in the batch, from padding, or from what else the process has drawn.
+    Streams of uniform numbers in (0, 1) of the mask's shape, `(B, T)` float64. They follow from the seed and each
+    row's own tokens. Its place in the batch, padding and other random draws of the process do not matter.
     """
     # Positions are counted within the mask, and a row's key is an order-dependent sum of hashes of its tokens.
     position = torch.cumsum(mask, dim=1)
@@ -144,7 +144,7 @@ def _random_numbers(completion_ids: torch.Tensor, mask: torch.Tensor, seed: int)
 
     def draw(stream: int) -> torch.Tensor:
         bits = _mix(_mix(key + stream) + position * _GOLDEN)
-        # 52 bits and a half are the most that float64 keeps from rounding up to 1.
+        # 52 bits and a half: with more, float64 could round up to 1.
         return (_shifted(bits, 12).double() + 0.5) * 2.0**-52
 
     return draw
@@ -164,5 +164,5 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the right, with zeros coming in: torch's shift copies the sign."""
+    """Shift to the right with zeros coming in: torch's shift copies the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

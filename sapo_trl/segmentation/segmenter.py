@@ -12,7 +12,7 @@ from ..segments import Segments
 
 class Segmenter(Protocol):
     """
-    What the trainer calls once per rollout.
+    A callable that cuts responses; the trainer calls it once per rollout.
 
     Args:
         entropies (`torch.Tensor`): float32 tensor of shape `(B, T)`, entropy of the old policy at each token.
@@ -29,7 +29,7 @@ class Segmenter(Protocol):
 
 
 def accepted_inputs(segmenter: Segmenter) -> list[str]:
-    """Which of the optional inputs a segmenter takes."""
+    """The optional inputs that a segmenter takes."""
     optional = ["logps", "completion_ids", "tokenizer"]
     parameters = inspect.signature(segmenter).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

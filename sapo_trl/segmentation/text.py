@@ -22,12 +22,12 @@ class NewlineSegmenter:
     """
     One segment per line: a segment ends with the last token of a run of tokens that contain a line break.
 
-    A line has text. Blank lines before the first one belong to it, and so do blanks and special tokens (the end of the
-    sequence) behind the last one to that.
+    Every line has text. Blank lines before the first line belong to it. Blanks and special tokens (the end of the
+    sequence) after the last line belong to the last line.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            tokenizer of the completions; by default the one that the trainer passes with each call.
+            tokenizer of the completions; by default the trainer's, passed with each call.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -48,9 +48,9 @@ class NewlineSegmenter:
             device=completion_ids.device,
         )
         is_newline, is_text = has_newline[completion_ids] & mask, has_text[completion_ids] & mask
-        # Whether the next token of the row (across holes) is a newline too: then this one does not end the line.
+        # If the next token of the row (across holes) is a newline too, this one does not end the line.
         ends_line = is_newline & ~_next_in_mask(is_newline, mask)
-        # A line without text is none, and neither is what follows the last text.
+        # A stretch without text is no line of its own. Neither is the rest after the last text.
         lines = Segments.from_last_tokens(ends_line, mask)
         line_has_text = lines.expand(lines.sum(is_text)) > 0
         text_so_far = torch.cumsum(is_text, dim=1)
@@ -63,13 +63,13 @@ class StepSegmenter:
     """
     One segment per announced step: a segment starts with the token in which a match of `pattern` starts.
 
-    Finding text in token sequences is the one thing here that works row by row on strings, once per rollout.
+    Only this segmenter works row by row on strings, once per rollout, because it must find text in token sequences.
 
     Args:
         pattern (`str`, *optional*, defaults to `r"Step\\s*\\d+\\s*[:.]"`):
             regular expression of a step's announcement.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            tokenizer of the completions; by default the one that the trainer passes with each call.
+            tokenizer of the completions; by default the trainer's, passed with each call.
     """
 
     pattern: str = r"Step\s*\d+\s*[:.]"
@@ -121,7 +121,7 @@ def _given(own: PreTrainedTokenizerBase | None, passed: PreTrainedTokenizerBase 
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
-    """The text of every token id up to the largest of `ids` at least; "" for ids that only padded embeddings have."""
+    """Text of every token id up to at least the largest in `ids`; "" for ids that only padded embeddings have."""
     texts = _decoded_vocabulary(tokenizer)
     largest_id = int(ids.max()) if ids.numel() else -1
     return texts + [""] * (largest_id + 1 - len(texts))

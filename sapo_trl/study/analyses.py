@@ -1,4 +1,4 @@
-"""The parts of the report that look into the runs: the papers' figures, drawn from what the runs have recorded."""
+"""The parts of the report that look into the runs: the papers' figures, drawn from the runs' recordings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_analyses(study: StudyConfig, results: StudyResults, figures_dir: Path,
         link (`str`): that folder as the report links to it.
 
     Returns:
-        `list[str]`: Markdown sections; none for what no run has recorded.
+        `list[str]`: Markdown sections; a section without recordings is left out.
     """
     main = next((e for e in study.experiments.values() if e.measure == "accuracy"), None)
     if main is None:

@@ -1,4 +1,4 @@
-"""The runs that a study is made of, each with a folder of its own and a name that says everything that decides it."""
+"""The runs of a study. Each has a folder of its own, and all its settings in its name."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Cell:
         arm ([`Arm`]): the arm.
         task_name (`str`): name of the task.
         task ([`TaskConfig`]): the task.
-        seed (`int`): of the run.
-        learning_rate (`float`): of the policy.
-        budget ([`Budget`]): what it may use.
+        seed (`int`): seed of the run.
+        learning_rate (`float`): learning rate of the policy.
+        budget ([`Budget`]): rollouts, responses and steps of the run.
         settings (`dict`): settings that all arms share.
         model ([`ModelSize`]): size of the model.
-        lora_rank (`int`): rank of the adapters that the policy is trained by; `0` trains all of it.
+        lora_rank (`int`): rank of the policy's adapters; `0` trains all weights.
         warm_start (`dict`): further settings of the warm start.
         split (`str`): the split of the final evaluation: `"tune"` or `"test"`.
-        measure (`str`): what is measured, see [`~sapo_trl.study.config.Experiment`].
-        records ([`Records`], *optional*): what to keep for the analyses; `None`: nothing.
+        measure (`str`): the measurement, see [`~sapo_trl.study.config.Experiment`].
+        records ([`Records`], *optional*): recordings for the analyses; `None` for none.
     """
 
     arm_name: str
@@ -64,16 +64,16 @@ class Cell:
     @property
     def fingerprint(self) -> str:
         """
-        Of the settings that decide the run, the preset's among them, and of the policy that it starts from: a study
-        whose settings are changed runs what they change again. Not of this package's other code: the report says which
-        commits its runs are of.
+        Fingerprint of the run's settings, the preset's among them, and of its initial policy. After a change of its
+        settings a study reruns the affected runs. This package's other code is not part of the fingerprint: the report
+        names the commits of its runs.
         """
         content = asdict(self)
         content["preset"] = preset_settings(self.arm.preset)
         content["policy"] = fingerprint(self.policy)
-        for name in ("arm_name", "task_name"):  # what it is called decides nothing
+        for name in ("arm_name", "task_name"):  # names do not change the run
             del content[name]
-        for name in ("tuned_as", "lora_rank"):  # the first decides nothing, the second is the cell's own
+        for name in ("tuned_as", "lora_rank"):  # the first does not change the run, the second is the cell's own
             del content["arm"][name]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
@@ -102,7 +102,7 @@ class Cell:
 
 
 def tuning_cells(study: StudyConfig) -> list[Cell]:
-    """The runs that settings are chosen with."""
+    """The tuning runs."""
     arms = _tuned_arms(study)
     return [
         _cell(study, arm, study.tuning.task, seed, learning_rate, "tune")
@@ -114,11 +114,11 @@ def tuning_cells(study: StudyConfig) -> list[Cell]:
 
 def comparison_cells(study: StudyConfig, learning_rates: dict[str, float]) -> list[Cell]:
     """
-    The runs that are compared, seed by seed, so that a study that is stopped early has some of every arm.
+    The runs of the comparisons, seed by seed, so that a study that is stopped early has some of every arm.
 
     Args:
         study ([`StudyConfig`]): the study.
-        learning_rates (`dict[str, float]`): the one chosen for each arm that was tuned.
+        learning_rates (`dict[str, float]`): the chosen learning rate of each tuned arm.
     """
     cells = {}
     seeds = sorted({seed for experiment in study.experiments.values() for seed in experiment.seeds})
@@ -129,14 +129,14 @@ def comparison_cells(study: StudyConfig, learning_rates: dict[str, float]) -> li
                     if seed in experiment.seeds:
                         learning_rate = learning_rates[study.arms[arm].tuned_as or arm]
                         if experiment.measure == "gradient_variance":
-                            learning_rate = 0.0  # the policy stays where it is
+                            learning_rate = 0.0  # the policy does not change
                         cell = _cell(study, arm, task, seed, learning_rate, "test", experiment.measure)
                         cells.setdefault(cell.name, cell)  # two experiments may share a run
     return list(cells.values())
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """What a finished run has found; `None` while it is not finished."""
+    """The result of a finished run; `None` while it is not finished."""
     path = folder / RESULT_NAME
     try:
         return json.loads(path.read_text())

@@ -18,14 +18,14 @@ def main(argv: Sequence[str]) -> int:
         argv (`Sequence[str]`): the arguments behind `study`.
 
     Returns:
-        `int`: 0; 1 if a run failed; 2 if the study or its folder is not what it should be; 130 if interrupted.
+        `int`: 0; 1 if a run failed; 2 if the study or its folder is invalid; 130 if interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="sapo-trl study",
         description="Compare algorithms on the study task: several seeds, equal budgets, equal tuning, one report.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="run what is missing of a study, then write its report")
+    run = commands.add_parser("run", help="run the missing runs of a study, then write its report")
     report = commands.add_parser("report", help="write the report of the runs that are finished")
     for command in (run, report):
         command.add_argument("--config", type=Path, required=True, help="YAML file of the study")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         console.print("Error:", str(error), style="red", highlight=False, markup=False)
         return 2
     except KeyboardInterrupt:
-        console.print("Stopped. What is finished stays; run the same command to continue.")
+        console.print("Stopped. Finished runs are kept; run the same command to continue.")
         return 130
     Console().print(f"Report: {path}")
     return 0

@@ -42,8 +42,8 @@ def comparisons(study: StudyConfig, results: StudyResults) -> list[Comparison]:
     """
     Every comparison of a study that has finished runs.
 
-    P-values are adjusted for the number of all comparisons of the study, of which some are in several experiments and
-    count once.
+    P-values are adjusted for the number of all comparisons of the study. A comparison that is in several experiments
+    counts once.
 
     Args:
         study ([`StudyConfig`]): the study.
@@ -71,8 +71,8 @@ def comparisons(study: StudyConfig, results: StudyResults) -> list[Comparison]:
 
 def verdict(row: pd.Series) -> str:
     """
-    What a row of a comparison says of its arm: `"better"`, `"worse"`, `"not told apart"`, `"not tested"` (a single
-    pair of runs, or differences that are all the same), or `""` where there is nothing to compare with.
+    The verdict on a comparison's arm: `"better"`, `"worse"`, `"not told apart"`, `"not tested"` (a single pair of
+    runs, or differences that are all the same), or `""` where there is nothing to compare with.
     """
     if math.isnan(row["difference"]):
         return ""

@@ -1,4 +1,4 @@
-"""What a study compares: read from YAML, checked before anything runs."""
+"""The settings of a study: read from YAML, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .task import ModelSize, TaskConfig, WarmStartConfig
 
 
 SEGMENTERS = ("none", "random_cuts", "noisy", "oracle_decisions")
-# What the study itself decides, for all arms alike.
+# Settings that the study itself decides, for all arms alike.
 FIXED_SETTINGS = (
     "output_dir",
     "learning_rate",
@@ -41,21 +41,21 @@ Section = TypeVar("Section")
 @dataclass(frozen=True)
 class Arm:
     """
-    One algorithm of the comparison: a preset, and what differs from it.
+    One algorithm of the comparison: a preset, and its changes.
 
     Args:
         preset (`str`): name of a preset, see [`~sapo_trl.SAPOConfig.from_preset`].
-        settings (`dict`, *optional*): settings of [`~sapo_trl.SAPOConfig`] in the place of the preset's.
+        settings (`dict`, *optional*): settings of [`~sapo_trl.SAPOConfig`] instead of the preset's.
         segmenter (`str`, *optional*, defaults to `"none"`):
-            `"none"`: the one that the settings name (`segmentation: newline` is the task's true steps).
-            `"random_cuts"`: as many cuts as it makes, anywhere. `"noisy"`: its cuts, of which a share has been moved.
-            `"oracle_decisions"`: right behind each true decision.
-        boundary_noise (`float`, *optional*, defaults to `0.0`): that share, in [0, 1].
+            `"none"`: the segmenter of the settings (`segmentation: newline` is the task's true steps).
+            `"random_cuts"`: as many cuts as that segmenter makes, anywhere. `"noisy"`: its cuts, with a share of them
+            moved. `"oracle_decisions"`: cuts right after each true decision.
+        boundary_noise (`float`, *optional*, defaults to `0.0`): share of moved cuts, in [0, 1].
         tuned_as (`str`, *optional*):
-            the arm whose tuned settings this one takes: for variants of an algorithm. By default it is tuned itself.
+            the arm whose tuned settings this arm takes: for variants of an algorithm. By default it is tuned itself.
         samples (`int`, *optional*, defaults to `1`):
-            how many times the study's responses each rollout has: the paper gives GRPO eight times SAPO's.
-        lora_rank (`int`, *optional*): in the place of the study's.
+            multiple of the study's responses in each rollout: the paper gives GRPO eight times SAPO's.
+        lora_rank (`int`, *optional*): rank to use instead of the study's.
     """
 
     preset: str
@@ -90,12 +90,12 @@ class Experiment:
         tasks (`list[str]`): names of tasks.
         arms (`list[str]`): names of arms.
         seeds (`list[int]`): seeds of the runs; they decide on the order of problems and on the sampling.
-        question (`str`, *optional*): what it answers, for the report.
+        question (`str`, *optional*): the question that it answers, for the report.
         measure (`str`, *optional*, defaults to `"accuracy"`):
-            `"accuracy"`: after training. `"gradient_variance"`: of gradients at the warm-started policy, which stays
-            as it is while a learned critic learns.
-        axis (`dict[str, float]`, *optional*): arms that differ by a number, and that number: drawn as a curve.
-        axis_label (`str`, *optional*): what the number is.
+            `"accuracy"`: accuracy after training. `"gradient_variance"`: variance of gradients at the warm-started
+            policy, which does not change while a learned critic learns.
+        axis (`dict[str, float]`, *optional*): arms that differ by a number, with that number: drawn as a curve.
+        axis_label (`str`, *optional*): name of the number.
     """
 
     tasks: list[str]
@@ -124,11 +124,11 @@ class Experiment:
 @dataclass(frozen=True)
 class Budget:
     """
-    What every run may use.
+    The budget of every run.
 
     Args:
         rollouts (`int`): rollouts of a run.
-        responses (`int`): responses of a rollout, those of all groups together.
+        responses (`int`): responses in a rollout, over all groups.
         mini_batches (`int`): optimizer steps per rollout.
         test_problems (`int`): problems of the final evaluation.
     """
@@ -149,12 +149,12 @@ class Budget:
 @dataclass(frozen=True)
 class Tuning:
     """
-    How settings are chosen: the same grid for every arm, on problems and seeds that no comparison uses.
+    The choice of settings: the same grid for every arm, on problems and seeds that no comparison uses.
 
     Args:
         learning_rate (`list[float]`): the grid. The critic's is in the arms' settings.
         seeds (`list[int]`): seeds of the tuning runs; none may be a seed of an experiment.
-        task (`str`): the task that is tuned on.
+        task (`str`): the task of the tuning runs.
     """
 
     learning_rate: list[float]
@@ -175,16 +175,17 @@ class Tuning:
 @dataclass(frozen=True)
 class Records:
     """
-    What is kept of some runs for the analyses.
+    Recordings of some runs for the analyses.
 
     Args:
         seeds (`list[int]`, *optional*): seeds whose runs are recorded; by default none.
         arms (`list[str]`, *optional*): arms whose runs are recorded; by default all.
         every (`int`, *optional*, defaults to `10`): every so many rollouts, the first one included.
         responses (`int`, *optional*, defaults to `32`): responses of a recorded rollout.
-        valued_responses (`int`, *optional*, defaults to `8`): of these, how many a learned critic is examined on.
+        valued_responses (`int`, *optional*, defaults to `8`): responses among them on which a learned critic is
+        tested.
         continuations (`int`, *optional*, defaults to `0`):
-            continuations for the Monte-Carlo values that a learned critic is compared with; `0` compares none.
+            continuations for the Monte-Carlo values to compare a learned critic with; `0` for no comparison.
     """
 
     seeds: list[int] = field(default_factory=list)
@@ -198,19 +199,18 @@ class Records:
 @dataclass(frozen=True)
 class Qualification:
     """
-    What has to hold before a task may compare algorithms: exact credit is worth something on it, and a critic can
-    learn something.
+    Conditions for a task that may compare algorithms: exact credit improves accuracy, and a critic can learn values.
 
     Args:
         task (`str`): the task.
         seeds (`list[int]`): seeds of the runs.
         exact (`str`): the arm with exact (Monte-Carlo) values.
-        controls (`list[str]`): arms without credit inside a response, which it has to beat.
+        controls (`list[str]`): arms without credit inside a response. The exact arm must beat them.
         critics (`list[str]`):
-            arms of which at least one's critic has to explain Monte-Carlo values, in recorded runs.
+            arms with a critic. At least one critic must explain Monte-Carlo values, in recorded runs.
         looks (`int`, *optional*, defaults to `1`):
-            how often it has been asked, with more seeds each time: the tests' level is divided by it.
-        note (`str`, *optional*): what a reader has to know about how it was asked, for the report.
+            number of times that this was tested, with more seeds each time. The tests' level is divided by it.
+        note (`str`, *optional*): remark on the looks, for the report.
     """
 
     task: str
@@ -237,19 +237,19 @@ class StudyConfig:
     A study.
 
     Args:
-        name (`str`): of the study.
+        name (`str`): name of the study.
         tasks (`dict[str, TaskConfig]`): by name.
         arms (`dict[str, Arm]`): by name.
         experiments (`dict[str, Experiment]`): by name.
-        tuning ([`Tuning`]): how settings are chosen.
-        budget ([`Budget`]): of every run.
-        records ([`Records`]): what is kept for the analyses.
-        settings (`dict`): settings of [`~sapo_trl.SAPOConfig`] that all arms share; an arm's own come first.
+        tuning ([`Tuning`]): the choice of settings.
+        budget ([`Budget`]): budget of every run.
+        records ([`Records`]): recordings for the analyses.
+        settings (`dict`): settings of [`~sapo_trl.SAPOConfig`] that all arms share; an arm's own take precedence.
         model ([`~sapo_trl.study.task.ModelSize`]): size of the model.
-        lora_rank (`int`): rank of the adapters that the policy is trained by; `0` trains all of it.
+        lora_rank (`int`): rank of the policy's adapters; `0` trains all weights.
         warm_start (`dict`): further settings of [`~sapo_trl.study.task.WarmStartConfig`].
-        baseline (`str`): the arm that differences are taken to.
-        qualification ([`Qualification`], *optional*): what the report asks of the task first.
+        baseline (`str`): the arm to compare with.
+        qualification ([`Qualification`], *optional*): conditions on the task, which the report tests first.
     """
 
     name: str

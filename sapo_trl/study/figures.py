@@ -16,9 +16,9 @@ from .statistics import mean_interval
 
 
 _GRID = 40
-"""Points on the common axis that runs with unequal steps are read at."""
+"""Number of points on the common axis for runs with unequal steps."""
 MOST_BANDS = 7
-"""Arms in one panel whose bands can still be told apart; the curves of more are drawn without."""
+"""Largest number of arms in a panel with bands; with more arms, bands cannot be told apart and are left out."""
 
 
 def styles(names: Sequence[str]) -> dict[str, dict]:
@@ -36,14 +36,14 @@ def training_curves(
     x: str = "completions",
 ) -> pd.DataFrame:
     """
-    What the runs of some arms have logged, on a common axis, smoothed over a twentieth of training.
+    The logs of some arms' runs, on a common axis, smoothed over a twentieth of training.
 
     Args:
         results ([`StudyResults`]): the runs.
         task (`str`): the task.
-        arms (`Sequence[str]`): arms, of which some may have no run.
-        seeds (`Sequence[int]`): seeds, of which some may have no run.
-        columns (`dict[str, str]`): logged names, and what to call them.
+        arms (`Sequence[str]`): arms; some may have no run.
+        seeds (`Sequence[int]`): seeds; some may have no run.
+        columns (`dict[str, str]`): logged names and their titles.
         x (`str`, *optional*, defaults to `"completions"`): `"completions"` or `"cpu_seconds"`.
 
     Returns:
@@ -62,7 +62,7 @@ def training_curves(
             if logged.empty:
                 table[label] = np.nan
                 continue
-            # What is measured now and then has as many points as it was measured, and is not smoothed.
+            # A quantity that is measured now and then keeps its points and is not smoothed.
             smooth = logged[name].rolling(window if len(logged) == len(metrics) else 1, 1, center=True).mean()
             table[label] = np.interp(grid, logged[x], smooth, left=np.nan, right=np.nan)
         tables.append(table)
@@ -83,7 +83,7 @@ def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Se
             of_arm = curves[curves["arm"] == arm].dropna(subset=[column])
             if of_arm.empty:
                 continue
-            # Runs of an arm differ in length on the time axis: where the shortest ends, so does the mean.
+            # Runs of an arm differ in length on the time axis: the mean ends with the shortest run.
             end = of_arm.groupby("seed")[x].max().min()
             grid = np.linspace(of_arm.groupby("seed")[x].min().max(), end, _GRID)
             rows = np.stack([np.interp(grid, run[x], run[column]) for _, run in of_arm.groupby("seed")])
@@ -110,7 +110,7 @@ def plot_differences(path: Path, data: pd.DataFrame, x: str, baseline: str) -> N
         path (`Path`): PNG to write.
         data (`pd.DataFrame`): `arm`, the dial, `difference`, `t_low` and `t_high` (NaN without an interval).
         x (`str`): column of the dial.
-        baseline (`str`): what the differences are to.
+        baseline (`str`): the arm to compare with.
     """
     figure = new_figure(6.5, 4.2)
     panel = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Whether a study's task can tell algorithms apart: asked before anything is read off the comparisons."""
+"""Whether a study's task can tell algorithms apart: tested before the comparisons are interpreted."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ EXPLAINED_VARIANCE = "value_diagnostics/explained_variance"
 @dataclass(frozen=True)
 class QualificationTests:
     """
-    The tests of a task's qualification, each by what is tested.
+    The tests of a task's qualification, by the tested quantity.
 
     Args:
-        controls (`dict[str, Difference]`): the accuracy of the exact arm minus that of each control.
+        controls (`dict[str, Difference]`): the accuracy of the exact arm minus each control's.
         critics (`dict[str, Difference]`):
-            the explained variance of Monte-Carlo values by each critic, in the last rollout of each run in which it
-            was measured, minus zero.
+            the explained variance of Monte-Carlo values by each critic, compared with zero. It is read in the last
+            rollout of each run in which it was measured.
     """
 
     controls: dict[str, Difference]
@@ -35,10 +35,10 @@ class QualificationTests:
 
 def qualification_tests(wanted: Qualification, results: StudyResults) -> QualificationTests:
     """
-    Test what a task's qualification asks.
+    Test a task's qualification.
 
     Args:
-        wanted ([`Qualification`]): what is asked.
+        wanted ([`Qualification`]): the conditions.
         results ([`StudyResults`]): the finished runs.
 
     Returns:
@@ -77,9 +77,9 @@ def _holds(test: Difference, level: float) -> bool:
 
 
 def _failed(tests: QualificationTests, level: float) -> list[str]:
-    """What speaks against the task, by what is tested."""
+    """The failed tests, by the tested quantity."""
     failed = [name for name, test in tests.controls.items() if not _holds(test, level)]
-    # That one critic does not learn values is about that critic; that none does is about the task.
+    # If one critic does not learn values, the critic is at fault; if none does, the task is.
     if tests.critics and not any(_holds(test, level) for test in tests.critics.values()):
         failed += tests.critics
     return failed
@@ -107,7 +107,7 @@ def write_qualification(study: StudyConfig, results: StudyResults) -> str:
     if wanted is None:
         return ""
     tests = qualification_tests(wanted, results)
-    # Who looks several times, and would stop at the first that pleases, has as many chances to be wrong.
+    # A reader who looks several times, and stops at the first pleasing result, has several chances to be wrong.
     level = SIGNIFICANCE / wanted.looks
     failed = _failed(tests, level)
     if len(tests.controls) < len(wanted.controls) or len(tests.critics) < len(wanted.critics):

@@ -1,4 +1,4 @@
-"""The study's report, written from its finished runs: tables, figures, and what they can and cannot tell."""
+"""The study's report, written from its finished runs: tables, figures, and their limits."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def _across_tasks(
 
 
 def _scores(results: StudyResults, tasks: list[str], arm: str, seeds: list[int]) -> dict[str, list[float]] | None:
-    """Scores of an arm on every task; `None` while some are missing, for then there is no mean over tasks."""
+    """Scores of an arm on every task; `None` while some are missing, because a mean over tasks needs all."""
     scores = {task: list(results.scores(task, arm, seeds).values()) for task in tasks}
     return scores if all(len(row) == len(seeds) for row in scores.values()) else None
 

@@ -20,13 +20,13 @@ from .tuning import chosen_learning_rates, tuning_table
 @dataclass(frozen=True)
 class StudyResults:
     """
-    What a study has found.
+    The results of a study.
 
     Args:
         runs (`pd.DataFrame`):
-            one row per finished comparison run: what its `result.json` holds, `samples` of its arm and its `folder`.
+            one row per finished comparison run: the content of its `result.json`, its arm's `samples`, its `folder`.
         tuning (`pd.DataFrame`): one row per tuning run.
-        learning_rates (`dict[str, float]`): the chosen ones, by tuned arm.
+        learning_rates (`dict[str, float]`): the chosen learning rates, by tuned arm.
         missing (`list[str]`): names of the runs that are not finished.
     """
 
@@ -44,8 +44,8 @@ class StudyResults:
         Args:
             task (`str`): the task.
             arm (`str`): the arm.
-            seeds (`Collection[int]`, *optional*): of an experiment; by default all that have run.
-            column (`str`, *optional*, defaults to `"accuracy"`): what to read.
+            seeds (`Collection[int]`, *optional*): seeds of an experiment; by default all that have run.
+            column (`str`, *optional*, defaults to `"accuracy"`): column to read.
 
         Returns:
             `dict[int, Any]`: by seed; empty if none has run.
@@ -62,7 +62,7 @@ class StudyResults:
 
 def load_results(study: StudyConfig, output_dir: str | Path) -> StudyResults:
     """
-    Read what is finished of a study.
+    Read the finished runs of a study.
 
     Args:
         study ([`StudyConfig`]): the study.
@@ -93,7 +93,7 @@ def load_results(study: StudyConfig, output_dir: str | Path) -> StudyResults:
 
 
 def metrics_of(run: pd.Series) -> pd.DataFrame:
-    """What a run has logged, one row per rollout, with the responses that it had trained on before it."""
+    """The log of a run, one row per rollout, with the number of responses that it had trained on before."""
     rows = [json.loads(line) for line in (Path(run["folder"]) / METRICS_NAME).read_text().splitlines()]
     metrics = pd.DataFrame(rows)
     per_rollout = run["completions"] / max(len(metrics), 1)

@@ -51,20 +51,19 @@ METRICS_NAME = "metrics.jsonl"
 RESPONSES_FOLDER = "responses"
 VALUES_FOLDER = "values"
 _PACKAGES = ("accelerate", "peft", "sapo_trl", "torch", "transformers", "trl")
-# Problems of different seeds do not overlap more than chance has it; these of the evaluation are the same for all.
+# Problems of different seeds overlap only by chance. The evaluation has the same problems for all runs.
 _EVALUATION_SEED = 7
-# What torch says of probabilities that are not numbers.
+# Torch's message about probabilities that are not numbers.
 _SAMPLING_FAILED = "probability tensor contains"
 
 
 def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
     """
-    Train one cell and measure it. A cell that was cut off is run again from its beginning.
+    Train one cell and measure it. An interrupted cell is run again from its beginning.
 
     Args:
         folder (`str` or `Path`):
-            Its folder, with `cell.json`. Gets `metrics.jsonl`, what the study wants recorded, and, once all is done,
-            `result.json`.
+            Its folder, with `cell.json`. Gets `metrics.jsonl`, the study's recordings and, at the end, `result.json`.
         cache_dir (`str` or `Path`):
             Folder of finished warm starts.
 
@@ -102,7 +101,7 @@ def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
     except (FloatingPointError, RuntimeError) as error:
         if not isinstance(error, FloatingPointError) and _SAMPLING_FAILED not in str(error):
             raise
-        # A policy of which nothing is left is a finding, not a mistake: it solves nothing.
+        # A policy that has diverged is a finding, not a mistake: it solves nothing.
         cpu_seconds = clock.read(metrics.rows)
         failed, measured = str(error), {"accuracy": 0.0, "greedy_accuracy": 0.0}
     result = {
@@ -134,14 +133,14 @@ def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
 
 
 def cell_config(cell: Cell, output_dir: Path) -> SAPOConfig:
-    """The trainer's settings: the study's, then the arm's, then what the comparison fixes for all."""
+    """The trainer's settings: the study's, then the arm's, then the comparison's, which are equal for all arms."""
     budget = cell.budget
     responses = budget.responses * cell.arm.samples
     settings = {**cell.settings, **cell.arm.settings}
     if cell.measure == "gradient_variance":
         settings["max_grad_norm"] = 0.0
         if {"critic": "separate", **preset_settings(cell.arm.preset), **settings}["critic"] in LEARNED_CRITICS:
-            # No gradient of the policy meanwhile; then what is measured is a critic that has seen something.
+            # First only the critic learns, without gradients of the policy. The measurement then has a trained critic.
             settings["critic_warmup_steps"] = budget.rollouts * budget.mini_batches // 2
     return SAPOConfig.from_preset(
         cell.arm.preset,
@@ -180,7 +179,7 @@ def _adapters(cell: Cell) -> LoraConfig | None:
 
 
 def environment() -> dict[str, Any]:
-    """What the run was computed with."""
+    """Commit and versions of the run."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
@@ -194,7 +193,7 @@ def environment() -> dict[str, Any]:
 
 
 class _MetricsFile(TrainerCallback):
-    """Writes what the trainer logs to a file, one JSON object a line, as it happens."""
+    """Writes the trainer's log to a file as it happens, one JSON object per line."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -230,19 +229,19 @@ def _recorders(cell: Cell, args: SAPOConfig, folder: Path) -> list[TrainerCallba
 
 
 class _TrainingClock:
-    """CPU seconds of training: on a machine that has other work too, they say more than the time that passes."""
+    """CPU seconds of training: on a machine with other work they say more than wall time."""
 
     def __init__(self) -> None:
         self.cpu, self.wall = time.process_time(), time.perf_counter()
 
     def read(self, rows: list[dict[str, float]]) -> float:
-        """Without what only recorded runs pay for, which is known in wall time."""
+        """CPU seconds without the costs of recordings, which are known in wall time."""
         cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
         return cpu * (1 - sum(row.get("time/value_diagnostics", 0.0) for row in rows) / wall)
 
 
 def _costs(log_history: list[dict[str, float]], args: SAPOConfig) -> dict[str, float]:
-    """What the run has used: responses and tokens of rollouts, and tokens sampled, continuations included."""
+    """Costs of the run: responses and tokens of rollouts, and sampled tokens, continuations included."""
     rows = [row for row in log_history if "reward" in row]
     rollouts = sum(row["completions/mean_length"] * args.generation_batch_size for row in rows)
     tree = sum(row.get("tree/tokens", 0.0) for row in rows)
@@ -272,7 +271,7 @@ def _evaluation(model: PreTrainedModel, processor: Any, cell: Cell) -> dict[str,
 
 
 def _end_with_parent(alive: Connection) -> None:
-    """A study that is killed leaves no cell behind that would go on writing into its folder."""
+    """End the cell if its study is killed: no cell may go on writing into its folder."""
     with contextlib.suppress(EOFError, OSError):
         alive.recv()
     os._exit(1)
@@ -280,12 +279,12 @@ def _end_with_parent(alive: Connection) -> None:
 
 def run_cell_process(folder: Path, cache_dir: str | Path, log: Path, alive: Connection) -> None:
     """
-    What a cell's process does: see [`run_cell`].
+    The main function of a cell's process: see [`run_cell`].
 
     Args:
-        folder (`Path`): of the cell.
-        cache_dir (`str` or `Path`): of finished warm starts.
-        log (`Path`): file for all that is printed.
+        folder (`Path`): folder of the cell.
+        cache_dir (`str` or `Path`): folder of finished warm starts.
+        log (`Path`): file for the process's output.
         alive (`Connection`): the process ends when the other end is closed.
     """
     with log.open("w") as file:
@@ -302,5 +301,5 @@ def be_quiet_and_small() -> None:
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # A second thread gains little on models so small, and the study runs two cells at a time.
+    # A second thread gains little on models this small, and the study runs two cells at a time.
     torch.set_num_threads(1)

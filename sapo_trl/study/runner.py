@@ -40,7 +40,7 @@ class _Running:
     process: ForkServerProcess
     started: float
     alive: Connection
-    """Closed when this process ends, however it does, which ends the cell too."""
+    """Closed when this process ends for any reason. This ends the cell, too."""
 
 
 def run_study(
@@ -52,7 +52,7 @@ def run_study(
     console: Console | None = None,
 ) -> None:
     """
-    Run what is missing of a study: warm starts, tuning, then the comparisons with the settings that tuning has chosen.
+    Run the missing runs of a study: warm starts, tuning, then the comparisons with the tuned settings.
 
     Args:
         study ([`StudyConfig`]):
@@ -64,10 +64,10 @@ def run_study(
         jobs (`int`, *optional*, defaults to `2`):
             Cells that run at the same time.
         console ([`~rich.console.Console`], *optional*):
-            Where progress is shown.
+            Console for the progress display.
 
     Raises:
-        CellFailed: if a cell fails. The others that are running are waited for, and what is finished stays.
+        CellFailed: if a cell fails. Other running cells are completed first, and finished runs are kept.
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs} must be at least 1.")
@@ -82,7 +82,7 @@ def run_study(
 
 def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, console: Console) -> None:
     tuning = tuning_cells(study)
-    # What tuning will choose decides no count and (nearly) no time.
+    # The tuned settings change no count and (nearly) no time.
     guess = dict.fromkeys([cell.arm_name for cell in tuning], study.tuning.learning_rate[0])
     expected = [*tuning, *comparison_cells(study, guess)]
     _check_settings(expected, cells_dir)
@@ -107,8 +107,8 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
 
 def unused_runs(cells: list[Cell], cells_dir: Path) -> list[str]:
     """
-    Names of the finished runs that are of these cells but for their fingerprints: a study that runs them again should
-    not seem to have lost them.
+    Names of the finished runs that differ from these cells only in the fingerprint. A study that runs them again
+    should not seem to have lost them.
     """
     names = {cell.name for cell in cells}
     like = {cell.unmarked_name for cell in cells}
@@ -132,8 +132,8 @@ def _say_what_is_unused(cells: list[Cell], cells_dir: Path, console: Console) ->
 
 
 def _process_context() -> ForkServerContext:
-    """Processes that have imported everything when they start: that takes as long as a quarter of a run."""
-    # Several cells share the machine: a thread each, or they wait for one another.
+    """Processes that start with everything imported: the imports take as long as a quarter of a run."""
+    # Several cells share the machine: with more than one thread each, they wait for one another.
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([run_cell_process.__module__])
@@ -152,7 +152,7 @@ def _check_settings(cells: list[Cell], folder: Path) -> None:
 def _make_warm_starts(
     processes: ForkServerContext, cells: list[Cell], cache_dir: str | Path, jobs: int, progress: Progress
 ) -> None:
-    """First, so that no two cells train the same one."""
+    """Train the warm starts first, so that no two cells train the same one."""
     configs = list(dict.fromkeys(cell.policy for cell in cells))
     bar = progress.add_task("Warm starts", total=len(configs), news="some minutes each")
     with ProcessPoolExecutor(jobs, mp_context=processes, initializer=be_quiet_and_small) as pool:
@@ -163,7 +163,7 @@ def _make_warm_starts(
 
 
 class _Progress:
-    """The bar of all cells, with the time that is left at the speed of the cells so far; lines where no bar can be."""
+    """A bar over all cells, with the time left at the speed so far; lines where no bar can be drawn."""
 
     def __init__(self, progress: Progress, total: int, jobs: int, cells_dir: Path):
         self.progress = progress
@@ -193,7 +193,7 @@ class _Progress:
     def show(self, running: list[_Running], waiting: list[Cell]) -> None:
         known = [seconds for of_arm in self.seconds.values() for seconds in of_arm]
         if known:
-            # Arms differ tenfold in cost: each by its own runs, unseen ones by the mean of all.
+            # Arms differ tenfold in cost: each is estimated by its own runs, an arm without runs by the mean of all.
             mean = statistics.mean(known)
             costs = {arm: statistics.mean(of_arm) for arm, of_arm in self.seconds.items()}
             left = sum(costs.get(cell.arm_name, mean) for cell in waiting)
@@ -233,7 +233,7 @@ def _run_cells(
                 else:
                     failed.append(run.cell)
     finally:
-        # Interrupted: the cells are of no use to anyone.
+        # Interrupted: the running cells are useless.
         for run in running:
             run.process.terminate()
         for run in running:
@@ -246,7 +246,7 @@ def _run_cells(
 
 def _start(processes: ForkServerContext, cell: Cell, cells_dir: Path, cache_dir: str | Path) -> _Running:
     folder = cells_dir / cell.name
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
     folder.mkdir()
     (folder / CELL_NAME).write_text(cell.to_json())
     parents_end, alive = processes.Pipe()

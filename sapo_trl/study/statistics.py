@@ -1,4 +1,4 @@
-"""What a handful of seeds can tell: intervals, paired differences, and comparisons over tasks."""
+"""Statistics of a handful of seeds: intervals, paired differences, and comparisons over tasks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Difference:
         t_low (`float`): lower end of Student's interval; NaN with one pair, or with equal differences.
         t_high (`float`): its upper end.
         p_value (`float`): of the two-sided paired t-test; NaN with one pair, or with equal differences that are not 0.
-        rank_p_value (`float`): of Wilcoxon's signed ranks, in which one broken run weighs as little as another.
+        rank_p_value (`float`): of Wilcoxon's signed ranks, where a broken run weighs no more than others.
         pairs (`int`): number of pairs.
     """
 
@@ -40,8 +40,8 @@ def mean_interval(scores: Sequence[float], *, confidence: float = 0.95, seed: in
     """
     The mean over seeds with its percentile-bootstrap interval.
 
-    A bootstrap of few samples is too narrow: of five normal ones the 95 % interval covers the mean about 83 % of the
-    time. Decisions rest on [`paired_difference`]'s Student interval for that reason.
+    A bootstrap of few samples is too narrow: with five normal samples the 95 % interval covers the mean about 83 % of
+    the time. Therefore decisions rest on [`paired_difference`]'s Student interval.
 
     Args:
         scores (`Sequence[float]`): one per seed.
@@ -59,7 +59,7 @@ def paired_difference(
     scores: Mapping[int, float], baseline: Mapping[int, float], *, confidence: float = 0.95, seed: int = 0
 ) -> Difference:
     """
-    How much better one algorithm does than another from the same start, seed by seed.
+    Difference between two algorithms from the same start, seed by seed.
 
     Args:
         scores (`Mapping[int, float]`): score of each seed.
@@ -78,7 +78,7 @@ def paired_difference(
     if len(shared) < 2:
         return Difference(interval, np.nan, np.nan, np.nan, np.nan, len(shared))
     if np.ptp(differences) == 0:
-        # Scores are shares of a few hundred problems, so ties happen, and there is no spread to test against.
+        # Scores are shares of a few hundred problems, so ties happen. Then there is no spread to test against.
         p_value = 1.0 if differences[0] == 0 else np.nan
         return Difference(interval, np.nan, np.nan, p_value, p_value, len(shared))
     test = stats.ttest_1samp(differences, 0.0)

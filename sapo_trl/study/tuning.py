@@ -11,7 +11,7 @@ from .cells import Cell
 
 def chosen_learning_rates(results: Iterable[tuple[Cell, dict]]) -> dict[str, float]:
     """
-    The learning rate of each arm with the best mean accuracy; of equally good ones the smallest.
+    The learning rate of each arm with the best mean accuracy; among equally good rates the smallest.
 
     Args:
         results (`Iterable[tuple[Cell, dict]]`): the tuning cells with their results.

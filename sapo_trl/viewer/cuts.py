@@ -15,7 +15,7 @@ _ROWS = 512  # at a time: padded tensors of all responses at once might not fit 
 
 class RecordedVocabulary:
     """
-    The texts that occur in a recording, in the place of the tokenizer, which is not recorded.
+    The texts that occur in a recording, instead of the tokenizer, which is not recorded.
 
     Args:
         texts (`list[str]`): of each id.
@@ -34,7 +34,7 @@ class RecordedVocabulary:
 
 
 def segmenters(recorded: Segmenter) -> dict[str, Segmenter]:
-    """Whose cuts are compared with the recorded ones, at most seven, by what the page calls them."""
+    """The segmenters to compare with the recorded cuts, at most seven, by their names on the page."""
     return {
         **{f"entropy, top {percent} %": EntropySegmenter(percent) for percent in (10, 20, 30, 50)},
         "lines": NewlineSegmenter(),

@@ -1,4 +1,4 @@
-"""Coloured tokens for notebooks: a piece of HTML with what matters of one response, where a page would be too much."""
+"""Coloured tokens for notebooks: a piece of HTML with one response, where a whole page would be too much."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..plots import SEGMENT_COLOURS
 from .page import colour_scales
 
 
-# On white in a dark notebook too: the colours are those of the light theme.
+# On white in a dark notebook too: the colours belong to the light theme.
 _BOX = "font-family:monospace;line-height:1.8;white-space:pre-wrap;background:#fff;color:#000;padding:.3em .6em"
 
 
@@ -25,7 +25,8 @@ def token_html(
 ) -> Markup:
     """
     One response as HTML: a bar after each token that ends a segment, and colours for numbers, or for segments where
-    there are no numbers. What is shown when the pointer rests on a token has both. Line breaks are shown as `↵`.
+    there are no numbers. The text that appears when the pointer rests on a token has both. Line breaks are shown as
+    `↵`.
 
     Args:
         tokens (`Sequence[str]`): texts of the tokens. They are escaped.
@@ -34,7 +35,7 @@ def token_html(
             number of each token, such as its entropy, value or advantage; finite. From yellow to blue; if some are
             negative, those are orange, zero is white, and positive ones are blue.
         limits (`tuple[float, float]`, *optional*):
-            numbers at the two ends of the colours, to compare responses; by default those of the numbers.
+            numbers at the two ends of the colours, to compare responses; by default the extremes of `numbers`.
         title (`str`, *optional*): what to write above.
 
     Returns:

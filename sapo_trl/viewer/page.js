@@ -97,7 +97,7 @@
   const label = (name) => name.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-  /** Line breaks and blanks so that they can be seen, and still are what they are. */
+  /** Makes line breaks and blanks visible, and keeps them in the text. */
   function fill(node, text) {
     let rest = text;
     while (rest.includes("\n")) {
@@ -159,7 +159,7 @@
       const segment = panel.segments.ids[i];
       span.classList.toggle("odd", !mode.kind && segment >= 0 && segment % 2 === 0);
       span.classList.toggle("even", !mode.kind && segment % 2 === 1);
-      // Signs are not left to the hue: dots below what is negative. Next to zero there is none.
+      // The hue alone does not show the sign: negative values get dots below. Values next to zero get none.
       const signed = mode.kind === "diverging" && Math.abs(value) > 0.02 * mode.range[1];
       span.classList.toggle("minus", signed && value < 0);
       span.classList.toggle("plus", signed && value > 0);
@@ -275,7 +275,7 @@
     if (panel.values && !panel.chart.hidden) Plotly.restyle(panel.chart, { x: [[i]], y: [[i === null ? null : panel.values[i]]] }, [2]);
   };
 
-  // ---------------------------------------------------------------------------------------------- what a token says
+  // ---------------------------------------------------------------------------------------------- a token's numbers
 
   function factsOf(panel, i) {
     const at = starts[panel.index] + i, segment = panel.segments.ids[i];
@@ -301,11 +301,11 @@
       element("div", { className: "what" }, JSON.stringify(text).slice(1, -1)),
       element("table", {}, ...facts.map(([name, value]) => element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, value)))),
     );
-    // What a screen reader says of the token; made for those that are visited, not for all thousands.
+    // The text for screen readers; made for visited tokens, not for all thousands.
     span.setAttribute("aria-label", [text, ...facts.map((fact) => fact.join(" "))].join(", "));
     tip.hidden = false;
     const box = span.getClientRects()[0] ?? span.getBoundingClientRect(), size = tip.getBoundingClientRect();
-    // Beside the token and upwards where there is room: what follows it and the curve stay in sight.
+    // Beside the token and upwards where there is room, so that the next tokens and the curve stay in sight.
     const beside = box.right + size.width + 40 < window.innerWidth;
     const top = beside ? box.bottom - size.height + 8 : box.bottom + 6;
     tip.style.left = `${beside ? box.right + 28 : Math.max(4, window.innerWidth - size.width - 8)}px`;
@@ -402,7 +402,7 @@
     segmenters.forEach((name, bit) => {
       const { ids, count } = segmentsOf(panel.index, bit);
       const text = element("div", { className: "text", tabIndex: 0, role: "region", "aria-label": `cuts: ${name}` });
-      // A span per segment, not per token: that is what there is to see.
+      // A span per segment, not per token: only segments are visible here.
       let span = null, before = null;
       ids.forEach((id, i) => {
         if (id !== before || span === null) {
@@ -439,7 +439,7 @@
     if (selected < 0) return;
     if (kept !== null) { kept = null; drawPanels(); return; }
     kept = selected;
-    // What one wants beside it most: the same prompt in the other run, at the same step if there is one, then at another step.
+    // The first response beside it: the same prompt in the other run, at the same step if possible, else at another step.
     const group = byPrompt[responses.prompt[kept]];
     const sameStep = (each) => responses.step[each] === responses.step[kept];
     const rank = (each) => (responses.run[each] !== responses.run[kept] ? 2 + sameStep(each) : 1 - sameStep(each));
@@ -460,7 +460,7 @@
     $("filter-run").append(option("", "both"), ...runs.map((run, i) => option(i, run)));
     for (const id of ["filter-step-from", "filter-step-to"]) $(id).append(option("", "any"), ...steps.map((step) => option(step, String(step))));
     const brief = (text) => { const clean = text.replaceAll(/\s+/g, " ").trim(); return clean.length > 70 ? `${clean.slice(0, 70)}…` : clean; };
-    // What prompts have in common at their start (a system prompt) tells none from another.
+    // Skip the common start of all prompts (a system prompt): it distinguishes none of them.
     const shared = commonStart(prompts.map((prompt) => prompt.text));
     $("filter-prompt").append(option("", `any of ${prompts.length}`), ...prompts.map((prompt, i) => option(i, `${i + 1}: ${brief(prompt.text.slice(shared))}`)));
     let waiting = null;
@@ -583,6 +583,6 @@
   makeCurves();
   setMode(mode);
   filter();
-  // For whoever measures: milliseconds from the start of loading until everything is there.
+  // For measurements: milliseconds from the start of loading until everything is there.
   requestAnimationFrame(() => { document.documentElement.dataset.ready = String(Math.round(performance.now())); });
 })();

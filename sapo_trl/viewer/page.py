@@ -1,4 +1,4 @@
-"""The page: a template, a style sheet and a script, with what they show, in one file that loads nothing."""
+"""The page: template, style sheet, script and data in one file that loads nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COLOURS = 64
 def colour_scales() -> dict[str, dict[str, list[str]]]:
     """
     Colours by theme and kind, low to high. Low, or zero of signed numbers, is close to the page's background, so that
-    what stands out is what is large. Lightness is monotone towards the ends, and blue and orange differ for every kind
+    large values stand out. Lightness is monotone towards the ends, and blue and orange differ for every kind
     of colour blindness.
     """
     diverging = {

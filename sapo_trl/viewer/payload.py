@@ -1,5 +1,5 @@
 """
-What the page is given: small things as JSON, and each token's numbers as columns of bytes.
+The data of the page: small things as JSON, and each token's numbers as columns of bytes.
 
 A million tokens with six numbers each would be 40 MB of text and seconds of parsing. As float16 (three digits) behind
 gzip they are about a third of that, and a browser reads them in place.
@@ -25,7 +25,7 @@ from .recordings import NUMBER_COLUMNS, Recording
 
 
 IMAGE_BYTES = 8 * 2**20
-"""What all images of a page may take before they are shrunk."""
+"""Limit on the size of all images of a page; beyond it they are shrunk."""
 
 _IMAGE_SIDES = (256, 192, 128, 96, 64)
 _LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
@@ -148,7 +148,7 @@ def _as_float16(numbers: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def _range(numbers: np.ndarray) -> list[float]:
-    """Smallest, 1st, 99th percentile and largest: what colours and axes span."""
+    """Smallest, 1st, 99th percentile and largest value: the ranges of colours and axes."""
     finite = numbers[np.isfinite(numbers)]
     return [float(f"{number:.4g}") for number in np.percentile(finite, [0, 1, 99, 100])]
 
@@ -169,7 +169,7 @@ def _prompts(responses: pd.DataFrame) -> tuple[list[dict[str, Any]], list[int], 
     of_response = []
     for text, files in zip(responses["prompt"], responses["images"], strict=True):
         text = _REPEATED.sub(lambda match: f"{match[1]} ×{len(match[0]) // len(match[1])} ", text)
-        # Files are named by what is in them: the same image of another run has the same name.
+        # Files are named by their content: the same image of another run has the same name.
         paths.update({path.name: path for path in files})
         of_response.append(index.setdefault((text, tuple(path.name for path in files)), len(index)))
     place = {name: number for number, name in enumerate(paths)}

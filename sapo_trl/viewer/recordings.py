@@ -1,4 +1,4 @@
-"""What a run has left behind that can be looked at: responses, their prompts and images, and the log."""
+"""The recordings of a run: responses, their prompts and images, and the log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUMBER_COLUMNS = ("logps", "entropies", "values", "advantages", "returns", "log_
 """Numbers of each token that a run may have recorded."""
 
 _WRITER = "SegmentationCallback"
-# Files written before `special` was recorded: what the special tokens of the usual tokenizers look like.
+# Form of the special tokens of the usual tokenizers, for files that were written before `special` was recorded.
 _SPECIAL_LOOKS = re.compile(r"<\|[^|<>]+\|>|<[｜|].+[｜|]>|</?s>|<(bos|eos|pad|unk|start_of_turn|end_of_turn)>")
 
 
@@ -39,7 +39,7 @@ class Recording:
         state_values (`pd.DataFrame`):
             [`~sapo_trl.ValueDiagnostics`]' Monte-Carlo values: `step`, `process`, `response`, `token`,
             `monte_carlo_value`, `standard_error`.
-        notes (`list[str]`): what a reader of the page should know is missing, and why.
+        notes (`list[str]`): remarks for the reader on missing data and the reasons.
     """
 
     name: str
@@ -145,7 +145,7 @@ def _read_segments(folder: Path, notes: list[str]) -> pd.DataFrame:
         )
     table = _table(rows)
     if len(table) and not any(np.any(values) for values in table["values"]):
-        # What is recorded without a critic.
+        # Zeros are recorded without a critic.
         table["values"] = [np.full(len(values), np.nan) for values in table["values"]]
         notes.append("The run had no values.")
     return table
@@ -169,7 +169,7 @@ def _read_state_values(folder: Path) -> pd.DataFrame:
 
 def _read_completions(path: Path, log: pd.DataFrame) -> pd.DataFrame:
     frame = read_frame(path, ("step", "prompt", "completion", "advantage"))
-    # Beside the rewards there may be whatever else was logged.
+    # Other logged columns may stand beside the rewards.
     rewards = [name for name in frame if f"rewards/{name}/mean" in log]
     if not rewards:
         known = {"step", "advantage"}

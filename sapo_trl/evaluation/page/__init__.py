@@ -55,7 +55,7 @@ def render_page(results: Mapping[str, Any], problems: Sequence[Mapping[str, Any]
     """The page's HTML. Everything in `problems` and `results` is text that is escaped, never markup."""
     assets = files(__package__)
     script = (assets / "answers.js").read_text(encoding="utf-8")
-    # With autoescape and, behind it, a policy that lets no script run but the one with this hash.
+    # With autoescape and, as a second guard, a policy that allows only the script with this hash.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((assets / "answers.html.j2").read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """
-The study's task family: chains of gates whose outcome hangs on every decision, in a picture or as text.
+The study's task family: chains of gates whose outcome depends on every decision, in a picture or as text.
 
-A gate's sign means one of four cells; opening it takes that cell's number, and the numbers of all gates are the
-answer. What the signs mean, the policy has to find out from its outcomes.
+A gate's sign means one of four cells. Opening the gate takes that cell's number, and the numbers of all gates are the
+answer. The policy must find out the signs' meanings from its outcomes.
 """
 
 from .config import TaskConfig

@@ -10,31 +10,31 @@ from .vocabulary import FILLER_WORDS, LABELS, SIGNS
 @dataclass(frozen=True)
 class TaskConfig:
     """
-    One task of the family: how long its chains are, how hard its decisions, and what its text reveals of them.
+    One task of the family: length of its chains, difficulty of its decisions, and remarks on them in its text.
 
     Args:
         gates (`int`, *optional*, defaults to `6`):
             Length of the chain: gates of a problem, each with one decision. One wrong decision is a wrong answer.
         signs (`int`, *optional*, defaults to `48`):
-            Different signs that gates carry. Each means a cell, and each has to be learned on its own.
+            Number of different signs. Each means a cell, and each must be learned on its own.
         known (`float`, *optional*, defaults to `0.6`):
-            Share of signs that the warm-started policy takes for what they mean; the others it takes for another cell.
+            Share of signs whose right cell the warm-started policy believes in; for the others it believes in a decoy.
         confidence (`float`, *optional*, defaults to `0.75`):
-            Probability with which it does what it takes a sign to mean. For a sign that it knows the other choice is a
-            decoy, for one that it does not know the right cell.
+            Probability that the policy follows its belief. Otherwise it chooses the decoy for a known sign, and the
+            right cell for an unknown sign.
         filler (`int`, *optional*, defaults to `1`):
             Free words in each step: they change nothing, and the policy draws them evenly.
         filler_choices (`int`, *optional*, defaults to `6`):
-            Words that each of them is drawn from.
+            Number of words that each free word is drawn from.
         preamble (`int`, *optional*, defaults to `0`):
             Free words in a line before the first step.
         reveal_delay (`int`, *optional*, defaults to `0`):
-            Steps after which the text says truthfully whether a decision was right: `0` in the step itself, right
-            behind it. `None`: the text never says.
+            Steps after which the text says truthfully whether a decision was right. `0`: in the step itself, right
+            after the decision. `None`: the text never says it.
         pictures (`bool`, *optional*, defaults to `True`):
             Whether the numbers are in a picture. If not, they are in the prompt's text, and the model is a text model.
         world (`int`, *optional*, defaults to `0`):
-            Seed of what the signs mean and of which of them are known.
+            Seed of the signs' meanings and of the choice of known signs.
     """
 
     gates: int = 6

@@ -1,4 +1,4 @@
-"""How a model does on a task: accuracy on problems it has not seen, and how its decisions went."""
+"""A model's performance on a task: accuracy on unseen problems, and the quality of its decisions."""
 
 from dataclasses import dataclass
 

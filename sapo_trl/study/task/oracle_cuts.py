@@ -14,7 +14,7 @@ from ...segments import Segments
 from .vocabulary import CELLS, LABELS
 
 
-# The chosen cell of a step, whatever the rest of its line is like.
+# The chosen cell of a step, for any rest of its line.
 _DECISION = re.compile(rf"(?:^|(?<=\n))[{LABELS}] [^\n]*? ([{CELLS}])(?=\d)")
 _STEP_END = re.compile(r"\n")
 
@@ -29,7 +29,7 @@ class OracleSegmenter:
     Args:
         cuts (`str`, *optional*, defaults to `"steps"`):
             `"steps"`: a segment ends with a step. `"decisions"`: a segment ends with the token that names the chosen
-            cell, so that the next one begins in the first state that knows of the choice.
+            cell, so that the next segment begins in the first state that knows the choice.
     """
 
     cuts: str = "steps"
@@ -64,6 +64,6 @@ def border_characters(response: str, cuts: str = "steps") -> list[int]:
 
 
 def tokens_at(characters: list[int], pieces: list[str]) -> list[int]:
-    """Indices of the tokens, given by their texts, that cover certain characters of what these join to."""
+    """Indices of the tokens (given by their texts) that cover certain characters of the joined text."""
     ends = torch.tensor(list(accumulate(len(piece) for piece in pieces)), dtype=torch.long)
     return torch.searchsorted(ends, torch.tensor(characters, dtype=torch.long), right=True).tolist()

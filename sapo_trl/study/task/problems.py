@@ -18,7 +18,7 @@ Split = Literal["train", "tune", "test"]
 SPLITS = ("train", "tune", "test")
 
 HELD_OUT_FRACTION = 10
-"""One in this many pictures belongs to the split that settings are tuned on, and as many to the test split."""
+"""One in this many pictures belongs to the tuning split, and as many to the test split."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,19 @@ class Problem:
 
     @property
     def cells_as_text(self) -> str:
-        """What the picture shows, as text."""
+        """The content of the picture, as text."""
         return " ".join(f"{cell}{number}" for cell, number in zip(CELLS, self.numbers, strict=True))
 
 
 @dataclass(frozen=True)
 class World:
     """
-    What the signs mean, and what the warm-started policy takes them for.
+    The signs' meanings, and the warm-started policy's beliefs about them.
 
     Args:
         right (`dict[str, str]`): the cell that a sign means.
         decoy (`dict[str, str]`): the other cell that the warm-started policy considers.
-        known (`dict[str, bool]`): whether it thinks the right one likelier than the decoy.
+        known (`dict[str, bool]`): whether it thinks the right cell likelier than the decoy.
     """
 
     right: dict[str, str]
@@ -107,7 +107,7 @@ def pictures_of(split: Split) -> tuple[tuple[int, ...], ...]:
 
 
 def _split_of(numbers: tuple[int, ...]) -> Split:
-    # A checksum, not a formula in the numbers: nothing that could be learned tells the splits apart.
+    # A checksum, not a formula in the numbers: a model cannot learn to tell the splits apart.
     remainder = zlib.crc32(bytes(numbers)) % HELD_OUT_FRACTION
     return {0: "test", 1: "tune"}.get(remainder, "train")
 

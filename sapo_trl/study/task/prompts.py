@@ -30,7 +30,7 @@ def encode_prompts(
     Encode the prompts of rows of [`make_problems`], as TRL's trainers do for a rollout.
 
     Returns:
-        `dict[str, torch.Tensor]`: What the model's forward takes, left-padded.
+        `dict[str, torch.Tensor]`: Inputs of the model's forward, left-padded.
     """
     prompts = [task_prompt(row) for row in rows]
     messages = [

@@ -1,4 +1,4 @@
-"""Solutions that the warm start imitates: everything right but the decisions, which follow beliefs about the signs."""
+"""Solutions that the warm start imitates: everything is right except decisions, which follow beliefs about signs."""
 
 import random
 
@@ -9,7 +9,7 @@ from .vocabulary import FILLER_WORDS, LABELS, PREAMBLE, RIGHT, WRONG
 
 def believed_cells(config: TaskConfig, problem: Problem, *, rng: random.Random) -> str:
     """
-    The cells that a policy chooses which follows its beliefs about the signs, each decision on its own.
+    The cells chosen by a policy that follows its beliefs about the signs, each decision on its own.
 
     Args:
         config ([`TaskConfig`]):
@@ -31,8 +31,8 @@ def write_solution(config: TaskConfig, problem: Problem, cells: str, *, rng: ran
     """
     Write the solution with certain decisions: the preamble if there is one, then a step a line.
 
-    A step has the gate's label and sign, the free words, the chosen cell with its number, and what is revealed
-    of the decision `reveal_delay` steps before. What is left to reveal in the end is a line of its own.
+    A step has the gate's label and sign, the free words, the chosen cell with its number, and the remark on the
+    decision `reveal_delay` steps before. Remarks that are still missing at the end form a line of their own.
 
     Args:
         config ([`TaskConfig`]):

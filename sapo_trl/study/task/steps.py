@@ -1,4 +1,4 @@
-"""The true steps of a response: where each begins and ends, where its decision is, and whether that was right."""
+"""The true steps of a response: start and end of each, the place of its decision, and whether it was right."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from .problems import Problem
 from .vocabulary import CELLS, LABELS, PREAMBLE, RIGHT, WRONG
 
 
-# A step begins with its gate's label and has the chosen cell with its number; what is between is up to the policy.
+# A step begins with its gate's label and has the chosen cell with its number; the policy is free in between.
 _STEP = re.compile(rf"([{LABELS}]) [^\n]*? ([{CELLS}])(\d)(?: (?:{RIGHT}|{WRONG}))?(?:\n|$)")
 _OPENED = re.compile(rf"\b[{CELLS}](\d)")
 _PREAMBLE = re.compile(rf"{PREAMBLE}[^\n]*\n")
@@ -38,12 +38,12 @@ class Step:
 @dataclass(frozen=True)
 class SolutionSteps:
     """
-    What a response did.
+    The steps of a response.
 
     Args:
         steps (`tuple[Step, ...]`): its steps in order, up to the first that is missing or malformed.
         complete (`bool`): whether it has all of the problem's steps.
-        correct (`bool`): whether the numbers that it opens are the answer, which is all that the reward looks at.
+        correct (`bool`): whether the numbers that it opens are the answer; the reward depends on nothing else.
     """
 
     steps: tuple[Step, ...]
@@ -84,7 +84,7 @@ def is_correct(response: str, answer: str) -> bool:
     """
     Whether the numbers of the opened cells, in their order, are the answer.
 
-    Nothing else counts. Were the numbers to be written once more at the end, most of what is learned from so short a
-    run would be how not to spoil that: one wrong label there, and no reward tells good decisions from bad ones.
+    Nothing else counts. If the numbers had to be repeated at the end, a run this short would mostly learn to repeat
+    them correctly: after one wrong label there, no reward tells good decisions from bad ones.
     """
     return "".join(_OPENED.findall(response)) == answer

@@ -29,7 +29,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}"""
 
 VOCABULARY_LIMIT = 1000
-"""Far above what the corpus can fill, so that every word becomes one token."""
+"""More than the corpus can fill, so that every word becomes one token."""
 
 
 def build_tokenizer() -> Qwen2Tokenizer:

@@ -18,4 +18,4 @@ PREAMBLE = ":"
 """Opens the line of free words before the first step."""
 
 RIGHT, WRONG = "ok", "bad"
-"""What the text says of a right and of a wrong decision."""
+"""The remarks on a right and on a wrong decision."""

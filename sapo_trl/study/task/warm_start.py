@@ -1,4 +1,4 @@
-"""The supervised warm start: from random weights to a policy that reads well and believes things about the signs."""
+"""The supervised warm start: from random weights to a policy that reads well and has beliefs about the signs."""
 
 import random
 from collections.abc import Callable
@@ -48,8 +48,8 @@ class WarmStartConfig:
         max_steps (`int`, *optional*, defaults to `2000`):
             Steps within which the target must be reached; beyond them the warm start fails.
         target (`float`, *optional*, defaults to `0.95`):
-            Share of lines, with pictures not trained on, in which the model must write everything as the solution has
-            it, decisions and free words aside.
+            Share of lines, with pictures not trained on, that the model must write like the solution, decisions and
+            free words aside.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -103,7 +103,7 @@ def warm_start(
 
 @lru_cache
 def fingerprint(config: WarmStartConfig) -> str:
-    """Of everything that decides the result: settings, the code of this task and of what it builds on, libraries."""
+    """Fingerprint of everything that decides the result: settings, code of the task and of its base, libraries."""
     return code_fingerprint(config, [Path(__file__).parent, Path(embedded.__file__).parent])
 
 
@@ -174,8 +174,8 @@ def encode_solutions(
 @torch.no_grad()
 def line_accuracy(model: PreTrainedModel, batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> float:
     """
-    Share of a solution's lines in which the model's likeliest tokens, each given the right ones before it, are those
-    of [`encode_solutions`], decisions and free words aside.
+    Share of the lines in which the model's likeliest tokens, each given the right tokens before it, equal the
+    solution from [`encode_solutions`], decisions and free words aside.
     """
     labels = batch["labels"][:, 1:]
     logits = model(**{name: x for name, x in batch.items() if name != "labels"}, use_cache=False).logits
