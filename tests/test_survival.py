@@ -145,7 +145,8 @@ class TestCheckpoints:
         staged.mkdir()
         (staged / "new").touch()
         assert checkpoint_files.publish(staged, tmp_path) == tmp_path / "checkpoint-1"
-        assert [path.name for path in (tmp_path / "checkpoint-1").iterdir()] == ["new"]
+        files = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+        assert files == {"new", checkpoint_files.PUBLICATION_NAME}
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
     def test_a_checkpoint_in_the_middle_of_a_step_is_refused(self, tmp_path):

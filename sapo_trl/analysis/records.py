@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 from pyarrow import ArrowInvalid
 
+from ..trainer.checkpoint_files import newest_checkpoint
+
 
 TOKEN_COLUMNS = ("tokens", "segment_ids", "logps", "entropies", "values", "advantages", "returns")
 VALUE_COLUMNS = ("response", "segment", "value", "monte_carlo_value", "standard_error")
@@ -192,9 +194,8 @@ def _log_file(folder: Path) -> Path:
     state = "trainer_state.json"
     if (folder / state).is_file():
         return folder / state
-    checkpoints = [path for path in folder.glob(f"checkpoint-*/{state}") if path.parent.name[11:].isdigit()]
-    if checkpoints:
-        return max(checkpoints, key=lambda path: int(path.parent.name[11:]))
+    if (checkpoint := newest_checkpoint(folder)) is not None:
+        return checkpoint / state
     lines = sorted(folder.glob("*.jsonl"))
     if len(lines) != 1:
         raise ValueError(
