@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from sapo_trl import StopOnSignal
 from sapo_trl.embedded import build_tokenizer
-from sapo_trl.trainer.checkpoint_files import newest_checkpoint
+from sapo_trl.run_folder import newest_checkpoint
 
 from .testing_utils import FAMILIES, sapo_trainer
 

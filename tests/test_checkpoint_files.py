@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from sapo_trl import run_folder
+from sapo_trl.run_folder import complete_checkpoints, newest_checkpoint
 from sapo_trl.trainer import checkpoint_files
 from sapo_trl.trainer.checkpoint_files import (
     STAGING_FOLDER,
     check_checkpoint,
-    complete_checkpoints,
-    newest_checkpoint,
     publish,
     recorded_best,
     rotate,
@@ -44,6 +45,10 @@ def names(run: Path) -> list[str]:
 
 
 class TestOrder:
+    def test_names_are_those_of_transformers(self):
+        assert run_folder.TRAINER_STATE_NAME == TRAINER_STATE_NAME
+        assert run_folder.CHECKPOINT_PREFIX == PREFIX_CHECKPOINT_DIR
+
     def test_of_publication_whatever_steps_and_clocks_say(self, tmp_path):
         for step in (1, 2, 10, 3):
             write_and_publish(tmp_path, step)

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sapo_trl import SAPOConfig, SegmentValueHead
 from sapo_trl.folder_lock import FolderInUseError
+from sapo_trl.run_folder import PUBLICATION_NAME, complete_checkpoints, newest_checkpoint
 from sapo_trl.trainer import checkpoint_files
-from sapo_trl.trainer.checkpoint_files import STAGING_FOLDER, complete_checkpoints, newest_checkpoint
+from sapo_trl.trainer.checkpoint_files import STAGING_FOLDER
 
 from .test_folder_lock import holder
 from .testing_utils import logged, sapo_trainer, state_of, unmoved
@@ -271,7 +272,7 @@ class TestCheckpoints:
         (staged / "new").touch()
         assert checkpoint_files.publish(staged, tmp_path) == tmp_path / "checkpoint-1"
         files = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
-        assert files == {"new", checkpoint_files.PUBLICATION_NAME}
+        assert files == {"new", PUBLICATION_NAME}
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
     def test_a_checkpoint_in_the_middle_of_a_step_is_refused(self, tmp_path):

@@ -63,6 +63,7 @@ METHODS = {
         "resume_from_checkpoint",
         "trial",
     ],
+    "_push_from_checkpoint": ["checkpoint_folder"],
     "_finalize_training": ["trial", "num_train_samples", "start_time"],
 }
 # Private attributes that it reads or writes.

@@ -34,7 +34,7 @@ import pandas as pd  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from sapo_trl.trainer.checkpoint_files import newest_checkpoint  # noqa: E402
+from sapo_trl.run_folder import newest_checkpoint  # noqa: E402
 
 from .model import unpack_model  # noqa: E402
 from .questions import write_questions  # noqa: E402

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from pyarrow import ArrowInvalid
 
-from ..trainer.checkpoint_files import newest_checkpoint
+from ..run_folder import TRAINER_STATE_NAME, newest_checkpoint
 
 
 TOKEN_COLUMNS = ("tokens", "segment_ids", "logps", "entropies", "values", "advantages", "returns")
@@ -191,15 +191,14 @@ def read_frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _log_file(folder: Path) -> Path:
-    state = "trainer_state.json"
-    if (folder / state).is_file():
-        return folder / state
+    if (folder / TRAINER_STATE_NAME).is_file():
+        return folder / TRAINER_STATE_NAME
     if (checkpoint := newest_checkpoint(folder)) is not None:
-        return checkpoint / state
+        return checkpoint / TRAINER_STATE_NAME
     lines = sorted(folder.glob("*.jsonl"))
     if len(lines) != 1:
         raise ValueError(
-            f"{folder}: neither a `{state}`, nor a checkpoint with one, nor exactly one `.jsonl` file (it has "
+            f"{folder}: neither a `{TRAINER_STATE_NAME}`, nor a checkpoint with one, nor exactly one `.jsonl` file (it has "
             f"{len(lines)}). `trainer.save_state()` writes the first."
         )
     return lines[0]

@@ -12,7 +12,6 @@ from typing import Any
 import rich
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..callbacks import SegmentationCallback
@@ -37,9 +36,10 @@ from ..folder_lock import FolderInUseError, locked
 from ..names import nearest_name
 from ..progress import show_progress
 from ..reward_lookup import find_reward
+from ..run_folder import TRAINER_STATE_NAME, newest_checkpoint
 from ..stop_on_signal import StopOnSignal
 from ..trainer import SAPOTrainer
-from ..trainer.checkpoint_files import check_checkpoint, newest_checkpoint
+from ..trainer.checkpoint_files import check_checkpoint
 from ..validation import check_size
 from .dry_run import show_dry_run
 from .launch import check_launched, launch
@@ -189,7 +189,11 @@ def main(argv: Sequence[str]) -> int:
     request = parse_run(argv, TrainArguments, SAPOConfig, ModelConfig)
     if request.launch:
         return launch(request.launch, ["train", *request.arguments])
-    training_args = request.settings[1]
+    _, training_args, model_args = request.settings
+    if model_args.model_name_or_path is None:
+        wanted = "--model_name_or_path is required: 'embedded', a local path or a hub id"
+        print(f"sapo-trl train: error: {wanted}", file=sys.stderr)
+        return 2
     with contextlib.ExitStack() as stack:
         if training_args.should_save and not request.dry_run:
             # From before the newest checkpoint is looked for until the model is saved.
@@ -203,10 +207,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(request: RunRequest) -> int:
     arguments, training_args, model_args = request.settings
-    if model_args.model_name_or_path is None:
-        wanted = "--model_name_or_path is required: 'embedded', a local path or a hub id"
-        print(f"sapo-trl train: error: {wanted}", file=sys.stderr)
-        return 2
     try:
         check_launched(training_args.world_size)
         checkpoint = None if request.dry_run else _checkpoint(training_args)

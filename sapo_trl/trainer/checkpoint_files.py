@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there at all, and which of them is the newest."""
+"""Checkpoints that are complete or not there at all: how they are written, deleted and looked over."""
 
 from __future__ import annotations
 
@@ -13,68 +13,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..run_folder import PUBLICATION_NAME, TRAINER_STATE_NAME, complete_checkpoints, publication_number
 
 
 STAGING_FOLDER = "incomplete-checkpoint"
 """Where a checkpoint is written and where it is deleted; no name that anything takes for a checkpoint."""
-PUBLICATION_NAME = "publication.json"
-"""In each checkpoint: its place in the order in which the checkpoints of a run folder were published."""
 PROCESS_STATE_NAME = "process_state_{}.pt"
 CRITIC_OPTIMIZER_NAME = "critic_optimizer.pt"
 WARMUP_STATE_NAME = "critic_warmup.json"
 
-_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _REPLACED = "replaced-"
 _CONTENTS = {
     PROCESS_STATE_NAME.format("*"): ("num_processes", "step"),
     CRITIC_OPTIMIZER_NAME: ("optimizer", "scheduler", "scaler"),
 }
-
-
-def checkpoint_name(step: int) -> str:
-    """The name of the checkpoint of an optimizer step."""
-    return f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-
-def complete_checkpoints(run_folder: str | Path) -> list[Path]:
-    """
-    The complete checkpoints of a run folder, in the order in which they were published.
-
-    Neither their steps nor the times of their files tell the order: a run that goes back to an early checkpoint writes
-    lower steps after higher ones, and clocks are set back.
-
-    Args:
-        run_folder (`str` or `Path`): where the run's checkpoints are; it need not exist.
-
-    Returns:
-        `list[Path]`: oldest first. Checkpoints of other trainers, which have no number of publication, come first, in
-        the order of their steps.
-    """
-    found = []
-    for folder in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        match = _NAME.fullmatch(folder.name)
-        # Written last, and by nothing but a trainer.
-        if match and (folder / TRAINER_STATE_NAME).is_file():
-            found.append((_publication(folder), int(match[1]), folder))
-    return [folder for *_, folder in sorted(found)]
-
-
-def newest_checkpoint(run_folder: str | Path) -> Path | None:
-    """The complete checkpoint that was published last, if there is one."""
-    return next(reversed(complete_checkpoints(run_folder)), None)
-
-
-def _publication(checkpoint: Path) -> int:
-    try:
-        return int(json.loads((checkpoint / PUBLICATION_NAME).read_text(encoding="utf-8"))["number"])
-    except FileNotFoundError:
-        return 0
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(checkpoint / PUBLICATION_NAME)!r} is damaged ({error!r}): delete this file."
-        ) from error
 
 
 def staging_folder(run_folder: str | Path) -> Path:
@@ -106,7 +59,7 @@ def publish(staged: Path, run_folder: str | Path) -> Path:
         `Path`: the checkpoint. An older one of this name is replaced.
     """
     final = Path(run_folder) / staged.name
-    number = 1 + max(map(_publication, complete_checkpoints(run_folder)), default=0)
+    number = 1 + max(map(publication_number, complete_checkpoints(run_folder)), default=0)
     (staged / PUBLICATION_NAME).write_text(json.dumps({"number": number}) + "\n", encoding="utf-8")
     if final.exists():  # of the same step, written before a run was resumed from an earlier one
         os.rename(final, staged.parent / f"{_REPLACED}{staged.name}")
@@ -183,7 +136,8 @@ def write_error(error: Exception, folder: str | Path) -> int | None:
     if isinstance(error, SafetensorError):
         number = re.search(r"os error (\d+)", str(error))
         return int(number[1]) if number else None
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save, which keeps the cause back
+    # torch.save keeps the cause back.
+    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "iostream error" in str(error)):
         return errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else errno.EIO
     return None
 

@@ -29,7 +29,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer, is_conversational, prepare_multimodal_messages
 from trl.chat_template_utils import parse_response
@@ -47,6 +47,7 @@ from ..rollouts.placeholders import (
     placeholder_ids,
 )
 from ..rollouts.portable import from_portable, to_portable
+from ..run_folder import TRAINER_STATE_NAME, checkpoint_name, newest_checkpoint
 from ..segments import accumulation_dtype
 from ..sharded_tensors import gradients_are_in_pieces, total_norm, weights_are_in_pieces
 from ..validation import check_finite_rewards
@@ -55,9 +56,7 @@ from .checkpoint_files import (
     PROCESS_STATE_NAME,
     STAGING_FOLDER,
     check_checkpoint,
-    checkpoint_name,
     finish_publication,
-    newest_checkpoint,
     publish,
     recorded_best,
     rotate,
@@ -686,7 +685,15 @@ class GRPOBridge(GRPOTrainer):
             ) from error
         if self.args.should_save:
             rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(Path(run_folder) / name))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Uploads run in the background: a checkpoint that is still being written would move away under them, and go to
+        # the Hub as a part of the run folder.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self, *args, **kwargs) -> TrainOutput:
         # transformers would delete the newest checkpoint if only one is to be kept and another one is the best, and in
