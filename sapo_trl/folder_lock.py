@@ -17,9 +17,10 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
-LOCK_NAME = ".lock"
+# Names with an underscore in front are not uploaded to the Hub with the folder.
+LOCK_NAME = "_lock"
 HOLDER_NAME = "_lock_holder.json"
-"""Who holds the lock. Uploads to the Hub leave names out that begin with an underscore."""
+"""Says who holds the lock."""
 
 # What file systems without locks answer: some network file systems, or a lock daemon that does not run.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)

@@ -198,7 +198,7 @@ def _log_file(folder: Path) -> Path:
     lines = sorted(folder.glob("*.jsonl"))
     if len(lines) != 1:
         raise ValueError(
-            f"{folder}: neither a `{TRAINER_STATE_NAME}`, nor a checkpoint with one, nor exactly one `.jsonl` file (it has "
-            f"{len(lines)}). `trainer.save_state()` writes the first."
+            f"{folder}: neither a `{TRAINER_STATE_NAME}`, nor a checkpoint with one, nor exactly one `.jsonl` file "
+            f"(it has {len(lines)}). `trainer.save_state()` writes the first."
         )
     return lines[0]
