@@ -114,7 +114,8 @@ class RolloutCallback(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """
-        What a checkpoint keeps of this callback, on each process, so that a resumed run goes on as if uninterrupted.
+        The callback's state on this process, for a checkpoint. A resumed run restores it and goes on as if
+        uninterrupted.
 
         Returns:
             `dict[str, Any]`: tensors, numbers, strings, images, lists and dictionaries of them.
@@ -126,7 +127,7 @@ class RolloutCallback(TrainerCallback):
         Restore what [`RolloutCallback.state_dict`] returned.
 
         Args:
-            state (`dict[str, Any]`): of the callback of this class, in the order of the callbacks.
+            state (`dict[str, Any]`): several callbacks of one class get their states in the order of the callbacks.
         """
 
 

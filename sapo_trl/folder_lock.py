@@ -22,7 +22,7 @@ LOCK_NAME = "_lock"
 HOLDER_NAME = "_lock_holder.json"
 """Says who holds the lock."""
 
-# What file systems without locks answer: some network file systems, or a lock daemon that does not run.
+# Error numbers of file systems without locks: some network file systems, or a lock daemon that does not run.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -35,12 +35,12 @@ def locked(folder: str | Path, activity: str) -> Iterator[None]:
     """
     Keep a folder to this process while the block runs. The block may lock the same folder again.
 
-    The operating system holds the lock and releases it when the process ends, however it ends: a killed run does not
-    block the next one. On a file system without locks a warning takes the lock's place.
+    The operating system holds the lock and releases it when the process ends, also when it is killed: a dead run does
+    not block the next one. On a file system without locks there is a warning instead.
 
     Args:
         folder (`str` or `Path`): the folder, created if it is not there.
-        activity (`str`): what this process does there, for the error of a second process: `"trains"`.
+        activity (`str`): the use of the folder, for the error of a second process: `"trains"`.
 
     Raises:
         FolderInUseError: if another process has the folder; it says which.
@@ -88,7 +88,7 @@ def _write_holder(folder: Path, activity: str) -> None:
 
 
 def _holder(folder: Path) -> str:
-    """Who holds the lock, as far as it has written that down."""
+    """The holder of the lock, from its own note."""
     try:
         holder = json.loads((folder / HOLDER_NAME).read_text(encoding="utf-8"))
         return (

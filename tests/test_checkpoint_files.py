@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sapo_trl import run_folder
+from sapo_trl.analysis.records import read_log_history
 from sapo_trl.run_folder import complete_checkpoints, newest_checkpoint
 from sapo_trl.trainer import checkpoint_files
 from sapo_trl.trainer.checkpoint_files import (
@@ -58,6 +59,12 @@ class TestOrder:
         write_and_publish(tmp_path, 1, "replaced")
         assert names(tmp_path) == ["checkpoint-2", "checkpoint-10", "checkpoint-3", "checkpoint-1"]
         assert (newest_checkpoint(tmp_path) / "weights").read_text() == "replaced"
+
+    def test_a_log_is_read_from_the_newest(self, tmp_path):
+        for step in (1, 4, 3):
+            checkpoint = write_and_publish(tmp_path, step)
+            (checkpoint / TRAINER_STATE_NAME).write_text(json.dumps({"log_history": [{"step": step, "loss": 1.0}]}))
+        assert read_log_history(tmp_path)["step"].tolist() == [3]
 
     def test_checkpoints_of_other_trainers_come_first_by_their_steps(self, tmp_path):
         for step in (10, 9):

@@ -113,7 +113,7 @@ def recorded_best(checkpoint: str | Path) -> str | None:
         copied; else the folder as it was recorded; `None` if it is not there or none was recorded.
     """
     state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    if state["best_model_checkpoint"] is None:
+    if state.get("best_model_checkpoint") is None:
         return None
     recorded = Path(state["best_model_checkpoint"])
     places = (Path(checkpoint).parent / recorded.name, recorded)
@@ -125,8 +125,8 @@ def write_error(error: Exception, folder: str | Path) -> int | None:
     The error number of a file that could not be written, or `None` for an error of another kind.
 
     Args:
-        error (`Exception`): what was raised while a checkpoint was written: not an `OSError` in every library.
-        folder (`str` or `Path`): on the disk that it was written to.
+        error (`Exception`): raised while a checkpoint was written; not every library raises an `OSError`.
+        folder (`str` or `Path`): a folder on the same disk.
 
     Returns:
         `int`, *optional*: as in [`errno`].
@@ -164,7 +164,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a file, if anything is."""
+    """The fault of a file, if it has one."""
     if path.name in (TRAINER_STATE_NAME, WARMUP_STATE_NAME):
         try:
             json.loads(path.read_text(encoding="utf-8"))

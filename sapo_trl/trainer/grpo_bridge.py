@@ -298,7 +298,7 @@ class GRPOBridge(GRPOTrainer):
             folder (`str`): the checkpoint.
 
         Returns:
-            `list[str]`: what begins anew because the checkpoint lacks it, each with the name of its file.
+            `list[str]`: the parts that begin anew because the checkpoint lacks them, each with the name of its file.
         """
         return []
 
@@ -482,7 +482,7 @@ class GRPOBridge(GRPOTrainer):
     @contextlib.contextmanager
     def run_folder(self) -> Iterator[None]:
         """
-        Context in which no other run can use the output folder, on all processes; the processes that save lock it.
+        Keep the output folder to this run while the block runs. The processes that save hold its lock.
 
         Raises:
             [`~sapo_trl.folder_lock.FolderInUseError`]: on all processes, if another run uses it.
@@ -502,7 +502,7 @@ class GRPOBridge(GRPOTrainer):
 
     def checkpoint_to_resume(self, wanted: str | Path | bool | None) -> str | None:
         """
-        The checkpoint that `resume_from_checkpoint` means, after a look at its files.
+        Find the checkpoint for `resume_from_checkpoint` and check its files.
 
         Args:
             wanted (`str` or `Path` or `bool`, *optional*): a checkpoint, or `True` for the newest one.
@@ -674,7 +674,8 @@ class GRPOBridge(GRPOTrainer):
                 publish(staging / name, run_folder)
         except Exception as error:
             number = write_error(error, run_folder)
-            finish_publication(run_folder)
+            if self.args.should_save:
+                finish_publication(run_folder)
             shutil.rmtree(staging, ignore_errors=True)
             if number is None:
                 raise
@@ -736,7 +737,7 @@ class GRPOBridge(GRPOTrainer):
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
             )
         if resume_from_checkpoint is not None:
-            # Of this run's settings, where the checkpoint has its own: when to log, to evaluate and to save.
+            # The checkpoint has intervals of its own for logging, evaluation and saving.
             self.state.compute_steps(self.args, max_steps)
             self.state.best_model_checkpoint = recorded_best(resume_from_checkpoint)
             if self.state.best_model_checkpoint is None:
@@ -748,9 +749,10 @@ class GRPOBridge(GRPOTrainer):
         if checkpoint is None:
             return
         folder, anew = Path(checkpoint), []
-        if any(folder.glob(f"{Path(OPTIMIZER_NAME).stem}*")) and (folder / SCHEDULER_NAME).is_file():
+        has_optimizer = any(folder.glob(f"{Path(OPTIMIZER_NAME).stem}*")) and (folder / SCHEDULER_NAME).is_file()
+        if has_optimizer or self.is_deepspeed_enabled:  # which refuses checkpoints without its own state
             restore_settings("policy", self.optimizer, self.lr_scheduler, self._optimizer_settings)
-        elif not self.is_deepspeed_enabled:
+        else:
             anew.append(f"the policy's optimizer and learning rate schedule ({OPTIMIZER_NAME}, {SCHEDULER_NAME})")
         anew += self.load_training_state(checkpoint)
         path = folder / PROCESS_STATE_NAME.format(self.accelerator.process_index)
@@ -758,7 +760,10 @@ class GRPOBridge(GRPOTrainer):
         if self._max_over_processes(int(not path.is_file())):
             anew.append(f"the rollout, and the measurements since the last log entry ({path.name})")
         else:
-            self._load_process_state(checkpoint, torch.load(path, self.accelerator.device, weights_only=True))
+            device = self.accelerator.device
+            # torch restores nothing on "cpu:0", as a CPU is called in a run of several processes.
+            state = torch.load(path, "cpu" if device.type == "cpu" else device, weights_only=True)
+            self._load_process_state(checkpoint, state)
         if not any(folder.glob("rng_state*")):
             anew.append("the random numbers (rng_state.pth)")
         if anew and self.accelerator.is_main_process:
@@ -1189,8 +1194,8 @@ class _EpochOrder(TrainerCallback):
 
 class _PendingLog(TrainerCallback):
     """
-    What has been measured since the last log entry, for the checkpoint: a resumed run's next entry is the one that an
-    uninterrupted run writes.
+    Puts the measurements since the last log entry into the checkpoint: a resumed run's next entry equals an
+    uninterrupted run's.
     """
 
     def __init__(self, trainer: GRPOBridge):
@@ -1214,7 +1219,7 @@ class _PendingLog(TrainerCallback):
         return state
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Restore what [`_PendingLog.state`] returned, once training begins; of an older checkpoint there is none."""
+        """Restore a [`_PendingLog.state`] once training begins; checkpoints of earlier versions have none."""
         self._loaded = state
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -1249,7 +1254,7 @@ class _AdaptersFirst(TrainerCallback):
 
 
 def _lists(columns: dict[str, Any]) -> dict[str, Any]:
-    """The completions table with lists in the places of its queues."""
+    """The completions table with lists instead of queues."""
     return {name: _lists(rows) if isinstance(rows, dict) else list(rows) for name, rows in columns.items()}
 
 

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 logger = logging.getLogger(__name__)
 
-# What the settings say about a group of parameters, and how the settings call it. Everything else in a group is state,
-# or the optimizer's own business: some optimizers keep step counts and running sums there.
+# Keys of a parameter group that come from the settings, and their names in the warning. Other keys are state: some
+# optimizers keep step counts and running sums there.
 _SETTINGS = {
     "initial_lr": "learning rate",
     "weight_decay": "weight decay",
@@ -45,7 +45,7 @@ def restore_settings(
         whose (`str`): the model, for the warning: `"policy"`.
         optimizer (`torch.optim.Optimizer`): with the checkpoint's state.
         scheduler (`LRScheduler`, *optional*): its schedule, with the checkpoint's state.
-        settings (`list[dict]`): what [`optimizer_settings`] returned before.
+        settings (`list[dict]`): from [`optimizer_settings`], before the checkpoint was loaded.
     """
     changes: list[str] = []
     rates: list[float] = []

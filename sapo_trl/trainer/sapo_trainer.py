@@ -884,7 +884,7 @@ class SAPOTrainer(GRPOBridge):
         if not self.critic.load(folder):
             anew.append(f"the critic's optimizer and learning rate schedule ({CRITIC_OPTIMIZER_NAME})")
         if not self.critic_warmup.load(folder) and self.critic_warmup.tolerance is not None:
-            anew.append(f"what the critic's warm-up knows about the value loss ({WARMUP_STATE_NAME})")
+            anew.append(f"the critic's warm-up ({WARMUP_STATE_NAME})")
         return anew
 
     def save_process_files(self, folder: str) -> None:
