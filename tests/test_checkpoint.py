@@ -426,6 +426,12 @@ class TestChangedSettings:
             assert {group["betas"][0] for group in optimizer.param_groups} == {0.5}
 
     @TEXT_FAMILY
+    def test_an_optimizer_of_another_kind_is_refused(self, family, tmp_path):
+        self.run(family, tmp_path, max_steps=2)
+        with pytest.raises(ValueError, match="policy's optimizer in the checkpoint is of another kind .*'dampening'"):
+            self.run(family, tmp_path / "parts", tmp_path / "checkpoint-2", optim="sgd")
+
+    @TEXT_FAMILY
     def test_when_to_log_and_to_save(self, family, tmp_path):
         self.run(family, tmp_path)
         folder = tmp_path / "parts"

@@ -26,10 +26,10 @@ Settings = list[dict[str, Any]]
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer) -> Settings:
-    """Settings of each parameter group, to put back with [`restore_settings`] after a checkpoint has been loaded."""
+    """The parameter groups without their parameters, for [`restore_settings`] after a checkpoint has been loaded."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # not every schedule notes it
-    return [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def restore_settings(
@@ -46,10 +46,20 @@ def restore_settings(
         optimizer (`torch.optim.Optimizer`): with the checkpoint's state.
         scheduler (`LRScheduler`, *optional*): its schedule, with the checkpoint's state.
         settings (`list[dict]`): from [`optimizer_settings`], before the checkpoint was loaded.
+
+    Raises:
+        ValueError: if the checkpoint's optimizer is of another kind.
     """
     changes: list[str] = []
     rates: list[float] = []
-    for index, (group, own) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
+    for index, (group, fresh) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
+        if missing := sorted(fresh.keys() - group.keys()):
+            raise ValueError(
+                f"The {whose}'s optimizer in the checkpoint is of another kind than `optim` asks for: it has no "
+                f"{missing[0]!r}. Set `optim` as it was, or delete `optimizer.pt` and `critic_optimizer.pt` from the "
+                "checkpoint to begin with new optimizers."
+            )
+        own = {name: fresh[name] for name in _SETTINGS if name in fresh}
         changes += [
             f"{_SETTINGS[name]} {_text(group.get(name))} → {_text(value)}"
             for name, value in own.items()
@@ -71,7 +81,7 @@ def restore_settings(
             group["lr"] = rate
         rates.append(rate)
     if hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [own["initial_lr"] for own in settings]
+        scheduler.base_lrs = [fresh["initial_lr"] for fresh in settings]
         scheduler._last_lr = rates
     if changes:
         logger.warning(
