@@ -142,7 +142,7 @@ def test_push_to_hub(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert Hub.created and all(request["name"] == "my-run" for request in Hub.created)
     assert {"README.md", "config.json", "model.safetensors", "critic/model.safetensors"} <= Hub.files.keys()
-    # Of a checkpoint what it is made of, and neither what is being written nor whose folder it is.
+    # The whole checkpoint is there, and neither an unfinished one nor the note about the run that has the folder.
     assert {"last-checkpoint/critic_optimizer.pt", "last-checkpoint/process_state_0.pt"} <= Hub.files.keys()
     assert not [name for name in Hub.files if name.startswith("_") or "incomplete" in name]
     assert Hub.files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()

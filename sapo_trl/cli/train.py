@@ -39,7 +39,7 @@ from ..reward_lookup import find_reward
 from ..run_folder import TRAINER_STATE_NAME, newest_checkpoint
 from ..stop_on_signal import StopOnSignal
 from ..trainer import SAPOTrainer
-from ..trainer.checkpoint_files import check_checkpoint
+from ..trainer.checkpoint_files import check_checkpoint, finish_publication
 from ..validation import check_size
 from .dry_run import show_dry_run
 from .launch import check_launched, launch
@@ -199,6 +199,7 @@ def main(argv: Sequence[str]) -> int:
             # From before the newest checkpoint is looked for until the model is saved.
             try:
                 stack.enter_context(locked(training_args.output_dir, "trains"))
+                finish_publication(training_args.output_dir)
             except (FolderInUseError, OSError) as error:
                 print(f"sapo-trl train: error: {error}", file=sys.stderr)
                 return 2

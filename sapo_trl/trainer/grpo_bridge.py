@@ -1131,7 +1131,7 @@ def _held_back(name: str, beginnings: tuple[str, ...], records: list[logging.Log
 
 
 def _say(records: list[logging.LogRecord]) -> None:
-    """Let loggers say what has been held back."""
+    """Pass records that were held back to their loggers."""
     for record in records:
         logging.getLogger(record.name).handle(record)
 
