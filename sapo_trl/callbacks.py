@@ -112,6 +112,24 @@ class RolloutCallback(TrainerCallback):
                 segments.
         """
 
+    def state_dict(self) -> dict[str, Any]:
+        """
+        The callback's state on this process, for a checkpoint. A resumed run restores it and goes on as if
+        uninterrupted.
+
+        Returns:
+            `dict[str, Any]`: tensors, numbers, strings, images, lists and dictionaries of them.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Restore what [`RolloutCallback.state_dict`] returned.
+
+        Args:
+            state (`dict[str, Any]`): several callbacks of one class get their states in the order of the callbacks.
+        """
+
 
 class SegmentationCallback(RolloutCallback):
     """
@@ -178,7 +196,26 @@ class SegmentationCallback(RolloutCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self._ratios is not None and self._ratios.complete:
+            # A resumed run may write to another folder.
+            self.output_dir.mkdir(parents=True, exist_ok=True)
             _write_rows(self._ratios.path, self._ratios.rows())
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"num_rollouts": self._num_rollouts}
+        if self._ratios is not None:
+            state["ratios"] = {
+                "name": self._ratios.path.name,
+                "mask": self._ratios.mask,
+                "log_ratios": self._ratios.log_ratios,
+            }
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._num_rollouts = state["num_rollouts"]
+        if "ratios" in state and self.output_dir is not None:
+            ratios = state["ratios"]
+            self._ratios = _RatioRecord(self.output_dir / ratios["name"], ratios["mask"].cpu())
+            self._ratios.log_ratios = dict(ratios["log_ratios"])
 
     def _write(self, rollout: SegmentedRollout, step: int, name: str) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)

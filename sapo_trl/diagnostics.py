@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -57,6 +58,12 @@ class ValueDiagnostics(RolloutCallback):
         self.max_responses = max_responses
         self.output_dir = None if output_dir is None else Path(output_dir)
         self._num_rollouts = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_rollouts": self._num_rollouts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._num_rollouts = state["num_rollouts"]
 
     def on_rollout(
         self,

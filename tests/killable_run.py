@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from sapo_trl import StopOnSignal
 from sapo_trl.embedded import build_tokenizer
+from sapo_trl.run_folder import newest_checkpoint
 
 from .testing_utils import FAMILIES, sapo_trainer
 
@@ -35,7 +35,7 @@ def main(folder: Path, steps: int, stop_on_signal: bool) -> int:
     stop = StopOnSignal() if stop_on_signal else None
     if stop is not None:
         trainer.add_callback(stop)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     modules = {"policy": trainer.model, "critic": trainer.critic.value_head}
     state = {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
     torch.save(state, folder / "final.pt")

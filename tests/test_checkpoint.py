@@ -1,15 +1,19 @@
 """What a run saves, and that it can be taken up again."""
 
+import json
 import logging
+import shutil
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from sapo_trl import SegmentValueHead
+from sapo_trl import SegmentationCallback, SegmentValueHead
+from sapo_trl.callbacks import RolloutCallback
 
-from .testing_utils import Recorder, fixed_rollout, logged, random_completions, sapo_trainer, state_of
+from .testing_utils import Recorder, fixed_rollout, length_reward, logged, random_completions, sapo_trainer, state_of
 
 
 ALL_FAMILIES = pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl", "qwen3_vl"], indirect=True)
@@ -268,3 +272,311 @@ class TestResume:
         assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
         best = SegmentValueHead.from_pretrained(tmp_path / "checkpoint-2" / "critic").state_dict()
         assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.critic.value_head.state_dict().items())
+
+
+TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
+
+
+def warnings_in(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("sapo_trl")]
+
+
+class TestLogOfAResumedRun:
+    """Rollouts of four optimizer steps; it is resumed in the middle of one, or of the steps that an entry averages."""
+
+    def run(self, family, folder, resume=None, **overrides):
+        def reward(completion_ids, log_extra, log_metric, **kwargs):
+            log_extra("place", list(range(len(completion_ids))))
+            log_metric("longest", float(max(map(len, completion_ids))))
+            return length_reward(completion_ids)
+
+        settings = {
+            "max_steps": 8,
+            "num_mini_batches": 4,
+            "per_device_train_batch_size": 1,
+            "learning_rate": 0.02,
+            "critic_learning_rate": 0.02,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "log_completions": True,
+            **overrides,
+        }
+        callback = SegmentationCallback(folder / "segments", every=settings.pop("every", 1))
+        trainer = sapo_trainer(
+            family, folder, trainer_kwargs={"callbacks": [callback], "reward_funcs": reward}, **settings
+        )
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return trainer
+
+    @staticmethod
+    def without_times(entry: dict) -> dict:
+        return {name: value for name, value in entry.items() if "time" not in name and "per_second" not in name}
+
+    def tables(self, folder, pattern: str) -> dict[str, list[dict]]:
+        """What files hold, each row with plain lists."""
+        return {
+            path.name: json.loads(pd.read_parquet(path).to_json(orient="records"))
+            for path in sorted(folder.glob(pattern))
+        }
+
+    @TEXT_FAMILY
+    @pytest.mark.parametrize("every", [1, 3])
+    def test_it_equals_an_undisturbed_runs(self, family, every, tmp_path):
+        whole = self.run(family, tmp_path / "whole", logging_steps=every)
+        entries = [self.without_times(entry) for entry in whole.state.log_history]
+        assert len(entries) == 8 // every + 1 and len(entries[0]) >= 50
+        for step in (2, 5) if every == 3 else (3,):
+            folder = tmp_path / f"parts{step}"
+            parts = self.run(family, folder, tmp_path / "whole" / f"checkpoint-{step}", logging_steps=every)
+            resumed = [self.without_times(entry) for entry in parts.state.log_history]
+            mean_losses = [entry.pop("train_loss") for entry in (resumed[-1], dict(entries[-1]))]
+            assert mean_losses[0] != mean_losses[1]  # of the steps that each of them has run
+            assert resumed == [*entries[:-1], {k: v for k, v in entries[-1].items() if k != "train_loss"}]
+            for pattern in ("segments/ratios_*", "completions/*"):
+                written, expected = self.tables(folder, pattern), self.tables(tmp_path / "whole", pattern)
+                assert written == {name: expected[name] for name in written}
+            # In the middle of the first rollout, whose ratios are known after its last step, or of the second.
+            assert len(self.tables(folder, "segments/ratios_*")) == (2 if step < 4 else 1)
+            assert all(len(rows) == 4 for rows in self.tables(folder, "completions/*").values())
+
+    @TEXT_FAMILY
+    def test_its_mean_loss_is_of_the_steps_that_it_has_run(self, family, tmp_path):
+        whole = self.run(family, tmp_path / "whole", logging_steps=1)
+        parts = self.run(family, tmp_path / "parts", tmp_path / "whole" / "checkpoint-2", logging_steps=5)
+        expected = sum(logged(whole, "loss")[2:]) / 6
+        assert parts.state.log_history[-1]["train_loss"] == pytest.approx(expected, abs=1e-6)
+
+    @TEXT_FAMILY
+    def test_every_other_rollout_is_every_other_of_the_whole_run(self, family, tmp_path):
+        settings = {"every": 2, "num_mini_batches": 1, "max_steps": 5}
+        self.run(family, tmp_path / "whole", **settings)
+        self.run(family, tmp_path / "parts", tmp_path / "whole" / "checkpoint-1", **settings)
+        recorded = sorted(path.name for path in (tmp_path / "parts" / "segments").glob("segments_*"))
+        assert recorded == ["segments_000002_000.parquet", "segments_000004_000.parquet"]
+
+    @TEXT_FAMILY
+    def test_callbacks_of_ones_own_have_a_state(self, family, tmp_path, caplog):
+        class Counter(RolloutCallback):
+            def __init__(self, extra=None):
+                self.counts, self.extra = [0], extra
+
+            def on_rollout(self, args, state, control, rollout, metrics):
+                self.counts.append(self.counts[-1] + 1)
+
+            def state_dict(self):
+                return {"counts": self.counts, "extra": self.extra}
+
+            def load_state_dict(self, state):
+                self.counts = state["counts"]
+
+        def run(folder, counters, resume=None):
+            settings = {"max_steps": 3, "num_mini_batches": 1, "save_strategy": "steps", "save_steps": 2}
+            trainer = sapo_trainer(family, folder, trainer_kwargs={"callbacks": counters}, **settings)
+            trainer.train(resume_from_checkpoint=resume and str(resume))
+
+        run(tmp_path, [Counter(), Counter(extra={1, 2})])
+        assert "callback Counter: A value of type set cannot be written" in warnings_in(caplog)[-1]
+        counter = Counter()
+        run(tmp_path / "parts", [counter], tmp_path / "checkpoint-2")
+        assert counter.counts == [0, 1, 2, 3]
+
+
+class TestChangedSettings:
+    def run(self, family, folder, resume=None, **overrides):
+        settings = {
+            "max_steps": 6,
+            "lr_scheduler_type": "linear",
+            "learning_rate": 0.02,
+            "critic_learning_rate": 0.04,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            **overrides,
+        }
+        trainer = sapo_trainer(family, folder, **settings)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return trainer
+
+    @TEXT_FAMILY
+    def test_learning_rates_are_those_of_the_new_settings(self, family, tmp_path, caplog):
+        self.run(family, tmp_path)
+        changed = {"learning_rate": 0.005, "critic_learning_rate": 0.01}
+        resumed = self.run(family, tmp_path / "parts", tmp_path / "checkpoint-2", **changed)
+        assert logged(resumed, "learning_rate")[2:] == pytest.approx([0.005 * (1 - step / 6) for step in range(2, 6)])
+        assert logged(resumed, "critic_lr")[2:] == pytest.approx([0.01 * (1 - step / 6) for step in range(2, 6)])
+        said = [text for text in warnings_in(caplog) if "The new ones apply" in text]
+        assert len(said) == 2
+        assert "policy's" in said[0] and said[0].endswith("learning rate 0.02 → 0.005.")
+        assert "critic's" in said[1] and said[1].endswith("learning rate 0.04 → 0.01.")
+
+    @TEXT_FAMILY
+    def test_a_longer_run_has_its_own_schedule(self, family, tmp_path):
+        self.run(family, tmp_path, max_steps=4)
+        resumed = self.run(family, tmp_path / "parts", tmp_path / "checkpoint-4", max_steps=8)
+        expected = [*(1 - step / 4 for step in range(4)), *(1 - step / 8 for step in range(4, 8))]
+        assert logged(resumed, "learning_rate") == pytest.approx([0.02 * share for share in expected])
+        assert logged(resumed, "critic_lr") == pytest.approx([0.04 * share for share in expected])
+
+    @TEXT_FAMILY
+    def test_weight_decay_and_betas(self, family, tmp_path):
+        self.run(family, tmp_path)
+        changed = {"weight_decay": 0.5, "adam_beta1": 0.5}
+        resumed = self.run(family, tmp_path / "parts", tmp_path / "checkpoint-2", **changed)
+        for optimizer in (resumed.optimizer, resumed.critic.optimizer):
+            assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.5}
+            assert {group["betas"][0] for group in optimizer.param_groups} == {0.5}
+
+    @TEXT_FAMILY
+    def test_an_optimizer_of_another_kind_is_refused(self, family, tmp_path):
+        self.run(family, tmp_path, max_steps=2)
+        with pytest.raises(ValueError, match="policy's optimizer in the checkpoint is of another kind .*'dampening'"):
+            self.run(family, tmp_path / "parts", tmp_path / "checkpoint-2", optim="sgd")
+
+    @TEXT_FAMILY
+    def test_when_to_log_and_to_save(self, family, tmp_path):
+        self.run(family, tmp_path)
+        folder = tmp_path / "parts"
+        resumed = self.run(family, folder, tmp_path / "checkpoint-2", logging_steps=2, save_steps=1)
+        assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 4, 6]
+        assert {path.name for path in folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (3, 4, 5, 6)}
+
+
+class TestMissingState:
+    """What begins anew is said."""
+
+    def resume(self, family, folder, caplog, missing=(), before=None, **overrides) -> list[str]:
+        settings = {"save_strategy": "steps", "save_steps": 1, "num_mini_batches": 2}
+        sapo_trainer(family, folder, max_steps=1, **{**settings, **(before or {})}).train()
+        for name in missing:
+            (folder / "checkpoint-1" / name).unlink()
+        caplog.clear()
+        trainer = sapo_trainer(family, folder, max_steps=2, **{**settings, **overrides})
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 2
+        return warnings_in(caplog)
+
+    @TEXT_FAMILY
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("critic_optimizer.pt", "the critic's optimizer and learning rate schedule (critic_optimizer.pt)"),
+            ("process_state_0.pt", "the rollout, and the measurements since the last log entry (process_state_0.pt)"),
+            ("optimizer.pt", "the policy's optimizer and learning rate schedule (optimizer.pt, scheduler.pt)"),
+            ("rng_state.pth", "the random numbers (rng_state.pth)"),
+        ],
+    )
+    def test_a_missing_file(self, family, name, said, tmp_path, caplog):
+        (warning,) = self.resume(family, tmp_path, caplog, [name])
+        assert str(tmp_path / "checkpoint-1") in warning
+        assert warning.endswith(f"These begin anew: {said}.")
+
+    @TEXT_FAMILY
+    def test_save_only_model(self, family, tmp_path, caplog):
+        warmup = {"critic_warmup_steps": 1, "critic_warmup_tolerance": 0.1}
+        (warning,) = self.resume(family, tmp_path, caplog, before={"save_only_model": True}, **warmup)
+        names = ["optimizer.pt", "critic_optimizer.pt", "critic_warmup.json", "process_state_0.pt", "rng_state.pth"]
+        assert [warning.count(f"({name}") for name in names] == [1] * 5
+
+    @TEXT_FAMILY
+    def test_a_run_without_the_critic_that_is_there(self, family, tmp_path, caplog):
+        without = {"critic": "none", "advantage_estimator": "batch"}
+        (warning,) = self.resume(family, tmp_path, caplog, **without)
+        assert "holds a critic, which critic='none' does not use" in warning
+
+    @TEXT_FAMILY
+    def test_a_complete_checkpoint_is_not_worth_a_word(self, family, tmp_path, caplog):
+        assert self.resume(family, tmp_path, caplog) == []
+
+
+class TestNewestCheckpoint:
+    @TEXT_FAMILY
+    def test_of_two_branches_it_is_that_of_the_later_one(self, family, tmp_path):
+        def train(steps, resume=None, **overrides):
+            settings = {"save_strategy": "steps", "save_steps": 1, "critic": "none", "advantage_estimator": "batch"}
+            recorder = Recorder()
+            trainer = sapo_trainer(
+                family,
+                tmp_path,
+                max_steps=steps,
+                num_mini_batches=1,
+                trainer_kwargs={"callbacks": [recorder]},
+                **settings,
+                **overrides,
+            )
+            trainer.train(resume_from_checkpoint=resume)
+            return trainer, recorder
+
+        train(4)
+        branch, _ = train(3, str(tmp_path / "checkpoint-1"), learning_rate=0.01)
+        again, recorder = train(4, True, learning_rate=0.0)
+        assert recorder.steps == [3]
+        expected = state_of(branch.model)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(again.model).items())
+
+    @TEXT_FAMILY
+    def test_where_there_is_none(self, family, tmp_path):
+        (tmp_path / "checkpoint-3").mkdir()
+        with pytest.raises(ValueError, match="holds no complete checkpoint"):
+            sapo_trainer(family, tmp_path).train(resume_from_checkpoint=True)
+
+    @TEXT_FAMILY
+    def test_a_damaged_one_is_refused_before_training(self, family, tmp_path):
+        trainer = sapo_trainer(family, tmp_path, save_strategy="steps", save_steps=1)
+        trainer.train()
+        state = tmp_path / "checkpoint-2" / "critic_optimizer.pt"
+        state.write_bytes(state.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=r"checkpoint-2/critic_optimizer.pt' is damaged .*Resume from .*-1'"):
+            sapo_trainer(family, tmp_path).train(resume_from_checkpoint=True)
+
+
+class TestBestModel:
+    def run(self, family, folder, steps, resume=None):
+        """Of three steps' checkpoints the first is the best."""
+        trainer = sapo_trainer(
+            family,
+            folder,
+            max_steps=steps,
+            num_mini_batches=1,
+            per_device_train_batch_size=4,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            per_device_eval_batch_size=4,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_reward",  # the same each time, with fixed completions
+            greater_is_better=True,
+            trainer_kwargs={"eval_dataset": family.dataset(4), "rollout_func": fixed_rollout(random_completions(5))},
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    def check(self, trainer, folder):
+        assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-1")
+        best = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-1").state_dict()
+        assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+        best = SegmentValueHead.from_pretrained(folder / "checkpoint-1" / "critic").state_dict()
+        assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.critic.value_head.state_dict().items())
+
+    @TEXT_FAMILY
+    @pytest.mark.parametrize("steps", [2, 3])  # two steps are an epoch
+    def test_a_run_that_is_resumed_at_its_last_step_ends_with_it(self, family, steps, tmp_path):
+        self.run(family, tmp_path, steps)
+        self.check(self.run(family, tmp_path, steps, resume=True), tmp_path)
+
+    @TEXT_FAMILY
+    def test_in_a_moved_folder(self, family, tmp_path, caplog):
+        self.run(family, tmp_path / "before", 2)
+        shutil.move(tmp_path / "before", tmp_path / "after")
+        self.check(self.run(family, tmp_path / "after", 3, resume=True), tmp_path / "after")
+        assert "does not exist anymore" not in caplog.text
+
+    @TEXT_FAMILY
+    def test_where_it_is_gone_that_is_said(self, family, tmp_path, caplog):
+        self.run(family, tmp_path, 2)
+        shutil.rmtree(tmp_path / "checkpoint-1")
+        logging.getLogger("transformers").addHandler(caplog.handler)
+        try:
+            self.run(family, tmp_path, 3, resume=True)
+        finally:
+            logging.getLogger("transformers").removeHandler(caplog.handler)
+        assert "checkpoint-1 recorded in the resumed state does not exist anymore" in caplog.text

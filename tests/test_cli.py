@@ -35,6 +35,7 @@ from sapo_trl.presets import PRESETS, preset_settings
 from sapo_trl.reward_lookup import find_reward
 from sapo_trl.rewards import accuracy_reward, format_reward
 
+from .test_folder_lock import holder
 from .testing_utils import FAMILIES
 
 
@@ -116,6 +117,25 @@ def test_settings_that_do_not_fit_data_or_model(settings, message, model_folder,
     assert main([*command, *settings]) == 2
     error = capsys.readouterr().err
     assert "sapo-trl train: error: " in error and message in error and "Traceback" not in error
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "process_state_0.pt").write_bytes(b"PK cut off")
+    command = ["train", "--model_name_or_path", "not/read", "--output_dir", str(tmp_path), "--use_cpu"]
+    for wanted in ("True", str(checkpoint)):
+        assert main([*command, "--resume_from_checkpoint", wanted]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"sapo-trl train: error: {str(checkpoint / 'process_state_0.pt')!r} is damaged (")
+
+
+def test_a_folder_of_another_run_is_one_line(tmp_path, capsys):
+    with holder(tmp_path) as process:
+        assert main(["train", "--model_name_or_path", "not/read", "--output_dir", str(tmp_path), "--use_cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: output_dir={str(tmp_path)!r} is in use: process {process.pid} on" in line
 
 
 def test_train_refuses_unknown_settings(tmp_path, capsys):

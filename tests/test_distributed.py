@@ -164,3 +164,23 @@ def test_gradients_of_a_critic_are_averaged_once_a_step(mode, tmp_path):
     assert absent[0] == [] and set(absent[1]) == vision and bool(vision) == (mode == "adapter")
     # Else the first step is no test of processes that differ.
     assert all(steps[0][0]["own"][name] is not None and steps[0][1]["own"][name] is None for name in vision)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_in_the_middle_of_a_rollout(tmp_path):
+    """Weights and log are an undisturbed run's; a rollout that one process has lost is begun anew by both."""
+    settings = {"max_steps": 4, "num_iterations": 2, "critic": "none", "advantage_estimator": "batch"}
+    settings |= {"logging_steps": 2, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+    whole = run_in_two_processes(tmp_path / "whole", "qwen2", settings)
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    settings["resume_from_checkpoint"] = str(checkpoint)
+    parts = run_in_two_processes(tmp_path / "parts", "qwen2", settings)
+    for one, other in zip(whole, parts, strict=True):
+        assert other["log"] == one["log"] and len(one["log"]["reward"]) == 2
+        for name, tensor in one["policy"].items():
+            assert torch.equal(other["policy"][name], tensor), name
+
+    (checkpoint / "process_state_1.pt").unlink()
+    first, second = run_in_two_processes(tmp_path / "anew", "qwen2", settings)
+    for name, tensor in first["policy"].items():
+        assert torch.equal(second["policy"][name], tensor), name

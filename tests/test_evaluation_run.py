@@ -32,6 +32,7 @@ from sapo_trl.evaluation.settings import EvalArguments, chosen_benchmarks
 from sapo_trl.evaluation.store import GENERATIONS, MERGE_AT, GenerationStore, PartFiles
 
 from .evaluation_run import DRAWN, TEXT, TOYS
+from .test_folder_lock import holder
 
 
 ROOT = Path(__file__).parent.parent
@@ -475,12 +476,10 @@ def batches_in(folder: Path) -> int:
 
 
 def test_two_processes_do_not_share_a_folder(finished, model_folder, rows, capsys):
-    from filelock import FileLock
-
-    with FileLock(finished[0] / ".lock"):
+    with holder(finished[0]) as process:
         code, _ = evaluate(model_folder, rows, finished[0])
     assert code == 2
-    assert "is in use: another process evaluates there" in capsys.readouterr().err
+    assert f"is in use: process {process.pid} on " in capsys.readouterr().err
 
 
 def test_progress_in_lines():

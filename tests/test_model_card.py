@@ -129,6 +129,7 @@ def test_push_to_hub(tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
     settings = {"model_name_or_path": "model", "output_dir": "out", "embedded_problems": 8, "max_steps": 1}
     settings |= {"per_device_train_batch_size": 2, "num_mini_batches": 1, "max_completion_length": 4}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "checkpoint", "hub_always_push": "true"}
     settings |= {"push_to_hub": "true", "hub_model_id": "someone/my-run", "hub_token": "hf_of_this_test"}
     command = [sys.executable, "-m", "sapo_trl.cli", "train", "--config", ROOT / "trainer_configs" / "embedded.yaml"]
     command += [f"--{name}={value}" for name, value in settings.items()]
@@ -141,6 +142,9 @@ def test_push_to_hub(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert Hub.created and all(request["name"] == "my-run" for request in Hub.created)
     assert {"README.md", "config.json", "model.safetensors", "critic/model.safetensors"} <= Hub.files.keys()
+    # The whole checkpoint is there, and neither an unfinished one nor the note about the run that has the folder.
+    assert {"last-checkpoint/critic_optimizer.pt", "last-checkpoint/process_state_0.pt"} <= Hub.files.keys()
+    assert not [name for name in Hub.files if name.startswith("_") or "incomplete" in name]
     assert Hub.files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
     card = ModelCard(Hub.files["README.md"].decode())
     assert 'model="someone/my-run"' in card.text and "2605.01327" in card.text

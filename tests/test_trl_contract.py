@@ -56,6 +56,15 @@ METHODS = {
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
+    "_init_training_state": [
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ],
+    "_push_from_checkpoint": ["checkpoint_folder"],
+    "_finalize_training": ["trial", "num_train_samples", "start_time"],
 }
 # Private attributes that it reads or writes.
 ATTRIBUTES = {
@@ -66,6 +75,9 @@ ATTRIBUTES = {
     "_logs",
     "_pending_metrics",
     "_pending_extra_logs",
+    "_tr_loss",
+    "_total_loss_scalar",
+    "_globalstep_last_logged",
 }
 # Public methods that the trainer overrides.
 OVERRIDDEN = {

@@ -33,7 +33,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pandas as pd  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+
+from sapo_trl.run_folder import newest_checkpoint  # noqa: E402
 
 from .model import unpack_model  # noqa: E402
 from .questions import write_questions  # noqa: E402
@@ -144,7 +145,7 @@ def call(arguments: Sequence[str], console: Console) -> None:
 
 def logged_metrics(run: Path) -> list[dict[str, Any]]:
     """What the trainer logged, one entry a rollout, from the last checkpoint."""
-    state = Path(get_last_checkpoint(run)) / "trainer_state.json"
+    state = newest_checkpoint(run) / "trainer_state.json"
     return json.loads(state.read_text(encoding="utf-8"))["log_history"]
 
 

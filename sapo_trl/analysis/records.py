@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 from pyarrow import ArrowInvalid
 
+from ..run_folder import TRAINER_STATE_NAME, newest_checkpoint
+
 
 TOKEN_COLUMNS = ("tokens", "segment_ids", "logps", "entropies", "values", "advantages", "returns")
 VALUE_COLUMNS = ("response", "segment", "value", "monte_carlo_value", "standard_error")
@@ -189,16 +191,14 @@ def read_frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _log_file(folder: Path) -> Path:
-    state = "trainer_state.json"
-    if (folder / state).is_file():
-        return folder / state
-    checkpoints = [path for path in folder.glob(f"checkpoint-*/{state}") if path.parent.name[11:].isdigit()]
-    if checkpoints:
-        return max(checkpoints, key=lambda path: int(path.parent.name[11:]))
+    if (folder / TRAINER_STATE_NAME).is_file():
+        return folder / TRAINER_STATE_NAME
+    if (checkpoint := newest_checkpoint(folder)) is not None:
+        return checkpoint / TRAINER_STATE_NAME
     lines = sorted(folder.glob("*.jsonl"))
     if len(lines) != 1:
         raise ValueError(
-            f"{folder}: neither a `{state}`, nor a checkpoint with one, nor exactly one `.jsonl` file (it has "
-            f"{len(lines)}). `trainer.save_state()` writes the first."
+            f"{folder}: neither a `{TRAINER_STATE_NAME}`, nor a checkpoint with one, nor exactly one `.jsonl` file "
+            f"(it has {len(lines)}). `trainer.save_state()` writes the first."
         )
     return lines[0]

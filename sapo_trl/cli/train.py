@@ -1,7 +1,7 @@
 """`sapo-trl train`: [`SAPOTrainer`] from a YAML file and the command line."""
 
+import contextlib
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,8 +12,6 @@ from typing import Any
 import rich
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..callbacks import SegmentationCallback
@@ -34,15 +32,18 @@ from ..data.columns import check_roles
 from ..data.formats import FORMAT_OF_HUB_ID
 from ..data.templates import template_text
 from ..embedded import default_cache_dir, load_processor, make_problems, warm_start
+from ..folder_lock import FolderInUseError, locked
 from ..names import nearest_name
 from ..progress import show_progress
 from ..reward_lookup import find_reward
+from ..run_folder import TRAINER_STATE_NAME, newest_checkpoint
 from ..stop_on_signal import StopOnSignal
 from ..trainer import SAPOTrainer
+from ..trainer.checkpoint_files import check_checkpoint, finish_publication
 from ..validation import check_size
 from .dry_run import show_dry_run
 from .launch import check_launched, launch
-from .run_arguments import parse_run
+from .run_arguments import RunRequest, parse_run
 
 
 EMBEDDED = "embedded"
@@ -188,11 +189,25 @@ def main(argv: Sequence[str]) -> int:
     request = parse_run(argv, TrainArguments, SAPOConfig, ModelConfig)
     if request.launch:
         return launch(request.launch, ["train", *request.arguments])
-    arguments, training_args, model_args = request.settings
+    _, training_args, model_args = request.settings
     if model_args.model_name_or_path is None:
         wanted = "--model_name_or_path is required: 'embedded', a local path or a hub id"
         print(f"sapo-trl train: error: {wanted}", file=sys.stderr)
         return 2
+    with contextlib.ExitStack() as stack:
+        if training_args.should_save and not request.dry_run:
+            # From before the newest checkpoint is looked for until the model is saved.
+            try:
+                stack.enter_context(locked(training_args.output_dir, "trains"))
+                finish_publication(training_args.output_dir)
+            except (FolderInUseError, OSError) as error:
+                print(f"sapo-trl train: error: {error}", file=sys.stderr)
+                return 2
+        return _train(request)
+
+
+def _train(request: RunRequest) -> int:
+    arguments, training_args, model_args = request.settings
     try:
         check_launched(training_args.world_size)
         checkpoint = None if request.dry_run else _checkpoint(training_args)
@@ -308,11 +323,16 @@ def _checkpoint(training_args: SAPOConfig) -> str | None:
                 f"resume_from_checkpoint={str(wanted)!r} is no checkpoint, which is a folder with a "
                 f"{TRAINER_STATE_NAME}; `True` takes the newest in {training_args.output_dir!r}."
             )
+        check_checkpoint(wanted)
         return wanted
     folder = training_args.output_dir
-    checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    print(f"Resuming from {checkpoint}" if checkpoint else f"No checkpoint in {folder} yet: starting anew")
-    return checkpoint
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        print(f"No checkpoint in {folder} yet: starting anew")
+        return None
+    check_checkpoint(checkpoint)
+    print(f"Resuming from {checkpoint}")
+    return str(checkpoint)
 
 
 def load_prompts(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ..embedded import default_cache_dir, warm_start
+from ..folder_lock import locked
 from .backends import BATCH_SIZES, Backend, Request, generation_seed, make_backend
 from .benchmark import Benchmark
 from .files import write_json
@@ -55,11 +54,10 @@ def run_evaluation(
     if arguments.score_only:
         if not (folder / EVAL_NAME).is_file():
             raise ValueError(f"`score_only`: {str(folder)!r} has no {EVAL_NAME}, so there is nothing to score.")
-        with _locked(folder):
+        with locked(folder, "evaluates"):
             return _score(arguments, benchmarks, console)
     paths = chosen_benchmarks(arguments.benchmarks, benchmarks)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, "evaluates"):
         _generate_missing(arguments, benchmarks, paths, console)
         return _score(arguments, benchmarks, console)
 
@@ -252,16 +250,3 @@ def _settings_line(settings: Mapping[str, Any]) -> str:
     parts = [f"temperature {settings['temperature']:g}", f"top-p {settings['top_p']:g}", f"n {settings['n']}"]
     parts += [f"at most {settings['max_new_tokens']} tokens", f"seed {settings['seed']}", settings["backend"]]
     return ", ".join(parts)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"output_dir={str(folder)!r} is in use: another process evaluates there.") from error
-    try:
-        yield
-    finally:
-        lock.release()

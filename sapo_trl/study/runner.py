@@ -14,10 +14,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from ..folder_lock import locked
 from .cells import CELL_NAME, Cell, comparison_cells, result_of, tuning_cells
 from .config import StudyConfig
 from .run_cell import be_quiet_and_small, cell_config, run_cell_process
@@ -73,11 +73,8 @@ def run_study(
         raise ValueError(f"jobs={jobs} must be at least 1.")
     cells_dir = Path(output_dir) / CELLS_FOLDER
     cells_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(cells_dir.parent / ".lock", timeout=0):
-            _run(study, cells_dir, cache_dir, jobs, console or Console())
-    except Timeout as error:
-        raise ValueError(f"output_dir={str(output_dir)!r} is in use: another process runs a study there.") from error
+    with locked(output_dir, "runs a study"):
+        _run(study, cells_dir, cache_dir, jobs, console or Console())
 
 
 def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, console: Console) -> None:

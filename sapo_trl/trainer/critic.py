@@ -20,12 +20,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..config import SAPOConfig
 from ..sharded_tensors import clip_grad_norm, gathered_state, sharded_like
 from ..value_head import SegmentValueHead
+from .checkpoint_files import CRITIC_OPTIMIZER_NAME
+from .resumed_settings import Settings, optimizer_settings, restore_settings
 
 
 logger = logging.getLogger(__name__)
 
 CRITIC_FOLDER = "critic"
-OPTIMIZER_STATE_NAME = "critic_optimizer.pt"
 
 _SUPPORTED = (
     DistributedType.NO,
@@ -87,6 +88,7 @@ class Critic:
             )
         self.module: nn.Module = self._prepared(value_head)
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._settings: Settings = []
 
         optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer_kwargs["lr"] = args.critic_learning_rate
@@ -171,6 +173,7 @@ class Critic:
             num_training_steps=num_training_steps,
             scheduler_specific_kwargs=kwargs,
         )
+        self._settings = optimizer_settings(self.optimizer)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -244,7 +247,7 @@ class Critic:
             "scaler": self.scaler.state_dict(),
         }
         if self.args.should_save:
-            torch.save(state, Path(folder) / OPTIMIZER_STATE_NAME)
+            torch.save(state, Path(folder) / CRITIC_OPTIMIZER_NAME)
 
     def _whole_optimizer_state(self) -> dict[str, Any] | None:
         return gathered_state(self.optimizer.state_dict(), keep=self.args.should_save)
@@ -271,17 +274,32 @@ class Critic:
             )
         return folder
 
-    def load(self, checkpoint: str | Path) -> None:
-        """Restore weights, optimizer and schedule, see [`Critic.load_weights`]."""
+    def load(self, checkpoint: str | Path) -> bool:
+        """
+        Restore weights, optimizer and schedule, see [`Critic.load_weights`].
+
+        Returns:
+            `bool`: whether the checkpoint holds the state of the optimizer, which one of `save_only_model=True` does
+            not.
+        """
         self.load_weights(checkpoint)
-        state_file = Path(checkpoint) / OPTIMIZER_STATE_NAME
-        if state_file.is_file():  # absent with `save_only_model=True`
-            # Mapped: of a whole optimizer's state each process needs its pieces, one tensor after the other.
-            state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)
-            self.optimizer.load_state_dict(self._in_pieces(state["optimizer"]))
-            if state["scheduler"] is not None and self.scheduler is not None:
-                self.scheduler.load_state_dict(state["scheduler"])
-            self.scaler.load_state_dict(state["scaler"])
+        state_file = Path(checkpoint) / CRITIC_OPTIMIZER_NAME
+        if not state_file.is_file():
+            return False
+        # Mapped: of a whole optimizer's state each process needs its pieces, one tensor after the other.
+        state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)
+        self.optimizer.load_state_dict(self._in_pieces(state["optimizer"]))
+        self._load_schedule(state)
+        self.scaler.load_state_dict(state["scaler"])
+        return True
+
+    def _load_schedule(self, state: dict[str, Any]) -> None:
+        """Restore the schedule, and what the run's settings say about the optimizer."""
+        if self.scheduler is None:  # loaded outside of training
+            return
+        if state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        restore_settings("critic", self.optimizer, self.scheduler, self._settings)
 
     def _in_pieces(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state of the whole optimizer, as this process's share of it wants it."""
@@ -292,13 +310,6 @@ class Critic:
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     of_parameter[name] = sharded_like(value, parameter)
         return state
-
-    def _load_schedule(self, checkpoint: str | Path) -> None:
-        state_file = Path(checkpoint) / OPTIMIZER_STATE_NAME
-        if state_file.is_file() and self.scheduler is not None:
-            state = torch.load(state_file, map_location="cpu", weights_only=True)
-            if state["scheduler"] is not None:
-                self.scheduler.load_state_dict(state["scheduler"])
 
 
 @contextlib.contextmanager

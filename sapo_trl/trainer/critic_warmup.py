@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-
-WARMUP_STATE_NAME = "critic_warmup.json"
+from .checkpoint_files import WARMUP_STATE_NAME
 
 
 class CriticWarmup:
@@ -60,10 +59,12 @@ class CriticWarmup:
         }
         (Path(folder) / WARMUP_STATE_NAME).write_text(json.dumps(state) + "\n")
 
-    def load(self, folder: str | Path) -> None:
-        """Read the state from a checkpoint, if it has one."""
+    def load(self, folder: str | Path) -> bool:
+        """Read the state from a checkpoint. Returns whether it has one."""
         path = Path(folder) / WARMUP_STATE_NAME
-        if path.is_file():
-            state = json.loads(path.read_text())
-            self.has_settled = state["has_settled"]
-            self._step_losses, self._rollout_losses = state["step_losses"], state["rollout_losses"]
+        if not path.is_file():
+            return False
+        state = json.loads(path.read_text())
+        self.has_settled = state["has_settled"]
+        self._step_losses, self._rollout_losses = state["step_losses"], state["rollout_losses"]
+        return True

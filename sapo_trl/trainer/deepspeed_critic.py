@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..value_head import SegmentValueHead
+from .checkpoint_files import CRITIC_OPTIMIZER_NAME
 from .critic import CRITIC_FOLDER, Critic
 
 
@@ -95,14 +96,15 @@ class DeepSpeedCritic(Critic):
         super().save_optimizer(folder)
         self.engine.save_checkpoint(str(Path(folder) / ENGINE_FOLDER), tag=_TAG)
 
-    def load(self, checkpoint: str | Path) -> None:
+    def load(self, checkpoint: str | Path) -> bool:
         self.check_folder(checkpoint)
-        folder = Path(checkpoint) / ENGINE_FOLDER
-        if not folder.is_dir():  # `save_only_model=True`
+        folder, state_file = Path(checkpoint) / ENGINE_FOLDER, Path(checkpoint) / CRITIC_OPTIMIZER_NAME
+        if not folder.is_dir() or not state_file.is_file():
             self.load_weights(checkpoint)
-            return
+            return False
         self.engine.load_checkpoint(str(folder), tag=_TAG)
-        self._load_schedule(checkpoint)
+        self._load_schedule(torch.load(state_file, map_location="cpu", weights_only=True))
+        return True
 
     def load_weights(self, checkpoint: str | Path) -> None:
         self.check_folder(checkpoint)

@@ -29,14 +29,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer, is_conversational, prepare_multimodal_messages
 from trl.chat_template_utils import parse_response
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
+from ..folder_lock import FolderInUseError, locked
 from ..rollouts import ContinuationSampler, TokenizedPrompts
 from ..rollouts.placeholders import (
     cut_rollout,
@@ -45,11 +46,23 @@ from ..rollouts.placeholders import (
     length_until_placeholder,
     placeholder_ids,
 )
+from ..rollouts.portable import from_portable, to_portable
+from ..run_folder import TRAINER_STATE_NAME, checkpoint_name, newest_checkpoint
 from ..segments import accumulation_dtype
 from ..sharded_tensors import gradients_are_in_pieces, total_norm, weights_are_in_pieces
 from ..validation import check_finite_rewards
 from ..value_head import backbone_of
-from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
+from .checkpoint_files import (
+    PROCESS_STATE_NAME,
+    STAGING_FOLDER,
+    check_checkpoint,
+    finish_publication,
+    publish,
+    recorded_best,
+    rotate,
+    staging_folder,
+    write_error,
+)
 from .image_features import ImageFeatures, ImageKey, image_keys
 from .padding import (
     RightAligned,
@@ -63,6 +76,7 @@ from .padding import (
     token_positions,
 )
 from .repeated_rows import RepeatedRows
+from .resumed_settings import Settings, optimizer_settings, restore_settings
 
 
 logger = logging.getLogger(__name__)
@@ -72,8 +86,6 @@ _GENERATE = inspect.getsource(VLLMGeneration.generate)
 # sends features to put in their place, needs no help; what a new version does wrong, the comparison of
 # log-probabilities in the first rollout tells.
 TRL_EXPANDS_PLACEHOLDERS_TWICE = '{"prompt_token_ids": ids}' in _GENERATE and "collapse" not in _GENERATE.lower()
-
-PROCESS_STATE_NAME = "process_state_{}.pt"
 
 # What TRL's forward takes besides the model: the multimodal tensors among these are forwarded by name, so that a key
 # that a new TRL version adds passes through.
@@ -167,6 +179,7 @@ class GRPOBridge(GRPOTrainer):
     def __init__(self, model: str | PreTrainedModel, reward_funcs=None, args=None, **kwargs):
         self._record: RolloutRecord | None = None
         self._staging: Path | None = None
+        self._optimizer_settings: Settings = []
         self._train_sampler: Sampler | None = None
         self._tapped: list[torch.Tensor] | None = None
         self._aligned: RightAligned | None = None
@@ -199,6 +212,8 @@ class GRPOBridge(GRPOTrainer):
             sample = self.rollout_func
             self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
         self.add_callback(_EpochOrder(self))
+        self._pending_log = _PendingLog(self)
+        self.add_callback(self._pending_log)
         if self.accelerator.is_fsdp2 and hasattr(self.model, "peft_config"):
             self.add_callback(_AdaptersFirst(self))
 
@@ -275,8 +290,17 @@ class GRPOBridge(GRPOTrainer):
     def load_process_state(self, state: dict[str, Any]) -> None:
         """Restore what [`GRPOBridge.process_state`] returned."""
 
-    def load_training_state(self, folder: str) -> None:
-        """Restore what [`GRPOBridge.save_training_state`] wrote, and further models, to resume training."""
+    def load_training_state(self, folder: str) -> list[str]:
+        """
+        Restore what [`GRPOBridge.save_training_state`] wrote, and further models, to resume training.
+
+        Args:
+            folder (`str`): the checkpoint.
+
+        Returns:
+            `list[str]`: the parts that begin anew because the checkpoint lacks them, each with the name of its file.
+        """
+        return []
 
     def load_best_state(self, folder: str) -> None:
         """Restore further models from the best checkpoint, at the end of training."""
@@ -451,8 +475,58 @@ class GRPOBridge(GRPOTrainer):
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the current step, to resume from, and return its folder."""
-        self._save_checkpoint(self.model, None)
-        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.run_folder():
+            self._save_checkpoint(self.model, None)
+        return Path(self.args.output_dir) / checkpoint_name(self.state.global_step)
+
+    @contextlib.contextmanager
+    def run_folder(self) -> Iterator[None]:
+        """
+        Keep the output folder to this run while the block runs. The processes that save hold its lock.
+
+        Raises:
+            [`~sapo_trl.folder_lock.FolderInUseError`]: on all processes, if another run uses it.
+        """
+        with contextlib.ExitStack() as stack:
+            problem = None
+            if self.args.should_save:
+                try:
+                    stack.enter_context(locked(self.args.output_dir, "trains"))
+                    finish_publication(self.args.output_dir)
+                except FolderInUseError as error:
+                    problem = str(error)
+            problems = gather_object([problem]) if self.accelerator.num_processes > 1 else [problem]
+            for problem in filter(None, problems):
+                raise FolderInUseError(problem)
+            yield
+
+    def checkpoint_to_resume(self, wanted: str | Path | bool | None) -> str | None:
+        """
+        Find the checkpoint for `resume_from_checkpoint` and check its files.
+
+        Args:
+            wanted (`str` or `Path` or `bool`, *optional*): a checkpoint, or `True` for the newest one.
+
+        Returns:
+            `str`, *optional*: its folder.
+
+        Raises:
+            ValueError: if there is none, or a file in it is damaged.
+        """
+        if wanted is None or wanted is False:
+            return None
+        checkpoint = newest_checkpoint(self.args.output_dir) if wanted is True else Path(wanted)
+        if checkpoint is None:
+            raise ValueError(
+                f"`resume_from_checkpoint=True`, but output_dir={self.args.output_dir!r} holds no complete checkpoint "
+                f"(a folder {checkpoint_name('<step>')} with a {TRAINER_STATE_NAME}): leave the argument out to begin."
+            )
+        check_checkpoint(checkpoint)
+        return str(checkpoint)
+
+    def end_of_training(self) -> TrainOutput:
+        """End a run that was resumed from its last step as transformers ends one, with the best model if asked for."""
+        return self._finalize_training(None, 0, time.time())
 
     def add_to_log(self, metrics: dict[str, float]) -> None:
         """Add values to the averages that the next log reports."""
@@ -581,36 +655,55 @@ class GRPOBridge(GRPOTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = self._get_output_dir(trial)
-        if self.args.should_save:
-            staging_folder(run_folder)
-        self.accelerator.wait_for_everyone()
-        self._staging = Path(run_folder) / STAGING_FOLDER
+        name = checkpoint_name(self.state.global_step)
+        staging = Path(run_folder) / STAGING_FOLDER
         try:
-            super()._save_checkpoint(model, trial)
-        except OSError as error:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            complete = get_last_checkpoint(run_folder)
+            if self.args.should_save:
+                staging_folder(run_folder)
+            self.accelerator.wait_for_everyone()
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(Path(run_folder) / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                publish(staging / name, run_folder)
+        except Exception as error:
+            number = write_error(error, run_folder)
+            if self.args.should_save:
+                finish_publication(run_folder)
+            shutil.rmtree(staging, ignore_errors=True)
+            if number is None:
+                raise
             raise OSError(
-                error.errno,
+                number,
                 f"the checkpoint of step {self.state.global_step} could not be written ({error}). The newest complete "
-                f"one is {complete}: make room and resume from it.",
+                f"one is {newest_checkpoint(run_folder)}: make room and resume from it.",
             ) from error
-        finally:
-            staging, self._staging = self._staging, None
-        self.accelerator.wait_for_everyone()
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.state.best_model_checkpoint == str(staging / name):
-            self.state.best_model_checkpoint = str(Path(run_folder) / name)
         if self.args.should_save:
-            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-            publish(staging / name, run_folder)
-            rotate_checkpoints(
-                output_dir=run_folder,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(Path(run_folder) / name))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Uploads run in the background: a checkpoint that is still being written would move away under them, and go to
+        # the Hub as a part of the run folder.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finalize_training(self, *args, **kwargs) -> TrainOutput:
+        # transformers would delete the newest checkpoint if only one is to be kept and another one is the best, and in
+        # a way that leaves half a checkpoint if it is killed meanwhile.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # The process that saves the model makes the folder, and another one may be here before it.
@@ -623,6 +716,7 @@ class GRPOBridge(GRPOTrainer):
             "num_processes": self.accelerator.num_processes,
             "step": self._step,
             "batch_sizes": self._batch_sizes(),
+            "log": self._pending_log.state(),
             **self.process_state(),
         }
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
@@ -630,15 +724,57 @@ class GRPOBridge(GRPOTrainer):
             state["batches"] = self._buffered_inputs
         torch.save(state, Path(output_dir) / PROCESS_STATE_NAME.format(self.accelerator.process_index))
 
+    def create_scheduler(self, num_training_steps: int, *args, **kwargs):
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        self._optimizer_settings = optimizer_settings(self.optimizer)
+        return scheduler
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        with _held_back("transformers.trainer", ("The best checkpoint",), warnings := []):
+            position = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+            )
+        if resume_from_checkpoint is not None:
+            # The checkpoint has intervals of its own for logging, evaluation and saving.
+            self.state.compute_steps(self.args, max_steps)
+            self.state.best_model_checkpoint = recorded_best(resume_from_checkpoint)
+            if self.state.best_model_checkpoint is None:
+                _say(warnings)
+        return position
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self.load_training_state(checkpoint)
-        path = Path(checkpoint) / PROCESS_STATE_NAME.format(self.accelerator.process_index)
-        if not path.is_file():  # written by `save_only_model=True`, or by another trainer
-            return
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        folder, anew = Path(checkpoint), []
+        has_optimizer = any(folder.glob(f"{Path(OPTIMIZER_NAME).stem}*")) and (folder / SCHEDULER_NAME).is_file()
+        if has_optimizer or self.is_deepspeed_enabled:  # which refuses checkpoints without its own state
+            restore_settings("policy", self.optimizer, self.lr_scheduler, self._optimizer_settings)
+        else:
+            anew.append(f"the policy's optimizer and learning rate schedule ({OPTIMIZER_NAME}, {SCHEDULER_NAME})")
+        anew += self.load_training_state(checkpoint)
+        path = folder / PROCESS_STATE_NAME.format(self.accelerator.process_index)
+        # All processes or none: one that samples while the others train on waits for them in vain.
+        if self._max_over_processes(int(not path.is_file())):
+            anew.append(f"the rollout, and the measurements since the last log entry ({path.name})")
+        else:
+            device = self.accelerator.device
+            # torch restores nothing on "cpu:0", as a CPU is called in a run of several processes.
+            state = torch.load(path, "cpu" if device.type == "cpu" else device, weights_only=True)
+            self._load_process_state(checkpoint, state)
+        if not any(folder.glob("rng_state*")):
+            anew.append("the random numbers (rng_state.pth)")
+        if anew and self.accelerator.is_main_process:
+            logger.warning(
+                "The checkpoint %s lacks a part of the run's state, so this is no exact continuation "
+                "(`save_only_model=True` saves the models alone). These begin anew: %s.",
+                checkpoint,
+                "; ".join(anew),
+            )
+
+    def _load_process_state(self, checkpoint: str, state: dict[str, Any]) -> None:
         if state["num_processes"] != self.accelerator.num_processes:
             logger.warning(
                 "The checkpoint %s was written by %d processes and is resumed by %d: training goes on with a new "
@@ -649,6 +785,7 @@ class GRPOBridge(GRPOTrainer):
             )
             return
         self.load_process_state(state)
+        self._pending_log.load_state(state.get("log"))
         saved, own = state.get("batch_sizes", self._batch_sizes()), self._batch_sizes()
         if saved != own:
             logger.warning(
@@ -787,8 +924,7 @@ class GRPOBridge(GRPOTrainer):
             logger.info("Loading %d weights that %s holds under other names.", len(missing), folder)
             policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
             return
-        for warning in warnings:
-            logging.getLogger(warning.name).handle(warning)
+        _say(warnings)
 
     def _by_length(self, batches: list[Batch]) -> list[Batch]:
         """Micro-batches of a rollout, their rows exchanged within each optimizer step so that like lengths meet."""
@@ -994,6 +1130,12 @@ def _held_back(name: str, beginnings: tuple[str, ...], records: list[logging.Log
         named.removeFilter(keep)
 
 
+def _say(records: list[logging.LogRecord]) -> None:
+    """Pass records that were held back to their loggers."""
+    for record in records:
+        logging.getLogger(record.name).handle(record)
+
+
 @contextlib.contextmanager
 def _whole_lm_head(model: Callable) -> Iterator[None]:
     """
@@ -1050,6 +1192,50 @@ class _EpochOrder(TrainerCallback):
             raise TrainingIsOver
 
 
+class _PendingLog(TrainerCallback):
+    """
+    Puts the measurements since the last log entry into the checkpoint: a resumed run's next entry equals an
+    uninterrupted run's.
+    """
+
+    def __init__(self, trainer: GRPOBridge):
+        self.trainer = trainer
+        self._loaded: dict[str, Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers, strings and containers of them."""
+        trainer = self.trainer
+        metrics = trainer._metrics["train"]
+        state = {
+            "metrics": {name: [float(value) for value in values] for name, values in metrics.items()},
+            "loss": trainer._tr_loss,
+            "last_logged": trainer._globalstep_last_logged,
+        }
+        if trainer.log_completions and trainer.accelerator.is_main_process:
+            try:
+                state["table"] = to_portable(_lists(trainer._logs))
+            except TypeError as error:
+                logger.warning("The checkpoint is written without the completions table: %s", error)
+        return state
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """Restore a [`_PendingLog.state`] once training begins; checkpoints of earlier versions have none."""
+        self._loaded = state
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        trainer = self.trainer
+        for name, values in loaded["metrics"].items():
+            trainer._metrics["train"][name] = list(values)
+        # The final entry's mean loss is of the steps that this call of `train` runs.
+        trainer._total_loss_scalar -= loaded["loss"].item()
+        trainer._tr_loss += loaded["loss"]
+        trainer._globalstep_last_logged = loaded["last_logged"]
+        _extend(trainer._logs, from_portable(loaded.get("table", {})))
+
+
 class _AdaptersFirst(TrainerCallback):
     """
     Runs an FSDP2 policy once before anything else does.
@@ -1065,6 +1251,20 @@ class _AdaptersFirst(TrainerCallback):
         token = torch.zeros((1, 1), dtype=torch.long, device=self.trainer.accelerator.device)
         with torch.no_grad():
             self.trainer.model(input_ids=token)
+
+
+def _lists(columns: dict[str, Any]) -> dict[str, Any]:
+    """The completions table with lists instead of queues."""
+    return {name: _lists(rows) if isinstance(rows, dict) else list(rows) for name, rows in columns.items()}
+
+
+def _extend(columns: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Put rows of [`_lists`] back into the completions table."""
+    for name, rows in loaded.items():
+        if isinstance(rows, dict):
+            _extend(columns[name], rows)
+        else:
+            columns[name].extend(rows)
 
 
 def _prompts_of(inputs: list[dict[str, Any]]) -> list:

@@ -34,6 +34,7 @@ from ..model_card import complete_model_card
 from ..reward_calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler, monte_carlo_values
+from ..rollouts.portable import from_portable, to_portable
 from ..sampler_correction import importance_correction, logp_difference
 from ..segmentation import Segmenter, accepted_inputs, is_uncertain
 from ..segments import Segments
@@ -50,6 +51,7 @@ from ..validation import (
     datasets_of,
 )
 from ..value_head import SegmentValueHead
+from .checkpoint_files import CRITIC_OPTIMIZER_NAME, WARMUP_STATE_NAME
 from .critic import CRITIC_FOLDER, Critic
 from .critic_warmup import CriticWarmup
 from .deepspeed_critic import DeepSpeedCritic
@@ -726,13 +728,14 @@ class SAPOTrainer(GRPOBridge):
         self._accumulate_metrics(output.metrics, _VALUE_METRICS, weight=segments.count.sum())
         return output.loss
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs) -> TrainOutput:
         check_size(self.train_dataset, self.args.generation_batch_size, self.args.num_generations)
-        try:
-            return super().train(*args, **kwargs)
-        except TrainingIsOver:
-            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-            return TrainOutput(self.state.global_step, 0.0, {})
+        with self.run_folder():
+            checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            except TrainingIsOver:
+                return self.end_of_training()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         started, rollouts_before = time.perf_counter(), self._rollout_seconds
@@ -867,26 +870,51 @@ class SAPOTrainer(GRPOBridge):
         if self.critic is not None:
             self.critic_warmup.save(folder)
 
-    def load_training_state(self, folder: str) -> None:
-        if self.critic is not None:
-            self.critic.load(folder)
-            self.critic_warmup.load(folder)
+    def load_training_state(self, folder: str) -> list[str]:
+        if self.critic is None:
+            if (Path(folder) / CRITIC_FOLDER).is_dir():
+                logger.warning(
+                    "The checkpoint %s holds a critic, which critic=%r does not use: a later checkpoint of this run "
+                    "will hold none.",
+                    folder,
+                    self.args.critic,
+                )
+            return []
+        anew = []
+        if not self.critic.load(folder):
+            anew.append(f"the critic's optimizer and learning rate schedule ({CRITIC_OPTIMIZER_NAME})")
+        if not self.critic_warmup.load(folder) and self.critic_warmup.tolerance is not None:
+            anew.append(f"the critic's warm-up ({WARMUP_STATE_NAME})")
+        return anew
 
     def save_process_files(self, folder: str) -> None:
         if self.critic is not None:
             self.critic.save_optimizer(folder)
 
     def process_state(self) -> dict[str, Any]:
-        if self._trees is None:
-            return {}
-        try:
-            return {"replay": self._trees.replay.state()}
-        except TypeError as error:
-            logger.warning("The checkpoint is written without the edges of earlier trees: %s", error)
-            return {}
+        state: dict[str, Any] = {"skipped_in_a_row": self._step_guard.in_a_row, "callbacks": []}
+        for callback in self._rollout_callbacks:
+            name = type(callback).__name__
+            try:
+                state["callbacks"].append([name, to_portable(callback.state_dict())])
+            except TypeError as error:
+                logger.warning("The checkpoint is written without the state of the callback %s: %s", name, error)
+        if self._trees is not None:
+            try:
+                state["replay"] = self._trees.replay.state()
+            except TypeError as error:
+                logger.warning("The checkpoint is written without the edges of earlier trees: %s", error)
+        return state
 
     def load_process_state(self, state: dict[str, Any]) -> None:
-        if "replay" in state:
+        self._step_guard.in_a_row = state.get("skipped_in_a_row", 0)
+        saved = list(state.get("callbacks", []))
+        for callback in self._rollout_callbacks:
+            name = type(callback).__name__
+            place = next((place for place, (saved_name, _) in enumerate(saved) if saved_name == name), None)
+            if place is not None:
+                callback.load_state_dict(from_portable(saved.pop(place)[1]))
+        if self._trees is not None and "replay" in state:
             self._trees.replay.load_state(state["replay"])
 
     def load_best_state(self, folder: str) -> None:

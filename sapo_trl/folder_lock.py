@@ -1,0 +1,99 @@
+"""A folder that belongs to one run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+logger = logging.getLogger(__name__)
+
+# Names with an underscore in front are not uploaded to the Hub with the folder.
+LOCK_NAME = "_lock"
+HOLDER_NAME = "_lock_holder.json"
+"""Says who holds the lock."""
+
+# Error numbers of file systems without locks: some network file systems, or a lock daemon that does not run.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class FolderInUseError(ValueError):
+    """Another process uses a folder that is for one at a time."""
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, activity: str) -> Iterator[None]:
+    """
+    Keep a folder to this process while the block runs. The block may lock the same folder again.
+
+    The operating system holds the lock and releases it when the process ends, also when it is killed: a dead run does
+    not block the next one. On a file system without locks there is a warning instead.
+
+    Args:
+        folder (`str` or `Path`): the folder, created if it is not there.
+        activity (`str`): the use of the folder, for the error of a second process: `"trains"`.
+
+    Raises:
+        FolderInUseError: if another process has the folder; it says which.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # One object for a path, so that the lock can be taken again. The soft lock that filelock falls back to is a plain
+    # file, which would outlive a killed process on another machine.
+    lock = FileLock(folder.resolve() / LOCK_NAME, timeout=0, is_singleton=True, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FolderInUseError(
+            f"output_dir={str(folder)!r} is in use: {_holder(folder)}. Wait until it has ended, end it, or choose "
+            "another `output_dir`."
+        ) from error
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        logger.warning(
+            "The file system of %s has no locks (%s): make sure yourself that no other process uses this folder.",
+            folder,
+            error,
+        )
+        yield
+        return
+    try:
+        if lock.lock_counter == 1:
+            _write_holder(folder, activity)
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            (folder / HOLDER_NAME).unlink(missing_ok=True)
+        lock.release()
+
+
+def _write_holder(folder: Path, activity: str) -> None:
+    holder = {
+        "activity": activity,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    (folder / HOLDER_NAME).write_text(json.dumps(holder) + "\n", encoding="utf-8")
+
+
+def _holder(folder: Path) -> str:
+    """The holder of the lock, from its own note."""
+    try:
+        holder = json.loads((folder / HOLDER_NAME).read_text(encoding="utf-8"))
+        return (
+            f"process {holder['pid']} on {holder['host']} {holder['activity']} there since {holder['since']} "
+            f"({HOLDER_NAME})"
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # in the moment between the lock and the note, or damaged
+        return "another process has locked it"
