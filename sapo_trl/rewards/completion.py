@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 # Braces, and pairs of a backslash and what it escapes: `\{` groups nothing.
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+# Without a brace only what is no prose: a number, a command, a single letter.
+_BOX = re.compile(r"\\boxed(?:\s*\{|(?![A-Za-z])\s*(?P<bare>(?:[0-9+\-.(\\]|[A-Za-z](?![A-Za-z]))(?:(?!\\boxed)[^$\n])*))")
 
 Completion = str | Sequence[Mapping]
 """Plain text, or the messages of a conversation (the trainer passes what the prompts were)."""
@@ -22,19 +24,53 @@ def completion_text(completion: Completion) -> str:
     return "".join(block.get("text", "") for block in content or ())
 
 
+def answer_part(text: str) -> str:
+    r"""
+    The part of a response that may hold the answer: the text after the last `</think>`.
+
+    The whole text where the response has no thinking, and the empty string where its thinking never ends, because the
+    response was cut off.
+
+    Example:
+
+    ```python
+    >>> from sapo_trl.rewards.completion import answer_part
+
+    >>> answer_part(r"<think>maybe \boxed{3}</think> \boxed{4}"), answer_part(r"<think>maybe \boxed{3}")
+    (' \\boxed{4}', '')
+    ```
+    """
+    after = text.rpartition("</think>")[2]
+    return "" if "<think>" in after else after
+
+
 def last_boxed(text: str) -> str | None:
     r"""
     Content of the last `\boxed{...}`, its braces balanced; `None` if there is none.
 
-    A last box that is never closed is no answer either, and an earlier one does not stand in for it: the response was
-    cut off while it gave its answer.
+    Of nested boxes the outer one counts, and an empty box counts only where there is no other. A box that is never
+    closed is no answer, and an earlier one does not stand in for it: the response was cut off while it gave its
+    answer. `\boxed 4`, without braces, holds the rest of its line, up to a `$`.
     """
-    _, opening, rest = text.rpartition("\\boxed{")
-    if not opening:
-        return None
+    content, position = None, 0
+    while box := _BOX.search(text, position):
+        if box["bare"] is not None:
+            found, position = box["bare"].strip().removesuffix("."), box.end()
+        else:
+            end = _end_of_group(text, box.end())
+            if end is None:
+                return None
+            found, position = text[box.end() : end].strip(), end + 1
+        if found or content is None:
+            content = found
+    return content
+
+
+def _end_of_group(text: str, start: int) -> int | None:
+    """Where the brace closes that opened just before `start`."""
     depth = 1
-    for match in _BRACE.finditer(rest):
+    for match in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return rest[: match.start()].strip()
+            return match.start()
     return None
