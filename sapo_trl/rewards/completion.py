@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 # Braces, and pairs of a backslash and what it escapes: `\{` groups nothing.
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # Without a brace only what is no prose: a number, a command, a single letter.
-_BOX = re.compile(r"\\boxed(?:\s*\{|(?![A-Za-z])\s*(?P<bare>(?:[0-9+\-.(\\]|[A-Za-z](?![A-Za-z]))(?:(?!\\boxed)[^$\n])*))")
+_BOX = re.compile(
+    r"\\boxed(?:\s*\{|(?![A-Za-z])\s*(?P<bare>(?:[0-9+\-.(\\]|[A-Za-z](?![A-Za-z]))(?:(?!\\boxed)[^$\n])*))"
+)
 
 Completion = str | Sequence[Mapping]
 """Plain text, or the messages of a conversation (the trainer passes what the prompts were)."""
