@@ -19,25 +19,27 @@ _MAX_WORDS = 160
 
 # No part of a word, a product or a formula: neither `AB` nor `A's`, `B = 3`, `A^2`, `C(n)`, `B-flat`.
 _LETTER = re.compile(
-    r"(?<![A-Za-z0-9À-ɏ_^\\'])(?P<open>[\[({\"'“‘「『【《]{0,3})[ \t]?(?<![A-Za-z0-9À-ɏ_^\\])(?P<letter>[A-Za-z0-9])"
-    r"(?![A-Za-z0-9À-ɏ_^°(]|'[A-Za-z]|\s*=|[-\\+*/|][A-Za-z0-9(]{2})(?P<close>[ \t]?[\])}\"'”’」』】》]{1,3})?"
+    r"(?<![A-Za-z0-9À-ɏ_^\\'])(?<![^A-Za-z][A-Za-z0-9)] = )(?<![^A-Za-z][A-Za-z0-9)] =)(?<![^A-Za-z][A-Za-z0-9)]=)"
+    r"(?P<open>[\[({\"'“‘「『【《]{0,3})[ \t]?(?<![A-Za-z0-9À-ɏ_^\\])(?P<letter>[A-Za-z0-9])"
+    r"(?![A-Za-z0-9À-ɏ_^°(♭♯]|'[A-Za-z]|\+\+|:[A-Z]|\s*[=<>≤≥≠×÷∪∩∧∨±≈]|[-\\+*/|][A-Za-z0-9(]{2})"
+    r"(?P<close>[ \t]?[\])}\"'”’」』】》]{1,3})?"
 )
 _QUOTES = " \t\"'“‘”’"
 # "A triangle": a word follows, so this is the article, or "I". In front of these words it is not.
 _ARTICLES = ("A", "I")
 _WORD_FOLLOWS = re.compile(
-    r"[ \t]+(?!(?:because|since|as|and|or|with|which|for|by|based|from|not|is|isn't|instead)\b)\w"
+    r"[ \t]+(?!(?:because|since|as|and|or|with|which|for|by|based|from|not|is|isn't|instead|oder|und|ou|et|o|y|e|to|or|nor)\b)\w"
 )
 # `B.` may be a label; "e.g." and decimals end no sentence.
 _SENTENCE = re.compile(r"[^.!?\n]*(?:\.(?!\s|\Z)[^.!?\n]*)*(?:[.!?]+|\n|\Z)")
 # A line that ends with these goes on in the next: "Answer:\n\nB".
 _GOES_ON = re.compile(r"(:|=|\bis|\banswer|答案|选|選)[ \t]*\n\s*", re.IGNORECASE)
 
-_LINK = r"(?:(?:\b(?:is|are|be|equals|was|were)(?:n't)?\b|'s\b|[:=]|\s-+|[-=]>|[→⇒])\s*)+"
+_LINK = r"(?:(?:\b(?:is|are|be|equals|was|were)(?:n't)?\b|'s\b|[:=]|\s-+|[-=]>|[→⇒])[\s,]*)+"
 _FILL = (
     r"(?:\b(?:option|choice|letter|answer|definitely|clearly|certainly|simply|indeed|thus|therefore|then|obviously|also"
     r"|actually|now|just|likely|most|probably|surely|only|not|never|no\s+longer|either|both|neither|the|la|le|die|el)\b"
-    r"[\s:]*){0,4}"
+    r"[\s:,]*){0,4}"
 )
 _GOOD = r"(?:correct|right|best|final|chosen|my|our)"
 _FROM = r"(?:^|\b(?:so|therefore|thus|hence|is|be|to|with|as|means|match(?:es)?|gives|leaves)\b[\s,:]*|'s\s+|[→⇒=]\s*)"
@@ -49,46 +51,45 @@ _WHO = (
 
 @dataclass(frozen=True)
 class _Cue:
-    """Words that announce a letter; some do so only where a clause ends behind it, or where it is in brackets."""
+    """Words in front of a letter that announce it, some of them only if it is in brackets."""
 
     pattern: re.Pattern
-    needs_end: bool = False
     needs_brackets: bool = False
 
 
-def _in_front(pattern: str, **needs: bool) -> _Cue:
-    return _Cue(re.compile(rf"(?:{pattern})[^\w.,;!?]{{0,12}}\Z", re.IGNORECASE), **needs)
+def _in_front(pattern: str, needs_brackets: bool = False) -> _Cue:
+    return _Cue(re.compile(rf"(?:{pattern})[^\w.,;!?]{{0,12}}\Z", re.IGNORECASE), needs_brackets)
 
 
 _STRONG = (
-    _in_front(rf"\b(?:answers?|ans|solution)\b.{{0,60}}?{_LINK}{_FILL}"),
-    _in_front(r"\b(?:answers?|ans)", needs_end=True),
-    _in_front(rf"\b(?:option|choice|letter)\s*{_LINK}{_FILL}"),
+    _in_front(rf"\b(?:answers?|solution)\b.{{0,60}}?{_LINK}{_FILL}"),
+    _in_front(r"\b(?:answers?|ans)"),
+    _in_front(rf"\b(?:option|choice|letter|{_GOOD}\s+(?:one|statement|figure|picture))\s*{_LINK}{_FILL}"),
     _in_front(rf"\b{_GOOD}\s+(?:option|choice|letter)\s*[:=-]\s*{_FILL}"),
     _in_front(rf"{_WHO}(?:choose|chose|select|pick|go\s+with|going\s+with|opt\s+for|selected|picked)\b\s*{_FILL}"),
-    _in_front(rf"{_FROM}(?:the\s+)?(?:{_GOOD}\s+)?(?:option|choice|letter)", needs_end=True),
+    _in_front(rf"{_FROM}(?:the\s+)?(?:{_GOOD}\s+)?(?:option|choice|letter)"),
     # Chinese, Japanese, Korean
     _in_front(r"(?:答案|答え|正解|正答|정답|답)[^A-Za-z]{0,12}"),
-    _in_front(r"(?:选|選)(?:择|擇|项|項)?(?:是|为|為|了)?", needs_end=True),
-    # Spanish, French, German, Portuguese, Italian, Dutch, Swedish, Polish, Russian, Turkish, Indonesian
+    _in_front(r"(?:选|選)(?:择|擇|项|項)?(?:是|为|為|了)?"),
+    # Spanish, French, German, Portuguese, Italian, Dutch, Swedish, Polish, Russian, Turkish, Indonesian, Vietnamese
     _in_front(
-        r"\b(?:respuesta|réponse|antwort|lösung|resposta|risposta|antwoord|svaret?|odpowied[zź]|ответ|cevap|jawaban)\b"
-        r".{0,30}",
-        needs_end=True,
+        r"\b(?:respuesta|opción\s+correcta|réponse|antwort|lösung|resposta|risposta|antwoord|svaret?|odpowied[zź]|ответ"
+        r"|cevap|jawaban|đáp\s+án)\b.{0,30}"
     ),
 )
 _WEAK = (
     _in_front(
         r"(?:^|[\s,;:])(?:so|thus|hence|therefore|it's|it\s+is|that's|that\s+is|must\s+be|has\s+to\s+be|[→⇒])[\s,:]*"
-        rf"(?:(?:it's|it\s+is|it\s+must\s+be|we\s+get|this\s+is|must\s+be)\s+)?{_FILL}",
-        needs_end=True,
+        rf"(?:(?:it's|it\s+is|it\s+must\s+be|we\s+get|this\s+is|must\s+be)\s+)?{_FILL}"
     ),
     _in_front(r"\b(?:is|be)|[=→⇒]", needs_brackets=True),
 )
 _BEHIND = re.compile(
-    r"\s*(?:is|must\s+be|should\s+be)\s+(?:(?:the|a)\s+)?(?:(?:only|best|most)\s+)?(?:correct|right|best|true|answer|solution)"
-    r"(?:\s+(?:answer|option|choice|one|letter))?\s*(?:\Z|[.,;!:]|\b(?:because|since|as|and|here)\b)"
-    r"|\s*(?:选项|選項|项|項)?\s*(?:是|为|為)?(?:正确|正確|对的|對的|正解|正しい)",
+    r"\s*(?:is|must\s+be|should\s+be)\s+(?:(?:the|a)\s+)?(?:(?:only|best|most)\s+)?"
+    r"(?:correct|right|best|true|answer|solution)(?:\s+(?:answer|option|choice|one|letter))?"
+    r"\s*(?:\Z|[.,;!:]|\b(?:because|since|as|and|here)\b)"
+    r"|\s*(?:选项|選項|项|項)?\s*(?:是|为|為)?(?:正确|正確|对的|對的|正しい)"
+    r"|\s*が(?:正解|正しい)|\s*[가이]\s*정답",
     re.IGNORECASE,
 )
 
@@ -101,8 +102,8 @@ _VERB = re.compile(
     r"|fails|must|should|es|est|ist|é|è|är)\b|是|选项是|项是)"
 )
 _END = re.compile(
-    r"\s*(?:\Z|[.,;:!?/&]|(?:because|since|as|and|or|for|here|which|not|instead|rather)\b|-\s|选项|選項|项|項|で|だ|입|이|가"
-    r"|[和与與或及跟还還])"
+    r"\s*(?:\Z|[.,;!/&]|:(?!\S)|(?:because|since|as|and|or|for|here|which|where|not|instead|rather|indeed)\b|[-=]>|-\s"
+    r"|选项|選項|项|項|で|だ|입|이|가|[和与與或及跟还還])"
 )
 _CONNECTOR = re.compile(
     r"(?:[\s,/&+;|.和与與或及跟-]|还是|還是|以及|\b(?:and|or|und|oder|et|ou|y|o|e|и|или|nor|to|through|versus|vs|also|maybe"
@@ -110,13 +111,16 @@ _CONNECTOR = re.compile(
 )
 # With these between two letters, the second is no second answer.
 _CONTRAST = re.compile(
-    r"\b(?:not|than|of|unlike|over|but|because|since|while|whereas|as|eliminat\w*|exclud\w*|rul\w*|so|against|is|be)\b|;",
+    r"\b(?:not|than|of|unlike|over|but|because|since|while|whereas|as|eliminat\w*|exclud\w*|rul\w*|so|against|where|with|at|in"
+    r"|is|are|be)\b",
     re.IGNORECASE,
 )
 _RETRACTION = re.compile(
     r"\b(?:that|this|which)(?:'s|\s+(?:is|was|seems|can't\s+be|cannot\s+be))\s+(?:\w+\s+){0,2}?"
     r"(?:wrong|incorrect|false|impossible|not\s+(?:right|correct|true|possible|it)|mistaken?|error)\b|\bi\s+was\s+wrong\b"
-    r"|\bscratch\s+that\b|\bchanged\s+my\s+mind\b|\bmade\s+a\s+mistake\b",
+    r"|\bscratch\s+that\b|\bchanged\s+my\s+mind\b|\bmade\s+a\s+mistake\b"
+    r"|\b(?:no|wait|oops|hmm|sorry|actually|correction|i\s+mean|rather|make\s+that)\b[\s,.:-]*"
+    r"(?:(?:no|wait|it's|it\s+is|option)\b[\s,]*){0,3}[(\"']?(?-i:[A-Z])(?![A-Za-z0-9'])",
     re.IGNORECASE,
 )
 
@@ -195,12 +199,9 @@ def _is_announced(mention: _Mention, in_front: Sequence[_Cue], behind: re.Patter
         return True
     if _VERB.match(mention.after):
         return False
-    ends = mention.in_brackets or bool(_END.match(mention.after))
-    return any(
-        cue.pattern.search(mention.before)
-        for cue in in_front
-        if (ends or not cue.needs_end) and (mention.in_brackets or not cue.needs_brackets)
-    )
+    if not mention.in_brackets and not _END.match(mention.after):
+        return False
+    return any(cue.pattern.search(mention.before) for cue in in_front if mention.in_brackets or not cue.needs_brackets)
 
 
 def _mentions(sentence: re.Match, letters: Sequence[str]) -> Iterator[_Mention]:
@@ -209,7 +210,8 @@ def _mentions(sentence: re.Match, letters: Sequence[str]) -> Iterator[_Mention]:
     if text.rstrip().endswith("?"):
         return
     found = [match for match in _LETTER.finditer(text) if _is_label(match, letters)]
-    joined = [False, *(_are_joined(*pair) for pair in pairwise(found)), False]
+    follows = [*(_has_alternative(*pair) for pair in pairwise(found)), False]
+    precedes = [False, *(_are_connected(*pair) for pair in pairwise(found))]
     for i, match in enumerate(found):
         yield _Mention(
             letter=match["letter"].upper(),
@@ -217,7 +219,7 @@ def _mentions(sentence: re.Match, letters: Sequence[str]) -> Iterator[_Mention]:
             after=text[match.end() : match.end() + _MAX_WORDS],
             end=sentence.start() + match.end(),
             in_brackets=_in_brackets(match),
-            is_alternative=joined[i] or joined[i + 1],
+            is_alternative=follows[i] or precedes[i],
         )
 
 
@@ -233,13 +235,14 @@ def _in_brackets(match: re.Match) -> bool:
     return bool(match["open"].strip(_QUOTES) or (match["close"] or "").strip(_QUOTES))
 
 
-def _are_joined(one: re.Match, other: re.Match) -> bool:
-    """Whether two neighbours are named as alternatives: `A or B`, `(A) 3 (B) 4`."""
+def _has_alternative(one: re.Match, other: re.Match) -> bool:
+    """Whether the letter that follows is named as a second answer: `A or B`, `(A) 3 (B) 4`."""
     text = one.string
-    has_own_verdict = _VERB.match(text, other.end()) and not _BEHIND.match(text, other.end())
-    if one["letter"].upper() == other["letter"].upper() or has_own_verdict:
+    if one["letter"].upper() == other["letter"].upper():
         return False
-    if _CONNECTOR.fullmatch(text, one.end(), other.start()):
-        return True
-    listed = _in_brackets(one) and _in_brackets(other)
-    return listed and not _CONTRAST.search(text, one.end(), other.start())
+    has_own_verdict = _VERB.match(text, other.end()) and not _BEHIND.match(text, other.end())
+    return not has_own_verdict and not _CONTRAST.search(text, one.end(), other.start())
+
+
+def _are_connected(one: re.Match, other: re.Match) -> bool:
+    return _has_alternative(one, other) and bool(_CONNECTOR.fullmatch(one.string, one.end(), other.start()))

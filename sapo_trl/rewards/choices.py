@@ -24,17 +24,19 @@ DEFAULT_LETTERS = string.ascii_uppercase[:10]
 _MAX_CHARACTERS = 4_000
 
 _TAG = re.compile(r"</?[a-zA-Z][a-zA-Z_ ]{1,20}>")
-_OPENING, _CLOSING = r"[\s({\[\"'“‘「『【《]*", r"[\s)}\]\"'”’」』】》.:,]*"
-_LETTER_ALONE = re.compile(rf"{_OPENING}([A-Za-z0-9]){_CLOSING}\\?")
+_OPENING, _CLOSING = r"[\s({\[\"'“‘「『【《]*", r"[\s)}\]\"”’」』】》.:,]*"
+_LETTER_ALONE = re.compile(rf"{_OPENING}([A-Za-z0-9])(?:(?<='.)')?(?:选项|選項|项|項)?{_CLOSING}\\?")
 # "(B) 12", "B.12", "B: 12", "B - 12", "B, since"; not "B.M." and "B-flat".
 _LABEL = re.compile(
-    rf"{_OPENING}([A-Z0-9])(?:\s*[)\]}}]\s*[.:]?|\s*:|\.(?![A-Za-z]\.)|\s+-+(?=\s)|(?=,?\s+(?:because|since|not)\b))\s*"
+    rf"{_OPENING}([A-Z0-9])(?:\s*[)\]}}]\s*[.:]?|\s*:|\.(?![A-Za-z]\.)|,(?=\s*[0-9])|\s+(?:-+|->|→)(?=\s)|\s+(?=\()"
+    r"|(?=,?\s+(?:because|since|not)\b),?)\s*"
 )
 _OTHER_LABEL = re.compile(r"[(\[]([A-Z])[)\]]|(?<![A-Za-z0-9])([A-Z])[.):](?=\s|\Z)")
 # Behind a label: a second letter, or a verdict on the option in the place of its text.
 _NO_TEXT = re.compile(
     r"\s*(?:(?:,|/|&|\+|;|and\b|or\b)\s*)*[(\[]?[A-Z](?![A-Za-z0-9'])(?!\s+[a-z])"
-    r"|\s*(?:(?:is|are|was|isn't|cannot|can't|does|doesn't|has|or|and)\b|[是不错錯])"
+    r"|\s*(?:(?:is|are|was|isn't|cannot|can't|could|would|may|might|must|should|will|does|doesn't|has|fails|seems"
+    r"|looks|gives|or|and)\b|[是不错錯])"
     r"|\W*(?i:wrong|incorrect|eliminated|impossible|no)\W*\Z"
 )
 _JOINED_BOXES = re.compile(
@@ -75,7 +77,7 @@ def extract_choice(text: str, letters: Sequence[str], options: Sequence[str] | N
     texts = dict(zip(letters, options or (), strict=options is not None))
     text = answer_part(text)
     box = last_boxed(text)
-    if (box is None and "\\boxed" in text) or _has_alternatives(text):
+    if (box is None and "\\boxed" in text) or (box and len(box) > _MAX_CHARACTERS) or _has_alternatives(text):
         return None
     # Where options are not known, a formula is no choice but a step of the solution.
     if not box or (not texts and _is_formula(box) and _in_box(box, letters, texts) is None):
@@ -152,8 +154,6 @@ def _has_alternatives(text: str) -> bool:
 
 
 def _in_box(box: str, letters: Sequence[str], options: Mapping[str, str]) -> str | None:
-    if len(box) > _MAX_CHARACTERS:
-        return None
     text = unformatted(box)
     return (
         _letter_alone(text, letters)
@@ -195,6 +195,8 @@ def _labelled(text: str, letters: Sequence[str], options: Mapping[str, str]) -> 
     if not label or label[1] not in letters:
         return None
     letter, rest = label[1], text[label.end() :]
+    if rest.startswith("not "):  # "B, not A"
+        return letter
     option = option_with_text(rest, options)
     if option is not None:
         return letter if comparable(options[option]) == comparable(options[letter]) else None

@@ -15,11 +15,12 @@ _SINGLE_POWER = re.compile(r"\^\{(\w)\}")
 # In front of an option that the sentence states: "it is a", "the answer:", "not 5 cm but".
 _PREDICATE = re.compile(
     r"(?:\b(?:is|are|be|was|were|shows?|answer|equals|choose|pick|select|called)\b|'s\b|[:=→]|\bnot\b.*\bbut\b)\s*"
-    r"(?:(?:a|an|the)\s+)?\Z"
+    r"(?:(?:a|an|the)\s+)?[\"'“‘]?\Z"
 )
-_END = re.compile(r"\s*(?:\Z|[.,;!:)]|\b(?:because|since|as|not|rather|instead)\b)")
+_END = re.compile(r"[\"'”’]?\s*(?:\Z|[.,;!:)]|-\s|\b(?:because|since|as|not|rather|instead)\b)")
 # Such an option is a word of many sentences, or a number that counts something else: it must end its clause.
-_COMMON = re.compile(r"yes|no|true|false|[^a-z]*")
+_COMMON = re.compile(r"yes|no|true|false|[^a-z]*|[0-9].*", re.DOTALL)
+_CONDITION = re.compile(r"\b(?:if|when|suppose|assum\w+)\b")
 _JOINED = re.compile(r"(?:[\s,/&]|\b(?:or|and|nor|maybe|perhaps|possibly|either|even)\b)*")
 _REFUSAL = re.compile(
     r"\b(?:(?:can|do|does|did|could|would)(?:\s+not|n't)|cannot|unable\s+to|impossible\s+to|not\s+possible\s+to|hard\s+to)"
@@ -78,7 +79,12 @@ def _stated_in(sentence: str, found: Sequence[re.Match]) -> set[str]:
 def _is_stated(match: re.Match) -> bool:
     before, after = match.string[: match.start()], match.string[match.end() :]
     clause, rest = clause_before(before), re.split("[,;]", after, maxsplit=1)[0]
-    if is_negated(clause) or is_doubted(clause) or is_negated(re.sub(r"\bnot\b.*", "", rest)):
+    if (
+        _CONDITION.search(before)
+        or is_negated(clause)
+        or is_doubted(clause)
+        or is_negated(re.sub(r"\bnot\b.*", "", rest))
+    ):
         return False
     ends = bool(_END.match(after))
     if not before.strip():

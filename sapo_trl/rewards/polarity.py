@@ -7,17 +7,18 @@ _CLAUSE = re.compile(
     r"[,;]|\b(?:(?<!anything )(?<!nothing )(?<!all )but|so|therefore|hence|thus|then)\b", re.IGNORECASE
 )
 _NEGATION = re.compile(
-    r"\b(?:not|no(?!\s+(?:doubt|question))|never|nor|neither|none|nobody|cannot|hardly|reject\w*|refuse\w*|avoid\w*"
-    r"|(?<!no )(?<!without )(?<!without a )doubt|deny|eliminat\w*|rul(?:e|es|ed|ing)\s+out|exclud\w*|discard\w*"
-    r"|dismiss\w*|except|wrong|incorrect|false|mistake\w*|untrue|impossible|anything\s+but"
-    r"|rather\s+than|instead\s+of|other\s+than"
-    r"|unlikely|less\s+likely|nicht|kein\w*|pas|não|nao|non|niet|geen|inte|nie|не|нет|değil|bukan|tidak)\b|n't\b"
-    r"|不(?![过過难難仅僅])|非(?!常)|[无無](?![疑论論])|[没沒未勿]|[别別][选選]|排除|[错錯]|아니|아닙|않|ではな|ではあり|じゃな",
+    r"\b(?:not|no(?!\s+(?:doubt|question))|never|nor|neither|none|nobody|nothing|cannot|hardly|reject\w*|refuse\w*"
+    r"|avoid\w*|(?<!no )(?<!without )(?<!without a )doubt|deny|eliminat\w*|rul(?:e|es|ed|ing)\s+out|exclud\w*"
+    r"|discard\w*|dismiss\w*|except|wrong|incorrect|false|mistake\w*|untrue|impossible|anything\s+but|rather\s+than"
+    r"|instead\s+of|other\s+than|unlikely|least|worst|nicht|kein\w*|pas|não|nao|non|niet|geen|inte|nie|не|нет|değil"
+    r"|bukan|tidak|không)\b|n't\b|不(?![过過难難仅僅])|非(?!常)|[无無](?![疑论論])|[没沒未勿]|[别別][选選]|排除|[错錯]"
+    r"|아니|아닙|않|ではな|ではあり|じゃな",
     re.IGNORECASE,
 )
 _DOUBT = re.compile(
-    r"\b(?:maybe|perhaps|possibly|might|may|could|can\s+be|(?:some|many)\s+(?:say|claim|think|people|students)|either|both|whether|between|unsure|uncertain|unclear|was"
-    r"|were|if|suppose|assum\w*|unless|why|wenn|falls)\b|[若吗嗎]|如果|假设|可能",
+    r"\b(?:maybe|perhaps|possibly|might|may|could|can\s+be|either|both|whether|between|unsure|uncertain|unclear|was|were"
+    r"|if|suppose|assum\w*|unless|why|(?:some|many)\s+(?:say|claim|think|people|students)|says|said|claims|claimed|thinks"
+    r"|believes|suggests|wenn|falls)\b|[若吗嗎]|如果|假设|可能|[或也]许|大概",
     re.IGNORECASE,
 )
 

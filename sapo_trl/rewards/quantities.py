@@ -28,7 +28,7 @@ _REWRITES = [
         (r"\\mu(?![a-zA-Z])", "μ"),
         (r"\\(?:Omega|ohm)(?![a-zA-Z])", "Ω"),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])", "°"),
-        (r"\\(?:approx|simeq)(?![a-zA-Z])|[≃≅]", "≈"),
+        (r"\\(?:approx|simeq|sim)(?![a-zA-Z])|[≃≅]", "≈"),
         (r"\*\*", "^"),
         (r"\\(?:times|cdot)(?![a-zA-Z])|[×·⋅∙]", "*"),
         (r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),
@@ -47,7 +47,7 @@ _EQUALS = re.compile("[=≈]")
 # Of an equation: `x`, `AB`, `f(2)`, `m\angle A`. No digits and roots, since 12 is not the value of x in `2x = 12`.
 _NAME = re.compile(
     r"(?=.*[^\W\d_])(?!\s*-|.*\b(?:not|no|never)\b|.*\\(?:sqrt|frac))"
-    r"(?:[^\W\d]|[\s'′|{}+:-]|\\[a-zA-Z]+|(?<=[_{])[0-9]|\([^()]*\))++"
+    r"(?:[^\W\d]|[\s'′|{}+:∠△-]|\\[a-zA-Z]+|(?<=[_{])[0-9]|\([^()]*\))++"
 )
 _ANNOUNCEMENT = re.compile(
     r"\s*(?:(?:so|thus|hence|therefore)\b[\s,]*)?(?:the\s+)?(?:(?:final|correct|exact)\s+)?"

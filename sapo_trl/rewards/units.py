@@ -39,8 +39,8 @@ _SYMBOLS = (
     _LETTERS
     | {prefix + base for base, prefixes in _PREFIXES.items() for prefix in prefixes.split()}
     | {base for base in _PREFIXES if len(base) > 1}
-    | _words("rad sr atm bps Å rpm mph kph kmh psi hp nmi cc ha mmHg")
-    | _words("in ft yd mi oz lb lbs gal tsp tbsp sec min hr hrs mins secs yr yrs deg rev")
+    | _words("rad sr atm bps Å rpm mph kph kmh kmph psi Nm lbf hp nmi cc ha mmHg")
+    | _words("in ft yd mi oz lb lbs gal tsp tbsp sec min hr hrs mins secs yr yrs kgs kms cms fl deg rev")
     | _words("USD EUR GBP CNY RMB JPY INR KRW CHF AUD CAD Rs rs kr US $ € £ ¥ ₹ ₩ ₽ ₺ ₪ ₫ ₱ ₦ ₴ ¢")
     | _words("' '' \" ′ ′′")
 )
@@ -59,24 +59,26 @@ _NOUNS = _words(
     "unit person student child boy girl kid adult man woman teacher worker player member passenger friend customer "
     "visitor voter employee family class animal dog cat fish bird cow pig sheep horse chicken duck rabbit apple "
     "orange banana pear peach egg nut berry grape cookie candy cake pie pizza slice sandwich meal serving ball marble "
-    "toy sticker stamp block cube tile brick book page pencil pen notebook coin card ticket box bag basket bottle glass "
-    "jar cup chair table desk bed room house building car truck bus bike train tree flower plant seed leaf shirt "
-    "shoe hat dress pair set group team row column item piece object part cell bar dot share vote word letter "
+    "toy sticker stamp block cube tile brick book page pencil pen notebook coin card ticket box bag basket bottle "
+    "glass jar cup chair table desk bed room house building car truck bus bike train tree flower plant seed leaf "
+    "shirt shoe hat dress pair set group team row column item piece object part cell bar dot share vote word letter "
     "point line segment side edge face vertex angle triangle square circle rectangle polygon diagonal digit term "
     "factor divisor solution root integer number way arrangement permutation combination outcome subset "
     "element path game round step move turn trip lap time goal run mark question problem atom molecule electron "
-    "proton neutron photon ion particle"
+    "proton neutron photon ion particle zero story floor dish city mango"
 )
 _IRREGULAR = _words("feet people children men women fish sheep mice geese leaves vertices inches centuries pennies")
 # In front of a unit, and behind it.
-_IN_FRONT = _words("square sq cubic cu red blue green yellow white black different distinct possible whole")
+_IN_FRONT = _words(
+    "square sq cubic cu red blue green yellow white black different distinct possible whole real positive"
+)
 _POWERS = _words("squared cubed")
 _BEHIND = _words("old long wide high tall deep thick away apart each total altogether")
 
 _CHINESE = re.compile(
     r"(?:平方|立方)?(?:毫米|厘米|分米|千米|公里|米|毫升|升|毫克|千克|公斤|克|吨|斤|秒|秒钟|分钟|分|小时|小時|天|周|年|岁|歳|元|角|円|圆|圓|块|塊|度"
     r"|个|個|人|名|只|隻|条|條|本|张|張|支|枚|页|頁|件|颗|顆|辆|輛|棵|次|种|種|对|對|组|組|根|把|台|位|匹|冊)"
-    r"|美元|欧元|日元|英镑|平方|立方|公顷|時間|摄氏度"
+    r"|美元|ドル|欧元|日元|英镑|平方|立方|公顷|時間|摄氏度"
     r"|원|개|명|시간|초|분|일|미터|센티미터|킬로미터|그램|킬로그램"
 )
 
@@ -116,7 +118,7 @@ def read_unit(text: str) -> str | None:
     text = _without_brackets(text)
     if text is None:
         return None
-    text = text.strip().rstrip(".").rstrip()
+    text = text.strip().removesuffix(".").rstrip("\\").rstrip()
     if not text:
         return ""
     parts = []
@@ -148,6 +150,8 @@ def _name(factor: str) -> str | None:
     if not match:
         return None
     name, power = match[1].removesuffix("."), f"^{match[2]}" if match[2] else ""
+    if power and not name[-1:].isalpha():
+        return None
     if name in _SYMBOLS or name == "°" or _CHINESE.fullmatch(name):
         return name + power
     word = name.lower()
@@ -161,7 +165,7 @@ def _name(factor: str) -> str | None:
 
 
 def _singulars(word: str) -> tuple[str, ...]:
-    return word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"
+    return word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)
 
 
 def _in_order(names: list[str], is_last: bool) -> bool:
