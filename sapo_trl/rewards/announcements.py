@@ -28,7 +28,8 @@ _QUOTES = " \t\"'“‘”’"
 # "A triangle": a word follows, so this is the article, or "I". In front of these words it is not.
 _ARTICLES = ("A", "I")
 _WORD_FOLLOWS = re.compile(
-    r"[ \t]+(?!(?:because|since|as|and|or|with|which|for|by|based|from|not|is|isn't|instead|oder|und|ou|et|o|y|e|to|or|nor)\b)\w"
+    r"[ \t]+(?!(?:because|since|as|and|or|with|which|for|by|based|from|not|is|isn't|instead|oder|und|ou|et|o|y|e"
+    r"|to)\b)[A-Za-z0-9]"
 )
 # `B.` may be a label; "e.g." and decimals end no sentence.
 _SENTENCE = re.compile(r"[^.!?\n]*(?:\.(?!\s|\Z)[^.!?\n]*)*(?:[.!?]+|\n|\Z)")
@@ -225,6 +226,8 @@ def _mentions(sentence: re.Match, letters: Sequence[str]) -> Iterator[_Mention]:
 
 def _is_label(match: re.Match, letters: Sequence[str]) -> bool:
     letter = match["letter"]
+    if "'" in (match["close"] or "") and "'" not in match["open"]:  # A', of a figure
+        return False
     if letter.isdigit() or letter.islower():
         closes = letter.isdigit() or _in_brackets(match) or _CLOSES.match(match.string, match.end())
         return letter.upper() in letters and bool(closes)

@@ -22,6 +22,7 @@ _END = re.compile(r"[\"'”’]?\s*(?:\Z|[.,;!:)]|-\s|\b(?:because|since|as|not|
 _COMMON = re.compile(r"yes|no|true|false|[^a-z]*|[0-9].*", re.DOTALL)
 _CONDITION = re.compile(r"\b(?:if|when|suppose|assum\w+)\b")
 _JOINED = re.compile(r"(?:[\s,/&]|\b(?:or|and|nor|maybe|perhaps|possibly|either|even)\b)*")
+_VERB = re.compile(r"\s+(?:is|was|would|cannot|can't)\b")
 _REFUSAL = re.compile(
     r"\b(?:(?:can|do|does|did|could|would)(?:\s+not|n't)|cannot|unable\s+to|impossible\s+to|not\s+possible\s+to|hard\s+to)"
     r"\s+(?:\w+\s+)?(?:determine|tell|see|view|say|answer|help|assist|know|decide|identify|access|have|provide|read"
@@ -94,7 +95,8 @@ def _is_stated(match: re.Match) -> bool:
 
 def _are_joined(one: re.Match, other: re.Match) -> bool:
     """Whether two neighbours are alternatives: "red or blue"."""
-    return _JOINED.fullmatch(one.string, one.end(), other.start()) is not None
+    has_own_verdict = _VERB.match(one.string, other.end())
+    return not has_own_verdict and _JOINED.fullmatch(one.string, one.end(), other.start()) is not None
 
 
 def _is_same(number: Quantity, option: Quantity | None) -> bool:
