@@ -28,7 +28,7 @@ _QUOTES = " \t\"'“‘”’"
 # "A triangle": a word follows, so this is the article, or "I". In front of these words it is not.
 _ARTICLES = ("A", "I")
 _WORD_FOLLOWS = re.compile(
-    r"[ \t]+(?!(?:because|since|as|and|or|with|which|for|by|based|from|not|is|isn't|instead|oder|und|ou|et|o|y|e"
+    r"[ \t]+(?!(?:because|since|as|and|or|with|which|for|by|based|from|not|is|are|isn't|instead|oder|und|ou|et|o|y|e"
     r"|to)\b)[A-Za-z0-9]"
 )
 # `B.` may be a label; "e.g." and decimals end no sentence.
@@ -43,7 +43,10 @@ _FILL = (
     r"[\s:,]*){0,4}"
 )
 _GOOD = r"(?:correct|right|best|final|chosen|my|our)"
-_FROM = r"(?:^|\b(?:so|therefore|thus|hence|is|be|to|with|as|means|match(?:es)?|gives|leaves)\b[\s,:]*|'s\s+|[→⇒=]\s*)"
+_FROM = (
+    r"(?:^|\b(?:so|therefore|thus|hence|is|be|to|with|as|means|match(?:es)?|gives(?:\s+us)?|leaves)\b[\s,:]*|'s\s+"
+    r"|[→⇒=]\s*)"
+)
 _WHO = (
     r"(?:^|[,;:]|\b(?:i|we|let's|me|us|would|will|must|should|to|so|therefore|thus|hence|then|can|have|and)[\s,]"
     r"|'d\s|'ll\s)\s*"
@@ -68,7 +71,7 @@ _STRONG = (
     _in_front(rf"\b(?:option|choice|letter|{_GOOD}\s+(?:one|statement|figure|picture))\s*{_LINK}{_FILL}"),
     _in_front(rf"\b{_GOOD}\s+(?:option|choice|letter)\s*[:=-]\s*{_FILL}"),
     _in_front(rf"{_WHO}(?:choose|chose|select|pick|go\s+with|going\s+with|opt\s+for|selected|picked)\b\s*{_FILL}"),
-    _in_front(rf"{_FROM}(?:the\s+)?(?:{_GOOD}\s+)?(?:option|choice|letter)"),
+    _in_front(rf"{_FROM}(?:the\s+)?(?:{_GOOD}\s+)?(?:answer\s+)?(?:option|choice|letter)"),
     # Chinese, Japanese, Korean
     _in_front(r"(?:答案|答え|正解|正答|정답|답)[^A-Za-z]{0,12}"),
     _in_front(r"(?:选|選)(?:择|擇|项|項)?(?:是|为|為|了)?"),
@@ -80,7 +83,7 @@ _STRONG = (
 )
 _WEAK = (
     _in_front(
-        r"(?:^|[\s,;:])(?:so|thus|hence|therefore|it's|it\s+is|that's|that\s+is|must\s+be|has\s+to\s+be|[→⇒])[\s,:]*"
+        r"(?:^|[\s,;:])(?:so|thus|hence|therefore|it's|it\s+is|that's|that\s+is|must\s+be|has\s+to\s+be)[\s,:]*"
         rf"(?:(?:it's|it\s+is|it\s+must\s+be|we\s+get|this\s+is|must\s+be)\s+)?{_FILL}"
     ),
     _in_front(r"\b(?:is|be)|[=→⇒]", needs_brackets=True),
@@ -99,11 +102,11 @@ _NEGATION_BEHIND = re.compile(
 )
 _CLOSES = re.compile(r"\s*(?:\Z|[.,;:!)]|(?:because|since)\b)")
 _VERB = re.compile(
-    r"\s*(?:(?:is|are|was|were|isn't|aren't|wasn't|can|cannot|can't|could|would|does|doesn't|has|had|gives|seems|looks"
+    r"\s*(?:(?:is|was|isn't|wasn't|can|cannot|can't|could|would|does|doesn't|has|had|gives|seems|looks"
     r"|fails|must|should|es|est|ist|é|è|är)\b|是|选项是|项是)"
 )
 _END = re.compile(
-    r"\s*(?:\Z|[.,;!/&]|:(?!\S)|(?:because|since|as|and|or|for|here|which|where|not|instead|rather|indeed)\b|[-=]>|-\s"
+    r"\s*(?:\Z|[.,;!/&(]|:(?!\S)|(?:because|since|as|and|or|for|here|which|where|not|instead|rather|indeed)\b|[-=]>|-\s"
     r"|选项|選項|项|項|で|だ|입|이|가|[和与與或及跟还還])"
 )
 _CONNECTOR = re.compile(
@@ -180,19 +183,22 @@ def _decided(
     in_front: Sequence[_Cue],
     behind: re.Pattern | None = None,
 ) -> Announcement:
-    chosen: _Mention | None = None
-    letter = None
-    for mention in mentions:
+    chosen, letter = -1, None
+    for i, mention in enumerate(mentions):
         if not _is_announced(mention, in_front, behind):
             continue
         clause = clause_before(mention.before)
         if is_negated(clause) or _NEGATION_BEHIND.match(mention.after):
             letter = None if mention.letter == letter else letter
         elif not is_doubted(clause):
-            chosen, letter = mention, None if mention.is_alternative else mention.letter
-    if chosen is not None and _RETRACTION.search(text, chosen.end):
-        letter = None
-    return Announcement(letter if letter is not None and letter in letters else None, is_settled=chosen is not None)
+            chosen, letter = i, None if mention.is_alternative else mention.letter
+    if chosen >= 0:
+        start = mentions[chosen].end
+        # What follows another letter speaks of that one.
+        end = mentions[chosen + 1].end if chosen + 1 < len(mentions) else len(text)
+        if _RETRACTION.search(text, start, min(end, start + _MAX_WORDS)):
+            letter = None
+    return Announcement(letter if letter is not None and letter in letters else None, is_settled=chosen >= 0)
 
 
 def _is_announced(mention: _Mention, in_front: Sequence[_Cue], behind: re.Pattern | None) -> bool:

@@ -37,8 +37,9 @@ _NO_TEXT = re.compile(
     r"\s*(?:(?:,|/|&|\+|;|and\b|or\b)\s*)*[(\[]?[A-Z](?![A-Za-z0-9'])(?!\s+[a-z])"
     r"|\s*(?:(?:is|are|was|isn't|cannot|can't|could|would|may|might|must|should|will|does|doesn't|has|fails|seems"
     r"|looks|gives|or|and)\b|[是不错錯])"
-    r"|\W*(?i:wrong|incorrect|eliminated|impossible|no)\W*\Z"
+    r"|\W*(?i:wrong|incorrect|eliminated|impossible|no|not\s+(?:right|correct|true|it|so))\W*\Z"
 )
+_NOT_ANOTHER = re.compile(r"not\s+\(?[A-Z](?![A-Za-z0-9'])")  # "B, not A"
 _JOINED_BOXES = re.compile(
     r"\\boxed\s?\{([^{}]+)\}[\s$]{0,3}(?:,|/|&|and|or)[\s$]{0,3}\\boxed\s?\{([^{}]*)\}[\s$.]{0,5}\Z"
 )
@@ -79,10 +80,11 @@ def extract_choice(text: str, letters: Sequence[str], options: Sequence[str] | N
     box = last_boxed(text)
     if (box is None and "\\boxed" in text) or (box and len(box) > _MAX_CHARACTERS) or _has_alternatives(text):
         return None
+    chosen = _in_box(box, letters, texts) if box else None
     # Where options are not known, a formula is no choice but a step of the solution.
-    if not box or (not texts and _is_formula(box) and _in_box(box, letters, texts) is None):
+    if not box or (chosen is None and not texts and _is_formula(box)):
         return _in_words(text, letters, texts)
-    return _in_box(box, letters, texts)
+    return chosen
 
 
 def multiple_choice_reward(
@@ -195,7 +197,7 @@ def _labelled(text: str, letters: Sequence[str], options: Mapping[str, str]) -> 
     if not label or label[1] not in letters:
         return None
     letter, rest = label[1], text[label.end() :]
-    if rest.startswith("not "):  # "B, not A"
+    if _NOT_ANOTHER.match(rest):
         return letter
     option = option_with_text(rest, options)
     if option is not None:

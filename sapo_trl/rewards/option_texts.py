@@ -14,7 +14,7 @@ _SENTENCE = re.compile(r"[^.!?]*(?:\.(?!\s|\Z)[^.!?]*)*(?:[.!?]+|\Z)")
 _SINGLE_POWER = re.compile(r"\^\{(\w)\}")
 # In front of an option that the sentence states: "it is a", "the answer:", "not 5 cm but".
 _PREDICATE = re.compile(
-    r"(?:\b(?:is|are|be|was|were|shows?|answer|equals|choose|pick|select|called)\b|'s\b|[:=→]|\bnot\b.*\bbut\b)\s*"
+    r"(?:\b(?:is|are|be|was|were|shows?|answer|equals|choose|pick|select|called)\b|'s\b|(?<!\b[a-z]):|[=→]|\bnot\b.*\bbut\b)\s*"
     r"(?:(?:a|an|the)\s+)?[\"'“‘]?\Z"
 )
 _END = re.compile(r"[\"'”’]?\s*(?:\Z|[.,;!:)]|-\s|\b(?:because|since|as|not|rather|instead)\b)")

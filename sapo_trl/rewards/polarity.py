@@ -10,7 +10,7 @@ _NEGATION = re.compile(
     r"\b(?:not|no(?!\s+(?:doubt|question))|never|nor|neither|none|nobody|nothing|cannot|hardly|reject\w*|refuse\w*"
     r"|avoid\w*|(?<!no )(?<!without )(?<!without a )doubt|deny|eliminat\w*|rul(?:e|es|ed|ing)\s+out|exclud\w*"
     r"|discard\w*|dismiss\w*|except|wrong|incorrect|false|mistake\w*|untrue|impossible|anything\s+but|rather\s+than"
-    r"|instead\s+of|other\s+than|unlikely|least|worst|nicht|kein\w*|pas|não|nao|non|niet|geen|inte|nie|не|нет|değil"
+    r"|retract\w*|withdraw\w*|take\s+back|instead\s+of|other\s+than|unlikely|least|worst|nicht|kein\w*|pas|não|nao|non|niet|geen|inte|nie|не|нет|değil"
     r"|bukan|tidak|không)\b|n't\b|不(?![过過难難仅僅])|非(?!常)|[无無](?![疑论論])|[没沒未勿]|[别別][选選]|排除|[错錯]"
     r"|아니|아닙|않|ではな|ではあり|じゃな",
     re.IGNORECASE,
