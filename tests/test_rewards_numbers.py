@@ -140,6 +140,9 @@ TAKEN_BACK = [
     r"{}\sqrt{{x}}",
     r"{}\frac{{x}}{{2}}",
     "{} (98)",
+    "{} about 98",
+    "{}€500",
+    "{} USD 98",
     "{} cm + 98 cm",
 ]
 # Factors that a notation multiplies a number with.

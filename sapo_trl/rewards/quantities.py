@@ -50,16 +50,16 @@ _NAME = re.compile(
     r"(?:[^\W\d]|[\s'′|{}+:∠△-]|\\[a-zA-Z]+|(?<=[_{])[0-9]|\([^()]*\))++"
 )
 _ANNOUNCEMENT = re.compile(
-    r"\s*(?:(?:so|thus|hence|therefore)\b[\s,]*)?(?:the\s+)?(?:(?:final|correct|exact)\s+)?"
+    r"\A\s*(?:(?:so|thus|hence|therefore)\b[\s,]*)?(?:the\s+)?(?:(?:final|correct|exact)\s+)?"
     r"(?:answer|result|value|total|sum)\s*(?:is|equals|:)\s",
     re.IGNORECASE,
 )
 _ABOUT = re.compile(
-    r"\s*(?:(?:about|approximately|approx\.?|around|roughly|exactly)(?![a-z])|大?[约約])", re.IGNORECASE
+    r"\A\s*(?:(?:about|approximately|approx\.?|around|roughly|exactly)(?![a-z])|大?[约約])", re.IGNORECASE
 )
 _MINUS = re.compile(r"\s*(?:(?:minus|negative)\s|[负負])", re.IGNORECASE)
 _CURRENCY = re.compile(
-    r"\s*([+-]?)\s*(?:[A-Z]{0,2}[€£¥₹₩₽₺₪₫₱₦₴]|(?:US|Rs\.?|USD|EUR|GBP|CNY|RMB|INR|JPY|CHF)(?![A-Za-z]))"
+    r"\A\s*([+-]?)\s*(?:[A-Z]{0,2}[€£¥₹₩₽₺₪₫₱₦₴]|(?:US|Rs\.?|USD|EUR|GBP|CNY|RMB|INR|JPY|CHF)(?![A-Za-z]))"
 )
 
 _SEPARATED = "|".join(rf"[1-9][0-9]{{0,2}}(?:{separator}[0-9]{{3}})+(?![0-9])" for separator in (",", "'", r"\s"))
@@ -127,7 +127,7 @@ def read_quantity(text: str) -> Quantity | None:
         text = pattern.sub(replacement, text)
     if _COMPARISON.search(text):
         return None
-    first, *others = _EQUALS.split(_ANNOUNCEMENT.sub("", text, count=1))
+    first, *others = _EQUALS.split(_ANNOUNCEMENT.sub("", text))
     sides = [first, *others] if first.strip() or not others else others
     last = len(sides) - 1
     read = [_read_side(side, may_be_sum=i < last) for i, side in enumerate(sides)]
@@ -147,10 +147,10 @@ def _are_equal(one: Quantity, other: Quantity) -> bool:
 
 
 def _read_side(text: str, may_be_sum: bool) -> Quantity | None:
-    text = _without_outer_brackets(_ABOUT.sub("", text, count=1).strip())
+    text = _without_outer_brackets(_ABOUT.sub("", text).strip())
     if minus := _MINUS.match(text):
         text = f"-{text[minus.end() :]}"
-    text = _CURRENCY.sub(r"\1", text, count=1)
+    text = _CURRENCY.sub(r"\1", text)
     reader = _Reader(text)
     try:
         value = reader.sum(may_be_plain=may_be_sum)
