@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # Without a brace only what is no prose: a number, a command, a single letter.
 _BOX = re.compile(
-    r"\\boxed(?:\s*\{|(?![A-Za-z])\s*(?P<bare>(?:[0-9+\-.(\\]|[A-Za-z](?![A-Za-z]))(?:(?!\\boxed)[^$\n])*))"
+    r"\\boxed(?:\s*\{|(?![A-Za-z])\s*(?!\\boxed)(?P<bare>(?:[0-9+\-.(\\]|[A-Za-z](?![A-Za-z]))(?:(?!\\boxed)[^$\n])*))"
 )
 
 Completion = str | Sequence[Mapping]
@@ -50,29 +50,34 @@ def last_boxed(text: str) -> str | None:
     r"""
     Content of the last `\boxed{...}`, its braces balanced; `None` if there is none.
 
-    Of nested boxes the outer one counts, and an empty box counts only where there is no other. A box that is never
-    closed is no answer, and an earlier one does not stand in for it: the response was cut off while it gave its
+    Of nested boxes the outer one counts, and an empty box counts only where there is no other. A last box that is
+    never closed is no answer, and an earlier one does not stand in for it: the response was cut off while it gave its
     answer. `\boxed 4`, without braces, holds the rest of its line, up to a `$`.
     """
     content, position = None, 0
+    is_open = False
+    ends = _ends_of_groups(text)
     while box := _BOX.search(text, position):
+        end = ends.get(box.end())
+        is_open = box["bare"] is None and end is None
+        position = box.end()
+        if is_open:
+            continue
         if box["bare"] is not None:
-            found, position = box["bare"].strip().removesuffix("."), box.end()
+            found = box["bare"].strip().removesuffix(".")
         else:
-            end = _end_of_group(text, box.end())
-            if end is None:
-                return None
-            found, position = text[box.end() : end].strip(), end + 1
+            found, position = text[box.end() : end].strip(), end
         if found or content is None:
             content = found
-    return content
+    return None if is_open else content
 
 
-def _end_of_group(text: str, start: int) -> int | None:
-    """Where the brace closes that opened just before `start`."""
-    depth = 1
-    for match in _BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.start()
-    return None
+def _ends_of_groups(text: str) -> dict[int, int]:
+    """Where each group that is closed begins, behind its brace, and where it ends."""
+    ends, begins = {}, []
+    for match in _BRACE.finditer(text):
+        if match[0] == "{":
+            begins.append(match.end())
+        elif match[0] == "}" and begins:
+            ends[begins.pop()] = match.start()
+    return ends
