@@ -358,7 +358,7 @@ class TestCompletions:
             (r"\boxed\frac{1}{2}", r"\frac{1}{2}"),
             (r"\boxed 4 and \boxed{5}", "5"),
             (r"\boxed{4}, in a \boxed form as \boxed.", "4"),
-            (r"\boxed{a} and \boxed{b \boxed{c}", None),
+            (r"\boxed{a} and \boxed{b \boxed{c}", "c"),
             (r"\boxed{", None),
             ("boxed{1}", None),
             ("", None),
