@@ -12,7 +12,7 @@ from trl.rewards import accuracy_reward as trl_accuracy_reward
 
 import sapo_trl.rewards
 from sapo_trl.rewards import accuracy_reward
-from sapo_trl.rewards.completion import completion_text, last_boxed
+from sapo_trl.rewards.completion import answer_part, completion_text, last_boxed
 from sapo_trl.rewards.equivalence import MAX_LENGTH, Verdict, are_equivalent, is_equivalent
 from sapo_trl.rewards.notation import as_latex, without_spaces
 
@@ -321,7 +321,6 @@ class TestCompletions:
     def test_the_last_box_counts(self):
         assert self.score(r"\boxed{1} no, \boxed{2}", "2") == 1.0
         assert self.score(r"\boxed{1} no, \boxed{2}", "1") == 0.0
-        assert self.score(r"\boxed{\text{so } \boxed{2}}", "2") == 1.0
 
     def test_a_last_box_that_is_cut_off_is_no_answer(self):
         assert self.score(r"\boxed{1} no, \boxed{1", "1") == 0.0
@@ -350,6 +349,16 @@ class TestCompletions:
             (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
             (r"\boxed{\}}", r"\}"),
             (r"\boxed{a\\}", r"a\\"),
+            (r"\boxed{a \boxed{b}}", r"a \boxed{b}"),
+            (r"\boxed{a} \boxed{ }", "a"),
+            (r"\boxed{}", ""),
+            (r"\boxed {4}", "4"),
+            (r"so $\boxed 4$.", "4"),
+            (r"\boxed 42.", "42"),
+            (r"\boxed\frac{1}{2}", r"\frac{1}{2}"),
+            (r"\boxed 4 and \boxed{5}", "5"),
+            (r"\boxed{4}, in a \boxed form as \boxed.", "4"),
+            (r"\boxed{a} and \boxed{b \boxed{c}", "c"),
             (r"\boxed{", None),
             ("boxed{1}", None),
             ("", None),
@@ -358,12 +367,33 @@ class TestCompletions:
     def test_last_boxed(self, text, content):
         assert last_boxed(text) == content
 
+    @pytest.mark.parametrize(
+        ("text", "part"),
+        [
+            (r"no thinking, \boxed{4}", r"no thinking, \boxed{4}"),
+            ("<think>a</think>b", "b"),
+            ("opened by the prompt</think>b", "b"),
+            ("<think>a</think>b<think>c</think>d", "d"),
+            ("<think>cut off", ""),
+            ("<think>a</think>b<think>cut off", ""),
+            ("", ""),
+        ],
+    )
+    def test_answer_part(self, text, part):
+        assert answer_part(text) == part
+
+    def test_a_box_in_the_thinking_is_no_answer(self):
+        assert self.score(r"<think>\boxed{4}</think> The answer is 5.", "4") == 0.0
+        assert self.score(r"<think>\boxed{4}", "4") == 0.0
+        assert self.score(r"<think>\boxed{5}</think> \boxed{4}", "4") == 1.0
+
     def test_last_boxed_is_linear(self):
         deep = r"\boxed{" + "{" * 200_000 + "}" * 200_000 + "}"
         started = time.process_time()
         assert len(last_boxed(deep)) == 400_000
-        for hostile in (r"\boxed{", r"\boxed{}", r"\boxed", "{", "\\"):
+        for hostile in (r"\boxed{", r"\boxed{}", r"\boxed", r"\boxed 1", "{", "\\"):
             last_boxed(r"\boxed{" + hostile * 50_000)
+            last_boxed(hostile * 50_000)
         assert time.process_time() - started < 2.0
 
     def test_text_of_a_conversation_is_its_last_message(self):

@@ -1,38 +1,50 @@
 r"""
 Reward for the right letter of a multiple choice question, and how the letter is read off a response.
 
-A box is what prompts ask for, so it counts alone: text around it is not looked at. Without one, the surest of these
-signs decides, and among signs of a kind the last: an announcement ("the answer is B"), a last line that starts with a
-marked letter ("B. 12 cm"), a letter in parentheses, the text of an option in the last line. Anything less is no
-answer: a letter is never guessed.
+A box is what prompts ask for, so it counts before the text around it. Without one, the surest of these signs decides:
+an announcement ("the answer is B"), a line that is a letter or starts with a marked one ("B. 12 cm"), the text of an
+option as what the last line says ("It is a circle"). Anything less is no answer: a letter is never guessed, and a
+letter that is negated, doubted, or one of several is not chosen.
 """
 
 import re
 import string
 from collections.abc import Mapping, Sequence
+from functools import partial
 
-from .completion import Completion, completion_text, last_boxed
-from .numbers import is_close
+from .announcements import announcement
+from .completion import Completion, answer_part, completion_text, last_boxed
+from .markup import comparable, unformatted
+from .option_texts import option_with_number, option_with_text, stated_option
 
 
 DEFAULT_LETTERS = string.ascii_uppercase[:10]
 
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mbox)\s*\{([^{}]*)\}")
-_FORMATTING = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[,;:! ]|[$*`]")
-# At most a few marks between the announcement and the letter, and no end of a sentence. No colon after "choice": that
-# is how questions list their options.
-_ANNOUNCED = re.compile(
-    r"(?:(?i:\banswer\b(?:\s+(?:is|was|would\s+be|must\s+be))?)[^\w.,;!?]{0,12}"
-    r"|(?i:\b(?:option|choice|choose|chose|select|pick)\b(?:\s+is)?)[\s(\[\"']{1,4})"
-    r"(?P<after>[A-Za-z0-9])(?![\w'’])"
-    r"|(?<![\w'’-])(?P<before>[A-Z0-9])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b"
+# The answer stands at an end: of a longer response the middle is not searched for words.
+_MAX_CHARACTERS = 4_000
+
+_TAG = re.compile(r"</?[a-zA-Z][a-zA-Z_ ]{1,20}>")
+_OPENING, _CLOSING = r"[\s({\[\"'“‘「『【《]*", r"[\s)}\]\"”’」』】》.:,]*"
+_LETTER_ALONE = re.compile(rf"{_OPENING}([A-Za-z0-9])(?:(?<='.)')?(?:选项|選項|项|項)?{_CLOSING}\\?")
+# "(B) 12", "B.12", "B: 12", "B - 12", "B, since"; not "B.M." and "B-flat".
+_LABEL = re.compile(
+    rf"{_OPENING}([A-Z0-9])(?:\s*[)\]}}]\s*[.:]?|\s*:|\.(?![A-Za-z]\.)|,(?=\s*[0-9])|\s+(?:-+|->|→)(?=\s)|\s+(?=\()"
+    r"|(?=,?\s+(?:because|since|not)\b),?)\s*"
 )
-_MARKED_LINE = re.compile(r"[(\[]?([A-Z0-9])(?:[)\]:]|\.(?!\w))")
-_IN_PARENTHESES = re.compile(r"\(([A-Z0-9])\)")
-_UNIT_OR_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
-# "The answer is A triangle": a word follows, so this is the article, or "I". After these words it is not.
-_WORDS = ("A", "I")
-_SENTENCE_GOES_ON = re.compile(r"[ \t]+(?!(?:because|since|as|and|or|with|which|for|by|based|from)\b)\w")
+_OTHER_LABEL = re.compile(r"[(\[]([A-Z])[)\]]|(?<![A-Za-z0-9])([A-Z])[.):](?=\s|\Z)")
+# Behind a label: a second letter, or a verdict on the option in the place of its text.
+_NO_TEXT = re.compile(
+    r"\s*(?:(?:,|/|&|\+|;|and\b|or\b)\s*)*[(\[]?[A-Z](?![A-Za-z0-9'])(?!\s+[a-z])"
+    r"|\s*(?:(?:is|are|was|isn't|cannot|can't|could|would|may|might|must|should|will|does|doesn't|has|fails|seems"
+    r"|looks|gives|or|and)\b|[是不错錯])"
+    r"|\W*(?i:wrong|incorrect|eliminated|impossible|no|not\s+(?:right|correct|true|it|so))\W*\Z"
+)
+_NOT_ANOTHER = re.compile(r"not\s+\(?[A-Z](?![A-Za-z0-9'])")  # "B, not A"
+_JOINED_BOXES = re.compile(
+    r"\\boxed\s?\{([^{}]+)\}[\s$]{0,3}(?:,|/|&|and|or)[\s$]{0,3}\\boxed\s?\{([^{}]*)\}[\s$.]{0,5}\Z"
+)
+_FORMULA = re.compile(r"[0-9]|\\(?!neg|lnot|not|ne|lor|land|vee|wedge|cup|cap|sim)[a-zA-Z]+")
+_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 
 
 def extract_choice(text: str, letters: Sequence[str], options: Sequence[str] | None = None) -> str | None:
@@ -41,7 +53,7 @@ def extract_choice(text: str, letters: Sequence[str], options: Sequence[str] | N
 
     Args:
         text (`str`):
-            The response.
+            The response. Its thinking is not read.
         letters (`Sequence[str]`):
             Letters (or digits) that may be chosen, in upper case: `"ABCD"`.
         options (`Sequence[str]`, *optional*):
@@ -63,39 +75,39 @@ def extract_choice(text: str, letters: Sequence[str], options: Sequence[str] | N
     """
     if options is not None and len(options) != len(letters):
         raise ValueError(f"{len(letters)} `letters` came with {len(options)} `options`; one each is needed.")
-    if "\\boxed{" in text:
-        box = last_boxed(text)
-        return None if box is None else _in_box(box, letters, options)
-    # Thinking weighs every option; what follows it is the answer.
-    answer = _without_formatting(text.rpartition("</think>")[2])
-    last_line = answer.rpartition("\n")[2].strip()
-    return (
-        _announced(answer, letters)
-        or _exactly_a_letter(last_line, letters)
-        or _marked(last_line, letters)
-        or _last_of(_IN_PARENTHESES.findall(answer), letters)
-        or _mentioned_option(last_line, letters, options)
-    )
+    texts = dict(zip(letters, options or (), strict=options is not None))
+    text = answer_part(text)
+    box = last_boxed(text)
+    if (box is None and "\\boxed" in text) or (box and len(box) > _MAX_CHARACTERS) or _has_alternatives(text):
+        return None
+    chosen = _in_box(box, letters, texts) if box else None
+    # Where options are not known, a formula is no choice but a step of the solution.
+    if not box or (chosen is None and not texts and _is_formula(box)):
+        return _in_words(text, letters, texts)
+    return chosen
 
 
 def multiple_choice_reward(
-    completions: list[Completion], answer: list[str], choices: list[Sequence[str] | None] | None = None, **kwargs
-) -> list[float]:
+    completions: list[Completion],
+    answer: list[str | None],
+    choices: list[Sequence[str] | None] | None = None,
+    **kwargs,
+) -> list[float | None]:
     r"""
     1.0 for each completion that chooses the right letter, else 0.0.
 
     Args:
         completions (`list`):
             Completions, each a string or a list of messages.
-        answer (`list[str]`):
-            Right letters: `B`, or `(B)`.
+        answer (`list[str | None]`):
+            Right letters: `B`, or `(B)`. A row with `None` has no answer to compare with.
         choices (`list`, *optional*):
             Options of each question, first that of `A`. Without them the letters `A` to `J` may be chosen.
         **kwargs:
             The trainer's other columns, unused.
 
     Returns:
-        `list[float]`: One reward a completion.
+        `list[float | None]`: One reward a completion; `None`, TRL's "does not apply", for a row without an answer.
 
     Example:
 
@@ -112,10 +124,13 @@ def multiple_choice_reward(
             f"{len(completions)} completions came with {len(answer)} values of `answer` and {len(choices)} of "
             "`choices`; one each is needed."
         )
-    rewards = []
+    rewards: list[float | None] = []
     for completion, gold, options in zip(completions, answer, choices, strict=True):
+        if gold is None:
+            rewards.append(None)
+            continue
         letters = DEFAULT_LETTERS if options is None else letters_of(options)
-        right = _exactly_a_letter(str(gold).strip(), letters)
+        right = _letter_alone(str(gold), letters)
         if right is None:
             raise ValueError(f"`answer` must be one of the letters {letters}, got {gold!r}.")
         rewards.append(float(extract_choice(completion_text(completion), letters, options) == right))
@@ -131,65 +146,61 @@ def letters_of(options: Sequence[str]) -> str:
 
 def plain_text(text: str) -> str:
     """Text for comparison: lower case, without formatting, outer punctuation and spaces that change nothing."""
-    return " ".join(_without_formatting(text).casefold().split()).strip(" .,:;!?\"'")
+    return comparable(text).casefold()
 
 
-def _without_formatting(text: str) -> str:
-    for _ in range(2):  # \text{\textbf{B}}
-        text = _WRAPPED.sub(r"\1", text)
-    return _FORMATTING.sub("", text).strip()
+def _has_alternatives(text: str) -> bool:
+    """Whether the last two boxes are joined as two answers."""
+    last = _JOINED_BOXES.search(text[-_MAX_CHARACTERS:])
+    return last is not None and last[1].strip() != last[2].strip()
 
 
-def _in_box(box: str, letters: Sequence[str], options: Sequence[str] | None) -> str | None:
-    bare = _without_formatting(box)
-    texts = dict(zip(letters, options or (), strict=options is not None))
+def _in_box(box: str, letters: Sequence[str], options: Mapping[str, str]) -> str | None:
+    text = unformatted(box)
     return (
-        _exactly_a_letter(bare, letters)
-        or next((letter for letter, option in texts.items() if plain_text(option) == plain_text(box)), None)
-        or _marked(bare, letters)
-        or _announced(bare, letters)
-        or _same_number(box, texts)
+        _letter_alone(text, letters)
+        or option_with_text(text, options)
+        or _labelled(text, letters, options)
+        or announcement(text, letters).letter
+        or option_with_number(box, options)
     )
 
 
-def _same_number(box: str, texts: Mapping[str, str]) -> str | None:
-    """The only option with the number in a box, if that has no unit: 5 m is not 5 cm."""
-    if _UNIT_OR_WORD.search(box):
+def _is_formula(box: str) -> bool:
+    text = unformatted(box)
+    return bool(_FORMULA.search(text)) and not _WORD.search(text)
+
+
+def _in_words(text: str, letters: Sequence[str], options: Mapping[str, str]) -> str | None:
+    if len(text) > 2 * _MAX_CHARACTERS:
+        text = f"{text[:_MAX_CHARACTERS]}\n\n{text[-_MAX_CHARACTERS:]}"
+    text = unformatted(_TAG.sub("\n", text))
+    announced = announcement(text, letters)
+    if announced.is_settled:
+        return announced.letter
+    lines = text.splitlines()
+    for read in (_letter_alone, partial(_labelled, options=options)):
+        found = {letter for line in lines if (letter := read(line.strip(), letters))}
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return stated_option(lines[-1], options) if lines else None
+
+
+def _letter_alone(text: str, letters: Sequence[str]) -> str | None:
+    match = _LETTER_ALONE.fullmatch(text)
+    return match[1].upper() if match and match[1].upper() in letters else None
+
+
+def _labelled(text: str, letters: Sequence[str], options: Mapping[str, str]) -> str | None:
+    """The label in front of a text, unless that is the text of another option, or none."""
+    label = _LABEL.match(text)
+    if not label or label[1] not in letters:
         return None
-    same = [letter for letter, option in texts.items() if is_close(box, option)]
-    return same[0] if len(same) == 1 else None
-
-
-def _announced(text: str, letters: Sequence[str]) -> str | None:
-    found = []
-    for match in _ANNOUNCED.finditer(text):
-        letter = (match["after"] or match["before"]).upper()
-        is_word = match["after"] and letter in _WORDS and _SENTENCE_GOES_ON.match(text, match.end())
-        if not is_word:
-            found.append(letter)
-    return _last_of(found, letters)
-
-
-def _exactly_a_letter(text: str, letters: Sequence[str]) -> str | None:
-    match = re.fullmatch(r"[(\[]?([A-Za-z0-9])[)\]]?[.:]?", text)
-    return _last_of([match[1].upper()], letters) if match else None
-
-
-def _marked(text: str, letters: Sequence[str]) -> str | None:
-    match = _MARKED_LINE.match(text)
-    return _last_of([match[1]], letters) if match else None
-
-
-def _last_of(found: Sequence[str], letters: Sequence[str]) -> str | None:
-    return next((letter for letter in reversed(found) if letter in letters), None)
-
-
-def _mentioned_option(text: str, letters: Sequence[str], options: Sequence[str] | None) -> str | None:
-    """The option whose text ends last; of two that end together the longer ("red" in "dark red")."""
-    line, mentions = plain_text(text), []
-    for letter, option in zip(letters, options or (), strict=options is not None):
-        wanted = plain_text(option)
-        if wanted:
-            found = re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", line)
-            mentions += [(match.end(), len(wanted), letter) for match in found]
-    return max(mentions)[2] if mentions else None
+    letter, rest = label[1], text[label.end() :]
+    if _NOT_ANOTHER.match(rest):
+        return letter
+    option = option_with_text(rest, options)
+    if option is not None:
+        return letter if comparable(options[option]) == comparable(options[letter]) else None
+    others = {name for match in _OTHER_LABEL.finditer(rest) for name in match.groups() if name}
+    return None if _NO_TEXT.match(rest) or others & set(letters) - {letter} else letter

@@ -1,47 +1,23 @@
 r"""
-Reward for a number that is close enough, and how numbers are read off answers.
+Reward for a number that is close enough, and whether two answers are such numbers.
 
-Read are decimals with thousands separators, fractions, powers, percent, and multiples of roots and of π, in LaTeX or
-plain text, with or without a unit. Anything else, such as two numbers or an unknown, is no number. This is for golds
-that are measured or rounded; exact mathematics is [`~sapo_trl.rewards.equivalence.is_equivalent`].
+This is for golds that are measured or rounded; exact mathematics is
+[`~sapo_trl.rewards.equivalence.is_equivalent`]. [`~sapo_trl.rewards.quantities`] says which texts are numbers.
 """
 
 import math
 import re
 from collections.abc import Sequence
+from decimal import ROUND_HALF_UP, Context, Decimal
 
-from .completion import Completion, completion_text, last_boxed
+from .completion import Completion, answer_part, completion_text, last_boxed
+from .quantities import Quantity, read_quantity
 
 
-# An answer is short; a longer text is not searched.
-_MAX_CHARACTERS = 200
-
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\\[,;:! ]|\\(?:left|right)(?![a-zA-Z])|[$€£¥~]|\\\$", " "),
-        (r"\{,\}", ","),
-        (r"\\%", "%"),
-        (r"[−–]", "-"),
-        (r"\\(?:times|cdot)(?![a-zA-Z])|[×·]", "*"),
-        (r"π", r"\\pi "),
-        (r"√", r"\\sqrt "),
-        (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\circ|\\degree", "°"),
-        (r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
-        (r"^.*(?:=|≈|\\approx)", ""),
-        (r"^\s*(?:about|approximately|around|roughly)\s", ""),
-    ]
-]
-_NUMBER = re.compile(
-    r"\s*([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
-)
-_MIXED = re.compile(r"\s+([0-9]+)\s*/\s*([0-9]+)")
-_SYMBOL = re.compile(r"\s*(\\pi(?![a-zA-Z])|\\sqrt(?![a-zA-Z])|\\frac|[{}*/^+-])")
-# Words, and single letters only where they are units: 5x is no number. Squares and cubes may follow. Possessive, since
-# there are exponentially many ways to cut letters into words.
-_UNIT = re.compile(r"(?:\s|[%°'\"./²³]|\^\{?[23]\}?|[A-Za-zµμΩ]{2,}+|[mgshLNJKVAWCFTΩ](?![A-Za-z]))*+")
+_MAX_CHARACTERS = 200  # of a list
+_LIST = re.compile(r"\\?\[(.*)\\?\]|\\?\{(.*)\\?\}|\\?\((.*)\\?\)|(.*)", re.DOTALL)
+# More digits than any finite float has before and behind its point.
+_EXACT = Context(prec=1100)
 
 
 def read_number(text: str) -> float | None:
@@ -64,15 +40,16 @@ def read_number(text: str) -> float | None:
     [1250.0, 0.75, 6.283185307179586, None]
     ```
     """
-    return _read(text)[0]
+    quantity = read_quantity(text)
+    return None if quantity is None else quantity.value
 
 
 def read_numbers(text: str) -> list[float] | None:
     """The numbers of a list such as `[2007, 2008]`, in its order; `None` if anything else is in it."""
     if len(text) > _MAX_CHARACTERS:
         return None
-    inner = text.replace("\\", "").strip(" $").removeprefix("{").removesuffix("}").strip("[]() ")
-    numbers = [read_number(part) for part in inner.split(",")]
+    inner = next(group for group in _LIST.fullmatch(text.strip(" $")).groups() if group is not None)
+    numbers = [read_number(part) for part in inner.removesuffix("\\").split(",")]
     return None if None in numbers else numbers
 
 
@@ -94,36 +71,34 @@ def is_close(
         abs_tol (`float`, *optional*, defaults to `0.0`):
             Difference that is allowed whatever the numbers are.
         precision (`int`, *optional*):
-            Decimals that count: both numbers are rounded to so many and must then be equal. The tolerances are not
-            used.
+            Decimals that count: both numbers are rounded to so many and must then be equal. A 5 behind them may be
+            rounded up, as at school, or to the even digit, as Python does. The tolerances are not used.
     """
-    (number, is_percent), (right, gold_is_percent) = _read(answer), _read(gold)
-    if number is None or right is None:
+    quantity, right = read_quantity(answer), read_quantity(gold)
+    if quantity is None or right is None:
         return False
-    pairs = [(number, right)]
-    if is_percent != gold_is_percent:
-        pairs.append((number / 100, right) if is_percent else (number, right / 100))
+    pairs = _readings(quantity, right)
     if precision is not None:
-        return any(round(a, precision) == round(b, precision) for a, b in pairs)
-    return any(math.isclose(a, b, rel_tol=rel_tol, abs_tol=abs_tol) for a, b in pairs)
+        return any(_round_alike(*pair, precision) for pair in pairs)
+    return any(math.isclose(*pair, rel_tol=rel_tol, abs_tol=abs_tol) for pair in pairs)
 
 
 def numeric_reward(
     completions: list[Completion],
-    answer: list[str],
+    answer: list[str | int | float | None],
     precision: Sequence[int | None] | None = None,
     rel_tol: float = 1e-4,
     abs_tol: float = 0.0,
     **kwargs,
-) -> list[float]:
+) -> list[float | None]:
     r"""
     1.0 for each completion whose last `\boxed{}` is a number close to the answer, else 0.0.
 
     Args:
         completions (`list`):
             Completions, each a string or a list of messages.
-        answer (`list[str]`):
-            Right answers, each a number as [`read_number`] reads it.
+        answer (`list`):
+            Right answers, each a number as [`read_number`] reads it. A row with `None` has no answer to compare with.
         precision (`list[int]`, *optional*):
             Decimals that count, for each answer; `None` for the tolerances.
         rel_tol (`float`, *optional*, defaults to `1e-4`), abs_tol (`float`, *optional*, defaults to `0.0`):
@@ -132,7 +107,9 @@ def numeric_reward(
             The trainer's other columns, unused.
 
     Returns:
-        `list[float]`: One reward a completion. A completion without a box scores 0.0.
+        `list[float | None]`:
+            One reward a completion. A completion without a box scores 0.0. `None`, TRL's "does not apply", for a row
+            without an answer.
 
     Example:
 
@@ -149,117 +126,32 @@ def numeric_reward(
             f"{len(completions)} completions came with {len(answer)} values of `answer` and {len(decimals)} of "
             "`precision`; one each is needed."
         )
-    rewards = []
-    for completion, gold, places in zip(completions, map(str, answer), decimals, strict=True):
-        if read_number(gold) is None:
+    rewards: list[float | None] = []
+    for completion, gold, places in zip(completions, answer, decimals, strict=True):
+        if gold is None:
+            rewards.append(None)
+            continue
+        if read_number(str(gold)) is None:
             raise ValueError(f"`answer` must be a number for `numeric_reward`, got {gold!r}.")
-        box = last_boxed(completion_text(completion))
-        rewards.append(
-            float(box is not None and is_close(box, gold, rel_tol=rel_tol, abs_tol=abs_tol, precision=places))
-        )
+        box = last_boxed(answer_part(completion_text(completion)))
+        is_right = box is not None and is_close(box, str(gold), rel_tol=rel_tol, abs_tol=abs_tol, precision=places)
+        rewards.append(float(is_right))
     return rewards
 
 
-def _read(text: str) -> tuple[float | None, bool]:
-    """The number, and whether it is a percentage."""
-    if len(text) > _MAX_CHARACTERS:
-        return None, False
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = text.strip()
-    try:
-        value, end = _quotient(text, 0)
-    except (_NotANumber, ZeroDivisionError, OverflowError, ValueError):  # the last: 0 to a negative power
-        return None, False
-    unit = text[end:]
-    if not math.isfinite(value) or not _UNIT.fullmatch(unit):
-        return None, False
-    return value, "%" in unit or "percent" in unit.lower()
+def _readings(quantity: Quantity, right: Quantity) -> list[tuple[float, float]]:
+    """The pairs of numbers that may be compared."""
+    pairs = [(quantity.value, right.value)]
+    if quantity.is_percent and not right.is_percent:
+        pairs.append((quantity.value / 100, right.value))
+    if right.is_percent and not quantity.is_percent:
+        pairs.append((quantity.value, right.value / 100))
+    return pairs
 
 
-class _NotANumber(Exception):
-    """Nothing can be read at a place where a number has to be."""
+def _round_alike(number: float, right: float, places: int) -> bool:
+    return round(number, places) == round(right, places) or _half_up(number, places) == _half_up(right, places)
 
 
-# Each of these reads from a place in the text and returns a value and the place behind it.
-
-
-def _quotient(text: str, start: int) -> tuple[float, int]:
-    symbol, after = _symbol(text, start)
-    sign, start = (-1.0 if symbol == "-" else 1.0, after) if symbol in ("+", "-") else (1.0, start)
-    value, end = _product(text, start)
-    if _symbol(text, end)[0] == "/":
-        try:
-            divisor, after = _product(text, _symbol(text, end)[1])
-            value, end = value / divisor, after
-        except _NotANumber:
-            pass  # of a unit, as in m/s
-    return sign * value, end
-
-
-def _product(text: str, start: int) -> tuple[float, int]:
-    value, end = _factor(text, start)
-    while True:
-        symbol, after = _symbol(text, end)
-        try:
-            if symbol == "*":
-                factor, end = _factor(text, after)
-            elif symbol == "\\frac" and float(value).is_integer() and text[start:end].strip().isdigit():
-                part, end = _factor(text, end)  # 2\frac{1}{2} is two and a half
-                value += part
-                continue
-            elif symbol in ("\\pi", "\\sqrt", "\\frac"):
-                factor, end = _factor(text, end)
-            else:
-                mixed = _MIXED.match(text, end)
-                if mixed and text[start:end].strip().isdigit():
-                    value, end = value + int(mixed[1]) / int(mixed[2]), mixed.end()
-                return value, end
-        except _NotANumber:
-            return value, end
-        value *= factor
-
-
-def _factor(text: str, start: int) -> tuple[float, int]:
-    symbol, end = _symbol(text, start)
-    if symbol == "\\pi":
-        value = math.pi
-    elif symbol == "\\sqrt":
-        value, end = _group(text, end)
-        if value < 0:
-            raise _NotANumber
-        value = math.sqrt(value)
-    elif symbol == "\\frac":
-        top, end = _group(text, end)
-        bottom, end = _group(text, end)
-        value = top / bottom
-    else:
-        value, end = _number(text, start)
-    if symbol is None and _symbol(text, end)[0] == "^":
-        exponent, end = _group(text, _symbol(text, end)[1])
-        value = math.pow(value, exponent)
-    return value, end
-
-
-def _group(text: str, start: int) -> tuple[float, int]:
-    """What stands between braces, or a bare number behind a command."""
-    symbol, inside = _symbol(text, start)
-    if symbol != "{":
-        return _quotient(text, start) if symbol == "-" else _number(text, start)
-    value, end = _quotient(text, inside)
-    symbol, end = _symbol(text, end)
-    if symbol != "}":
-        raise _NotANumber
-    return value, end
-
-
-def _number(text: str, start: int) -> tuple[float, int]:
-    match = _NUMBER.match(text, start)
-    if not match:
-        raise _NotANumber
-    return float(match[1].replace(",", "") + (match[2] or "")), match.end()
-
-
-def _symbol(text: str, start: int) -> tuple[str | None, int]:
-    match = _SYMBOL.match(text, start)
-    return (match[1], match.end()) if match else (None, start)
+def _half_up(number: float, places: int) -> Decimal:
+    return Decimal(repr(number)).quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP, _EXACT)

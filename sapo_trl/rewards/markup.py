@@ -1,0 +1,57 @@
+r"""Answers without their looks: the characters of other keyboards, and LaTeX and Markdown that only change a font."""
+
+import re
+import unicodedata
+
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_VULGAR_FRACTION = re.compile(r"[¼½¾⅐-⅞↉]")
+# Before NFKC, which would take the dash for a hyphen of another kind.
+_CHARACTERS = str.maketrans(
+    {**dict.fromkeys("−–—‒―", "-"), "⁄": "/", "∕": "/", "。": ".", "、": ",", "’": "'", "‘": "'"}
+)
+
+_COLOUR = re.compile(r"\\(?:textcolor|color|colorbox)\s*\{[^{}]*\}")
+_SPACE = re.compile(r"\\[,;:! ]|\\q?quad(?![a-zA-Z])|~")
+_FONT = (
+    r"text|textbf|textit|textrm|textsf|texttt|textnormal|textup|mathrm|mathbf|mathsf|mathit|mathtt|mathcal|mathbb|mathfrak"
+    r"|mathnormal|boldsymbol|bm|mbox|hbox|fbox|boxed|operatorname|underline|emph|pmb"
+)
+_IN_FONT = re.compile(rf"\\(?:{_FONT})\s*\{{([^{{}}]*)\}}")
+_SIZE = re.compile(
+    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|tiny|small|normalsize|large|Large|LARGE|huge|Huge|checkmark"
+    r"|bf|rm|it|sf|tt|bfseries|itshape)(?![a-zA-Z])"
+)
+_FONT_ALONE = re.compile(rf"\\(?:{_FONT})(?![a-zA-Z])")
+_MARKDOWN = re.compile(r"\\[()\[\]]|[$*`#]")
+
+
+def plain_characters(text: str) -> str:
+    """Full-width and compatibility characters as ASCII; superscripts and fractions such as `½` as LaTeX."""
+    text = _SUPERSCRIPT.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = _VULGAR_FRACTION.sub(_as_latex_fraction, text)
+    return unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
+
+
+def without_fonts(text: str, edge: str = "") -> str:
+    r"""LaTeX without fonts, colours and sizes: `\textbf{(B)}` as `(B)`, with `edge` where a font begins and ends."""
+    text = _SIZE.sub("", _SPACE.sub(" ", _COLOUR.sub("", text)))
+    for _ in range(3):  # \text{\textbf{\underline{B}}}
+        text = _IN_FONT.sub(rf"{edge}\1{edge}", text)
+    return _FONT_ALONE.sub("", text)
+
+
+def unformatted(text: str) -> str:
+    """A text in plain characters, without fonts, LaTeX's and Markdown's."""
+    return _MARKDOWN.sub("", without_fonts(plain_characters(text))).strip()
+
+
+def comparable(text: str) -> str:
+    """A text without formatting, outer punctuation, and spaces that change nothing."""
+    return " ".join(unformatted(text).split()).strip(" .,:;!?\"'")
+
+
+def _as_latex_fraction(match: re.Match) -> str:
+    top, _, bottom = unicodedata.normalize("NFKC", match[0]).partition("⁄")
+    return rf"\frac{{{top}}}{{{bottom}}}"

@@ -1,0 +1,38 @@
+"""Whether the words in front of a letter or an option take it back, in English and a few words of other languages."""
+
+import re
+
+
+_CLAUSE = re.compile(
+    r"[,;]|\b(?:(?<!anything )(?<!nothing )(?<!all )but|so|therefore|hence|thus|then)\b", re.IGNORECASE
+)
+_NEGATION = re.compile(
+    r"\b(?:not|no(?!\s+(?:doubt|question))|never|nor|neither|none|nobody|nothing|cannot|hardly|reject\w*|refuse\w*"
+    r"|avoid\w*|(?<!no )(?<!without )(?<!without a )doubt|deny|eliminat\w*|rul(?:e|es|ed|ing)\s+out|exclud\w*"
+    r"|discard\w*|dismiss\w*|except|wrong|incorrect|false|mistake\w*|untrue|impossible|anything\s+but|rather\s+than"
+    r"|retract\w*|withdraw\w*|take\s+back|instead\s+of|other\s+than|unlikely|least|worst|nicht|kein\w*|pas|não|nao|non|niet|geen|inte|nie|не|нет|değil"
+    r"|bukan|tidak|không)\b|n't\b|不(?![过過难難仅僅])|非(?!常)|[无無](?![疑论論])|[没沒未勿]|[别別][选選]|排除|[错錯]"
+    r"|아니|아닙|않|ではな|ではあり|じゃな",
+    re.IGNORECASE,
+)
+_DOUBT = re.compile(
+    r"\b(?:maybe|perhaps|possibly|might|may|could|can\s+be|either|both|whether|between|unsure|uncertain|unclear|was|were"
+    r"|if|suppose|assum\w*|unless|why|(?:some|many)\s+(?:say|claim|think|people|students)|says|said|claims|claimed|thinks"
+    r"|believes|suggests|wenn|falls)\b|[若吗嗎]|如果|假设|可能|[或也]许|大概",
+    re.IGNORECASE,
+)
+
+
+def clause_before(text: str) -> str:
+    """The end of a text from its last comma or conjunction on: what came before has a verdict of its own."""
+    return text[max((match.end() for match in _CLAUSE.finditer(text)), default=0) :]
+
+
+def is_negated(clause: str) -> bool:
+    """Whether a clause denies: `I would not pick`, `the wrong answer is`, `不选`."""
+    return _NEGATION.search(clause) is not None
+
+
+def is_doubted(clause: str) -> bool:
+    """Whether a clause leaves open: `maybe`, `if the answer is`, `it could be`."""
+    return _DOUBT.search(clause) is not None
