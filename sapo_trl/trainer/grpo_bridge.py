@@ -16,7 +16,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
-from ..rollouts import ContinuationSampler, TokenizedPrompts
+from ..rollouts import ContinuationSampler, TokenizedPrompts, has_images_by_row
 from ..rollouts.placeholders import (
     cut_rollout,
     final_placeholders,
@@ -409,7 +409,7 @@ class GRPOBridge(GRPOTrainer):
     def tokenized_prompts(self, inputs: list[dict[str, Any]]) -> TokenizedPrompts:
         """Prompts of rows of the data set, as TRL tokenizes them for generation."""
         prompts = _prompts_of(inputs)
-        return TokenizedPrompts(*self._tokenize_prompts(prompts))
+        return TokenizedPrompts(*self._tokenize_prompts(prompts), self.placeholder_ids)
 
     def cut_at_placeholder(self, batch: Batch) -> torch.Tensor:
         """bool `(B,)`: responses that were cut because the policy wrote an image placeholder."""
@@ -494,6 +494,8 @@ class GRPOBridge(GRPOTrainer):
             batch = super()._generate_and_score_completions(inputs)
         finally:
             record, self._record = self._record, None
+        if has_images_by_row(batch):
+            batch["num_images"] = _one_entry_a_row(batch)
         if (keys := self._image_keys(self._backbone, batch)) is not None:
             # Once: micro-batches find them beside their rows.
             batch["image_keys"] = keys
@@ -504,7 +506,7 @@ class GRPOBridge(GRPOTrainer):
         # A prompt without image among prompts with some has `None` from TRL; transformers' processors take only lists.
         images = images and [row or [] for row in images]
         if self._record is not None and self._record.prompts is None:
-            self._record.prompts = TokenizedPrompts(prompt_ids, images, multimodal_fields)
+            self._record.prompts = TokenizedPrompts(prompt_ids, images, multimodal_fields, self.placeholder_ids)
         return prompt_ids, images, multimodal_fields
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
@@ -839,6 +841,8 @@ class GRPOBridge(GRPOTrainer):
         """TRL's forward over a batch's completions, `batch_size` rows at a time, those of like length together."""
         inputs = dict(zip(_FORWARD_KEYS[2:], args, strict=False)) | kwargs
         total = inputs["input_ids"].size(0)
+        if has_images_by_row(inputs):
+            inputs["num_images"] = _one_entry_a_row(inputs)
         if backbone is None:
             # Not to be given the wrapper again that `torch.compile` makes: the model's own stays as it is.
             backbone = backbone_of(self.accelerator.unwrap_model(model, keep_torch_compile=False))
@@ -907,6 +911,8 @@ class GRPOBridge(GRPOTrainer):
             if self.placeholder_ids:
                 # The labels, which TRL has taken from the same ids, keep them.
                 inputs = hide_placeholders(inputs, length, self.placeholder_ids, self._tokenizer.pad_token_id)
+            if has_images_by_row(inputs) and not _has_tokens(inputs["input_ids"], self.placeholder_ids):
+                inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_attention_mask")}
             # TRL's chunks of rows come one after the other.
             keys = itertools.chain(*itertools.islice(keys_of_rows, len(inputs["input_ids"])))
             if image_keys is not None:
@@ -1095,6 +1101,21 @@ def _with_image_lists(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if any(row.get("image", []) is None for row in inputs):
         return [{**row, "images": [] if row["image"] is None else [row["image"]]} for row in inputs]
     return inputs
+
+
+def _one_entry_a_row(batch: Batch) -> list[int]:
+    """
+    Entries of `pixel_values` that belong to each row, of images that are padded to one row of the batch.
+
+    TRL tells this layout from one entry an image by their number, and mistakes it where there are as many images as
+    rows.
+    """
+    return [1] * len(batch["pixel_values"])
+
+
+def _has_tokens(ids: torch.Tensor, tokens: Collection[int]) -> bool:
+    """Whether one of these tokens is among the ids."""
+    return any(bool((ids == token).any()) for token in tokens)
 
 
 def _forward_inputs(batch: Batch) -> dict[str, Any]:
