@@ -37,6 +37,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
+from ..generation.model_settings import left_to_the_model, own_settings_ignored, shaping_settings
 from ..rollouts import ContinuationSampler, TokenizedPrompts, has_images_by_row
 from ..rollouts.placeholders import (
     cut_rollout,
@@ -198,6 +199,8 @@ class GRPOBridge(GRPOTrainer):
         if self.rollout_func is not None and self.placeholder_ids:
             sample = self.rollout_func
             self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
+        if not self.use_vllm and self.rollout_func is None and self.accelerator.is_main_process:
+            self._warn_of_sampling_settings()
         self.add_callback(_EpochOrder(self))
         if self.accelerator.is_fsdp2 and hasattr(self.model, "peft_config"):
             self.add_callback(_AdaptersFirst(self))
@@ -513,7 +516,8 @@ class GRPOBridge(GRPOTrainer):
         if self._record is not None and self._record.given is not None:
             return self._record.given.completion_ids, None
         prompt_ids, images = self._as_backend_takes_them(prompt_ids, images)
-        sampled = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        with own_settings_ignored(self._unwrapped_policy):
+            sampled = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         return self._cut(*sampled)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
@@ -673,6 +677,31 @@ class GRPOBridge(GRPOTrainer):
 
     # ---------------------------------------------------------------- details
 
+    @property
+    def _unwrapped_policy(self) -> PreTrainedModel:
+        """The policy without the wrappers of distributed training and `torch.compile`."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _warn_of_sampling_settings(self) -> None:
+        """Say which settings would make, or make, the sampler's distribution another one than the policy's."""
+        ignored = left_to_the_model(self._unwrapped_policy, self.generation_config)
+        if ignored:
+            logger.warning(
+                "The model's `generation_config` sets %s. Training ignores it, because responses would come from "
+                "another distribution than the policy that is trained. To sample with it all the same, set "
+                "`generation_kwargs`.",
+                _named(ignored),
+            )
+        settings = dict(self.generation_kwargs)
+        if "suppress_tokens" not in (self.args.generation_kwargs or {}):
+            settings.pop("suppress_tokens", None)  # TRL's, of the image placeholder
+        if shaping := shaping_settings(settings, self.temperature):
+            logger.warning(
+                "Responses are sampled with %s, as `args` says: from another distribution than the policy's, whose "
+                "log-probabilities the loss is computed from. The gradient is then not of what is sampled.",
+                _named(shaping),
+            )
+
     @torch.no_grad()
     def _generate_from(self, prompts: TokenizedPrompts, max_new_tokens: int) -> list[list[int]]:
         """One sampled continuation of each prompt, by the backend that the trainer generates with."""
@@ -682,7 +711,8 @@ class GRPOBridge(GRPOTrainer):
         setattr(generator, name, max_new_tokens)
         try:
             prompt_ids, images = self._as_backend_takes_them(prompts.ids, prompts.images)
-            sampled = super()._generate_single_turn(prompt_ids, images, prompts.fields, num_generations=1)
+            with own_settings_ignored(self._unwrapped_policy):
+                sampled = super()._generate_single_turn(prompt_ids, images, prompts.fields, num_generations=1)
         finally:
             setattr(generator, name, usual)
         return self._cut(*sampled)[0]
@@ -1101,6 +1131,10 @@ def _with_image_lists(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if any(row.get("image", []) is None for row in inputs):
         return [{**row, "images": [] if row["image"] is None else [row["image"]]} for row in inputs]
     return inputs
+
+
+def _named(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in settings.items())
 
 
 def _one_entry_a_row(batch: Batch) -> list[int]:
