@@ -768,8 +768,18 @@ class SAPOTrainer(GRPOBridge):
             self.model.zero_grad(set_to_none=True)
             self._step_guard.report(self.state.global_step, lambda: self.optimizer_step_batches(batch))
         self._accumulator.add_mean("skipped_steps", torch.tensor(float(skip)))
+        batches = self.optimizer_step_batches(batch)
+        no_tokens, no_segments = self._step_guard.are_empty(
+            torch.stack([self._trained_tokens(part) for part in batches]).sum(),
+            torch.stack([_segments_of(part).count.sum() for part in batches]).sum(),
+        )
+        if no_tokens and self._step_guard.can_drop_gradients:
+            # Gradients of zero would let weights decay and follow the momentum of earlier steps.
+            self.optimizer.zero_grad()
+        if no_tokens:
+            self._accumulator.add_mean("empty_steps", torch.tensor(1.0))
         if self.critic is not None:
-            self.critic.step(skip)
+            self.critic.step(skip or no_segments)
         self._accumulator.add_mean("time/update", torch.tensor(self._update_seconds))
         metrics = self._accumulator.flush(self.accelerator)
         if self.critic_warmup.is_active(self.state.global_step):
@@ -779,6 +789,14 @@ class SAPOTrainer(GRPOBridge):
         self._step_totals = None
         self._step_losses = []
         self._update_seconds = 0.0
+
+    def _trained_tokens(self, batch: Batch) -> torch.Tensor:
+        """0-dimensional, number of the tokens of a micro-batch that the policy learns from."""
+        args = self.args
+        regularized = args.beta != 0.0 or args.entropy_coef != 0.0 or args.use_adaptive_entropy
+        if args.loss_type in TRL_LOSS_TYPES and regularized:
+            return _loss_mask(batch).sum()  # also of responses without a reward
+        return batch["policy_mask"].sum()
 
     @property
     def _micro_batches_per_step(self) -> int:
