@@ -95,6 +95,7 @@ class TestGradients:
         value_head = trainer.critic.value_head
         before, critic_before = state_of(trainer.model), state_of(value_head)
         trainer.train()
+        assert logged(trainer, "entropy_coef") == pytest.approx([0.3])
         (rollout,) = recorder.rollouts
         images = trainer._buffered_inputs[0].get("pixel_values")
 

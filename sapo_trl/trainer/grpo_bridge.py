@@ -48,7 +48,7 @@ from ..rollouts.placeholders import (
 )
 from ..segments import accumulation_dtype
 from ..sharded_tensors import gradients_are_in_pieces, total_norm, weights_are_in_pieces
-from ..validation import check_finite_rewards
+from ..validation import check_finite_rewards, check_rollout, check_token_ids
 from ..value_head import backbone_of
 from .checkpoint_files import STAGING_FOLDER, publish, staging_folder
 from .image_features import ImageFeatures, ImageKey, image_keys
@@ -196,9 +196,8 @@ class GRPOBridge(GRPOTrainer):
         if args.reuse_image_features and not weights_are_in_pieces(self.accelerator):
             self._image_features = ImageFeatures()
             self.add_callback(self._image_features)
-        if self.rollout_func is not None and self.placeholder_ids:
-            sample = self.rollout_func
-            self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
+        if self.rollout_func is not None:
+            self.rollout_func = self._checked_and_cut(self.rollout_func)
         if not self.use_vllm and self.rollout_func is None and self.accelerator.is_main_process:
             self._warn_of_sampling_settings()
         self.add_callback(_EpochOrder(self))
@@ -506,6 +505,8 @@ class GRPOBridge(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        for ids in prompt_ids:
+            check_token_ids(ids, self._vocab_size, "A prompt")
         # A prompt without image among prompts with some has `None` from TRL; transformers' processors take only lists.
         images = images and [row or [] for row in images]
         if self._record is not None and self._record.prompts is None:
@@ -676,6 +677,21 @@ class GRPOBridge(GRPOTrainer):
         self.load_best_state(self.state.best_model_checkpoint)
 
     # ---------------------------------------------------------------- details
+
+    @property
+    def _vocab_size(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    def _checked_and_cut(self, sample: Callable) -> Callable:
+        """A `rollout_func` whose output is checked, and whose responses end with an image placeholder."""
+
+        def rollout(prompts: list, trainer: GRPOBridge) -> dict[str, Any]:
+            output = sample(prompts, trainer)
+            check_rollout(output, len(prompts), self._vocab_size)
+            complete = output.get("completion_ids") is not None
+            return cut_rollout(output, self.placeholder_ids) if complete and self.placeholder_ids else output
+
+        return rollout
 
     @property
     def _unwrapped_policy(self) -> PreTrainedModel:

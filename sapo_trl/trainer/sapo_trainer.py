@@ -39,12 +39,15 @@ from ..segmentation import Segmenter, accepted_inputs, is_uncertain
 from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
 from ..validation import (
+    check_adapter_name,
+    check_finite_weights,
     check_images,
     check_padding_side,
     check_prompt_column,
     check_sampler,
     check_segments,
     check_size,
+    check_special_tokens,
     check_takes_images,
     check_value_model,
     datasets_of,
@@ -170,6 +173,8 @@ class SAPOTrainer(GRPOBridge):
                         "responses in another way and cannot be combined with it."
                     )
 
+        check_adapter_name(model, args.beta)
+
         # Made before TRL sees the model, because it may put adapters into it and the critic starts from the policy as
         # it is now; seeded like TRL seeds what it initialises.
         set_seed(args.seed)
@@ -192,6 +197,7 @@ class SAPOTrainer(GRPOBridge):
         super().__init__(model, reward_funcs, args, train_dataset=train_dataset, **kwargs)
 
         check_padding_side(self.processing_class)
+        check_special_tokens(self.tokenizer, self.model)
         for dataset in (train_dataset, *datasets_of(kwargs.get("eval_dataset")).values()):
             check_images(dataset, self.processing_class, self.model, self.chat_template_kwargs)
         self.segmenter: Segmenter = segmenter if segmenter is not None else make_segmenter(args)
@@ -667,6 +673,7 @@ class SAPOTrainer(GRPOBridge):
         if args.entropy_coef != 0.0:
             tokens = self._normalizer("token-mean", batch, "tokens")
             loss = loss - args.entropy_coef * aggregate(forward.entropies, mask, normalizer=tokens)
+            self._accumulator.add_mean("entropy_coef", torch.tensor(args.entropy_coef))
         if forward.aux_loss is not None:
             self._accumulator.add_mean("aux_loss", forward.aux_loss)
             loss = loss + self.router_aux_loss_coef * forward.aux_loss * self._share_of_tokens(batch)
@@ -728,6 +735,9 @@ class SAPOTrainer(GRPOBridge):
 
     def train(self, *args, **kwargs):
         check_size(self.train_dataset, self.args.generation_batch_size, self.args.num_generations)
+        check_finite_weights(self.model, "The policy")
+        if self.critic is not None:
+            check_finite_weights(self.critic.module, "The critic")
         try:
             return super().train(*args, **kwargs)
         except TrainingIsOver:
