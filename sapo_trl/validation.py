@@ -97,7 +97,7 @@ def check_finite_rewards(rewards_per_func: torch.Tensor, names: list[str]) -> No
 
 def check_rollout(output: Mapping[str, Any], num_prompts: int, vocab_size: int) -> None:
     """
-    Check what a `rollout_func` returned. TRL says itself which fields are missing.
+    Check the output of a `rollout_func`. TRL reports missing fields itself.
 
     Args:
         output (`Mapping[str, Any]`): `prompt_ids`, `completion_ids`, `logprobs` and perhaps `env_mask`.

@@ -104,6 +104,7 @@ def compare(
     return ours, theirs
 
 
+@pytest.mark.slow
 class TestSettings:
     @TEXT_FAMILY
     @pytest.mark.parametrize(
@@ -161,6 +162,7 @@ class TestSettings:
             family.tokenizer.chat_template = template
 
 
+@pytest.mark.slow
 class TestRewards:
     @TEXT_FAMILY
     @pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])

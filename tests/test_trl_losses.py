@@ -254,7 +254,11 @@ class TestDefaults:
         different = [name for name in settings if getattr(ours, name) != getattr(theirs, name)]
         assert different == []
 
-    @pytest.mark.parametrize(("family", "epsilon"), [("qwen2", 0.1), ("qwen2_5_vl", 0.2)], indirect=["family"])
+    @pytest.mark.parametrize(
+        ("family", "epsilon"),
+        [("qwen2", 0.1), pytest.param("qwen2_5_vl", 0.2, marks=pytest.mark.slow)],
+        indirect=["family"],
+    )
     def test_runs_are_equal_bit_for_bit(self, family, epsilon, tmp_path):
         """With TRL's optimizer and schedule, and a clip that follows the one setting."""
         folder = tmp_path / "model"
@@ -280,7 +284,7 @@ class TestDefaults:
 
 
 @TEXT_FAMILY
-@pytest.mark.parametrize("preset", ["sapo", "ppo", "reinforce"])
+@pytest.mark.parametrize("preset", ["ppo", *(pytest.param(p, marks=pytest.mark.slow) for p in ("sapo", "reinforce"))])
 def test_the_upper_clip_follows_the_lower_one(family, preset, tmp_path):
     folder = tmp_path / "model"
     family.build_model().save_pretrained(folder)

@@ -1,9 +1,9 @@
 """
 The sampling settings that a model brings along in its `generation_config`.
 
-transformers' `generate` takes from there every setting that its caller leaves open. Many of them reshape the
-distribution of the next token or cut responses. A policy gradient is of the distribution that the responses come from,
-so a model that is trained must be sampled as its forward says.
+transformers' `generate` takes every setting from there that its caller leaves open. Many settings reshape the
+distribution of the next token or cut responses. A policy gradient holds for the distribution that the responses come
+from, so training must sample from the distribution that the model's forward gives.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 
-# Settings that neither change the distribution nor cut a response: which tokens are special, how to compute, and what
-# only beam search or an assistant model reads. A response's length is always set with `max_new_tokens`, not these.
+# Settings that neither change the distribution nor cut a response: special tokens, the computation, and the settings
+# of beam search and of assistant models, which do nothing alone. `max_new_tokens` overrides `max_length`.
 _HARMLESS = frozenset(
     {
         *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "max_length"),
@@ -47,8 +47,8 @@ def shaping_settings(settings: Mapping[str, Any], temperature: float = 1.0) -> d
         temperature (`float`, *optional*, defaults to `1.0`): that the policy's log-probabilities are taken at.
 
     Returns:
-        `dict[str, Any]`: those of them that change the distribution of tokens or cut responses, apart from
-        `max_new_tokens`.
+        `dict[str, Any]`: the settings that change the distribution of tokens or cut responses; `max_new_tokens` is
+        not among them.
     """
     return {name: value for name, value in settings.items() if _shapes(name, value, temperature)}
 
@@ -83,9 +83,9 @@ def left_to_the_model(model: PreTrainedModel, generation_config: GenerationConfi
 @contextlib.contextmanager
 def own_settings_ignored(model: PreTrainedModel) -> Iterator[None]:
     """
-    Let `generate` take nothing from a model's `generation_config` but special tokens and how to compute.
+    Let `generate` take only special tokens and settings of the computation from a model's `generation_config`.
 
-    The model has its settings back afterwards: they are saved with it.
+    The model has its settings back afterwards, and is saved with them.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model, perhaps with adapters.
@@ -107,5 +107,5 @@ def own_settings_ignored(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _known_settings() -> set[str]:
-    """The settings of transformers' that are not harmless, new ones included; not a model's own."""
+    """Settings of transformers that are not harmless, new ones included. A model's own extra settings stay."""
     return {name for name in vars(GenerationConfig()) if not name.startswith("_")} - _HARMLESS

@@ -699,7 +699,7 @@ class GRPOBridge(GRPOTrainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _warn_of_sampling_settings(self) -> None:
-        """Say which settings would make, or make, the sampler's distribution another one than the policy's."""
+        """Warn of settings that training ignores because they change what is sampled, and of settings that do so."""
         ignored = left_to_the_model(self._unwrapped_policy, self.generation_config)
         if ignored:
             logger.warning(
@@ -714,7 +714,7 @@ class GRPOBridge(GRPOTrainer):
         if shaping := shaping_settings(settings, self.temperature):
             logger.warning(
                 "Responses are sampled with %s, as `args` says: from another distribution than the policy's, whose "
-                "log-probabilities the loss is computed from. The gradient is then not of what is sampled.",
+                "log-probabilities the loss takes. The gradient is biased by the difference.",
                 _named(shaping),
             )
 
@@ -1157,8 +1157,8 @@ def _one_entry_a_row(batch: Batch) -> list[int]:
     """
     Entries of `pixel_values` that belong to each row, of images that are padded to one row of the batch.
 
-    TRL tells this layout from one entry an image by their number, and mistakes it where there are as many images as
-    rows.
+    TRL recognises this layout by the number of entries. Where there are as many images as rows, it would mistake the
+    rows for images.
     """
     return [1] * len(batch["pixel_values"])
 
