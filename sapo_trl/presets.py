@@ -72,12 +72,14 @@ def _derived(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**base, **changes}
 
 
+# With `epsilon_high=None` the clip is symmetric, whatever `epsilon` is set to.
+
 # The paper's equations and its Table 7, without the official script's additions.
 _SAPO = {
     "value_state": "start",
     "whiten_advantages": False,
     "advantage_clamp": None,
-    "epsilon_high": 0.2,
+    "epsilon_high": None,
     "delta": None,
     "cliprange_value": None,
     "loss_aggregation": "seq-mean-token-mean",
@@ -89,7 +91,7 @@ _PPO = {
     "segmentation": "token",
     "importance_sampling_level": "token",
     "advantage_clamp": None,
-    "epsilon_high": 0.2,
+    "epsilon_high": None,
 }
 
 # No critic; several responses to a prompt are compared with each other.
@@ -98,7 +100,7 @@ _GROUP = {
     "critic": "none",
     "whiten_advantages": False,
     "advantage_clamp": None,
-    "epsilon_high": 0.2,
+    "epsilon_high": None,
     "delta": None,
     "num_generations": 8,
 }
@@ -120,7 +122,7 @@ _SAMPLED_VALUES = {
     "importance_sampling_level": "token",
     "lam": 0.0,
     "advantage_clamp": None,
-    "epsilon_high": 0.2,
+    "epsilon_high": None,
     "delta": None,
     "kl_placement": "loss",
     "kl_estimator": "k3",
@@ -221,7 +223,7 @@ PRESETS = MappingProxyType(
                 "importance_sampling_level": "token",
                 "whiten_advantages": False,
                 "advantage_clamp": None,
-                "epsilon_high": 0.2,
+                "epsilon_high": None,
             },
         ),
         "vineppo": Preset(

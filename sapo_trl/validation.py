@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
@@ -89,6 +93,114 @@ def check_finite_rewards(rewards_per_func: torch.Tensor, names: list[str]) -> No
             f"Reward function `{names[column]}` returned {float(rewards_per_func[row, column])} for completion {row} "
             f"of {len(rewards_per_func)}; rewards must be finite."
         )
+
+
+def check_rollout(output: Mapping[str, Any], num_prompts: int, vocab_size: int) -> None:
+    """
+    Check the output of a `rollout_func`. TRL reports missing fields itself.
+
+    Args:
+        output (`Mapping[str, Any]`): `prompt_ids`, `completion_ids`, `logprobs` and perhaps `env_mask`.
+        num_prompts (`int`): prompts that it was given.
+        vocab_size (`int`): of the policy.
+
+    Raises:
+        ValueError: for fields with another number of rows, an empty prompt or completion, a token that the policy does
+            not know, or log-probabilities or a mask that do not fit the completion.
+    """
+    for name in ("prompt_ids", "completion_ids"):
+        rows = output.get(name)
+        if rows is None:
+            continue
+        if len(rows) != num_prompts:
+            raise ValueError(f"`rollout_func` returned {len(rows)} rows of `{name}` for {num_prompts} prompts.")
+        for row, ids in enumerate(rows):
+            if len(ids) == 0:
+                raise ValueError(
+                    f"`rollout_func` returned an empty list in row {row} of `{name}`: it needs at least one token, "
+                    "such as the end-of-sequence token."
+                )
+            check_token_ids(ids, vocab_size, f"Row {row} of `{name}` from `rollout_func`")
+    completions = output.get("completion_ids") or ()
+    for name in ("logprobs", "env_mask"):
+        for row, (values, ids) in enumerate(zip(output.get(name) or (), completions, strict=False)):
+            if len(values) != len(ids):
+                raise ValueError(
+                    f"`rollout_func` returned {len(values)} values of `{name}` for the {len(ids)} tokens of "
+                    f"completion {row}: it needs one for each."
+                )
+
+
+def check_token_ids(ids: Iterable[int], vocab_size: int, what: str) -> None:
+    """
+    Args:
+        ids (`Iterable[int]`): token ids.
+        vocab_size (`int`): of the policy.
+        what (`str`): what to call them in the error.
+
+    Raises:
+        ValueError: if the policy has no embedding of one of them.
+    """
+    largest = max(ids, default=-1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{what} has the token id {largest}, but the policy has embeddings of {vocab_size} tokens. If tokens were "
+            "added to the tokenizer, call `model.resize_token_embeddings(len(tokenizer))` before training; else use "
+            "the model's own tokenizer."
+        )
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if the policy has no embedding of the token that ends a response or pads it."""
+    vocab_size = model.config.get_text_config().vocab_size
+    for name in ("eos_token", "pad_token"):
+        index = getattr(tokenizer, f"{name}_id")
+        if index is not None:
+            check_token_ids([index], vocab_size, f"The tokenizer's `{name}` {getattr(tokenizer, name)!r}")
+
+
+def check_adapter_name(model: Any, beta: float) -> None:
+    """
+    Args:
+        model: the policy, or its name.
+        beta (`float`): coefficient of the KL penalty.
+
+    Raises:
+        ValueError: if the policy is compared with a reference, and TRL would copy another adapter to it than the one
+            that is trained.
+    """
+    if beta == 0.0 or not isinstance(model, PeftModel):
+        return
+    active = [model.active_adapters] if isinstance(model.active_adapters, str) else list(model.active_adapters)
+    if active != ["default"]:
+        raise ValueError(
+            f"The policy's active adapter is {', '.join(map(repr, active))}, and with beta={beta} TRL copies the "
+            'adapter "default" to the reference: load the adapter with `adapter_name="default"`, as `get_peft_model` '
+            "and `PeftModel.from_pretrained` do unless told otherwise, or set `beta=0`."
+        )
+
+
+def check_finite_weights(module: nn.Module, what: str) -> None:
+    """
+    Args:
+        module (`torch.nn.Module`): a model.
+        what (`str`): what to call it in the error.
+
+    Raises:
+        ValueError: if one of this process's weights is NaN or infinite.
+    """
+    named = [(n, p.detach()) for n, p in module.named_parameters() if p.is_floating_point() and p.numel() > 0]
+    named = [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in named if not p.is_meta]
+    # A sum is finite only if all its terms are, and takes no memory. It is asked for once.
+    if not named or bool(torch.stack([p.sum(dtype=torch.float32).isfinite().cpu() for _, p in named]).all()):
+        return
+    for name, parameter in named:
+        if not parameter.isfinite().all():
+            count = int((~parameter.isfinite()).sum())
+            raise ValueError(
+                f"{what} has {count} of {parameter.numel()} weights that are NaN or infinite in {name!r} before "
+                "training. Load it from an undamaged file, or in another dtype (float16 overflows above 65504)."
+            )
 
 
 def check_segments(segments: Any, mask: torch.Tensor) -> None:

@@ -139,7 +139,7 @@ def test_the_end_of_a_generation(text_folder):
 def test_a_checkpoints_own_sampling_settings_do_not_count(text_folder, tmp_path):
     """A repetition penalty of 5 in the checkpoint would change nearly every token."""
     model = AutoModelForCausalLM.from_pretrained(text_folder)
-    model.generation_config.update(repetition_penalty=5.0, do_sample=True, top_k=1)
+    model.generation_config.update(repetition_penalty=5.0, do_sample=True, top_k=1, no_repeat_ngram_size=1)
     model.save_pretrained(tmp_path)
     load_processor(text_folder).save_pretrained(tmp_path)
     requests = [text_request(seed=seed) for seed in range(4)]

@@ -211,7 +211,9 @@ class TestSampling:
     def test_a_models_own_generation_settings_do_not_count(self, family):
         model = family.build_model()
         expected = sample(family, model=model)["response"][:]
-        model.generation_config.update(repetition_penalty=50.0, num_beams=3, top_k=1)
+        model.generation_config.update(
+            repetition_penalty=50.0, num_beams=3, top_k=1, min_p=0.9, no_repeat_ngram_size=1
+        )
         assert sample(family, model=model)["response"][:] == expected
 
     @TEXT

@@ -95,6 +95,7 @@ class TestGradients:
         value_head = trainer.critic.value_head
         before, critic_before = state_of(trainer.model), state_of(value_head)
         trainer.train()
+        assert logged(trainer, "entropy_coef") == pytest.approx([0.3])
         (rollout,) = recorder.rollouts
         images = trainer._buffered_inputs[0].get("pixel_values")
 
@@ -647,6 +648,26 @@ class Counter:
         return float(self.total)
 
 
+class Echo:
+    """An environment whose reward is the length of what it was told."""
+
+    def reset(self, **kwargs):
+        self.told = ""
+
+    def shout(self, text: str) -> str:
+        """
+        Say it louder.
+
+        Args:
+            text: What to say.
+        """
+        self.told = text
+        return text + "!"
+
+    def get_reward(self) -> float:
+        return float(len(self.told))
+
+
 class TestTools:
     ANSWER = "It is done.<|im_end|>"
 
@@ -747,6 +768,85 @@ class TestTools:
         )
         trainer.train()
         assert "Find AB." in trainer.tokenizer.decode(recorder.rollouts[0].prompt_ids[0])
+
+    @pytest.fixture
+    def routed(self, tool_family):
+        rows = tool_family.dataset()
+        return rows.add_column("environment", ["counter", "echo"] * (len(rows) // 2))
+
+    def test_several_environments(self, tool_family, routed, tmp_path):
+        """Each row has the tools and the reward of the environment that it names."""
+        recorder = Recorder()
+        trainer = sapo_trainer(
+            tool_family,
+            tmp_path,
+            max_completion_length=200,
+            beta=0.0,
+            shuffle_dataset=False,
+            max_steps=1,
+            trainer_kwargs={
+                "environment_factory": {"counter": Counter, "echo": Echo},
+                "reward_funcs": None,
+                "train_dataset": routed,
+                "callbacks": [recorder],
+            },
+        )
+
+        def call(name, argument):
+            call = {"name": name, "arguments": argument}
+            return f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>"
+
+        turns = [call("count", {"by": 3}), call("shout", {"text": "AB"}), self.ANSWER, call("count", {"by": 1})]
+        first, second = self.script_generation(trainer, [turns, [self.ANSWER] * 3])
+        trainer.train()
+        (rollout,) = recorder.rollouts
+        said = [first[0] + second[0], first[1] + second[1], first[2], first[3] + second[2]]
+        for row, ids in enumerate(said):
+            assert rollout.completion_ids[row][rollout.segments.mask[row]].tolist() == ids
+        heard = [trainer.tokenizer.decode(ids) for ids in rollout.completion_ids]
+        assert "<tool_response>\n3\n" in heard[0] and "<tool_response>\nAB!\n" in heard[1]
+        # The last row is the echo's, which knows no `count`.
+        assert "error" in heard[3] and "<tool_response>\n1\n" not in heard[3]
+        assert rollout.rewards.tolist() == [3.0, 2.0, 0.0, 0.0]
+        prompts = [trainer.tokenizer.decode(ids) for ids in rollout.prompt_ids]
+        assert ['"shout"' in prompt for prompt in prompts] == [False, True, False, True]
+
+    def test_an_environment_that_nobody_knows(self, tool_family, routed, tmp_path):
+        trainer = sapo_trainer(
+            tool_family,
+            tmp_path,
+            trainer_kwargs={
+                "environment_factory": {"counter": Counter, "other": Echo},
+                "reward_funcs": None,
+                "train_dataset": routed,
+            },
+        )
+        with pytest.raises(ValueError, match="`environment='echo'`, which is not among the environments"):
+            trainer.train()
+
+    def test_calls_that_cannot_be_made(self, tool_family, tmp_path):
+        """The policy hears why, is trained on what it said, and the failures are counted."""
+        recorder = Recorder()
+        trainer = sapo_trainer(
+            tool_family,
+            tmp_path,
+            max_completion_length=200,
+            beta=0.0,
+            max_steps=1,
+            trainer_kwargs={"tools": [multiply], "callbacks": [recorder]},
+        )
+        calls = ['{"name": "multiply", "arguments": {"a": 6}}', '{"name": "divide", "arguments": {"a": 6, "b": 3}}']
+        calls = [f"<tool_call>\n{call}\n</tool_call><|im_end|>" for call in calls]
+        unread = "<tool_call>\n{not json\n</tool_call><|im_end|>"
+        first, second = self.script_generation(trainer, [[*calls, unread, self.ANSWER], [self.ANSWER] * 2])
+        trainer.train()
+        (rollout,) = recorder.rollouts
+        said = [first[0] + second[0], first[1] + second[1], first[2], first[3]]
+        for row, ids in enumerate(said):
+            assert rollout.completion_ids[row][rollout.segments.mask[row]].tolist() == ids
+        heard = [trainer.tokenizer.decode(ids) for ids in rollout.completion_ids]
+        assert "error" in heard[0] and "error" in heard[1]
+        assert logged(trainer, "tools/failure_frequency") == [1.0]
 
     def test_infinite_reward_of_an_environment(self, tool_family, tmp_path):
         class Broken(Counter):

@@ -3,6 +3,9 @@ The baselines that TRL has too, against TRL: the same losses and the same parame
 which every second one is off-policy.
 """
 
+import ast
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +230,68 @@ def test_clipped_loss(family, level, corrected, batches, tmp_path):
     )
     theirs = GRPOConfig(str(tmp_path / "theirs"), loss_type="grpo", **common)
     compare(ours, theirs, family, tmp_path)
+
+
+def documented_arguments() -> dict[str, Any]:
+    """The arguments that `docs/algorithms.md` prints beside the claim."""
+    page = Path(__file__).parents[1] / "docs" / "algorithms.md"
+    section = page.read_text(encoding="utf-8").partition("## GRPO as TRL has it by default")[2]
+    call = ast.parse(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]).body[0].value
+    arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert [ast.literal_eval(argument) for argument in call.args] == ["grpo"]
+    return {name: value for name, value in arguments.items() if name not in ("output_dir", "use_cpu", "bf16")}
+
+
+class TestDefaults:
+    """`GRPOConfig`'s defaults, with the arguments that the docs print."""
+
+    def test_all_settings_are_equal(self, tmp_path):
+        common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+        theirs = GRPOConfig(**common)
+        ours = SAPOConfig.from_preset("grpo", **common, **documented_arguments())
+        settings = [field.name for field in fields(GRPOConfig) if field.init]
+        assert len(settings) > 150
+        different = [name for name in settings if getattr(ours, name) != getattr(theirs, name)]
+        assert different == []
+
+    @pytest.mark.parametrize(
+        ("family", "epsilon"),
+        [("qwen2", 0.1), pytest.param("qwen2_5_vl", 0.2, marks=pytest.mark.slow)],
+        indirect=["family"],
+    )
+    def test_runs_are_equal_bit_for_bit(self, family, epsilon, tmp_path):
+        """With TRL's optimizer and schedule, and a clip that follows the one setting."""
+        folder = tmp_path / "model"
+        family.build_model().save_pretrained(folder)
+        # Small and without a network; several steps a rollout, so that something is clipped.
+        small = {
+            **{name: SETTINGS[name] for name in ("bf16", "use_cpu", "report_to", "logging_steps", "save_strategy")},
+            **{name: SETTINGS[name] for name in ("disable_tqdm", "dataloader_pin_memory")},
+            **{"max_completion_length": 8, "max_steps": 4, "learning_rate": 0.01, "steps_per_generation": 2},
+            "epsilon": epsilon,
+        }
+        arguments = {k: v for k, v in documented_arguments().items() if k not in small and k != "num_mini_batches"}
+        run = {"family": family, "folder": folder, "fixed": False}
+        expected = trained(GRPOTrainer, GRPOConfig(str(tmp_path / "theirs"), **small), **run)
+        ours = SAPOConfig.from_preset("grpo", str(tmp_path / "ours"), **arguments, **small)
+        found = trained(SAPOTrainer, ours, **run)
+        assert found[0] == expected[0] and len(found[0]) == 4
+        assert found[1] == expected[1] and max(found[1]) > 0
+        assert found[2].keys() == expected[2].keys()
+        assert all(torch.equal(found[2][name], expected[2][name]) for name in expected[2])
+        before = dict(family.model_class.from_pretrained(folder).named_parameters())
+        assert not any(torch.equal(expected[2][name], before[name]) for name in ("lm_head.weight",))
+
+
+@TEXT_FAMILY
+@pytest.mark.parametrize("preset", ["ppo", *(pytest.param(p, marks=pytest.mark.slow) for p in ("sapo", "reinforce"))])
+def test_the_upper_clip_follows_the_lower_one(family, preset, tmp_path):
+    folder = tmp_path / "model"
+    family.build_model().save_pretrained(folder)
+
+    def losses(**clips) -> list[float]:
+        settings = {**SETTINGS, **BATCHES["mini-batches"], "max_steps": 2, "num_generations": 1, **clips}
+        args = SAPOConfig.from_preset(preset, str(tmp_path / "ours"), **settings)
+        return trained(SAPOTrainer, args, family, folder, fixed=True)[0]
+
+    assert losses(epsilon=0.01) == losses(epsilon=0.01, epsilon_high=0.01) != losses(epsilon=0.01, epsilon_high=0.2)

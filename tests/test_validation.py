@@ -2,16 +2,19 @@
 
 import functools
 import logging
+import math
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
 
 from sapo_trl import SAPOTrainer, Segments, SegmentValueHead
-from sapo_trl.embedded import make_problems
+from sapo_trl.embedded import build_tokenizer, make_problems
 from sapo_trl.segmentation import TokenSegmenter
 from sapo_trl.validation import (
     check_finite_rewards,
+    check_finite_weights,
     check_images,
     check_padding_side,
     check_prompt_column,
@@ -20,7 +23,7 @@ from sapo_trl.validation import (
     check_value_model,
 )
 
-from .testing_utils import Family, length_reward, sapo_config, sapo_trainer, text_dataset
+from .testing_utils import Family, length_reward, sapo_config, sapo_trainer, state_of, text_dataset, unmoved
 
 
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
@@ -337,3 +340,97 @@ def test_reward_function_that_returns_no_numbers(family, tmp_path, returned):
 def test_segmenter_that_is_no_instance(family, tmp_path, segmenter):
     with pytest.raises(TypeError, match="`segmenter` must be a callable"):
         sapo_trainer(family, tmp_path, trainer_kwargs={"segmenter": segmenter})
+
+
+@TEXT_FAMILY
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+@pytest.mark.parametrize("damaged", ["policy", "critic"])
+def test_weights_that_are_no_numbers(family, tmp_path, damaged, weight):
+    model, critic = family.build_model(), family.build_model(1)
+    {"policy": model, "critic": critic}[damaged].model.layers[1].mlp.up_proj.weight.data[0, :2] = weight
+    trainer = sapo_trainer(family, tmp_path, model=model, trainer_kwargs={"value_model": critic})
+    with pytest.raises(
+        ValueError, match=rf"The {damaged} has 2 of 512 weights that are NaN .*'.*layers.1.mlp.up_proj"
+    ):
+        trainer.train()
+
+
+def test_large_weights_are_numbers():
+    """Their sum overflows, they do not."""
+    module = torch.nn.Linear(4, 4, bias=False)
+    module.weight.data.fill_(3e38)
+    check_finite_weights(module, "The policy")
+
+
+@TEXT_FAMILY
+class TestLargerTokenizer:
+    """One with tokens that the policy has no embedding of; tokens that never occur do no harm, as in Gemma 3."""
+
+    @pytest.fixture
+    def larger(self):
+        tokenizer = build_tokenizer()
+        tokenizer.add_tokens(["<extra>"])
+        return tokenizer
+
+    def test_token_that_never_occurs(self, family, larger, tmp_path):
+        sapo_trainer(family, tmp_path, max_steps=1, trainer_kwargs={"processing_class": larger}).train()
+
+    def test_token_in_a_prompt(self, family, larger, tmp_path):
+        dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "<extra>"}]] * 8})
+        trainer = sapo_trainer(family, tmp_path, trainer_kwargs={"processing_class": larger, "train_dataset": dataset})
+        size = len(larger) - 1
+        with pytest.raises(ValueError, match=rf"A prompt has the token id {size}, .* embeddings of {size} tokens"):
+            trainer.train()
+
+    def test_padding(self, family, larger, tmp_path):
+        model = family.build_model()
+        larger.pad_token = "<extra>"
+        with pytest.raises(ValueError, match=r"`pad_token` '<extra>' has the token id \d+, .*`model.resize_token"):
+            sapo_trainer(family, tmp_path, model=model, trainer_kwargs={"processing_class": larger})
+
+
+@TEXT_FAMILY
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completion_ids": [[30], [], [30], [30]]}, "an empty list in row 1 of `completion_ids`: it needs at least"),
+        ({"prompt_ids": [[5], [5], [5], []]}, "an empty list in row 3 of `prompt_ids`"),
+        ({"completion_ids": [[30]] * 3}, "returned 3 rows of `completion_ids` for 4 prompts"),
+        ({"completion_ids": [[30, 9999]] * 4}, "Row 0 of `completion_ids` from `rollout_func` has the token id 9999"),
+        ({"logprobs": [[-1.0, -1.0]] * 4}, "2 values of `logprobs` for the 1 tokens of completion 0"),
+        ({"env_mask": [[1], [1], [1, 1], [1]]}, "2 values of `env_mask` for the 1 tokens of completion 2"),
+    ],
+)
+def test_what_a_rollout_function_returns(family, tmp_path, change, message):
+    def rollout(prompts, trainer):
+        rows = len(prompts)
+        return {"prompt_ids": [[5]] * rows, "completion_ids": [[30]] * rows, "logprobs": None, **change}
+
+    trainer = sapo_trainer(family, tmp_path, trainer_kwargs={"rollout_func": rollout})
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+@TEXT_FAMILY
+class TestAdapterName:
+    """TRL's reference is a copy of the adapter "default", whichever is trained."""
+
+    @pytest.mark.parametrize("others", [[], ["default"]])
+    def test_another_adapter_with_a_reference(self, family, tmp_path, others):
+        config = LoraConfig(r=2, target_modules="all-linear")
+        model = get_peft_model(family.build_model(), config, adapter_name="mine")
+        for name in others:
+            model.add_adapter(name, config)
+        with pytest.raises(
+            ValueError, match="active adapter is 'mine', and with beta=0.1 .*`adapter_name=\"default\"`"
+        ):
+            sapo_trainer(family, tmp_path, model=model, beta=0.1)
+
+    @pytest.mark.parametrize(("name", "beta"), [("mine", 0.0), ("default", 0.1)])
+    def test_otherwise_it_trains(self, family, tmp_path, name, beta):
+        model = get_peft_model(family.build_model(), LoraConfig(r=2, target_modules="all-linear"), adapter_name=name)
+        trainer = sapo_trainer(family, tmp_path, model=model, beta=beta, critic="shared", max_steps=1)
+        before = state_of(trainer.model)
+        trainer.train()
+        names = {n for n in before if f".{name}." in n and "lora_B" in n}
+        assert names and names.isdisjoint(unmoved(before, trainer.model))

@@ -21,6 +21,7 @@ from trl.data_utils import apply_chat_template, is_conversational, prepare_multi
 from trl.trainer.utils import create_model_from_path
 
 from ..embedded import load_processor
+from ..generation.model_settings import own_settings_ignored
 
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
@@ -179,9 +180,6 @@ def sample_responses(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
-        # Explicit, because `generate` takes missing settings from the model's own file: Qwen2.5-VL's has 1.05.
-        repetition_penalty=1.0,
-        num_beams=1,
         use_cache=True,
         eos_token_id=end_token_ids,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
@@ -192,6 +190,7 @@ def sample_responses(
     model.eval()
     try:
         with (
+            own_settings_ignored(model),
             torch.random.fork_rng(),
             tqdm(total=len(prompt_indices), desc="Sampling", unit="response", disable=disable_tqdm) as progress,
         ):

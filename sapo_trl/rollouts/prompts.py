@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from trl.trainer.utils import pad, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+from trl.trainer.utils import pad
+
+
+def has_images_by_row(batch: Mapping[str, Any]) -> bool:
+    """
+    Whether the images of each prompt are padded to one row of the batch, as by Idefics' processor: zeros without any.
+
+    Args:
+        batch (`Mapping[str, Any]`): what the processor returns, perhaps among other tensors; `None` counts as absent.
+    """
+    return batch.get("pixel_attention_mask") is not None and batch.get("spatial_shapes") is None
 
 
 @dataclass
@@ -19,13 +31,16 @@ class TokenizedPrompts:
         ids (`list[list[int]]`): token ids of each prompt, image placeholders expanded, without padding.
         images (`list`, *optional*): for each prompt the list of its images; `None` without any.
         fields (`dict[str, Any]`, *optional*):
-            what the processor returns besides: tensors over all images of all prompts (`pixel_values`,
-            `image_grid_thw`, …) and lists with one entry per token of each prompt (`mm_token_type_ids`).
+            what the processor returns besides: lists with one number per token of each prompt (`mm_token_type_ids`),
+            and tensors, arrays or lists with entries for all images of all prompts (`pixel_values`, `image_grid_thw`,
+            `image_sizes`, …), where an image has one entry, or several patches or tiles.
+        placeholders (`Collection[int]`, *optional*): tokens that stand for a piece of an image.
     """
 
     ids: list[list[int]]
     images: list[list[Any] | None] | None = None
     fields: dict[str, Any] = field(default_factory=dict)
+    placeholders: Collection[int] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,25 +61,23 @@ class TokenizedPrompts:
         Returns:
             [`TokenizedPrompts`]: one for each of `rows`. They share the images.
         """
-        fields = {}
-        by_row, per_image = self._rows_of_fields()
-        for name, value in by_row.items():
-            taken = [value[row] for row in rows]
-            if isinstance(taken[0], list):
-                # Per token: what is appended is text.
-                fields[name] = [[*row, *[0] * len(suffix)] for row, suffix in zip(taken, suffixes, strict=True)]
-            elif name in per_image:
-                fields[name] = unsplit_pixel_values_by_grid({name: taken})[name]
-            else:
-                fields[name] = torch.stack(taken)
+        by_token, by_row = self._rows_of_fields
+        # Per token: what is appended is text.
+        fields = {
+            name: [[*value[row], *[0] * len(suffix)] for row, suffix in zip(rows, suffixes, strict=True)]
+            for name, value in by_token.items()
+        }
         images = None if self.images is None else [self.images[row] for row in rows]
         if images is not None and not any(images):
             # Vision towers take no empty tensors: without any image these are prompts of text.
-            images, fields = None, {name: value for name, value in fields.items() if isinstance(value, list)}
+            images = None
+        else:
+            fields |= {name: torch.cat([value[row] for row in rows]) for name, value in by_row.items()}
         return TokenizedPrompts(
             ids=[[*self.ids[row], *suffix] for row, suffix in zip(rows, suffixes, strict=True)],
             images=images,
             fields=fields,
+            placeholders=self.placeholders,
         )
 
     def model_inputs(
@@ -80,8 +93,8 @@ class TokenizedPrompts:
             device (`torch.device`): where to put the tensors.
 
         Returns:
-            `dict[str, Any]`: `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask` (int64) and the images'
-            fields.
+            `dict[str, Any]`: `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask` (int64), the images'
+            fields, and the lists `num_images` and, where images come in tiles, `num_tiles`.
         """
         chosen = self.extended(rows, [[]] * len(rows))
 
@@ -103,26 +116,76 @@ class TokenizedPrompts:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         if chosen.images is not None:
             batch["num_images"] = chosen.num_images
+            if (num_tiles := chosen._num_tiles) is not None:
+                batch["num_tiles"] = num_tiles
         return batch
 
-    def _rows_of_fields(self) -> tuple[dict[str, list], set[str]]:
-        """Each field as a list with one entry per prompt, and which of them lie image by image."""
-        tensors = {name: torch.as_tensor(value) for name, value in self.fields.items() if not isinstance(value, list)}
-        lists = {name: value for name, value in self.fields.items() if isinstance(value, list)}
-        # By TRL, which knows how each model family lays its images out.
-        try:
-            split = split_pixel_values_by_grid({**tensors, "num_images": self.num_images})
-        except KeyError as error:
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are not per token, each as one tensor."""
+        return {name: _as_tensor(name, value) for name, value in self.fields.items() if not self._is_by_token(value)}
+
+    @cached_property
+    def _num_tiles(self) -> list[int] | None:
+        """Tiles of each prompt's images, if these are neither one entry each nor laid out otherwise."""
+        pixel_values, total = self._tensors.get("pixel_values"), sum(self.num_images)
+        if pixel_values is None or len(pixel_values) == total or "image_grid_thw" in self._tensors:
+            return None
+        if len(pixel_values) == len(self) and (has_images_by_row(self._tensors) or pixel_values.ndim == 5):
+            return None
+        # Each tile has as many placeholders as any other, so that the placeholders of a prompt count its tiles.
+        counts = [sum(ids.count(token) for token in self.placeholders) for ids in self.ids]
+        per_tile, rest = divmod(sum(counts), len(pixel_values))
+        if "spatial_shapes" in self._tensors or per_tile == 0 or rest or any(count % per_tile for count in counts):
             raise ValueError(
-                f"The images of this model family cannot be told apart by prompt without {error}, which the processor "
-                "does not return: Monte-Carlo values and trees are not supported for it."
-            ) from error
-        del split["num_images"]
-        per_image = {name for name, value in split.items() if isinstance(value, list)}
-        for name, value in split.items():
-            if not isinstance(value, list) and value.size(0) != len(self):
-                raise ValueError(
-                    f"The processor's field {name!r} of shape {tuple(value.shape)} has neither one row for each of "
-                    f"the {len(self)} prompts nor a layout that TRL can split by prompt."
-                )
-        return {**{name: list(value) for name, value in split.items()}, **lists}, per_image
+                f"The processor returns {len(pixel_values)} entries of 'pixel_values' for the {total} image(s) of "
+                f"{len(self)} prompts with {counts} image tokens: the images of this model family cannot be told "
+                "apart by prompt. Monte-Carlo values and trees are not supported for it: choose another `critic`."
+            )
+        return [count // per_tile for count in counts]
+
+    @cached_property
+    def _rows_of_fields(self) -> tuple[dict[str, list[list[int]]], dict[str, list[torch.Tensor]]]:
+        """Fields with one entry for each prompt: the lists per token, and each prompt's part of the tensors."""
+        by_token = {name: value for name, value in self.fields.items() if name not in self._tensors}
+        by_row = {name: list(value.split(self._sections(name))) for name, value in self._tensors.items()}
+        return by_token, by_row
+
+    def _is_by_token(self, value: Any) -> bool:
+        if not isinstance(value, list) or len(value) != len(self):
+            return False
+        return all(isinstance(row, list) and len(row) == len(ids) for row, ids in zip(value, self.ids, strict=True))
+
+    def _sections(self, name: str) -> list[int]:
+        """Entries of each prompt in one of the tensors."""
+        value, num_images = self._tensors[name], self.num_images
+        if name == "pixel_values" and "image_grid_thw" in self._tensors:
+            patches = [0, *accumulate(self._tensors["image_grid_thw"].prod(-1).tolist())]
+            images = [0, *accumulate(num_images)]
+            return [patches[end] - patches[start] for start, end in pairwise(images)]
+        by_row = has_images_by_row(self._tensors) and name in ("pixel_values", "pixel_attention_mask")
+        if not by_row and len(value) == sum(num_images):
+            return num_images
+        if self._num_tiles is not None and len(value) == sum(self._num_tiles):
+            return self._num_tiles
+        if len(value) == len(self):
+            return [1] * len(self)
+        raise ValueError(
+            f"The processor's field {name!r} of shape {tuple(value.shape)} has neither one row for each of the "
+            f"{len(self)} prompts nor one for each of their {sum(num_images)} images: Monte-Carlo values and trees "
+            "are not supported for this model family, choose another `critic`."
+        )
+
+
+def _as_tensor(name: str, value: Any) -> torch.Tensor:
+    """One tensor of a tensor, an array, or a list of any of these with one entry for each image or tile."""
+    if not isinstance(value, (list, tuple)):
+        return torch.as_tensor(value)
+    entries = [torch.as_tensor(entry) for entry in value]
+    shapes = {tuple(entry.shape) for entry in entries}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The processor's field {name!r} has entries of different shapes, {sorted(shapes)}, which no model takes "
+            "together: let the image processor resize or pad them (`do_resize`, `do_pad`)."
+        )
+    return torch.stack(entries)

@@ -70,6 +70,8 @@ class Cell:
         """
         content = asdict(self)
         content["preset"] = preset_settings(self.arm.preset)
+        if content["preset"].get("epsilon_high", 0.0) is None:  # it follows the lower clip; the number decides
+            content["preset"]["epsilon_high"] = {"epsilon": 0.2, **content["preset"], **self.arm.settings}["epsilon"]
         content["policy"] = fingerprint(self.policy)
         for name in ("arm_name", "task_name"):  # names do not change the run
             del content[name]

@@ -16,7 +16,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,8 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
 from ..folder_lock import FolderInUseError, locked
-from ..rollouts import ContinuationSampler, TokenizedPrompts
+from ..generation.model_settings import left_to_the_model, own_settings_ignored, shaping_settings
+from ..rollouts import ContinuationSampler, TokenizedPrompts, has_images_by_row
 from ..rollouts.placeholders import (
     cut_rollout,
     final_placeholders,
@@ -50,7 +51,7 @@ from ..rollouts.portable import from_portable, to_portable
 from ..run_folder import TRAINER_STATE_NAME, checkpoint_name, newest_checkpoint
 from ..segments import accumulation_dtype
 from ..sharded_tensors import gradients_are_in_pieces, total_norm, weights_are_in_pieces
-from ..validation import check_finite_rewards
+from ..validation import check_finite_rewards, check_rollout, check_token_ids
 from ..value_head import backbone_of
 from .checkpoint_files import (
     PROCESS_STATE_NAME,
@@ -208,9 +209,10 @@ class GRPOBridge(GRPOTrainer):
         if args.reuse_image_features and not weights_are_in_pieces(self.accelerator):
             self._image_features = ImageFeatures()
             self.add_callback(self._image_features)
-        if self.rollout_func is not None and self.placeholder_ids:
-            sample = self.rollout_func
-            self.rollout_func = lambda prompts, trainer: cut_rollout(sample(prompts, trainer), self.placeholder_ids)
+        if self.rollout_func is not None:
+            self.rollout_func = self._checked_and_cut(self.rollout_func)
+        if not self.use_vllm and self.rollout_func is None and self.accelerator.is_main_process:
+            self._warn_of_sampling_settings()
         self.add_callback(_EpochOrder(self))
         self._pending_log = _PendingLog(self)
         self.add_callback(self._pending_log)
@@ -433,7 +435,7 @@ class GRPOBridge(GRPOTrainer):
     def tokenized_prompts(self, inputs: list[dict[str, Any]]) -> TokenizedPrompts:
         """Prompts of rows of the data set, as TRL tokenizes them for generation."""
         prompts = _prompts_of(inputs)
-        return TokenizedPrompts(*self._tokenize_prompts(prompts))
+        return TokenizedPrompts(*self._tokenize_prompts(prompts), self.placeholder_ids)
 
     def cut_at_placeholder(self, batch: Batch) -> torch.Tensor:
         """bool `(B,)`: responses that were cut because the policy wrote an image placeholder."""
@@ -568,6 +570,8 @@ class GRPOBridge(GRPOTrainer):
             batch = super()._generate_and_score_completions(inputs)
         finally:
             record, self._record = self._record, None
+        if has_images_by_row(batch):
+            batch["num_images"] = _one_entry_a_row(batch)
         if (keys := self._image_keys(self._backbone, batch)) is not None:
             # Once: micro-batches find them beside their rows.
             batch["image_keys"] = keys
@@ -575,17 +579,20 @@ class GRPOBridge(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        for ids in prompt_ids:
+            check_token_ids(ids, self._vocab_size, "A prompt")
         # A prompt without image among prompts with some has `None` from TRL; transformers' processors take only lists.
         images = images and [row or [] for row in images]
         if self._record is not None and self._record.prompts is None:
-            self._record.prompts = TokenizedPrompts(prompt_ids, images, multimodal_fields)
+            self._record.prompts = TokenizedPrompts(prompt_ids, images, multimodal_fields, self.placeholder_ids)
         return prompt_ids, images, multimodal_fields
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         if self._record is not None and self._record.given is not None:
             return self._record.given.completion_ids, None
         prompt_ids, images = self._as_backend_takes_them(prompt_ids, images)
-        sampled = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        with own_settings_ignored(self._unwrapped_policy):
+            sampled = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         return self._cut(*sampled)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
@@ -808,6 +815,46 @@ class GRPOBridge(GRPOTrainer):
 
     # ---------------------------------------------------------------- details
 
+    @property
+    def _vocab_size(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    def _checked_and_cut(self, sample: Callable) -> Callable:
+        """A `rollout_func` whose output is checked, and whose responses end with an image placeholder."""
+
+        def rollout(prompts: list, trainer: GRPOBridge) -> dict[str, Any]:
+            output = sample(prompts, trainer)
+            check_rollout(output, len(prompts), self._vocab_size)
+            complete = output.get("completion_ids") is not None
+            return cut_rollout(output, self.placeholder_ids) if complete and self.placeholder_ids else output
+
+        return rollout
+
+    @property
+    def _unwrapped_policy(self) -> PreTrainedModel:
+        """The policy without the wrappers of distributed training and `torch.compile`."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _warn_of_sampling_settings(self) -> None:
+        """Warn of settings that training ignores because they change what is sampled, and of settings that do so."""
+        ignored = left_to_the_model(self._unwrapped_policy, self.generation_config)
+        if ignored:
+            logger.warning(
+                "The model's `generation_config` sets %s. Training ignores it, because responses would come from "
+                "another distribution than the policy that is trained. To sample with it all the same, set "
+                "`generation_kwargs`.",
+                _named(ignored),
+            )
+        settings = dict(self.generation_kwargs)
+        if "suppress_tokens" not in (self.args.generation_kwargs or {}):
+            settings.pop("suppress_tokens", None)  # TRL's, of the image placeholder
+        if shaping := shaping_settings(settings, self.temperature):
+            logger.warning(
+                "Responses are sampled with %s, as `args` says: from another distribution than the policy's, whose "
+                "log-probabilities the loss takes. The gradient is biased by the difference.",
+                _named(shaping),
+            )
+
     @torch.no_grad()
     def _generate_from(self, prompts: TokenizedPrompts, max_new_tokens: int) -> list[list[int]]:
         """One sampled continuation of each prompt, by the backend that the trainer generates with."""
@@ -817,7 +864,8 @@ class GRPOBridge(GRPOTrainer):
         setattr(generator, name, max_new_tokens)
         try:
             prompt_ids, images = self._as_backend_takes_them(prompts.ids, prompts.images)
-            sampled = super()._generate_single_turn(prompt_ids, images, prompts.fields, num_generations=1)
+            with own_settings_ignored(self._unwrapped_policy):
+                sampled = super()._generate_single_turn(prompt_ids, images, prompts.fields, num_generations=1)
         finally:
             setattr(generator, name, usual)
         return self._cut(*sampled)[0]
@@ -975,6 +1023,8 @@ class GRPOBridge(GRPOTrainer):
         """TRL's forward over a batch's completions, `batch_size` rows at a time, those of like length together."""
         inputs = dict(zip(_FORWARD_KEYS[2:], args, strict=False)) | kwargs
         total = inputs["input_ids"].size(0)
+        if has_images_by_row(inputs):
+            inputs["num_images"] = _one_entry_a_row(inputs)
         if backbone is None:
             # Not to be given the wrapper again that `torch.compile` makes: the model's own stays as it is.
             backbone = backbone_of(self.accelerator.unwrap_model(model, keep_torch_compile=False))
@@ -1043,6 +1093,8 @@ class GRPOBridge(GRPOTrainer):
             if self.placeholder_ids:
                 # The labels, which TRL has taken from the same ids, keep them.
                 inputs = hide_placeholders(inputs, length, self.placeholder_ids, self._tokenizer.pad_token_id)
+            if has_images_by_row(inputs) and not _has_tokens(inputs["input_ids"], self.placeholder_ids):
+                inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_attention_mask")}
             # TRL's chunks of rows come one after the other.
             keys = itertools.chain(*itertools.islice(keys_of_rows, len(inputs["input_ids"])))
             if image_keys is not None:
@@ -1295,6 +1347,25 @@ def _with_image_lists(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if any(row.get("image", []) is None for row in inputs):
         return [{**row, "images": [] if row["image"] is None else [row["image"]]} for row in inputs]
     return inputs
+
+
+def _named(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in settings.items())
+
+
+def _one_entry_a_row(batch: Batch) -> list[int]:
+    """
+    Entries of `pixel_values` that belong to each row, of images that are padded to one row of the batch.
+
+    TRL recognises this layout by the number of entries. Where there are as many images as rows, it would mistake the
+    rows for images.
+    """
+    return [1] * len(batch["pixel_values"])
+
+
+def _has_tokens(ids: torch.Tensor, tokens: Collection[int]) -> bool:
+    """Whether one of these tokens is among the ids."""
+    return any(bool((ids == token).any()) for token in tokens)
 
 
 def _forward_inputs(batch: Batch) -> dict[str, Any]:

@@ -40,12 +40,15 @@ from ..segmentation import Segmenter, accepted_inputs, is_uncertain
 from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
 from ..validation import (
+    check_adapter_name,
+    check_finite_weights,
     check_images,
     check_padding_side,
     check_prompt_column,
     check_sampler,
     check_segments,
     check_size,
+    check_special_tokens,
     check_takes_images,
     check_value_model,
     datasets_of,
@@ -172,6 +175,8 @@ class SAPOTrainer(GRPOBridge):
                         "responses in another way and cannot be combined with it."
                     )
 
+        check_adapter_name(model, args.beta)
+
         # Made before TRL sees the model, because it may put adapters into it and the critic starts from the policy as
         # it is now; seeded like TRL seeds what it initialises.
         set_seed(args.seed)
@@ -194,6 +199,7 @@ class SAPOTrainer(GRPOBridge):
         super().__init__(model, reward_funcs, args, train_dataset=train_dataset, **kwargs)
 
         check_padding_side(self.processing_class)
+        check_special_tokens(self.tokenizer, self.model)
         for dataset in (train_dataset, *datasets_of(kwargs.get("eval_dataset")).values()):
             check_images(dataset, self.processing_class, self.model, self.chat_template_kwargs)
         self.segmenter: Segmenter = segmenter if segmenter is not None else make_segmenter(args)
@@ -669,6 +675,7 @@ class SAPOTrainer(GRPOBridge):
         if args.entropy_coef != 0.0:
             tokens = self._normalizer("token-mean", batch, "tokens")
             loss = loss - args.entropy_coef * aggregate(forward.entropies, mask, normalizer=tokens)
+            self._accumulator.add_mean("entropy_coef", torch.tensor(args.entropy_coef))
         if forward.aux_loss is not None:
             self._accumulator.add_mean("aux_loss", forward.aux_loss)
             loss = loss + self.router_aux_loss_coef * forward.aux_loss * self._share_of_tokens(batch)
@@ -730,6 +737,9 @@ class SAPOTrainer(GRPOBridge):
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs) -> TrainOutput:
         check_size(self.train_dataset, self.args.generation_batch_size, self.args.num_generations)
+        check_finite_weights(self.model, "The policy")
+        if self.critic is not None:
+            check_finite_weights(self.critic.module, "The critic")
         with self.run_folder():
             checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
             try:
@@ -771,8 +781,18 @@ class SAPOTrainer(GRPOBridge):
             self.model.zero_grad(set_to_none=True)
             self._step_guard.report(self.state.global_step, lambda: self.optimizer_step_batches(batch))
         self._accumulator.add_mean("skipped_steps", torch.tensor(float(skip)))
+        batches = self.optimizer_step_batches(batch)
+        no_tokens, no_segments = self._step_guard.are_empty(
+            torch.stack([self._trained_tokens(part) for part in batches]).sum(),
+            torch.stack([_segments_of(part).count.sum() for part in batches]).sum(),
+        )
+        if no_tokens and self._step_guard.can_drop_gradients:
+            # Gradients of zero would let weights decay and follow the momentum of earlier steps.
+            self.optimizer.zero_grad()
+        if no_tokens:
+            self._accumulator.add_mean("empty_steps", torch.tensor(1.0))
         if self.critic is not None:
-            self.critic.step(skip)
+            self.critic.step(skip or no_segments)
         self._accumulator.add_mean("time/update", torch.tensor(self._update_seconds))
         metrics = self._accumulator.flush(self.accelerator)
         if self.critic_warmup.is_active(self.state.global_step):
@@ -782,6 +802,14 @@ class SAPOTrainer(GRPOBridge):
         self._step_totals = None
         self._step_losses = []
         self._update_seconds = 0.0
+
+    def _trained_tokens(self, batch: Batch) -> torch.Tensor:
+        """0-dimensional, number of the tokens of a micro-batch that the policy learns from."""
+        args = self.args
+        regularized = args.beta != 0.0 or args.entropy_coef != 0.0 or args.use_adaptive_entropy
+        if args.loss_type in TRL_LOSS_TYPES and regularized:
+            return _loss_mask(batch).sum()  # also of responses without a reward
+        return batch["policy_mask"].sum()
 
     @property
     def _micro_batches_per_step(self) -> int:

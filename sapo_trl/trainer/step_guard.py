@@ -36,6 +36,11 @@ class StepGuard:
             self.engines_skip = stage == 3 or (stage > 0 and config.get("bf16", {}).get("check_grad_overflow", True))
             if not self.engines_skip:
                 self.max_in_a_row = 1
+        # Whether a policy's step can be left out by taking its gradients away: an engine has stepped by then, and a
+        # gradient scaler refuses an optimizer without gradients.
+        self.can_drop_gradients = (
+            accelerator.distributed_type != DistributedType.DEEPSPEED and accelerator.scaler is None
+        )
         self.output_dir = Path(args.output_dir)
         self.accelerator = accelerator
         self.in_a_row = 0
@@ -74,6 +79,18 @@ class StepGuard:
         skip = bool(finite < 1)
         self.in_a_row = self.in_a_row + 1 if skip else 0
         return skip
+
+    def are_empty(self, *counts: torch.Tensor) -> list[bool]:
+        """
+        Which of some counts are 0 on all processes.
+
+        Args:
+            counts (`torch.Tensor`): 0-dimensional, of this process.
+        """
+        totals = torch.stack(counts)
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+        return (totals == 0).tolist()
 
     def report(self, step: int, batches: Callable[[], list[dict[str, Any]]]) -> None:
         """

@@ -21,6 +21,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import create_model_from_path
 
 from ...embedded import load_processor
+from ...generation.model_settings import own_settings_ignored
 from ..settings import EvalArguments
 from . import Generation, Request, message_text, plain_messages
 
@@ -88,16 +89,10 @@ class TransformersBackend:
         end = model.generation_config.eos_token_id
         end = tokenizer.eos_token_id if end is None else end
         self.end_ids = set(end if isinstance(end, list) else [end])
-        # All of it explicit: what is left out is taken from the checkpoint, whose repetition penalty and temperature
-        # are not those of the comparison. Greedy, because `SeededChoice` leaves one token; top-k is not used then.
+        # Greedy, because `SeededChoice` leaves one token.
         self.generation_config = GenerationConfig(
             max_new_tokens=arguments.max_new_tokens,
             do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_k=50,
-            top_p=1.0,
-            repetition_penalty=1.0,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted(self.end_ids),
         )
@@ -115,9 +110,11 @@ class TransformersBackend:
             processors += [TemperatureLogitsWarper(self.temperature)]
             processors += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
             processors += [SeededChoice(uniforms, length)]
-        sequences = self.model.generate(
-            **inputs, generation_config=self.generation_config, logits_processor=processors
-        )
+        # The checkpoint's repetition penalty, for one, is none of the comparison's settings.
+        with own_settings_ignored(self.model):
+            sequences = self.model.generate(
+                **inputs, generation_config=self.generation_config, logits_processor=processors
+            )
         return [self._read(row) for row in sequences[:, length:].tolist()]
 
     def _encode(self, requests: Sequence[Request]) -> Any:
