@@ -220,6 +220,21 @@ def test_long_answers_take_no_time(name):
     assert time.process_time() - started < 5.0
 
 
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_in_the_thinking_alone_counts_for_nothing(name):
+    benchmark = BENCHMARKS[name]
+    right = [
+        (benchmark.to_problem(ROWS[name][row], row), text)
+        for row, text, score in ANSWERS[name]
+        if score == 1 and "think>" not in text
+    ]
+    assert right
+    for problem, text in right:
+        assert benchmark.score(problem, f"<think>{text}").correct == 0.0, text
+        assert benchmark.score(problem, f"<think>{text}</think> I am not sure.").correct == 0.0, text
+        assert benchmark.score(problem, f"<think>Hm.</think> {text}").correct == 1.0, text
+
+
 def test_what_was_read_is_kept():
     wemath, geo3k = BENCHMARKS["wemath"], BENCHMARKS["geo3k"]
     problem = wemath.to_problem(ROWS["wemath"][0], 0)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...rewards.choices import extract_choice
-from ...rewards.completion import last_boxed
+from ...rewards.completion import answer_part, last_boxed
 from ...rewards.equivalence import is_equivalent
 from ..benchmark import Aggregate, Problem, Result, Score, mean_accuracy
 
@@ -18,7 +18,7 @@ _FORMATTING = re.compile(r"\\(?:text|textbf|mathrm|mathbf)(?![a-zA-Z])|\\[,;:! ]
 
 def choose(text: str, letters: str, options: Sequence[str] | None = None) -> str | None:
     """The letter that a response chooses, by [`extract_choice`]; a letter in a box is a label, no option's text."""
-    box = last_boxed(text)
+    box = last_boxed(answer_part(text))
     label = None if box is None else read_labels(box)
     if label is not None and len(label) == 1 and label in LABELS and label not in letters:
         return None
@@ -33,7 +33,7 @@ def score_choice(problem: Problem, text: str) -> Score:
 
 def score_choices(problem: Problem, text: str, letters: str | None = None) -> Score:
     """As [`score_choice`], with exactly the right letters; several can only be chosen in a box."""
-    box, letters = last_boxed(text), letters or problem.fields["letters"]
+    box, letters = last_boxed(answer_part(text)), letters or problem.fields["letters"]
     labels = None if box is None else read_labels(box)
     if labels is None or not set(labels) <= {*letters, *problem.answer}:  # an option's text may be a digit
         labels = choose(text, letters, problem.fields.get("options"))
@@ -101,7 +101,7 @@ def score_mathematics(problem: Problem, text: str) -> Score:
 
 def score_box(text: str, is_right: Callable[[str], bool]) -> Score:
     """Right if the last box is; without a box there is no answer."""
-    box = last_boxed(text)
+    box = last_boxed(answer_part(text))
     return Score(float(box is not None and is_right(box)), box)
 
 
