@@ -21,7 +21,7 @@ _DATE = re.compile(
 )
 _NUMBER_WORDS = {"two": 2, "eight": 8, "ten": 10, "three": 3, "five": 5, "six": 6, "seven": 7, "nine": 9, "four": 4}
 _BASE = rf"(\d{{1,2}}|{'|'.join(_NUMBER_WORDS)})"
-_BASED = re.compile(rf"([0-9A-Z]+) ?(?:_ ?\{{? ?\(?{_BASE}\)? ?\}}?|\(?base {_BASE}\)?)", re.IGNORECASE)
+_BASED = re.compile(rf"\(?([0-9A-Z]+)\)? ?(?:_ ?\{{? ?\(?{_BASE}\)? ?\}}?|\(?base {_BASE}\)?)", re.IGNORECASE)
 
 
 def read_literal(text: str) -> Literal | None:

@@ -127,8 +127,8 @@ def _as_items(values: list[Value], brackets: str) -> Items:
 
 
 def _single(tokens: list[Token], depth: int) -> Value:
-    if not tokens:
-        raise UnreadableError("nothing")
+    if not tokens or depth > _MAX_NESTING:
+        raise UnreadableError("nothing, or too deep")
     if literal := read_literal("".join(" " * token.spaced + token.text for token in tokens).strip()):
         return literal
     parts, relations = split(tokens, lambda token: token.text in _RELATIONS)
@@ -150,7 +150,17 @@ def _single(tokens: list[Token], depth: int) -> Value:
     try:
         return read_scalar(tokens)
     except UnreadableError:
-        return read_phrase(tokens)
+        return _sentence(tokens, depth) or read_phrase(tokens)
+
+
+def _sentence(tokens: list[Token], depth: int) -> Value | None:
+    r"""`\text{The area is } 5`."""
+    verb = next((k for k, token in enumerate(tokens) if token.text == "is"), 0)
+    words = tokens[:verb]
+    if not words or verb == len(tokens) - 1 or any(token.kind not in ("letters", "word") for token in words):
+        return None
+    name = name_of(words)
+    return None if name is None else Named((name,), _single(tokens[verb + 1 :], depth + 1))
 
 
 def _brackets(tokens: list[Token], depth: int) -> Value | None:
