@@ -70,7 +70,7 @@ def value(tree: Tree, point: dict[str, float]) -> complex:
     return {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b, "^": lambda: a**b}[kind]()
 
 
-# What binds how tightly, to know where brackets are needed.
+# Precedence, to know where brackets are needed.
 LEVELS = {"+": 0, "-": 0, "negative": 0, "*": 1, "/": 1, "sin": 1, "ln": 1, "^": 2}
 
 
@@ -157,7 +157,7 @@ def test_no_notation_of_another_value_is_equal(tree, other, seed):
 @MANY
 @given(TREES, st.integers(0, 10**6), st.sampled_from([("+", 1), ("*", 2), ("negative",), ("^", 2), ("sqrt",)]))
 def test_a_small_change_is_another_value(tree, seed, change):
-    """One that the last test draws by chance alone."""
+    """The test above draws such pairs only by chance."""
     kind, *operand = change
     other = (kind, tree, *(("number", x) for x in operand))
     at = points(seed, tree)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 # Braces, and pairs of a backslash and what it escapes: `\{` groups nothing.
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-# Without a brace only what is no prose: a number, a command, a single letter.
+# Without a brace a box holds a number, a command or a single letter; anything else is prose about boxes.
 _BOX = re.compile(
     r"\\boxed(?:\s*\{|(?![A-Za-z])\s*(?!\\boxed)(?P<bare>(?:[0-9+\-.(\\]|[A-Za-z](?![A-Za-z]))(?:(?!\\boxed)[^$\n])*))"
 )

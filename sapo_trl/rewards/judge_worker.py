@@ -1,8 +1,8 @@
 """
 The program of a worker process: judges answers, one JSON line in, one out.
 
-It is run by its path and imports nothing of this package but the judge, whose folder it is told, so it starts in a
-quarter of a second and loads no torch. See `worker_pool.py` for the other end.
+It is run by its path, gets the judge's folder as an argument, and imports nothing else of this package. So it starts
+in a quarter of a second and loads no torch. See `worker_pool.py` for the other end.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def main(seconds: float, memory_bytes: int, folder: Path) -> None:
         with kept_in_check(seconds):
             try:
                 verdict = judge(*json.loads(request))
-            except Exception:  # what the judge stumbles over is not right, and no reason to stop
+            except Exception:  # an answer that breaks the judge is not right, and the next one is judged
                 verdict = "unparsed"
         print(json.dumps(verdict), file=replies, flush=True)
 

@@ -177,7 +177,7 @@ def gold_as_latex(value: str | int | float) -> str:
 
 
 def _is_only(box: str, text: str) -> bool:
-    r"""Whether the box, of which this is the content, is all of the text."""
+    r"""Whether the text is nothing but the box with this content."""
     return re.fullmatch(r"\\(?:f?boxed)\s*\{?\s*" + re.escape(box) + r"\s*\}?[\s.,]*", text) is not None
 
 
@@ -190,7 +190,7 @@ def _repeatedly(pattern: re.Pattern, text: str) -> str:
 def _without_lead(text: str) -> str:
     """The text without an equals sign or "the answer is" in front."""
     while match := _FIRST.match(text):
-        # What is left of `\\text{about 5 cm}` is a text too.
+        # The rest of `\\text{about 5 cm}` is a text too.
         opened = match[0].count("{") > match[0].count("}")
         text = (r"\text{" if opened else "") + text[match.end() :].strip()
     return text

@@ -144,7 +144,7 @@ def _close(a: Node, b: Node, x: Number, y: Number, values: dict[str, Fraction]) 
     with mpmath.workdps(_DIGITS):
         if max(abs(_rounded(x)), abs(_rounded(y))) > _SMALL:
             return False
-    # Both are small: numbers, or what is left of a sum that cancels. That gets smaller with more digits.
+    # Both are small: numbers, or the remains of a sum that cancels. Remains get smaller with more digits.
     finer = [_at(node, values, 2 * _DIGITS) for node in (a, b)]
     rest = [Fraction(0) if _shrinks(old, new) else new for old, new in zip((x, y), finer, strict=True)]
     return same_number(*rest)

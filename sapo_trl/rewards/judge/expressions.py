@@ -96,7 +96,7 @@ class _Parser:
             factor = self.implicit_product()
             run = self.tokens[start].kind == "letters" and factor[0] == "product"  # a/bc
             if divides and (self.factors > 1 or run):
-                raise UnreadableError("what stands behind the slash may belong to its left or its right")
+                raise UnreadableError("a factor behind a slash may belong above or below it")
             if divides and self.tokens[start].kind == "number" and factor[0] == "sum":
                 raise UnreadableError("a mixed number behind a slash")
             factor = ("negative", factor) if negative else factor

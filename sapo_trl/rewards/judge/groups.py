@@ -1,4 +1,4 @@
-"""Brackets: where they open and close, and what stands between separators outside of them."""
+"""Brackets, and the tokens between separators outside of them."""
 
 from __future__ import annotations
 

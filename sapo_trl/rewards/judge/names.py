@@ -1,4 +1,4 @@
-"""What values are called, and answers that are names or words themselves."""
+"""Names of values, and answers that are names or words themselves."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _DECORATIONS = (
     "\\bar",
     "\\odot",
 )
+_OPERATIONS = ("\\frac", "\\dfrac", "\\sqrt", "\\pm", "\\cdot", "\\times", "\\pi")
 _DENIALS = frozenset("no not never nor neither cannot wrong false incorrect isn doesn if unless except".split())
 """Words that make a name a statement: "it is not true that x" = 5."""
 _CALLED = tuple("fghFGHPE")
@@ -49,7 +50,7 @@ def read_phrase(tokens: list[Token]) -> Phrase:
 
 def name_of(tokens: list[Token]) -> str | None:
     r"""
-    How a value is called, where the tokens are a name: `x`, `x_1`, `f(2)`, `AB`, `m\angle ABC`, `\text{Area}`, `|AB|`.
+    The name of a value: `x`, `x_1`, `f(2)`, `AB`, `m\angle ABC`, `\text{Area}`, `|AB|`. `None` for other tokens.
     """
     allowed = ("(", ")", "_", "{", "}", "'", "|", "^", ",", ".", ":")
     texts = [token.text for token in tokens]
@@ -67,20 +68,13 @@ def name_of(tokens: list[Token]) -> str | None:
     for token in tokens:
         if token.kind == "mark" and token.text not in allowed and not called:
             return None
-        if token.kind == "command" and token.text in (
-            "\\frac",
-            "\\dfrac",
-            "\\sqrt",
-            "\\pm",
-            "\\cdot",
-            "\\times",
-            "\\pi",
-        ):
+        if token.kind == "command" and token.text in _OPERATIONS:
             return None
     return "".join(text for text in texts if text not in ("{", "}", "."))
 
 
 def tuple_names(tokens: list[Token]) -> list[str] | None:
+    """The names of `(x, y)`."""
     if tokens[0].text != "(" or not is_group(tokens):
         return None
     parts, _ = split(tokens[1:-1], lambda token: token.text == ",")

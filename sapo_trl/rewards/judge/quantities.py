@@ -49,6 +49,7 @@ def read_scalar(tokens: list[Token]) -> Value:
 
 
 def read_expression(tokens: list[Token]) -> Node:
+    """An expression with one value."""
     node = parsed(tokens)
     if has_sign(node):
         raise UnreadableError("two values at once")

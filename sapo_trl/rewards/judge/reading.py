@@ -252,7 +252,7 @@ def _relation(parts: list[list[Token]], signs: list[str], depth: int) -> Value:
     if signs == ["in"]:
         value = real_sets.as_real_set(_several(parts[1], depth + 1))
         if value is None or len(parts[0]) == 0:
-            raise UnreadableError("what it is in is no set of real numbers")
+            raise UnreadableError("no set of real numbers behind `\\in`")
         return RealSet(value.intervals, name_of(parts[0]))
     if {*signs} & {"in", "=", "~"} or ("!=" in signs and len(signs) > 1):
         raise UnreadableError("relations of several kinds")
@@ -273,7 +273,7 @@ def _relation(parts: list[list[Token]], signs: list[str], depth: int) -> Value:
 
 
 def _equality(parts: list[list[Token]], depth: int) -> Value:
-    """The value of a chain of equations, with its names; an equation; or what is no answer."""
+    """The value of a chain of equations, with its names; an equation; or a statement that is no answer."""
     if not parts[0]:  # = 5
         parts = parts[1:]
         if len(parts) == 1:

@@ -86,7 +86,7 @@ def _tokens(latex: str, is_text: bool) -> list[Token]:
             if inner and spaced and not inner[0].spaced:
                 inner[0] = Token(inner[0].kind, inner[0].text, True, inner[0].value, inner[0].places)
             tokens += inner
-            # What a text ends with is no part of the next word.
+            # The end of a text is the end of a word.
             position, spaced = end + 1, True
             continue
         if number := _number(latex, position, depth):

@@ -101,7 +101,7 @@ _BASES = {
     "franc": {"": "franc francs CHF"},
 }
 
-# Of whatever the figure is measured in: nothing to compare.
+# A unit without a name equals any unit.
 _PLAIN = "unit units 单位"
 
 # Things that are counted, each a unit of its own, singular and plural.
@@ -160,7 +160,7 @@ _UNITS |= {
     "cc": _UNITS["cm"] ** 3,
 }
 
-# What things are like, in front of their name. None of these changes a number, as "more" would.
+# Adjectives before the name of a thing. None of these changes the number, as "more" would.
 _QUALITIES = frozenset(
     "possible distinct different correct real complex positive negative integer whole prime odd even unique total such"
     " ordered equal full red blue green white black yellow orange pink purple brown gold silver small large big new"
@@ -194,7 +194,7 @@ SCALES = {
 """Words behind a number that multiply it."""
 
 CURRENCIES = frozenset("$ € £ ¥ ₹ ₩ USD EUR GBP JPY CNY RMB INR Rs CHF".split())
-"""What also stands before its number."""
+"""Currencies that may stand before their number."""
 
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWERS_AFTER = {"squared": 2, "cubed": 3}

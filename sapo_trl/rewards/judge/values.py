@@ -1,4 +1,4 @@
-"""The kinds of answers: what an answer is read as before it is compared."""
+"""The kinds of answers. An answer is read as one of them before it is compared."""
 
 from __future__ import annotations
 
