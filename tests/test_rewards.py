@@ -60,10 +60,10 @@ TABLE = {
         (r"\frac{2}{1}", "0.5", DIFFERENT),
         (r"1\frac{1}{2}", r"\frac{3}{2}", EQUAL),
         ("1 1/2", r"\frac{3}{2}", EQUAL),
-        ("3 1/2", "2", DIFFERENT),  # math-verify alone reads (3 + 1) / 2
+        ("3 1/2", "2", DIFFERENT),
         ("0.50", ".5", EQUAL),
         ("7.0", "7", EQUAL),
-        ("0.333333", r"\frac{1}{3}", EQUAL),  # decimals are rounded to six places
+        ("0.333333", r"\frac{1}{3}", EQUAL),  # six places are enough
         ("0.33", r"\frac{1}{3}", DIFFERENT),
         ("3:4", r"\frac{3}{4}", EQUAL),
     ],
@@ -73,7 +73,7 @@ TABLE = {
         ("1.2e3", "1200", EQUAL),
         ("3.5E-4", "0.00035", EQUAL),
         ("1.2e3", "120", DIFFERENT),
-        (r"9.8 \times 10^{5}", "980000", EQUAL),  # for math-verify alone a float is in the way
+        (r"9.8 \times 10^{5}", "980000", EQUAL),
         (r"1.6\times 10^{-19}", "1.6e-19", EQUAL),
         (r"1.7\times 10^{-19}", r"1.6\times 10^{-19}", DIFFERENT),
         (r"1.6\times 10^{-19}", "0", DIFFERENT),
@@ -94,7 +94,9 @@ TABLE = {
         ("2π", r"2 \pi", EQUAL),
         ("6.28", r"2\pi", DIFFERENT),
         (r"\ln e", "1", EQUAL),
-        ("5!", "120", EQUAL),
+        ("5!", "120", UNPARSED),  # 120, or 5 with an exclamation mark
+        ("2 \\cdot 5!", "240", EQUAL),
+        ("120", "5!", EQUAL),
     ],
     "degrees and units": [
         (r"60^\circ", "60", EQUAL),
@@ -107,7 +109,7 @@ TABLE = {
         (r"5~\text{m}", "5", EQUAL),
         (r"\$18", "18", EQUAL),
         ("$18", "18", EQUAL),
-        (r"\text{3.5 cm}", "3.5", DIFFERENT),  # number and unit in one text: not read
+        (r"\text{3.5 cm}", "3.5", EQUAL),
         (r"\frac{\pi}{3}", r"60^\circ", DIFFERENT),  # degrees are not converted
     ],
     "percent": [
@@ -120,14 +122,20 @@ TABLE = {
         ("(x-2)(x-3)", "x^2-5x+6", EQUAL),
         ("(x-2)(x+3)", "x^2-5x+6", DIFFERENT),
         ("y+1", "x+1", DIFFERENT),
-        ("X+1", "x+1", EQUAL),  # math-verify folds case
+        ("a/(bc)", r"\frac{a}{bc}", EQUAL),
+        ("a/bc", r"\frac{a}{bc}", DIFFERENT),  # or ac/b
+        ("1/2x", r"\frac{x}{2}", DIFFERENT),
+        ("1/2 \\cdot x", r"\frac{x}{2}", EQUAL),
+        (r"\frac{1}{2}x", r"\frac{x}{2}", EQUAL),
+        ("X+1", "x+1", DIFFERENT),  # two unknowns
     ],
     "equations": [
         ("x=60", "60", EQUAL),
         ("60", "x=60", EQUAL),
         ("x=60", "y=60", DIFFERENT),
         (r"m\angle A = 30^\circ", "30", EQUAL),
-        ("13=12", "12", EQUAL),  # the last side counts
+        ("13=12", "12", DIFFERENT),
+        ("10+2=12", "12", EQUAL),
         ("12=13", "12", DIFFERENT),
         ("y=2x+1", "2x-y+1=0", EQUAL),
     ],
@@ -144,17 +152,13 @@ TABLE = {
         (r"\left[0,1\right)", "[0, 1)", EQUAL),
         (r"(5,\infty)\cup(-\infty,3)", r"(-\infty,3)\cup(5,\infty)", EQUAL),
         (r"(-\infty,3)", "x<3", EQUAL),
-        ("x<3", r"(-\infty,3)", DIFFERENT),  # an inequality where an interval was asked for
+        ("x<3", r"(-\infty,3)", EQUAL),
     ],
     "matrices": [
         (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", EQUAL),
         (r"\begin{pmatrix}1&2\\4&3\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", DIFFERENT),
         (r"\begin{pmatrix}1.0\\ \frac{4}{2}\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", EQUAL),
-        (
-            r"\begin{pmatrix}1\\[2pt]2\end{pmatrix}",
-            r"\begin{pmatrix}1\\2\end{pmatrix}",
-            DIFFERENT,
-        ),  # [2pt] is in the way
+        (r"\begin{pmatrix}1\\[2pt]2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", EQUAL),
     ],
     "words": [
         (r"\text{yes}", "Yes", EQUAL),
@@ -169,8 +173,8 @@ TABLE = {
         (r"12 \text{, not } 13", "12", DIFFERENT),
         (r"\{10, 11, 12, 13\}", "12", DIFFERENT),
         ("$12$ or $13$", "12", DIFFERENT),
-        (r"12 \foo{", "12", UNPARSED),  # math-verify's default picks the 12 out of it
-        ("the answer is $12", "12", DIFFERENT),
+        (r"12 \foo{", "12", UNPARSED),
+        ("the answer is not $12", "12", DIFFERENT),
     ],
     "nothing": [
         ("", "12", UNPARSED),
@@ -182,8 +186,8 @@ TABLE = {
         ("\x00", "12", UNPARSED),
         ("💥", "12", UNPARSED),
         ("1" * (MAX_LENGTH + 1), "12", UNPARSED),
-        ("0", r"0.\overline{3}", UNPARSED),  # math-verify's default reads the gold as 0
-        (r"__import__('os').abort()", "12", UNPARSED),
+        ("0", r"0.\overline{3}", DIFFERENT),  # math-verify's default reads the gold as 0
+        (r"__import__('os').abort()", "12", DIFFERENT),  # words
     ],
     "gold in other forms": [
         ("12", 12, EQUAL),
@@ -282,9 +286,15 @@ class TestNotation:
         ("value", "latex"),
         [
             (r"$\boxed{ 6 \sqrt { 3 } }$.", r"6 \sqrt { 3 }"),
-            (r"a\\[2pt]b", r"a\\[2pt]b"),  # a line break of a matrix
+            (r"a\\[2pt]b", r"a\\ b"),  # a line break of a matrix
+            (r"**73**", "73"),
+            (r"x²", "x^{2}"),
+            (r"10⁻³", "10^{-3}"),
+            (r"\color{red}{4}", "{4}"),
+            (r"\\frac{1}{2}", r"\frac{1}{2}"),  # escaped twice
+            (r"\text{about 5 cm}", r"\text{5 cm}"),
             (r"\$5", r"\$5"),
-            (r"1\,", r"1\,"),
+            (r"1\,", "1"),
             (r"\left\{x\right.", r"\left\{x\right."),
             ("1, 2, ...", "1, 2, ..."),
             ("x = 1.", "x = 1"),
@@ -359,6 +369,7 @@ class TestCompletions:
             (r"\boxed 4 and \boxed{5}", "5"),
             (r"\boxed{4}, in a \boxed form as \boxed.", "4"),
             (r"\boxed{a} and \boxed{b \boxed{c}", "c"),
+            (r"\boxed{a} and \boxed{b \boxed{c", None),
             (r"\boxed{", None),
             ("boxed{1}", None),
             ("", None),

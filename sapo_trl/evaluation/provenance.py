@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 
-_PACKAGES = ("sapo_trl", "torch", "transformers", "vllm", "peft", "datasets", "math-verify")
+_PACKAGES = ("sapo_trl", "torch", "transformers", "vllm", "peft", "datasets", "mpmath")
 _PIECES, _PIECE = 64, 1 << 16
 
 

@@ -7,13 +7,14 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
 
-from .notation import as_latex, without_spaces
+from .judge.comparison import same_word
+from .notation import as_latex, gold_as_latex, without_spaces
 from .worker_pool import WorkerPool
 
 
@@ -25,10 +26,8 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})")
 _WORDS = re.compile(r"(?:\\(?:text|textbf|textit|mathrm|mathbf)\{([A-Za-z ]+)\}|([A-Za-z ]+))")
 
-# math-verify rounds decimals to six places. Numbers further apart than this are different however they are rounded; so
-# are small ones of which six places would leave nothing to compare, if they differ by a hundredth.
-_APART = Fraction(1, 100_000)
-_RELATIVELY_APART = Fraction(1, 100)
+# A decimal with fewer places stands for itself alone.
+_FEW_PLACES = re.compile(r"[+-]?[0-9]*\.?[0-9]{0,5}")
 
 
 class Verdict(StrEnum):
@@ -37,7 +36,7 @@ class Verdict(StrEnum):
     EQUAL = "equal"
     DIFFERENT = "different"
     UNPARSED = "unparsed"
-    """Not equal as text, and one of the two, answer or gold, is empty, too long, or nothing that math-verify reads."""
+    """Not equal as text, and one of the two, answer or gold, is empty, too long, or has no reading or several."""
     TIMED_OUT = "timed_out"
     """The comparison took more time than it may, or killed its process."""
 
@@ -92,7 +91,10 @@ def are_equivalent(answers: Sequence[str | int | float], golds: Sequence[str | i
     """
     if len(answers) != len(golds):
         raise ValueError(f"{len(answers)} answers came with {len(golds)} gold answers; one each needed.")
-    pairs = [(_readable(answer), _readable(gold)) for answer, gold in zip(answers, golds, strict=True)]
+    pairs = [
+        (_readable(answer, as_latex), _readable(gold, gold_as_latex))
+        for answer, gold in zip(answers, golds, strict=True)
+    ]
     found = {pair: _at_sight(*pair) for pair in pairs}
     hard = [pair for pair, verdict in found.items() if verdict is None]
     if len(hard) == 1:
@@ -118,7 +120,7 @@ def configure_scoring(num_workers: int = 2, timeout: float = 5.0, memory_bytes: 
 
     Args:
         num_workers (`int`, *optional*, defaults to `2`):
-            Most worker processes at a time, some 60 MB each.
+            Most worker processes at a time, some 30 MB each.
         timeout (`float`, *optional*, defaults to `5.0`):
             Seconds of computing for one comparison.
         memory_bytes (`int`, *optional*, defaults to `2 << 30`):
@@ -130,10 +132,10 @@ def configure_scoring(num_workers: int = 2, timeout: float = 5.0, memory_bytes: 
     _compared.cache_clear()
 
 
-def _readable(value: str | int | float) -> str:
+def _readable(value: str | int | float, convert: Callable[[str | int | float], str]) -> str:
     if isinstance(value, str) and len(value) > MAX_LENGTH:
         return value
-    return as_latex(value)
+    return convert(value)
 
 
 def _at_sight(answer: str, gold: str) -> Verdict | None:
@@ -150,17 +152,18 @@ def _at_sight(answer: str, gold: str) -> Verdict | None:
         a, b = Fraction(answer), Fraction(gold)
         if a == b:
             return Verdict.EQUAL
-        return Verdict.DIFFERENT if abs(a - b) > min(_APART, _RELATIVELY_APART * max(abs(a), abs(b))) else None
+        if _FEW_PLACES.fullmatch(answer) and _FEW_PLACES.fullmatch(gold):
+            return Verdict.DIFFERENT
     if without_spaces(answer) == without_spaces(gold):
         return Verdict.EQUAL
     words, gold_words = _WORDS.fullmatch(answer), _WORDS.fullmatch(gold)
-    if words and gold_words and _folded(words) == _folded(gold_words):
+    if words and gold_words and same_word(_unwrapped(words), _unwrapped(gold_words)):
         return Verdict.EQUAL
     return None
 
 
-def _folded(words: re.Match) -> str:
-    return (words[1] or words[2]).strip().casefold()
+def _unwrapped(words: re.Match) -> str:
+    return (words[1] or words[2]).strip()
 
 
 # Responses to one prompt repeat each other. Timeouts are kept too: what hung once would hang again.

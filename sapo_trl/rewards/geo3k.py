@@ -15,6 +15,9 @@ class Geo3KReward:
     r"""
     0.9 for a right answer and 0.1 for the form, as one reward function.
 
+    Right is an answer by the rules of [`accuracy_reward`]. The official code compares by other rules, mathruler's, and
+    also takes an answer out of the thinking.
+
     The official code also takes something away for length, which its paper does not mention: 0.001 for each token
     beyond nine tenths of the longest response allowed, and 0.3 more from one token below that length on, together at
     most 0.5. This is off by default.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import select
 import signal
@@ -13,9 +12,10 @@ import time
 from pathlib import Path
 
 
-_PROGRAM = Path(__file__).with_name("math_verify_worker.py")
+_PROGRAM = Path(__file__).with_name("judge_worker.py")
+_JUDGE = Path(__file__).with_name("judge")
 
-# Importing sympy from a slow network disk takes a while.
+# Importing from a slow network disk takes a while.
 _SECONDS_TO_START = 120
 
 # A worker limits its computing time itself, which lasts longer by the clock on a busy machine. After so many seconds
@@ -32,7 +32,7 @@ class WorkerPool:
 
     Args:
         num_workers (`int`, *optional*, defaults to `2`):
-            Most processes at a time, some 60 MB each.
+            Most processes at a time, some 30 MB each.
         timeout (`float`, *optional*, defaults to `5.0`):
             Seconds of computing for one comparison. A worker that needs more is killed; so is one that is silent for
             a minute longer by the clock.
@@ -46,7 +46,7 @@ class WorkerPool:
         if not 0 < timeout < float("inf"):
             raise ValueError(f"`timeout` must be a finite number of seconds above 0, got {timeout}.")
         if memory_bytes < 256 << 20:
-            raise ValueError(f"`memory_bytes` must leave room for sympy, 256 MiB ({256 << 20}), got {memory_bytes}.")
+            raise ValueError(f"`memory_bytes` must leave room for Python, 256 MiB ({256 << 20}), got {memory_bytes}.")
         self.num_workers = num_workers
         self.timeout = timeout
         self.memory_bytes = memory_bytes
@@ -89,7 +89,7 @@ class Worker:
 
     def compare(self, answer: str, gold: str) -> str | None:
         """
-        What `math_verify_worker.compare` says, or `None` if it ran out of time or killed its process.
+        What `judge` says, or `None` if it ran out of time or killed its process.
 
         Raises:
             RuntimeError: if no worker process can be started.
@@ -149,25 +149,23 @@ class Worker:
     def _started(self) -> subprocess.Popen:
         # A program of its own, not `multiprocessing`: that would import the user's main module once more, or fork a
         # process that has threads and a GPU. -P keeps this folder, with its `format.py`, off the import path. In a
-        # process group of its own it is spared Ctrl-C: it ends when its input does. Hashes are fixed because sympy's
-        # order of things, and with it what is found in time, depends on them.
+        # process group of its own it is spared Ctrl-C: it ends when its input does.
         process = subprocess.Popen(
-            [sys.executable, "-P", str(_PROGRAM), str(self.timeout), str(self.memory_bytes)],
+            [sys.executable, "-P", str(_PROGRAM), str(self.timeout), str(self.memory_bytes), str(_JUDGE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
             process_group=0,
-            env={**os.environ, "PYTHONHASHSEED": "0"},
         )
         try:
             reply = _read_line(process, _SECONDS_TO_START)
             if reply is None:
-                raise RuntimeError(f"The worker process for math-verify ended with exit code {process.wait()}.")
+                raise RuntimeError(f"The worker process that judges answers ended with exit code {process.wait()}.")
             if json.loads(reply) != "ready":
-                raise RuntimeError(f"The worker process for math-verify did not start: {json.loads(reply)}")
+                raise RuntimeError(f"The worker process that judges answers did not start: {json.loads(reply)}")
         except TimeoutError:
             _end(process)
-            raise RuntimeError(f"The worker process for math-verify needed over {_SECONDS_TO_START} s.") from None
+            raise RuntimeError(f"The worker process that judges answers needed over {_SECONDS_TO_START} s.") from None
         except BaseException:
             _end(process)
             raise

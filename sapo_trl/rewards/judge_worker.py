@@ -1,41 +1,35 @@
 """
-The program of a worker process: compares answers by math-verify, one JSON line in, one out.
+The program of a worker process: judges answers, one JSON line in, one out.
 
-It is run by its path and imports nothing of this package, so it starts in half a second and loads no torch. See
-`worker_pool.py` for the other end.
+It is run by its path, gets the judge's folder as an argument, and imports nothing else of this package. So it starts
+in a quarter of a second and loads no torch. See `worker_pool.py` for the other end.
 """
 
 import contextlib
 import fcntl
+import importlib.util
 import json
-import logging
 import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
-# A fresh process now and then, so that nothing that piles up in sympy's caches ever meets the limit of memory.
-MAX_COMPARISONS = 1000
+# A fresh process now and then, so that nothing that piles up ever meets the limit of memory.
+MAX_COMPARISONS = 10_000
 
 
-def compare(answer: str, gold: str) -> str:
-    """`"equal"`, `"different"`, or `"unparsed"` if math-verify finds no mathematics in one of the two."""
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # The whole of `$...$` as LaTeX or nothing. By default math-verify also looks for boxes, and for plain numbers in
-    # what is no LaTeX: bare `6 \sqrt { 3 }` is read as 3, and `0.\overline{3}` as 0.
-    whole = [LatexExtractionConfig(boxed_match_priority=-1)]
-    # Its own time limits are signals handled by Python, which come too late for a computation in C.
-    parsed_gold, parsed_answer = (
-        parse(f"${latex}$", whole, extraction_mode="first_match", parsing_timeout=None) for latex in (gold, answer)
+def load_judge(folder: Path) -> Callable[[str, str], str]:
+    """The function `judge` of the package in a folder, without the packages around it."""
+    spec = importlib.util.spec_from_file_location(
+        "answer_judge", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    if verify(parsed_gold, parsed_answer, timeout_seconds=None):
-        return "equal"
-    # Beside an expression, or alone, stands the text itself.
-    understood = all(any(not isinstance(x, str) for x in parsed) for parsed in (parsed_gold, parsed_answer))
-    return "different" if understood else "unparsed"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.judge
 
 
 @contextlib.contextmanager
@@ -64,15 +58,14 @@ def limit_memory(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def main(seconds: float, memory_bytes: int) -> None:
+def main(seconds: float, memory_bytes: int, folder: Path) -> None:
     """Answer requests until the input ends."""
-    # Parsers print; only replies may reach the parent.
+    # Only replies may reach the parent.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    logging.disable()
     try:
         limit_memory(memory_bytes)
-        compare("1", "2")  # imports what it needs
+        judge = load_judge(folder)
         fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
     except BaseException as error:
         print(json.dumps(f"{type(error).__name__}: {error}"), file=replies, flush=True)
@@ -84,9 +77,12 @@ def main(seconds: float, memory_bytes: int) -> None:
     print(json.dumps("ready"), file=replies, flush=True)
     for _, request in zip(range(MAX_COMPARISONS), sys.stdin, strict=False):
         with kept_in_check(seconds):
-            verdict = compare(*json.loads(request))
+            try:
+                verdict = judge(*json.loads(request))
+            except Exception:  # an answer that breaks the judge is not right, and the next one is judged
+                verdict = "unparsed"
         print(json.dumps(verdict), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    main(seconds=float(sys.argv[1]), memory_bytes=int(sys.argv[2]))
+    main(seconds=float(sys.argv[1]), memory_bytes=int(sys.argv[2]), folder=Path(sys.argv[3]))
