@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .callbacks import SegmentedRollout
+from .foreign_text import visible
 
 
 CUT = "│"
@@ -17,8 +18,9 @@ def segment_columns(rollout: SegmentedRollout) -> dict[str, list]:
         rollout ([`SegmentedRollout`]): the rollout.
 
     Returns:
-        `dict[str, list]`: `segments/text`, the text with [`CUT`] between segments, special tokens included and tokens
-        of no segment left out; `segments/advantages`, a list with the mean advantage of each segment, to 4 decimals.
+        `dict[str, list]`: `segments/text`, the text with [`CUT`] between segments, special tokens included, tokens
+        of no segment left out and invisible controls written out; `segments/advantages`, a list with the mean
+        advantage of each segment, to 4 decimals.
     """
     texts, advantages = [], []
     for ids, segment_ids, means, count in zip(
@@ -33,6 +35,7 @@ def segment_columns(rollout: SegmentedRollout) -> dict[str, list]:
             if segment >= 0:
                 pieces[segment].append(token)
         # Whole segments at once: of a single token a character may be a part only. Of none `batch_decode` makes one.
-        texts.append(CUT.join(rollout.tokenizer.batch_decode(pieces) if pieces else []))
+        # What turns the writing direction in one segment would move the others, too.
+        texts.append(CUT.join(map(visible, rollout.tokenizer.batch_decode(pieces) if pieces else [])))
         advantages.append([round(mean, 4) for mean in means[:count]])
     return {"segments/text": texts, "segments/advantages": advantages}

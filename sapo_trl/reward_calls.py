@@ -1,13 +1,16 @@
-"""Calls of users' reward functions: what fails for one completion costs no other its reward."""
+"""Calls of users' reward functions: a failure for one completion costs no other its reward."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import functools
 import logging
 import math
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from torch import nn
@@ -18,10 +21,14 @@ logger = logging.getLogger(__name__)
 
 # So many completions in a row that run out of time, and the others are not tried any more.
 MAX_TIMEOUTS_IN_A_ROW = 3
+# Seconds in which an event loop that works answers.
+LOOP_ANSWERS_WITHIN = 1.0
+# Seconds between two looks at whether a loop is still there.
+LOOP_CHECKED_EVERY = 0.1
 
 
 def checked_rewards(reward_funcs: Any, timeout: float | None = None) -> Any:
-    """[`checked_reward`] for whatever TRL accepts as `reward_funcs`; reward models and their ids pass unchanged."""
+    """[`checked_reward`] for all that TRL accepts as `reward_funcs`; reward models and their ids pass unchanged."""
     if isinstance(reward_funcs, list | tuple):
         return [checked_rewards(reward_func, timeout) for reward_func in reward_funcs]
     if reward_funcs is None or isinstance(reward_funcs, str | nn.Module):
@@ -35,15 +42,20 @@ def checked_reward(reward_func: Callable, timeout: float | None = None) -> Calla
     """
     Wrap a reward function so that its failures are seen and survived.
 
-    A call that raises, or takes longer than `timeout`, is repeated completion by completion. A completion for which it
-    does so again, or returns NaN, has no reward: it becomes `None`, which tells TRL that the function does not apply.
-    What is an error: failing for every completion, a wrong number of rewards, an infinite one.
+    A call that raises, calls `sys.exit`, or takes longer than `timeout`, is repeated completion by completion. If it
+    fails again for a completion, or returns NaN, the completion has no reward. Its reward is then `None`, which tells
+    TRL that the function does not apply. Errors are: failing for every completion, a wrong number of rewards,
+    an infinite reward.
+
+    Asynchronous functions run on an event loop of their own, which they share. A function may block that loop or end
+    it: the others then go on with a new loop. Completions are repeated all at once. A completion
+    that runs out of time then is repeated alone.
 
     Args:
         reward_func (`Callable`): synchronous or asynchronous TRL reward function.
         timeout (`float`, *optional*):
-            seconds that a call may take. With it synchronous functions run in a thread, which is left behind when it
-            does not come back.
+            seconds until a call has returned all rewards; the work of a generator counts. With it synchronous
+            functions run in a thread. A thread that does not come back is left behind.
 
     Returns:
         `Callable`:
@@ -67,24 +79,44 @@ def checked_reward(reward_func: Callable, timeout: float | None = None) -> Calla
 
     if is_async_callable(reward_func):
 
-        async def call(**kwargs) -> list[float | None]:
-            return _checked(await asyncio.wait_for(reward_func(**kwargs), timeout), name, kwargs["completions"])
+        async def call(kwargs: dict[str, Any], on_a_loop: Callable = _on_the_loop) -> list[float | None]:
+            async def score() -> list[float | None]:
+                try:
+                    return _checked(await reward_func(**kwargs), name, kwargs["completions"])
+                except (SystemExit, KeyboardInterrupt) as error:  # asyncio would raise them in the caller, too
+                    raise RuntimeError(_exited(error)) from error
+
+            return await on_a_loop(score(), timeout)
 
         async def wrapper(**kwargs):
             try:
-                return finish(await call(**kwargs), {}, kwargs)
+                return finish(await call(kwargs), {}, kwargs)
             except Exception as error:
                 rows = _one_by_one(kwargs)
                 if _is_final(error, rows):
                     raise
-                outcomes = await asyncio.gather(*(call(**row) for row in rows), return_exceptions=True)
+                outcomes: list[Any] = [error] * len(rows)
+                if not isinstance(error, LoopLostError):
+                    outcomes = await asyncio.gather(*map(call, rows), return_exceptions=True)
+                tried: list[Any] = []
+                for index, row in enumerate(rows):
+                    # Another completion may have been in the way.
+                    if isinstance(outcomes[index], LoopLostError | TimeoutError):
+                        if not _is_given_up(tried):
+                            tried += await asyncio.gather(call(row, _alone), return_exceptions=True)
+                        outcomes[index] = tried[-1]
                 return finish(*_separated(outcomes), kwargs)
 
     else:
 
+        def score(**kwargs) -> list[float | None]:
+            return _checked(reward_func(**kwargs), name, kwargs["completions"])
+
         def call(**kwargs) -> list[float | None]:
-            rewards = reward_func(**kwargs) if timeout is None else _within(timeout, reward_func, kwargs)
-            return _checked(rewards, name, kwargs["completions"])
+            try:
+                return score(**kwargs) if timeout is None else _within(timeout, score, kwargs)
+            except SystemExit as error:
+                raise RuntimeError(_exited(error)) from error
 
         def wrapper(**kwargs):
             try:
@@ -95,9 +127,8 @@ def checked_reward(reward_func: Callable, timeout: float | None = None) -> Calla
                     raise
                 outcomes: list[Any] = []
                 for row in rows:
-                    last = outcomes[-MAX_TIMEOUTS_IN_A_ROW:]
-                    if len(last) == MAX_TIMEOUTS_IN_A_ROW and all(isinstance(o, TimeoutError) for o in last):
-                        outcomes.append(last[-1])
+                    if _is_given_up(outcomes):
+                        outcomes.append(outcomes[-1])
                         continue
                     try:
                         outcomes.append(call(**row))
@@ -142,6 +173,16 @@ def _is_final(error: Exception, rows: list[dict[str, Any]]) -> bool:
     return isinstance(error, _WrongRewards) or len(rows) < 2
 
 
+def _is_given_up(outcomes: list[Any]) -> bool:
+    """Whether the last calls were all out of time."""
+    last = outcomes[-MAX_TIMEOUTS_IN_A_ROW:]
+    return len(last) == MAX_TIMEOUTS_IN_A_ROW and all(isinstance(outcome, TimeoutError) for outcome in last)
+
+
+def _exited(error: BaseException) -> str:
+    return f"it called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"it raised {error!r}"
+
+
 def _one_by_one(kwargs: dict[str, Any]) -> list[dict[str, Any]]:
     """The arguments of a call for each completion alone."""
     number = len(kwargs["completions"])
@@ -152,7 +193,7 @@ def _one_by_one(kwargs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _separated(outcomes: list[Any]) -> tuple[list[float | None], dict[int, BaseException]]:
-    """Rewards, and what went wrong by position, of calls for one completion each."""
+    """Rewards, and failures by position, of calls for one completion each."""
     failures = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, BaseException)}
     wrong = next((failure for failure in failures.values() if isinstance(failure, _WrongRewards)), None)
     if wrong is not None:
@@ -176,5 +217,100 @@ def _within(timeout: float, function: Callable, kwargs: dict[str, Any]) -> Any:
     if "error" in outcome:
         raise outcome["error"]
     if "result" not in outcome:
-        raise TimeoutError(f"it did not return within {timeout:g} s")
+        raise TimeoutError(_late(timeout))
     return outcome["result"]
+
+
+def _late(timeout: float) -> str:
+    return f"it did not return within {timeout:g} s"
+
+
+class CallTimeoutError(TimeoutError):
+    """Not an error of the function itself."""
+
+
+class LoopLostError(Exception):
+    """An event loop came to its end under a call: by the call's own fault, or by another one's."""
+
+
+class LoopBlockedError(LoopLostError, TimeoutError):
+    """It does not answer any more."""
+
+
+class _Loop:
+    """An event loop on a thread of its own, until a coroutine blocks it or ends it."""
+
+    def __init__(self):
+        self.is_lost = False
+        started: concurrent.futures.Future = concurrent.futures.Future()
+        threading.Thread(target=self._run, args=[started], daemon=True).start()  # as for `_within`
+        self._loop, self._end = started.result()
+
+    async def run(self, coroutine: Coroutine, timeout: float | None) -> Any:
+        """The coroutine's result, or [`CallTimeoutError`]. Only the coroutine knows whether it ends then."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        result = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+        while time.monotonic() < deadline:
+            was_lost = self.is_lost
+            await asyncio.wait([result], timeout=min(deadline - time.monotonic(), LOOP_CHECKED_EVERY))
+            if result.cancelled():
+                raise LoopLostError("it was cancelled, as by a task of its loop that calls sys.exit")
+            if result.done():
+                return result.result()
+            if was_lost:  # a call that begins while a loop ends would never return
+                raise LoopLostError("its event loop has ended")
+        result.cancel()
+        raise CallTimeoutError(_late(timeout))
+
+    async def answers(self) -> bool:
+        """Whether no coroutine blocks it. If one does, nothing else is to begin on it."""
+        try:
+            await self.run(asyncio.sleep(0), LOOP_ANSWERS_WITHIN)
+        except (CallTimeoutError, LoopLostError):
+            self.end()
+        return not self.is_lost
+
+    def end(self) -> None:
+        """Begin nothing else, and end as soon as nothing blocks it."""
+        self.is_lost = True
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            self._loop.call_soon_threadsafe(self._end.set)
+
+    def _run(self, started: concurrent.futures.Future) -> None:
+        async def until_the_end() -> None:
+            end = asyncio.Event()
+            started.set_result((asyncio.get_running_loop(), end))
+            await end.wait()
+
+        try:
+            asyncio.run(until_the_end())
+        except (SystemExit, KeyboardInterrupt):  # of a task that a coroutine has started; all others are cancelled
+            pass
+        finally:
+            self.is_lost = True
+
+
+_loop: _Loop | None = None
+
+
+async def _on_the_loop(coroutine: Coroutine, timeout: float | None) -> Any:
+    """The result of a coroutine on the loop of reward functions, or on a new loop if that one is lost."""
+    global _loop
+    if _loop is None or _loop.is_lost:
+        _loop = _Loop()
+    loop = _loop
+    try:
+        return await loop.run(coroutine, timeout)
+    except CallTimeoutError as error:
+        if await loop.answers():
+            raise
+        raise LoopBlockedError(f"{error}, and blocked its event loop") from error
+
+
+async def _alone(coroutine: Coroutine, timeout: float | None) -> Any:
+    """The result of a coroutine on a loop that nothing else runs on."""
+    loop = _Loop()
+    try:
+        return await loop.run(coroutine, timeout)
+    finally:
+        loop.end()

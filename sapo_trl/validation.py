@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Rows of a data set whose images are counted before training: enough to catch a wrong template or processor.
 NUM_ROWS_CHECKED = 8
+PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.CPT)
 
 
 def check_prompt_column(dataset: Dataset | IterableDataset | None, name: str) -> None:
@@ -200,6 +201,23 @@ def check_finite_weights(module: nn.Module, what: str) -> None:
             raise ValueError(
                 f"{what} has {count} of {parameter.numel()} weights that are NaN or infinite in {name!r} before "
                 "training. Load it from an undamaged file, or in another dtype (float16 overflows above 65504)."
+            )
+
+
+def check_adapters(model: PreTrainedModel) -> None:
+    """
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the policy, with its adapters if it has any.
+
+    Raises:
+        ValueError: if an adapter puts tokens of its own before the prompt: outputs have more columns than inputs then,
+            and TRL's log-probabilities are of other tokens.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        if config.peft_type in PROMPT_TYPES:
+            raise ValueError(
+                f"The policy's adapter is of type {config.peft_type.value}, whose virtual tokens move the columns of "
+                "the log-probabilities. Use LoRA, or prefix tuning, whose virtual tokens are keys and values."
             )
 
 

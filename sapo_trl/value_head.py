@@ -260,7 +260,7 @@ def hidden_size_of(model: PreTrainedModel) -> int:
 
 
 def _is_peft_model(model: nn.Module) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def _below(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

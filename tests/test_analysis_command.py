@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -179,7 +180,8 @@ class TestErrors:
         pd.DataFrame([row]).drop(columns="values").to_parquet(path)
         assert f"{path}: column `values` is missing; it has ['entropies'" in self.one_line(capsys, "lift", tmp_path)
         pd.DataFrame([row | {"values": 0.5}]).to_parquet(path)
-        assert f"{path}: column `values` must hold one list per response" in self.one_line(capsys, "lift", tmp_path)
+        error = self.one_line(capsys, "lift", tmp_path)
+        assert f"{path}, row 0: `values` must be a list of numbers, got '0.5'" in error
         pd.DataFrame([row | {"values": [0.5]}]).to_parquet(path)
         assert "lists of response 0 differ in length" in self.one_line(capsys, "lift", tmp_path)
         pd.DataFrame([row]).to_parquet(path)
@@ -207,6 +209,29 @@ class TestErrors:
         assert f"{state}: the log must have at least one entry" in self.one_line(capsys, "ratio-bias", tmp_path)
         state.write_text('{"log_history": [{"step": 1, "loss": 2.0}]}')
         assert "`ratio/geometric_bias` is not in the log" in self.one_line(capsys, "ratio-bias", tmp_path)
+
+    def test_a_log_that_was_cut_is_read_as_far_as_it_goes(self, capsys, tmp_path, caplog):
+        entries = [
+            {"step": step, "ratio/geometric_bias": 0.1, "ratio/geometric_bias_bound": 0.2} for step in (1, 2, 3)
+        ]
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        path = tmp_path / "log.jsonl"
+        path.write_text(lines[:-20])
+        with caplog.at_level(logging.WARNING):
+            assert read_log_history(path)["step"].tolist() == [1, 2]
+        assert f"{path}: the last line is cut" in caplog.text
+        path.write_text(lines.replace('"step": 2', '"step"; 2'))
+        assert f"{path}, line 2: not JSON" in self.one_line(capsys, "ratio-bias", path)
+        path.write_text("[" * 100_000 + "\n" + lines)
+        assert f"{path}, line 1: not JSON" in self.one_line(capsys, "ratio-bias", path)
+        path.write_text(lines.replace('"step": 2', '"step": "two"'))
+        assert f"{path}, row 1: `step` must be a number or empty, got 'two'" in self.one_line(
+            capsys, "ratio-bias", path
+        )
+        path.write_text(lines.replace('"ratio/geometric_bias": 0.1', '"ratio/geometric_bias": "low"'))
+        assert f"{path}: `ratio/geometric_bias` in the log must be a number" in self.one_line(
+            capsys, "ratio-bias", path
+        )
 
     def test_last_checkpoint_is_read(self, tmp_path):
         for step in (9, 10):

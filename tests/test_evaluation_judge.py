@@ -1,8 +1,10 @@
 """The judge, against an endpoint of the OpenAI form on this machine."""
 
+import contextlib
 import io
 import json
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -27,6 +29,8 @@ class Endpoint:
         self.failures = []
         self.asked = []
         self.headers = []
+        self.whole = None
+        self.drips = False
         self.lock = threading.Lock()
         endpoint = self
 
@@ -46,13 +50,18 @@ class Endpoint:
                 if isinstance(failure, str):
                     text = failure
                 body = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+                body = body if endpoint.whole is None else endpoint.whole.encode()
                 status = failure if isinstance(failure, int) else 200
                 self.send_response(status)
                 if status == 302:
                     self.send_header("Location", "http://127.0.0.1:9/elsewhere")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(OSError):
+                    while endpoint.drips:
+                        self.wfile.write(b" ")
+                        time.sleep(0.05)
+                    self.wfile.write(body)
 
             def log_message(self, *arguments):
                 pass
@@ -125,7 +134,7 @@ def test_an_endpoint_that_stays_away_is_an_error_and_its_verdicts_stay(endpoint,
 @pytest.mark.parametrize(("status", "asked"), [(401, 1), (404, 1), (302, 1)])
 def test_a_refused_key_a_missing_model_and_a_redirect_end_it_at_once(endpoint, tmp_path, status, asked):
     endpoint.failures = [status]
-    with pytest.raises(JudgeError, match=f"refuses: {status}"):
+    with pytest.raises(JudgeError, match=f"was refused: {status}"):
         judge(endpoint, tmp_path).verdicts([(problem(), "right")])
     assert len(endpoint.asked) == asked
 
@@ -138,13 +147,36 @@ def test_one_question_that_is_refused_or_answered_oddly_has_no_verdict(endpoint,
 
 def test_an_endpoint_that_refuses_everything_is_an_error(endpoint, tmp_path):
     endpoint.failures = [400, 422]
-    with pytest.raises(JudgeError, match="no verdict on any answer; it said '4"):
+    with pytest.raises(JudgeError, match="no verdict on any answer; it said '.* 4"):
         judge(endpoint, tmp_path).verdicts([(problem(), "right 1"), (problem(), "right 2")])
+
+
+@pytest.mark.parametrize("line", ['{"key": 1, "correct": true}', '{"key": "k", "correct": "no"}', "[1]", "[" * 99_999])
+def test_what_is_no_verdict_in_the_file_is_passed_over(endpoint, tmp_path, line):
+    (tmp_path / "verdicts.jsonl").write_text(line + "\n")
+    assert judge(endpoint, tmp_path)._verdicts == {}
+    assert judge(endpoint, tmp_path).verdicts([(problem(), "right")]) == [True]
+
+
+@pytest.mark.parametrize("answer", ["[]", "3", '{"choices": []}', '{"choices": [{"message": {"content": [1]}}]}'])
+def test_an_endpoint_of_another_kind(endpoint, tmp_path, monkeypatch, answer):
+    monkeypatch.setattr(endpoint, "whole", answer)
+    with pytest.raises(JudgeError, match="answers like no chat endpoint"):
+        judge(endpoint, tmp_path).verdicts([(problem(), "right")])
+
+
+def test_an_endpoint_that_never_ends_its_answer(endpoint, tmp_path, monkeypatch):
+    """A byte every now and then is no answer, however long one listens."""
+    monkeypatch.setattr(endpoint, "drips", True)
+    started = time.monotonic()
+    with pytest.raises(JudgeError, match="no whole answer within 0.4 s"):
+        judge(endpoint, tmp_path, judge_timeout=0.4, judge_retries=0).verdicts([(problem(), "right")])
+    assert time.monotonic() - started < 3
 
 
 def test_an_endpoint_that_is_none(tmp_path):
     settings = {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "m", "judge_retries": 1, "judge_timeout": 5.0}
-    with pytest.raises(JudgeError, match=r"judge_url='http://127.0.0.1:9/v1/chat/completions' failed 2 time"):
+    with pytest.raises(JudgeError, match=r"judge_url='http://127.0.0.1:9/v1': .* failed 2 time"):
         Judge(EvalArguments(model="m", **settings), tmp_path, backoff=0.01).verdicts([(problem(), "x")])
 
 

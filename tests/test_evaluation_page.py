@@ -89,6 +89,7 @@ def test_hostile_text_adds_no_element(tmp_path):
     assert not any(name.startswith("on") for _, attributes in pages[1].tags for name in attributes)
     everything = "".join(pages[1].text)
     assert all(text in everything for text in HOSTILE if "\x00" not in text)
+    assert "\u202e" not in everything and everything.count("⟨U+202E⟩") > 20  # or it would turn the text around
 
 
 def test_the_policy_lets_the_pages_own_script_run_and_no_other(tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -425,6 +426,70 @@ def test_a_scorer_that_fails_is_counted_and_costs_no_other_its_score(finished):
 def test_score_only_needs_a_run(tmp_path, capsys):
     assert main(["--model", "m", "--output_dir", str(tmp_path), "--score_only"], TOYS) == 2
     assert "has no eval.json" in capsys.readouterr().err
+
+
+def broken(folder, name, content):
+    """The finished run, but for one file."""
+    path = folder / name
+    if isinstance(content, dict):
+        pd.DataFrame(content).to_parquet(path)
+    else:
+        path.write_text(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("eval.json", "{", "not JSON"),
+        ("eval.json", "[]", "the content must be an object"),
+        ("eval.json", '{"model_name": "m", "settings": {}}', "`settings.model` is missing"),
+        ("generations/part-000000-000000.parquet", "cut", "or damaged"),
+        ("generations/part-000000-000000.parquet", {"benchmark": ["text"]}, "not a file of this version"),
+        (
+            "problems/part-000000-000000.parquet",
+            {"benchmark": [3], "row": ["x"], "id": [1]},
+            "not a file of this version",
+        ),
+    ],
+)
+def test_an_old_or_broken_file_is_named(finished, model_folder, rows, tmp_path, capsys, name, content, message):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    for path in (folder / name).parent.glob("*.parquet"):
+        path.unlink()
+    path = broken(folder, name, content)
+    for run in (
+        lambda: main(["--output_dir", str(folder), "--score_only"], TOYS, Console(file=io.StringIO())),
+        lambda: evaluate(model_folder, rows, folder)[0],
+    ):
+        assert run() == 2
+        error = capsys.readouterr().err
+        assert f"{path}: " in error and message in error and error.count("\n") == 1
+
+
+def test_generations_without_their_problem_and_problems_without_json(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    (path,) = (folder / "problems").glob("*.parquet")
+    problems = pd.read_parquet(path)
+    arguments = ["--output_dir", str(folder), "--score_only"]
+    problems.assign(prompt="{").to_parquet(path)
+    assert main(arguments, TOYS, Console(file=io.StringIO())) == 2
+    assert "problems: drawn 'drawn-0' has no JSON" in capsys.readouterr().err
+    problems[problems["id"] != "q3"].to_parquet(path)
+    assert main(arguments, TOYS, Console(file=io.StringIO())) == 2
+    assert "has generations of text 'q3', but the problem is not" in capsys.readouterr().err
+
+
+def test_only_its_own_leftovers_are_removed(finished, tmp_path):
+    """A folder of someone else's may be a link to a place with files that matter."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".bashrc").write_text("mine")
+    (home / ".part-000000-000000.parquet.123").write_text("left by a process that was killed")
+    PartFiles(home, GENERATIONS).tidy()
+    assert [path.name for path in home.iterdir()] == [".bashrc"]
 
 
 def test_an_incomplete_benchmark_says_so(model_folder, rows, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 
 import pandas as pd
@@ -12,7 +13,7 @@ from sapo_trl.evaluation import published
 from sapo_trl.evaluation.command import main
 from sapo_trl.evaluation.lmms_eval import TASKS, HarnessError, harness_command, read_harness_results
 from sapo_trl.evaluation.settings import EvalArguments
-from sapo_trl.evaluation.tables import as_json, as_latex, as_markdown, make_tables
+from sapo_trl.evaluation.tables import as_json, as_latex, as_markdown, as_rich, make_tables
 
 from .evaluation_run import TOYS
 
@@ -118,11 +119,57 @@ def test_markdown_and_latex_say_the_same_and_escape_names():
     lines = as_markdown(tables).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
-    assert table[-1].startswith("| a\\|b_3b & 100% | rules | 40.00 (36.0 to 44.0) |")
+    assert table[-1].startswith("| a\\|b\\_3b \\& 100% | rules | 40.00 (36.0 to 44.0) |")
     latex = as_latex(tables)
     assert r"a|b\_3b \& 100\%" in latex and r"\toprule" in latex and "46.26" in latex
     rows = json.loads(json.dumps(as_json(tables)))[0]["rows"]
     assert rows[-1]["cells"][0] == pytest.approx({"value": 40.0, "low": 36.0, "high": 44.0, "mark": ""})
+
+
+HOSTILE_NAME = "a|b\n<img src=x onerror=alert(1)> [x](javascript:1) **b** `c` \u202e\x1b[2J &lt; m-3b"
+
+
+def test_a_models_name_is_text_everywhere():
+    hostile = run(all_main(scorers=(HOSTILE_NAME,), problems=1, note=HOSTILE_NAME), name=HOSTILE_NAME)
+    hostile["benchmarks"]["mine"] = entry(0.5, title=HOSTILE_NAME, n=2)
+    tables = make_tables([hostile])
+    markdown = as_markdown(tables)
+    # No mark without a backslash before it, and each table keeps its columns.
+    text = "\n".join(line for line in markdown.splitlines() if "onerror" in line)
+    assert not re.search(r"(?<!\\)[<>`*&\[\]]", text) and text.count("\\<img") >= 8
+    for table in tables:
+        block = markdown.split(f"## {table.title}\n\n")[1].split("\n\n")[0]
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()} == {len(table.columns) + 3}
+    printed = io.StringIO()
+    for table in tables:
+        Console(file=printed, width=400).print(as_rich(table))
+    for written in (markdown, as_latex(tables), json.dumps(as_json(tables), ensure_ascii=False), printed.getvalue()):
+        assert "⟨U+202E⟩⟨U+001B⟩" in written and not {"\u202e", "\x1b"} & set(written)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "the content must be an object, got []"),
+        ({"benchmarks": None}, "`benchmarks` must be an object, got None"),
+        ({"name": 3}, "`name` must be a text, got 3"),
+        ({"benchmarks": {"mine": {"title": "T"}}}, "`benchmarks.mine.headline` is missing"),
+        ({"benchmarks": {"mine": entry(0.5) | {"headline": "other"}}}, "`benchmarks.mine.metrics.other` is missing"),
+        ({"benchmarks": {"mine": entry(0.5) | {"n": "4"}}}, "`benchmarks.mine.n` must be an integer, got '4'"),
+        (
+            {"benchmarks": {"mine": entry(0.5) | {"metrics": {"accuracy": {"value": "x", "low": 0, "high": 1}}}}},
+            "`benchmarks.mine.metrics.accuracy.value` must be a number, got 'x'",
+        ),
+    ],
+)
+def test_an_old_or_broken_file_is_named(change, message, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(change if isinstance(change, str) else json.dumps(run({"mine": entry(0.5)}) | change))
+    assert main(["table", str(tmp_path)], TOYS) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: {message}" in error and error.count("\n") == 1
 
 
 def test_table_of_several_run_folders(tmp_path, capsys):
@@ -234,7 +281,7 @@ def test_a_run_by_the_harness(tmp_path, capsys):
     benchmarks = {"mmstar": TOYS["text"]}
     assert main(arguments, benchmarks, Console(file=io.StringIO())) == 0
     text = (tmp_path / "run" / "table.md").read_text()
-    assert "| lmms-eval 0.7.3 |" in text and "61.40†" in text and "task `mmstar`" in text
+    assert "| lmms-eval 0.7.3 |" in text and "61.40†" in text and "task 'mmstar'" in text
     assert main([*arguments, "--seed", "13"], benchmarks) == 1
     assert "exit code 3" in capsys.readouterr().err
     assert main([*arguments, "--harness_python", "/no/such/python"], benchmarks) == 1

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,11 @@ class TestSampling:
     def test_errors_name_field_and_value(self, family, settings, message):
         with pytest.raises(ValueError, match=message):
             sample(family, **settings)
+
+    @TEXT
+    def test_a_reward_function_cannot_end_it_as_if_all_were_well(self, family):
+        with pytest.raises(RuntimeError, match=r"failed for all 6 completions: .*called sys\.exit\(0\)"):
+            sample(family, reward=lambda completions, **kwargs: sys.exit(0))
 
     @TEXT
     def test_only_functions_and_data_sets_will_do(self, family):

@@ -22,7 +22,7 @@ from sapo_trl.study.comparisons import comparisons, verdict
 from sapo_trl.study.config import Qualification, StudyConfig, load_study
 from sapo_trl.study.qualification import qualification_tests, write_qualification
 from sapo_trl.study.report import write_report
-from sapo_trl.study.results import load_results
+from sapo_trl.study.results import load_results, metrics_of
 from sapo_trl.study.run_cell import METRICS_NAME, cell_config
 from sapo_trl.study.runner import CELLS_FOLDER, run_study, unused_runs
 from sapo_trl.study.tuning import chosen_learning_rates
@@ -358,6 +358,35 @@ class TestReport:
             assert "not finished: 1 runs are missing" in (tmp_path / "report.md").read_text()
         finally:
             one.write_text(content)
+
+    def test_a_result_of_another_version_and_a_cut_log(self, planted, tmp_path, capsys, caplog):
+        study, _, folder = planted
+        shutil.copytree(folder / CELLS_FOLDER, tmp_path / CELLS_FOLDER)
+        one = next((tmp_path / CELLS_FOLDER).glob("test-long-better-seed3*"))
+        content = json.loads((one / RESULT_NAME).read_text())
+        run = pd.Series({**content, "folder": str(one)})
+        (one / METRICS_NAME).write_text((one / METRICS_NAME).read_text()[:-9])
+        assert metrics_of(run)["step"].tolist() == [2, 4, 6] and "the last line is cut" in caplog.text
+        (one / METRICS_NAME).write_text("{}\n[]\n")
+        with pytest.raises(ValueError, match=f"{one / METRICS_NAME}, line 2: the content must be an object"):
+            metrics_of(run)
+        # Names are the folder's, not what the file in it says, and the report writes its texts as texts.
+        edited = content | {"arm": "equal", "environment": {"torch": "<img src=x>|"}}
+        (one / RESULT_NAME).write_text(json.dumps(edited))
+        results = load_results(study, tmp_path)
+        assert results.scores("long", "better")[3] == content["accuracy"]
+        write_report(study, results, tmp_path / "report.md", tmp_path / "figures")
+        assert r"\<img src=x\>\|" in (tmp_path / "report.md").read_text()
+        config = tmp_path / "study.yaml"
+        config.write_text(yaml.safe_dump(TINY))
+        for change, message in (
+            ({"accuracy": "high"}, "`accuracy` must be a number"),
+            ({"seconds": None}, "`seconds`"),
+        ):
+            (one / RESULT_NAME).write_text(json.dumps(content | change))
+            assert cli(["study", "report", "--config", str(config), "--output-dir", str(tmp_path)]) == 2
+            error = capsys.readouterr().err
+            assert f"{one / RESULT_NAME}: {message}" in error and error.count("\n") == 1
 
     @pytest.mark.parametrize(
         "kept", ["test-short-sapo-seed0", "test-short-better", "test-long-sapo", "test-short-equal"]

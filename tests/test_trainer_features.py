@@ -12,6 +12,7 @@ from trl.chat_template_utils import qwen3_chat_template
 
 from sapo_trl import SAPOTrainer, Segments
 from sapo_trl.embedded import build_tokenizer
+from sapo_trl.foreign_text import visible
 
 from .testing_utils import (
     FAMILIES,
@@ -1006,7 +1007,7 @@ class TestLogs:
                         pieces.setdefault(segment, []).append(token)
                         means.setdefault(segment, []).append(advantage)
                 assert len(pieces) > 1
-                assert table["segments/text"][row] == "│".join(decode(ids) for ids in pieces.values())
+                assert table["segments/text"][row] == "│".join(visible(decode(ids)) for ids in pieces.values())
                 expected = [sum(values) / len(values) for values in means.values()]
                 assert table["segments/advantages"][row] == pytest.approx(expected, abs=1e-4)
 

@@ -211,6 +211,64 @@ class TestReading:
         assert meta["images"][0].startswith("data:image/webp") and len(meta["images"][0]) < 20_000 * 4 / 3 + 100
         assert any("Images are shrunk" in note for note in meta["notes"])
 
+    @pytest.mark.parametrize("name", ["/key.png", "../../key.png", "link.png", "fake.png", "..", "x" * 5000, "\x00"])
+    def test_no_recording_brings_another_file_into_the_page(self, name, tmp_path):
+        """A recording of someone else's, and files of this machine that are none of its images."""
+        secret = tmp_path / "key.png"
+        Image.new("RGB", (8, 8), "navy").save(secret)
+        folder = tmp_path / "run" / "segments"
+        (folder / "images").mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(folder / "images" / "own.png")
+        (folder / "images" / "link.png").symlink_to(secret)
+        (folder / "images" / "fake.png").write_text("no picture")
+        name = str(secret) if name == "/key.png" else name
+        write_rollout(folder, [recorded_response(["a"], images=["own.png", name])])
+        meta = payload_of(tmp_path / "run").meta
+        own = base64.b64encode((folder / "images" / "own.png").read_bytes()).decode()
+        assert meta["images"] == [f"data:image/png;base64,{own}"]
+        assert any("1 images are left out, such as" in note for note in meta["notes"])
+
+    def test_nor_does_a_linked_folder(self, tmp_path):
+        (tmp_path / "private").mkdir()
+        Image.new("RGB", (8, 8), "navy").save(tmp_path / "private" / "passport.png")
+        write_rollout(tmp_path / "run", [recorded_response(["a"], images=["passport.png"])])
+        (tmp_path / "run" / "images").symlink_to(tmp_path / "private")
+        assert payload_of(tmp_path / "run").meta["images"] == []
+
+    def test_the_page_is_not_written_through_a_link(self, tmp_path):
+        mine = tmp_path / "mine"
+        mine.write_text("mine")
+        write_rollout(tmp_path / "run", [recorded_response(["a"])])
+        (tmp_path / "run" / "view.html").symlink_to(mine)
+        assert main(["view", str(tmp_path / "run")]) == 0
+        assert mine.read_text() == "mine" and (tmp_path / "run" / "view.html").stat().st_size > 10_000
+
+    @pytest.mark.parametrize("masked", [[], ["W"]])
+    def test_a_run_without_a_single_loss_token(self, masked, tmp_path):
+        row = recorded_response([], masked_tokens=masked, masked_positions=[0] * len(masked))
+        write_rollout(tmp_path, [row, row])
+        payload = payload_of(tmp_path)
+        assert payload.meta["responses"]["length"] == [len(masked)] * 2
+        assert unpacked(payload)["masked"].tolist() == [1] * len(masked) * 2
+
+    def test_a_line_that_was_cut_is_left_out(self, tmp_path, capsys):
+        """Of a run that was killed; texts may hold what looks like the end of a line."""
+        rows = [recorded_response(["a\u2028", "b\x85é"]), recorded_response(["c", "dé"])]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        path = tmp_path / "segments_000000_000.json"
+        path.write_bytes(lines)
+        assert not any("cut" in note for note in payload_of(tmp_path).meta["notes"])
+        within_a_character = lines.rindex("é".encode()) + 1
+        for end in (len(lines) - 2, within_a_character):
+            path.write_bytes(lines[:end])
+            meta = payload_of(tmp_path).meta
+            assert meta["vocabulary"] == ["a\u2028", "b⟨U+0085⟩é"]
+            assert any(f"{path}: the last line is cut" in note for note in meta["notes"])
+        path.write_bytes(b"{}{\n" + lines)
+        with pytest.raises(SystemExit):
+            main(["view", str(tmp_path)])
+        assert f"{path}, line 1: not JSON" in capsys.readouterr().err
+
     def test_names_that_tell_runs_apart(self, tmp_path):
         assert run_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
         assert run_names([tmp_path / "x" / "run", tmp_path / "y" / "run"]) == ["x/run", "y/run"]
@@ -260,6 +318,21 @@ class TestPage:
         assert json.loads(page.scripts[0])["vocabulary"] == self.HOSTILE
         assert "\u2028" not in text
 
+    def test_what_turns_the_writing_direction_is_seen_and_does_not_turn_it(self, tmp_path):
+        hostile = "safe \u202egpj.exe\u2066\x1b[2J"
+        run = tmp_path / "run\u202e"
+        write_rollout(
+            run,
+            [recorded_response([hostile], prompt=hostile, masked_tokens=["\u200f"], masked_positions=[1])],
+        )
+        write_log(run, [{"step": step, f"metric {hostile}": 1.0} for step in (1, 2)])
+        write_page([read_recording(run)], tmp_path / "page.html")
+        text = (tmp_path / "page.html").read_text(encoding="utf-8")
+        meta = json.loads(PageParser(text).scripts[0])
+        assert meta["vocabulary"] == ["safe ⟨U+202E⟩gpj.exe⟨U+2066⟩⟨U+001B⟩[2J", "⟨U+200F⟩"]
+        shown = [meta["prompts"][0]["text"], meta["runs"][0], *meta["curves"][0], text]
+        assert all("⟨U+202E⟩" in each and "\u202e" not in each for each in shown)
+
     def test_nothing_is_loaded(self, tmp_path):
         write_rollout(tmp_path / "run", [recorded_response(["a"])])
         write_page([read_recording(tmp_path / "run")], tmp_path / "page.html")
@@ -272,7 +345,56 @@ class TestPage:
         assert re.search(r"script-src 'sha256-[^']+' 'sha256-[^']+';", policy)
 
 
+WRONG = {
+    "tokens": [[1, 2], "ab", ["a", None], [["a"], ["b"]]],
+    "segment_ids": [[0.5, 1.5], [0, 10**12], [1, 1], ["0", "1"], 3],
+    "logps": [["-0.5", "-1"], "ab", {"a": 1}, [[0.1], [0.2, 0.3]]],
+    "special": ["ab", [1, 2], [True]],
+    "reward": ["high", [1.0]],
+    "prompt": [None, 3],
+    "images": [[1], "x.png"],
+    "masked_tokens": [["t"], 5],
+    "masked_positions": [[7], ["0"]],
+}
+
+
 class TestCommand:
+    @pytest.mark.parametrize(
+        ("column", "value"), [(column, value) for column, values in WRONG.items() for value in values]
+    )
+    def test_a_wrong_type_in_a_recording_names_the_file_and_the_column(self, column, value, tmp_path, capsys):
+        row = recorded_response(["a", "b"]) | {column: value}
+        path = tmp_path / "segments_000000_000.json"
+        path.write_text(json.dumps(recorded_response(["a", "b"])) + "\n" + json.dumps(row) + "\n")
+        with pytest.raises(SystemExit) as exit_:
+            main(["view", str(tmp_path)])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2 and error.count("\n") == 1
+        assert str(path) in error and f"`{column}`" in error
+
+    @pytest.mark.parametrize(
+        ("name", "columns"),
+        [
+            ("ratios_000000_000.parquet", {"response": [0], "log_ratios": ["none"]}),
+            (
+                "values_000000_000.parquet",
+                {"response": [0], "token": ["x"], "monte_carlo_value": [0.5], "standard_error": [0.1]},
+            ),
+            ("trainer_state.json", {"log_history": {"step": 1}}),
+            ("trainer_state.json", [1]),
+        ],
+    )
+    def test_so_does_a_wrong_type_in_a_file_beside_it(self, name, columns, tmp_path, capsys):
+        write_rollout(tmp_path, [recorded_response(["a"])], log_ratios=False)
+        if name.endswith(".json"):
+            (tmp_path / name).write_text(json.dumps(columns))
+        else:
+            pd.DataFrame(columns).to_parquet(tmp_path / name)
+        with pytest.raises(SystemExit) as exit_:
+            main(["view", str(tmp_path)])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2 and error.count("\n") == 1 and str(tmp_path / name) in error
+
     def test_two_runs(self, tmp_path, capsys):
         for name in ("a", "b"):
             write_rollout(tmp_path / name / "segments", [recorded_response(["x", "y"])])

@@ -86,6 +86,13 @@ def test_signed_numbers_are_orange_and_blue_and_zero_is_neither():
     assert spans.tokens[0]["title"] == "segment 0, -2"
 
 
+def test_what_turns_the_writing_direction_is_written_out():
+    html = token_html(["a\u202eb\n", "\u2067c"], [0, 0], title="t\u202e")
+    assert not any(control in html for control in "\u202e\u2067")
+    assert [token["text"] for token in Spans(html).tokens] == ["a⟨U+202E⟩b↵", "⟨U+2067⟩c"]
+    assert Spans(html).heading == "t⟨U+202E⟩"
+
+
 def test_larger_numbers_are_darker_on_a_common_scale():
     numbers = [0.0, 0.5, 1.0, 5.0]
     spans = Spans(token_html(list("abcd"), [0, 1, 2, 3], numbers, limits=(0, 2)))

@@ -14,15 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
-from sapo_trl.generation import SamplerError, SamplerLostError, VLLMServerRollout, train_with_checkpoint
-from sapo_trl.generation.http_client import HTTPClient
+from sapo_trl.generation import (
+    SamplerError,
+    SamplerLostError,
+    VLLMServerRollout,
+    train_with_checkpoint,
+    vllm_server,
+)
 
 from .testing_utils import (
     Recorder,
@@ -248,7 +253,7 @@ class TestWeights:
     def test_adapters_that_cannot_be_merged_are_an_error(self, family, server, tmp_path):
         serve(server, family)
         model = get_peft_model(
-            family.build_model(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+            family.build_model(), PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
         )
         rollout = connect(server, tmp_path)
         trainer = sapo_trainer(
@@ -425,6 +430,38 @@ class TestFaults:
             for row, logps in enumerate(output["logprobs"]):
                 torch.testing.assert_close(rollout.logps[row, : len(logps)], torch.tensor(logps), atol=1e-4, rtol=0)
 
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            {},
+            [],
+            {"choices": [{"index": 0, "token_ids": None, "logprobs": None, "finish_reason": "stop"}]},
+            {
+                "choices": [
+                    {"index": 0, "token_ids": ["7"], "logprobs": {"token_logprobs": [0.0]}, "finish_reason": "stop"}
+                ]
+            },
+        ],
+    )
+    def test_an_answer_of_another_kind_is_an_error_that_says_so(self, family, server, tmp_path, monkeypatch, answer):
+        serve(server, family)
+        rollout = connect(server, tmp_path)
+        trainer = trainer_on(family, tmp_path, rollout)
+        respond = server.respond
+        monkeypatch.setattr(
+            server, "respond", lambda path, body: answer if path == "/v1/completions" else respond(path, body)
+        )
+        with pytest.raises(SamplerError, match="/v1/completions was answered otherwise than by vLLM 0.31"):
+            rollout(prompts_of(family)[:1], trainer)
+
+    def test_an_answer_that_is_too_large_for_its_tokens(self, family, server, tmp_path, monkeypatch):
+        serve(server, family)
+        monkeypatch.setattr(vllm_server, "MAX_ANSWER_BYTES", 0)
+        monkeypatch.setattr(vllm_server, "TOKEN_BYTES", 2)
+        rollout = connect(server, tmp_path)
+        with pytest.raises(SamplerError, match=r"answered with more than \d+ bytes"):
+            rollout(prompts_of(family)[:1], trainer_on(family, tmp_path, rollout))
+
     def test_a_server_that_another_run_uses_is_an_error(self, family, server, tmp_path):
         serve(server, family)
         rollout = connect(server, tmp_path)
@@ -470,23 +507,6 @@ class TestFaults:
             with pytest.raises(SamplerLostError):
                 train_with_checkpoint(trainer)
         assert get_last_checkpoint(tmp_path) is None
-
-
-class TestHTTP:
-    def test_waits_twice_as_long_each_time(self, caplog):
-        client = HTTPClient(f"http://127.0.0.1:{free_port()}", timeout=5, retries=3, backoff=0.1)
-        started = time.monotonic()
-        with caplog.at_level(logging.WARNING), pytest.raises(SamplerLostError, match="failed 4 time"):
-            client.get("/health")
-        assert 0.7 <= time.monotonic() - started < 5
-        assert [record.args[-1] for record in caplog.records] == [0.1, 0.2, 0.4]
-
-    def test_a_server_that_hangs_is_given_up_in_time(self, server):
-        client = HTTPClient(server.url, timeout=0.2, retries=1, backoff=0.01)
-        started = time.monotonic()
-        with server.lock, pytest.raises(SamplerLostError, match="failed 2 time"):
-            client.get("/health")
-        assert time.monotonic() - started < 5
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..foreign_text import visible
+
 
 def main(argv: Sequence[str], console: Console | None = None) -> int:
     """
@@ -27,7 +29,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     try:
         getattr(questions, arguments.run)(arguments, console or Console())
     except (ValueError, OSError) as error:
-        own.exit(2, f"{own.prog} {arguments.analysis}: error: {' '.join(str(error).split())}\n")
+        own.exit(2, f"{own.prog} {arguments.analysis}: error: {visible(' '.join(str(error).split()))}\n")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..config import SAPOConfig
+from ..json_files import NUMBER, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -234,8 +235,9 @@ def read_results(paths: dict[str, Path]) -> dict[str, GradientNoise]:
     for name, path in paths.items():
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file.")
+        content = read_json(path, dict.fromkeys((field.name for field in fields(GradientNoise)), NUMBER))
         try:
-            results[name] = GradientNoise(**json.loads(path.read_text(encoding="utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+            results[name] = GradientNoise(**content)
+        except TypeError as error:
             raise ValueError(f"{path}: not a file of `GradientVariance` ({error}).") from error
     return results

@@ -75,7 +75,11 @@ def _lift_files(
 
 def run_ratio_bias(arguments: argparse.Namespace, console: Console) -> None:
     """The logged bias and bound over training."""
-    logged = logged_bias(read_log_history(arguments.run_folder))
+    log = read_log_history(arguments.run_folder)
+    try:
+        logged = logged_bias(log)
+    except ValueError as error:
+        raise ValueError(f"{arguments.run_folder}: {error}") from error
     if logged.empty:
         raise ValueError(f"{arguments.run_folder}: no entry of the log has both the bias and its bound.")
     table = Table("Segment ratios", "mean", "largest", "last")
@@ -134,11 +138,11 @@ def read_borders(path: Path, responses: pd.DataFrame) -> list[list[int]]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
     known = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             entry = json.loads(line)
             known[entry["step"], entry["process"], entry["response"]] = [int(place) for place in entry["borders"]]
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not an object with step, process, response, borders.") from error
     keys = list(zip(responses["step"], responses["process"], responses["response"], strict=True))
     for step, process, response in keys:

@@ -78,7 +78,7 @@ def logged_bias(log: pd.DataFrame) -> pd.DataFrame:
         `pd.DataFrame`: `step`, `bias`, `bound`, and `ratio_mean` where it was logged, one row per logged update.
 
     Raises:
-        ValueError: if the log lacks them.
+        ValueError: if the log lacks them, or if they are no numbers.
     """
     for name in ("step", *COLUMNS):
         if name not in log:
@@ -87,5 +87,8 @@ def logged_bias(log: pd.DataFrame) -> pd.DataFrame:
                 '`ratio_reduction="mean"` and one of this package\'s losses.'
             )
     names = {"step": "step", COLUMNS[0]: "bias", COLUMNS[1]: "bound", "ratio/mean": "ratio_mean"}
+    for name in names:
+        if name in log and not pd.api.types.is_numeric_dtype(log[name]):
+            raise ValueError(f"`{name}` in the log must be a number in every entry.")
     table = log[[name for name in names if name in log]].rename(columns=names)
     return table.dropna(subset=["bias", "bound"]).reset_index(drop=True)

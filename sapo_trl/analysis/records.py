@@ -2,20 +2,82 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyarrow import ArrowInvalid
+from pyarrow import ArrowException
 
+from ..json_files import read_json, read_json_lines
 from ..run_folder import TRAINER_STATE_NAME, newest_checkpoint
 
 
-TOKEN_COLUMNS = ("tokens", "segment_ids", "logps", "entropies", "values", "advantages", "returns")
-VALUE_COLUMNS = ("response", "segment", "value", "monte_carlo_value", "standard_error")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    The kind of the cells of a column.
+
+    Args:
+        words (`str`): for errors.
+        fits (`Callable`): whether a cell is one.
+        optional (`bool`, *optional*, defaults to `False`): whether the column may be missing, or a cell be empty.
+    """
+
+    words: str
+    fits: Callable[[Any], bool]
+    optional: bool = False
+
+
+def holds(kinds: str) -> Callable[[Any], bool]:
+    """Whether a cell is a list whose entries have one of these kinds of NumPy's types."""
+
+    def fits(cell: Any) -> bool:
+        try:
+            array = np.asarray(cell)
+        except ValueError:  # rows of different lengths
+            return False
+        return array.ndim == 1 and (array.size == 0 or array.dtype.kind in kinds)
+
+    return fits
+
+
+def _are_texts(cell: Any) -> bool:
+    # Not by NumPy: one long text would make every other one as large.
+    return isinstance(cell, list | np.ndarray) and all(isinstance(entry, str) for entry in cell)
+
+
+def _are_segments(cell: Any) -> bool:
+    return _INTEGERS(cell) and (len(cell) == 0 or (cell[0] == 0 and bool(np.isin(np.diff(cell), (0, 1)).all())))
+
+
+_INTEGERS = holds("iu")
+ANYTHING = Kind("anything", lambda cell: True)
+TEXT = Kind("a text", lambda cell: isinstance(cell, str))
+TEXTS = Kind("a list of texts", _are_texts)
+INTEGER = Kind("an integer", lambda cell: isinstance(cell, Integral))
+NUMBER = Kind("a number", lambda cell: isinstance(cell, Real))
+NUMBERS = Kind("a list of numbers", holds("fiu"))
+SEGMENTS = Kind("a list of segment numbers that begins at 0 and rises by 1 or by nothing", _are_segments)
+REWARD = Kind("a number or empty", NUMBER.fits, optional=True)
+
+TOKEN_COLUMNS = {
+    "tokens": TEXTS,
+    "segment_ids": SEGMENTS,
+    **dict.fromkeys(("logps", "entropies", "values", "advantages", "returns"), NUMBERS),
+}
+VALUE_COLUMNS = {
+    **dict.fromkeys(("response", "segment"), INTEGER),
+    **dict.fromkeys(("value", "monte_carlo_value", "standard_error"), NUMBER),
+}
 
 
 def read_responses(
@@ -40,10 +102,10 @@ def read_responses(
     """
     frames = []
     for path, step, process in recorded_files(Path(folder), "segments", ("parquet", "json"), "SegmentationCallback"):
-        frame = read_frame(path, ("step", "reward", *columns))
-        lengths = frame[list(columns)].map(lambda cell: len(cell) if hasattr(cell, "__len__") else -1)
-        if (scalar := (lengths < 0).any()).any():
-            raise ValueError(f"{path}: column `{scalar.idxmax()}` must hold one list per response.")
+        kinds = {name: TOKEN_COLUMNS.get(name, NUMBERS) for name in columns}
+        frame, notes = read_frame(path, {"step": INTEGER, "reward": REWARD, **kinds})
+        _log(notes)
+        lengths = frame[list(columns)].map(len)
         if (uneven := lengths.nunique(axis=1) > 1).any():
             row = int(uneven.to_numpy().argmax())
             raise ValueError(f"{path}: the lists of response {row} differ in length: {lengths.iloc[row].to_dict()}.")
@@ -68,7 +130,7 @@ def read_values(folder: str | Path) -> pd.DataFrame:
         ValueError: if there is no such folder or file, or if a file is damaged or lacks a column.
     """
     frames = [
-        read_frame(path, VALUE_COLUMNS)[list(VALUE_COLUMNS)].assign(step=step, process=process)
+        read_frame(path, VALUE_COLUMNS)[0][list(VALUE_COLUMNS)].assign(step=step, process=process)
         for path, step, process in recorded_files(Path(folder), "values", ("parquet",), "ValueDiagnostics")
     ]
     return pd.concat(frames, ignore_index=True)[["step", "process", *VALUE_COLUMNS]]
@@ -76,7 +138,7 @@ def read_values(folder: str | Path) -> pd.DataFrame:
 
 def read_log_history(path: str | Path) -> pd.DataFrame:
     """
-    Read a run's log.
+    Read a run's log. A last line that is cut, as by a run that was killed, is left out with a warning.
 
     Args:
         path (`str` or `Path`):
@@ -90,24 +152,32 @@ def read_log_history(path: str | Path) -> pd.DataFrame:
     Raises:
         ValueError: if there is no log, or if it cannot be read.
     """
-    path = Path(path)
+    log, notes = read_log(Path(path))
+    _log(notes)
+    return log
+
+
+def read_log(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """[`read_log_history`], with notes instead of warnings."""
     if path.is_dir():
         path = _log_file(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file or folder.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            entries = json.loads(text)["log_history"]
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error}).") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no `log_history` in it; a `trainer_state.json` or a `.jsonl` is read.") from error
-    if not entries or not all(isinstance(entry, dict) for entry in entries):
+    notes: list[str] = []
+    if path.suffix == ".jsonl":
+        entries, notes = read_json_lines(path)
+    else:
+        content = read_json(path)
+        if not isinstance(content, dict) or "log_history" not in content:
+            raise ValueError(f"{path}: no `log_history` in it; a `trainer_state.json` or a `.jsonl` is read.")
+        entries = content["log_history"]
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: the log must have at least one entry, each an object of names and numbers.")
-    return pd.DataFrame(entries)
+    log = _as_frame(path, entries)
+    if "step" in log:
+        _check_column(path, log["step"], REWARD)
+        log["step"] = pd.to_numeric(log["step"])  # of cells that are all empty, pandas would make objects
+    return log, notes
 
 
 def flatten(responses: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -163,31 +233,54 @@ def recorded_files(folder: Path, kind: str, formats: tuple[str, ...], writer: st
     return chosen
 
 
-def read_frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+def read_frame(path: Path, columns: Mapping[str, Kind]) -> tuple[pd.DataFrame, list[str]]:
     """
     Read a recorded file.
 
     Args:
         path (`Path`): a Parquet file, or one with a JSON object on each line.
-        columns (`tuple[str]`): columns that it must have.
+        columns (`Mapping[str, Kind]`): its columns; optional ones may be missing.
 
     Returns:
-        `pd.DataFrame`: all of its columns.
+        `tuple[pd.DataFrame, list[str]]`: all of its columns, and notes on lines that are left out.
 
     Raises:
-        ValueError: if it is damaged or lacks a column.
+        ValueError: if it is damaged, lacks a column, or has cells of another kind.
     """
-    try:
-        if path.suffix == ".parquet":
+    notes: list[str] = []
+    if path.suffix == ".parquet":
+        try:
             frame = pd.read_parquet(path)
-        else:
-            frame = pd.DataFrame([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-    except (ArrowInvalid, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a {path.suffix[1:]} file ({str(error).splitlines()[0]}).") from error
-    missing = [name for name in columns if name not in frame]
-    if missing:
-        raise ValueError(f"{path}: column `{missing[0]}` is missing; it has {sorted(frame.columns)}.")
-    return frame
+        except (ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]}).") from error
+    else:
+        rows, notes = read_json_lines(path)
+        frame = _as_frame(path, rows)
+    for name, kind in columns.items():
+        if name in frame:
+            _check_column(path, frame[name], kind)
+        elif not kind.optional:
+            raise ValueError(f"{path}: column `{name}` is missing; it has {sorted(frame.columns)}.")
+    return frame, notes
+
+
+def _as_frame(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    try:
+        return pd.DataFrame(rows)
+    except (ValueError, TypeError, OverflowError) as error:  # such as half a character
+        raise ValueError(f"{path}: its lines are no table ({error}).") from error
+
+
+def _check_column(path: Path, column: pd.Series, kind: Kind) -> None:
+    for place, cell in enumerate(column):
+        # pandas fills cells that a row lacks with NaN.
+        if not kind.fits(cell) and not (kind.optional and pd.api.types.is_scalar(cell) and pd.isna(cell)):
+            raise ValueError(f"{path}, row {place}: `{column.name}` must be {kind.words}, got {str(cell)[:60]!r}.")
+
+
+def _log(notes: list[str]) -> None:
+    for note in notes:
+        logger.warning(note)
 
 
 def _log_file(folder: Path) -> Path:

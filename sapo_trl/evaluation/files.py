@@ -21,6 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path (`Path`): the file to write or to replace.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # it may be a link, which would be written through
     try:
         yield temporary
         with open(temporary, "rb+") as file:

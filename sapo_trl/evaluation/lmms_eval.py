@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..json_files import Each, read_json
 from .settings import EvalArguments
 
 
@@ -137,7 +137,7 @@ def run_harness(arguments: EvalArguments, names: Sequence[str]) -> dict[str, dic
     written = sorted(set(output.rglob("*_results.json")) - before)
     if not written:
         raise HarnessError(f"lmms-eval has written no results to {str(output)!r}; its command was {command}.")
-    return read_harness_results(json.loads(written[-1].read_text(encoding="utf-8")), names)
+    return read_harness_results(read_json(written[-1], {"results": Each(dict)}), names)
 
 
 def read_harness_results(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -170,7 +170,7 @@ def read_harness_results(content: Mapping[str, Any], names: Sequence[str]) -> di
         benchmarks[name] = {
             "title": name,
             "headline": task.headline,
-            "scoring_note": f"lmms-eval's task `{task.name}`, its prompts, data and scorer.",
+            "scoring_note": f"lmms-eval's task {task.name!r}, its prompts, data and scorer.",
             "problems": effective,
             "belonging": int(samples.get("original", effective)),
             "n": 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from ..embedded import default_cache_dir, warm_start
 from ..folder_lock import locked
+from ..json_files import NUMBER, Each, read_json
 from .backends import BATCH_SIZES, Backend, Request, generation_seed, make_backend
 from .benchmark import Benchmark
 from .files import write_json
@@ -29,6 +29,18 @@ from .tables import make_tables, write_tables
 
 EVAL_NAME = "eval.json"
 EMBEDDED = "embedded"
+_RECORD = {
+    "model_name": str,
+    "settings": {
+        **dict.fromkeys(("model", "backend"), str),
+        **dict.fromkeys(("temperature", "top_p"), NUMBER),
+        **dict.fromkeys(("n", "max_new_tokens", "seed"), int),
+    },
+    "weights": dict,
+    "benchmarks": Each({"source": str, "asked": int, "belonging": int, "fingerprint": str}),
+    "environments": list,
+}
+"""What is read of an `eval.json`."""
 
 
 def run_evaluation(
@@ -154,7 +166,7 @@ def _generate(rows: Rows, arguments: EvalArguments, backend: Backend, store: Gen
 
 def _score(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark], console: Console) -> dict[str, Any]:
     folder = arguments.run_folder
-    record = json.loads((folder / EVAL_NAME).read_text(encoding="utf-8"))
+    record = read_json(folder / EVAL_NAME, _RECORD)
     unknown = [name for name in record["benchmarks"] if name not in benchmarks]
     if unknown:
         raise ValueError(f"{str(folder / EVAL_NAME)!r} has benchmarks that are not known here: {', '.join(unknown)}.")
@@ -223,7 +235,7 @@ def _check_same_run(folder: Path, record: dict[str, Any]) -> None:
     path = folder / EVAL_NAME
     if not path.is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path, _RECORD)
     there = f"{str(folder)!r} holds a run"
     remedy = "Take its settings to continue it, or another `output_dir`."
     for name, value in record["settings"].items():
@@ -240,7 +252,7 @@ def _check_same_run(folder: Path, record: dict[str, Any]) -> None:
                 f"{entry['source']!r}, {entry['asked']}). {remedy}"
             )
     record["benchmarks"] = before["benchmarks"] | record["benchmarks"]
-    if before["environments"][-1] == record["environments"][-1]:
+    if before["environments"][-1:] == record["environments"]:
         record["environments"] = before["environments"]
     else:
         record["environments"] = [*before["environments"], *record["environments"]]

@@ -14,7 +14,7 @@ from .benchmark import Benchmark, Problem
 from .files import replacing
 from .judge import Judge
 from .progress import Steps
-from .store import GenerationStore, stored_problem
+from .store import GenerationStore, read_table, stored_problem
 
 
 SCORES_NAME = "scores.parquet"
@@ -58,6 +58,12 @@ def score_run(
     """
     problems = {(row["benchmark"], row["row"]): stored_problem(row) for row in store.problems()}
     generations = [row for row in store.generations() if row["benchmark"] in benchmarks]
+    for row in generations:
+        if (row["benchmark"], row["row"]) not in problems:
+            raise ValueError(
+                f"{str(folder)!r} has generations of {row['benchmark']} {row['id']!r}, but the problem is not in its "
+                "folder problems: a file was lost there."
+            )
     scores = []
     with Steps(console, "Scoring", len(generations)) as steps:
         for row in generations:
@@ -81,7 +87,7 @@ def score_run(
 def read_scores(folder: Path) -> list[dict[str, Any]]:
     """The scores of a run folder: rows of [`SCORES`]; none if nothing has been scored."""
     path = folder / SCORES_NAME
-    return pq.read_table(path).to_pylist() if path.is_file() else []
+    return read_table(path, SCORES).to_pylist() if path.is_file() else []
 
 
 def _score(benchmark: Benchmark, problem: Problem, row: dict[str, Any]) -> dict[str, Any]:

@@ -108,9 +108,10 @@ class EvalArguments:
         judge_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable with the endpoint's key. The key itself is stored nowhere.
         judge_timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds an answer may take.
+            Seconds from a question to the end of its answer.
         judge_retries (`int`, *optional*, defaults to `4`):
-            How often a failed request is repeated.
+            How often a failed request is repeated: after the seconds that the endpoint names, else 1, 2, 4, …, at most
+            30.
         judge_workers (`int`, *optional*, defaults to `8`):
             Requests at a time.
 

@@ -47,6 +47,7 @@ THUMBNAIL_SIDE = 384
 """Pixels of the longer side of the pictures that are kept for the page."""
 
 _PART = re.compile(r"part-(\d{6})-(\d{6})\.parquet")
+_UNFINISHED = re.compile(rf"\.{_PART.pattern}\.\d+")
 
 
 class PartFiles:
@@ -85,19 +86,20 @@ class PartFiles:
 
     def _merge(self, parts: Sequence[tuple[int, int, Path]]) -> None:
         if len(parts) > 1:
-            self._write(parts[0][0], parts[-1][1], pa.concat_tables([pq.read_table(path) for _, _, path in parts]))
+            self._write(parts[0][0], parts[-1][1], pa.concat_tables([self._read(path) for _, _, path in parts]))
             self.tidy()
 
     def tidy(self) -> None:
         """Remove what a killed process has left: covered parts and unfinished files."""
         valid = {path for _, _, path in self._parts()}
         for path in self.folder.iterdir():
-            if path not in valid and (_PART.fullmatch(path.name) or path.name.startswith(".")):
+            # No other hidden files: a folder from someone else may be a link to a place where there are some.
+            if path not in valid and (_PART.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)):
                 path.unlink()
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
-        """All rows, in the order in which they were added."""
-        tables = [pq.read_table(path, columns=columns) for _, _, path in self._parts()]
+        """All rows, in the order in which they were added. Raises `ValueError` for a file that is damaged."""
+        tables = [self._read(path, columns) for _, _, path in self._parts()]
         return pa.concat_tables(tables) if tables else self.schema.empty_table().select(columns or self.schema.names)
 
     def _parts(self) -> list[tuple[int, int, Path]]:
@@ -115,9 +117,20 @@ class PartFiles:
                 parts.append(part)
         return parts
 
+    def _read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
+        return read_table(path, self.schema if columns is None else pa.schema([self.schema.field(c) for c in columns]))
+
     def _write(self, first: int, last: int, table: pa.Table) -> None:
         with replacing(self.folder / f"part-{first:06d}-{last:06d}.parquet") as temporary:
             pq.write_table(table, temporary)
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema` of a parquet file. Raises `ValueError` if it is damaged, or has others."""
+    try:
+        return pq.read_table(path, columns=schema.names).select(schema.names).cast(schema)
+    except (pa.ArrowException, OSError, LookupError) as error:
+        raise ValueError(f"{path}: not a file of this version, or damaged ({str(error).splitlines()[0]}).") from error
 
 
 class GenerationStore:
@@ -185,10 +198,12 @@ class GenerationStore:
 
 
 def stored_problem(row: dict[str, Any]) -> Problem:
-    """A problem from its row of [`PROBLEMS`], without its images."""
-    return Problem(
-        id=row["id"], prompt=json.loads(row["prompt"]), answer=row["answer"], fields=json.loads(row["fields"])
-    )
+    """A problem from its row of [`PROBLEMS`], without its images. Raises `ValueError` if it holds no JSON."""
+    try:
+        prompt, fields = json.loads(row["prompt"]), json.loads(row["fields"])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"problems: {row['benchmark']} {row['id']!r} has no JSON in its row ({error}).") from error
+    return Problem(id=row["id"], prompt=prompt, answer=row["answer"], fields=fields)
 
 
 def _problem_row(benchmark: str, row: int, problem: Problem) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from ..foreign_text import escape_markdown, visible
+from ..json_files import NUMBER, Each, check_shape, read_json
 from ..study.markdown import markdown_table
 from .files import write_json, write_text
 from .published import (
@@ -44,6 +45,21 @@ TITLES = {
     "math500": "MATH500",
 }
 
+
+_INTERVAL = {"value": NUMBER, "low": (type(None), *NUMBER), "high": (type(None), *NUMBER)}
+_RESULTS = {
+    "name": str,
+    "model": str,
+    "benchmarks": Each(
+        {
+            **dict.fromkeys(("title", "headline", "scoring_note"), str),
+            **dict.fromkeys(("problems", "belonging", "n", "errors"), int),
+            "metrics": Each(_INTERVAL),
+            "scorers": dict,
+        }
+    ),
+}
+"""What tables need of a `results.json`."""
 
 PART = "†"
 """Marks numbers of a part of a benchmark (`limit`, or a run that is not finished)."""
@@ -151,9 +167,9 @@ def as_markdown(tables: Sequence[ResultTable]) -> str:
     """Tables with their titles and notes."""
     texts = []
     for table in tables:
-        frame = table.frame.map(lambda text: text.replace("|", "\\|"))
-        frame.columns = [name.replace("|", "\\|") for name in frame.columns]
-        notes = "\n".join(f"- {note}" for note in table.notes)
+        frame = table.frame.map(escape_markdown)
+        frame.columns = [escape_markdown(name) for name in frame.columns]
+        notes = "\n".join(f"- {escape_markdown(note)}" for note in table.notes)
         texts.append(f"## {table.title}\n\n{markdown_table(frame)}\n\n{notes}\n")
     return "\n".join(texts)
 
@@ -200,13 +216,18 @@ def write_tables(folder: Path, tables: Sequence[ResultTable]) -> list[Path]:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """A run folder's results. Raises `ValueError` if there are none."""
+    """A run folder's results. Raises `ValueError` if there are none, or the file is old or damaged."""
     path = folder / RESULTS_NAME
     if not path.is_file():
         raise ValueError(
             f"{str(folder)!r} has no {RESULTS_NAME}: it is no run folder of `sapo-trl eval`, or unfinished."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    results = read_json(path, _RESULTS)
+    for name, entry in results["benchmarks"].items():
+        check_shape(entry["metrics"], {entry["headline"]: dict}, str(path), f"benchmarks.{name}.metrics")
+        if entry["n"] > 1:
+            check_shape(entry, {"repeated": Each(_INTERVAL)}, str(path), f"benchmarks.{name}")
+    return results
 
 
 def _run_row(run: Mapping[str, Any], names: Sequence[str], has_average: bool) -> Row:
@@ -218,7 +239,7 @@ def _run_row(run: Mapping[str, Any], names: Sequence[str], has_average: bool) ->
     scorers = {scorer for name in names for scorer in run["benchmarks"].get(name, {}).get("scorers", ())}
     # The rules speak first, a judge after them.
     ordered = sorted(scorers, key=lambda scorer: (scorer != "rules", scorer))
-    return Row(run["name"], ", then ".join(ordered), cells)
+    return Row(visible(run["name"]), visible(", then ".join(ordered)), cells)
 
 
 def _cell(benchmark: Mapping[str, Any] | None) -> Cell | None:
@@ -258,7 +279,7 @@ def _published_name(name: str, size: str) -> str:
 
 def _column_title(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
     titles = [run["benchmarks"][name]["title"] for run in runs if name in run["benchmarks"]]
-    return TITLES.get(name) or titles[0]
+    return TITLES.get(name) or visible(titles[0])
 
 
 def _notes(runs: Sequence[Mapping[str, Any]], names: Sequence[str], has_published: bool) -> list[str]:
@@ -288,7 +309,7 @@ def _notes(runs: Sequence[Mapping[str, Any]], names: Sequence[str], has_publishe
             if entry["errors"]:
                 notes.append(f"{run['name']}, {entry['title']}: {entry['errors']} answers could not be scored.")
     notes += [f"{entry['title']}: {entry['scoring_note']}" for entry in found.values() if entry["scoring_note"]]
-    return notes
+    return [visible(note) for note in notes]
 
 
 def _metric(entry: Mapping[str, Any]) -> str:

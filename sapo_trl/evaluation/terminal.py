@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from ..foreign_text import visible
 from .benchmark import Benchmark
 from .judge import JudgeError
 from .lmms_eval import HarnessError, run_harness
@@ -98,5 +99,6 @@ def _show(tables: Sequence[ResultTable], console: Console) -> None:
 
 
 def _failed(error: object, code: int) -> int:
-    Console(stderr=True).print("Error:", str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+    message = f"Error: {visible(str(error))}"
+    Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
     return code

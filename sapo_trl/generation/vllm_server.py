@@ -13,8 +13,9 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 from trl import is_conversational, prepare_multimodal_messages
 
-from .http_client import HTTPClient, SamplerError, SamplerLostError
+from ..http_client import MAX_ANSWER_BYTES, HTTPClient, RequestRefusedError, ServerLostError
 from .policy_weights import remove_others, save_policy
 
 
@@ -38,7 +39,41 @@ _HOW_TO_START = (
     "--logprobs-mode processed_logprobs --enable-scale-out\n\nand see docs/vllm.md."
 )
 
+TOKEN_BYTES = 1024
+"""Of an answer for each token that it may have: ids, log-probabilities, and the text that goes with them."""
+
 T = TypeVar("T")
+
+
+class SamplerError(RuntimeError):
+    """The sampler answered, and refused or contradicted what it was asked."""
+
+
+class SamplerLostError(SamplerError):
+    """The sampler did not answer, again and again."""
+
+
+class _SamplerClient(HTTPClient):
+    """The client, with the sampler's errors."""
+
+    def request(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().request(*args, **kwargs)
+        except ServerLostError as error:
+            raise SamplerLostError(str(error)) from error
+        except RequestRefusedError as error:
+            raise SamplerError(str(error)) from error
+
+
+@contextmanager
+def _answer_to(path: str) -> Iterator[None]:
+    """Takes an answer apart: whatever is not found where vLLM has it is a [`SamplerError`]."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError) as error:
+        raise SamplerError(
+            f"{path} was answered otherwise than by vLLM 0.31 ({type(error).__name__}: {error}); is it a vLLM server?"
+        ) from error
 
 
 @dataclass
@@ -85,9 +120,10 @@ class VLLMServerRollout:
             Where the policy's weights are written: a folder for this run alone, that the server sees under the same
             path. Holds one copy of the policy, two while a new one is being written.
         timeout (`float`, *optional*, defaults to 600):
-            Seconds that the answer to one request may take.
+            Seconds from the beginning of one request to the end of its answer.
         retries (`int`, *optional*, defaults to 5):
-            How often a request that failed is repeated, after 1, 2, 4, … times `backoff` seconds.
+            How often a request that failed is repeated, after 1, 2, 4, … times `backoff` seconds or those that the
+            server names, at most 30.
         backoff (`float`, *optional*, defaults to 1):
             Seconds before the first repetition.
         start_timeout (`float`, *optional*, defaults to 0):
@@ -120,7 +156,7 @@ class VLLMServerRollout:
         start_timeout: float = 0.0,
         seeded: bool = True,
     ):
-        self.client = HTTPClient(base_url, timeout, retries, backoff)
+        self.client = _SamplerClient(base_url, timeout, retries, backoff, is_nearby=True)
         # Absolute, because the server has a working directory of its own.
         self.weights_dir = Path(weights_dir).resolve()
         self.seeded = seeded
@@ -197,11 +233,13 @@ class VLLMServerRollout:
                 f"The server at {self.client.base_url} has no endpoints to change its weights ({error}). It needs "
                 f"vLLM 0.31 and the environment variable VLLM_SERVER_DEV_MODE=1. {_HOW_TO_START}"
             ) from error
-        model = self.client.get("/v1/models")["data"][0]["id"]
+        with _answer_to("/v1/models"):
+            model = self.client.get("/v1/models")["data"][0]["id"]
         # Of the distribution that is sampled from, cut down to its most probable token, that token has probability 1.
         probe = {"model": model, "prompt": [0], "max_tokens": 1, "logprobs": 0, "temperature": 1.0, "top_p": 1e-6}
-        choice = self.client.post("/v1/completions", probe)["choices"][0]
-        if abs(choice["logprobs"]["token_logprobs"][0]) > 1e-4:
+        with _answer_to("/v1/completions"):
+            logprob = float(self.client.post("/v1/completions", probe)["choices"][0]["logprobs"]["token_logprobs"][0])
+        if abs(logprob) > 1e-4:
             raise SamplerError(
                 f"The server at {self.client.base_url} returns log-probabilities from before temperature and "
                 "truncation; the importance correction needs those of the distribution that it samples from. Start "
@@ -211,7 +249,8 @@ class VLLMServerRollout:
 
     def _has_weights(self) -> bool:
         # A server that was restarted has the weights it started with, and calls them otherwise.
-        return self.client.get("/weight_info")["weight_version"] == self.weights
+        with _answer_to("/weight_info"):
+            return self.client.get("/weight_info")["weight_version"] == self.weights
 
     def _sync_weights(self, trainer: Any) -> None:
         """Give the server the policy as it is now, unless it has it."""
@@ -238,8 +277,9 @@ class VLLMServerRollout:
 
     def _reset_prefix_cache(self) -> None:
         for attempt in range(self.client.retries + 1):
-            if self.client.post("/reset_prefix_cache")["success"]:
-                return
+            with _answer_to("/reset_prefix_cache"):
+                if self.client.post("/reset_prefix_cache")["success"]:
+                    return
             time.sleep(self.client.backoff * 2**attempt)
         raise SamplerError(
             f"The vLLM server at {self.client.base_url} is busy and keeps its prefix cache, which belongs to older "
@@ -259,17 +299,26 @@ class VLLMServerRollout:
         return answers, all(answer.complete for answer in answers) and self._has_weights()
 
     def _respond(self, request: _Request, sampling: dict[str, Any]) -> _Answer:
-        if request.images:
-            choices = self._choices_for_images(request, sampling)
-        else:
-            payload = {"model": self.model, "prompt": request.prompt_ids, "return_token_ids": True, **sampling}
-            choices = self.client.post("/v1/completions", payload)["choices"]
+        path = "/inference/v1/generate" if request.images else "/v1/completions"
+        tokens = sampling["n"] * (len(request.prompt_ids) + sampling["max_tokens"])
+        max_bytes = MAX_ANSWER_BYTES + TOKEN_BYTES * tokens
+        with _answer_to(path):
+            if request.images:
+                choices = self._choices_for_images(path, request, sampling, max_bytes)
+            else:
+                payload = {"model": self.model, "prompt": request.prompt_ids, "return_token_ids": True, **sampling}
+                choices = self.client.post(path, payload, max_bytes=max_bytes)["choices"]
+            return self._read_choices(request, choices)
+
+    def _read_choices(self, request: _Request, choices: list[dict[str, Any]]) -> _Answer:
         if len(choices) != request.n:
             raise SamplerError(f"The vLLM server returned {len(choices)} responses where {request.n} were asked for.")
         answer = _Answer()
         for choice in sorted(choices, key=lambda choice: choice["index"]):
             logprobs = choice["logprobs"]
             logprobs = [t["logprob"] for t in logprobs["content"]] if request.images else logprobs["token_logprobs"]
+            if not all(isinstance(token, int) for token in choice["token_ids"]):
+                raise TypeError(f"`token_ids` must be integers, got {choice['token_ids'][:5]!r}")
             # A server that is stopped returns what it had.
             answer.complete &= choice["finish_reason"] in ("stop", "length") and len(choice["token_ids"]) > 0
             if len(logprobs) != len(choice["token_ids"]):
@@ -281,7 +330,9 @@ class VLLMServerRollout:
             answer.logprobs.append(logprobs)
         return answer
 
-    def _choices_for_images(self, request: _Request, sampling: dict[str, Any]) -> list[dict[str, Any]]:
+    def _choices_for_images(
+        self, path: str, request: _Request, sampling: dict[str, Any], max_bytes: int
+    ) -> list[dict[str, Any]]:
         payload = {
             "model": self.model,
             "token_ids": request.collapsed_ids,
@@ -290,7 +341,7 @@ class VLLMServerRollout:
             "sampling_params": sampling,
         }
         try:
-            answer = self.client.post("/inference/v1/generate", payload)
+            answer = self.client.post(path, payload, max_bytes=max_bytes)
         except SamplerLostError:
             raise
         except SamplerError as error:

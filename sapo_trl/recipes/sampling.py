@@ -1,6 +1,5 @@
 """Scored responses of a model to the prompts of a data set: the training data of both recipes."""
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ from transformers import (
     TrainingArguments,
 )
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import create_model_from_path, is_async_callable
 
 from ..embedded import load_processor
 from ..generation.model_settings import own_settings_ignored
+from ..reward_calls import checked_rewards
 
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
@@ -145,6 +145,7 @@ def sample_responses(
             Called as by [`~trl.GRPOTrainer`]: with `prompts`, `completions` (messages where the prompts are),
             `completion_ids` and every other column of the data set. Arguments that only a running trainer has, such as
             `trainer_state`, are missing. Called after every batch, so that a broken function fails early.
+            Failing for one completion costs no other its reward.
         num_samples (`int`):
             Responses per prompt.
         temperature, top_p, top_k, max_completion_length, batch_size, reward_weights:
@@ -372,13 +373,13 @@ def _checked_rewards(
     if not functions:
         raise ValueError("`reward_funcs` is empty: nothing tells a right response from a wrong one.")
     for function in functions:
-        if not callable(function) or isinstance(function, torch.nn.Module) or inspect.iscoroutinefunction(function):
+        if not callable(function) or isinstance(function, torch.nn.Module) or is_async_callable(function):
             raise TypeError(f"`reward_funcs` must be plain functions, got {function!r}.")
     if weights is not None and len(weights) != len(functions):
         raise ValueError(
             f"`reward_weights` has {len(weights)} values for {len(functions)} reward functions; one each is needed."
         )
-    return functions, [1.0] * len(functions) if weights is None else list(weights)
+    return checked_rewards(functions), [1.0] * len(functions) if weights is None else list(weights)
 
 
 def _score(
@@ -395,12 +396,6 @@ def _score(
     totals = [math.nan] * len(rows)
     for function, weight in zip(functions, weights, strict=True):
         rewards = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        if len(rewards) != len(rows):
-            name = getattr(function, "__name__", repr(function))
-            raise ValueError(
-                f"The reward function {name!r} returned {len(rewards)} rewards for {len(rows)} completions; one each "
-                "is needed."
-            )
         for i, reward in enumerate(rewards):
             if reward is not None:
                 totals[i] = weight * float(reward) + (0.0 if math.isnan(totals[i]) else totals[i])

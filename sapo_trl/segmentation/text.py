@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -42,11 +42,10 @@ class NewlineSegmenter:
         mask = mask.bool()
         tokenizer = _given(self.tokenizer, tokenizer)
         texts, special = token_texts(tokenizer, completion_ids), set(tokenizer.all_special_ids)
-        has_newline = torch.tensor(["\n" in text for text in texts], device=completion_ids.device)
-        has_text = torch.tensor(
-            [text.strip() != "" and index not in special for index, text in enumerate(texts)],
-            device=completion_ids.device,
-        )
+        # Of no texts at all, torch would make float32.
+        as_flags = partial(torch.tensor, dtype=torch.bool, device=completion_ids.device)
+        has_newline = as_flags(["\n" in text for text in texts])
+        has_text = as_flags([text.strip() != "" and index not in special for index, text in enumerate(texts)])
         is_newline, is_text = has_newline[completion_ids] & mask, has_text[completion_ids] & mask
         # If the next token of the row (across holes) is a newline too, this one does not end the line.
         ends_line = is_newline & ~_next_in_mask(is_newline, mask)

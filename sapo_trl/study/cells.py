@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..json_files import NUMBER, check_shape
 from ..presets import preset_settings
 from .config import Arm, Budget, Records, StudyConfig
 from .task import ModelSize, TaskConfig, WarmStartConfig
@@ -17,6 +18,11 @@ from .task.warm_start import fingerprint
 
 RESULT_NAME = "result.json"
 CELL_NAME = "cell.json"
+_COSTS = ("seconds", "cpu_seconds", "completions", "optimizer_steps", "rollout_tokens", "sampled_tokens")
+_RESULT = {"measure": str, "environment": dict, **dict.fromkeys(_COSTS, NUMBER)}
+"""What every `result.json` holds."""
+_ACCURACY = dict.fromkeys(("accuracy", "greedy_accuracy"), NUMBER)
+"""What it also holds where the accuracy was measured."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +144,18 @@ def comparison_cells(study: StudyConfig, learning_rates: dict[str, float]) -> li
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run; `None` while it is not finished."""
+    """
+    The result of a finished run; `None` while it is not finished. Raises `ValueError` for a file of another version.
+    """
     path = folder / RESULT_NAME
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # the second after a power cut
+        result = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):  # not JSON: after a power cut
         return None
+    check_shape(result, _RESULT, str(path))
+    if result["measure"] == "accuracy":
+        check_shape(result, _ACCURACY, str(path))
+    return result
 
 
 def _cell(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..foreign_text import visible
+
 
 def main(argv: Sequence[str]) -> int:
     """
@@ -49,10 +51,10 @@ def main(argv: Sequence[str]) -> int:
         path = arguments.report or output_dir / "report.md"
         write_report(study, load_results(study, output_dir), path, arguments.figures or path.parent / "figures")
     except CellFailed as error:
-        console.print("Error:", str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        console.print("Error:", visible(str(error)), style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
     except (OSError, ValueError) as error:
-        console.print("Error:", str(error), style="red", highlight=False, markup=False)
+        console.print("Error:", visible(str(error)), style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("Stopped. Finished runs are kept; run the same command to continue.")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..foreign_text import escape_markdown
 from .analyses import write_analyses
 from .comparisons import SIGNIFICANCE, Comparison, comparisons, verdict
 from .config import StudyConfig
@@ -232,8 +233,8 @@ def _environment(results: StudyResults) -> str:
     lines = ["## Computed with\n"]
     mixed = []
     for name in environments.columns:
-        values = sorted(environments[name].astype(str).unique())
-        lines.append(f"- {name}: {', '.join(values)}")
+        values = sorted(environments[name].astype(object).fillna("unknown").astype(str).unique())
+        lines.append(f"- {escape_markdown(str(name))}: {escape_markdown(', '.join(values))}")
         mixed += [name] if len(values) > 1 else []
     if mixed:
         lines.append(f"\n**The runs were not all computed with the same {', '.join(mixed)}.**\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,15 @@ from typing import Any
 
 import pandas as pd
 
+from ..json_files import read_json_lines
 from .cells import Cell, comparison_cells, result_of, tuning_cells
 from .config import StudyConfig
 from .run_cell import METRICS_NAME
 from .runner import CELLS_FOLDER
 from .tuning import chosen_learning_rates, tuning_table
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ def load_results(study: StudyConfig, output_dir: str | Path) -> StudyResults:
 
 def metrics_of(run: pd.Series) -> pd.DataFrame:
     """The log of a run, one row per rollout, with the number of responses that it had trained on before."""
-    rows = [json.loads(line) for line in (Path(run["folder"]) / METRICS_NAME).read_text().splitlines()]
+    rows, notes = read_json_lines(Path(run["folder"]) / METRICS_NAME)
+    for note in notes:
+        logger.warning(note)
     metrics = pd.DataFrame(rows)
     per_rollout = run["completions"] / max(len(metrics), 1)
     metrics["completions"] = [index * per_rollout for index in range(len(metrics))]
@@ -103,4 +109,6 @@ def metrics_of(run: pd.Series) -> pd.DataFrame:
 
 
 def _row(cell: Cell, result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return {**result, "samples": cell.arm.samples, "folder": str(folder)}
+    # The names are the cell's: a result may have been edited.
+    own = {"arm": cell.arm_name, "task": cell.task_name, "seed": cell.seed}
+    return {**result, **own, "samples": cell.arm.samples, "folder": str(folder)}

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..folder_lock import locked
-from .cells import CELL_NAME, Cell, comparison_cells, result_of, tuning_cells
+from .cells import CELL_NAME, RESULT_NAME, Cell, comparison_cells, result_of, tuning_cells
 from .config import StudyConfig
 from .run_cell import be_quiet_and_small, cell_config, run_cell_process
 from .task.warm_start import warm_start
@@ -112,7 +112,7 @@ def unused_runs(cells: list[Cell], cells_dir: Path) -> list[str]:
     return [
         folder.name
         for folder in sorted(cells_dir.iterdir())
-        if folder.name not in names and folder.name.rpartition("-")[0] in like and result_of(folder) is not None
+        if folder.name not in names and folder.name.rpartition("-")[0] in like and (folder / RESULT_NAME).is_file()
     ]
 
 

@@ -41,6 +41,7 @@ from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
 from ..validation import (
     check_adapter_name,
+    check_adapters,
     check_finite_weights,
     check_images,
     check_padding_side,
@@ -198,6 +199,7 @@ class SAPOTrainer(GRPOBridge):
         reward_funcs = checked_rewards(reward_funcs, args.reward_timeout)
         super().__init__(model, reward_funcs, args, train_dataset=train_dataset, **kwargs)
 
+        check_adapters(self.accelerator.unwrap_model(self.model))
         check_padding_side(self.processing_class)
         check_special_tokens(self.tokenizer, self.model)
         for dataset in (train_dataset, *datasets_of(kwargs.get("eval_dataset")).values()):

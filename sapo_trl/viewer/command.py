@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..foreign_text import visible
+
 
 def main(argv: Sequence[str], console: Console | None = None) -> int:
     """
@@ -34,7 +36,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
         recordings = [read_recording(run, name) for run, name in zip(arguments.runs, names, strict=True)]
         written = write_page(recordings, output, arguments.max_tokens)
     except (ValueError, OSError) as error:
-        own.exit(2, f"{own.prog}: error: {' '.join(str(error).split())}\n")
+        own.exit(2, f"{own.prog}: error: {visible(' '.join(str(error).split()))}\n")
     for note in written["notes"]:
         console.print(f"Note: {note}", markup=False, highlight=False)
     size = written["bytes"] / 1e6

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 from matplotlib.colors import Normalize, to_rgb
 
+from ..foreign_text import visible
 from ..plots import SEGMENT_COLOURS
 from .page import colour_scales
 
@@ -26,7 +27,7 @@ def token_html(
     """
     One response as HTML: a bar after each token that ends a segment, and colours for numbers, or for segments where
     there are no numbers. The text that appears when the pointer rests on a token has both. Line breaks are shown as
-    `↵`.
+    `↵`. Invisible controls, which could turn the text around, are shown by their numbers: `⟨U+202E⟩`.
 
     Args:
         tokens (`Sequence[str]`): texts of the tokens. They are escaped.
@@ -54,11 +55,13 @@ def token_html(
         style = f"background:{colour};color:{_readable_on(colour)}"
         if place + 1 == len(tokens) or segment_ids[place + 1] != segment_ids[place]:
             style += ";border-right:2px solid #000;margin-right:2px"
-        text = token.replace("\n", "↵")
+        text = visible(token).replace("\n", "↵")
         spans.append(Markup('<span style="{}" title="{}">{}</span>').format(style, hint, text))
         if "\n" in token:
             spans.append(Markup("<br>"))
-    heading = Markup('<div style="font-family:sans-serif;line-height:1.4">{}</div>').format(title) if title else ""
+    heading = (
+        Markup('<div style="font-family:sans-serif;line-height:1.4">{}</div>').format(visible(title)) if title else ""
+    )
     return Markup('<div style="{}">{}{}</div>').format(_BOX, heading, Markup("").join(spans))
 
 

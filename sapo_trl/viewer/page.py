@@ -14,6 +14,7 @@ from markupsafe import Markup
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
 from plotly.offline import get_plotlyjs
 
+from ..evaluation.files import write_text
 from .payload import build_payload
 from .recordings import Recording
 
@@ -58,7 +59,8 @@ def write_page(recordings: Sequence[Recording], path: str | Path, max_tokens: in
     page = _render({**payload.meta, "scales": colour_scales()}, payload.tokens)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", newline="\n")
+    # Not through a link: the folder may be someone else's, and lead to any file of this machine.
+    write_text(path, page)
     return {
         "responses": len(payload.meta["responses"]["run"]),
         "bytes": path.stat().st_size,

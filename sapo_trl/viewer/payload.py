@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..foreign_text import visible
 from .cuts import RecordedVocabulary, cut_marks
 from .recordings import NUMBER_COLUMNS, Recording
 
@@ -78,12 +79,16 @@ def build_payload(recordings: Sequence[Recording], max_tokens: int) -> Payload:
 
     prompts, prompt_index, images, image_notes = _prompts(responses)
     meta = {
-        "runs": [recording.name for recording in recordings],
-        "notes": [*(note for recording in recordings for note in _named(recording, recordings)), *notes, *image_notes],
+        "runs": [visible(recording.name) for recording in recordings],
+        "notes": [
+            *(visible(note) for recording in recordings for note in _named(recording, recordings)),
+            *notes,
+            *image_notes,
+        ],
         "curves": [_curves(recording.log) for recording in recordings],
         "prompts": prompts,
         "images": images,
-        "vocabulary": vocabulary.texts,
+        "vocabulary": [visible(text) for text in vocabulary.texts],
         "special": vocabulary.all_special_ids,
         "segmenters": segmenters,
         "columns": _layout(columns, scales),
@@ -173,7 +178,7 @@ def _prompts(responses: pd.DataFrame) -> tuple[list[dict[str, Any]], list[int], 
         paths.update({path.name: path for path in files})
         of_response.append(index.setdefault((text, tuple(path.name for path in files)), len(index)))
     place = {name: number for number, name in enumerate(paths)}
-    prompts = [{"text": text, "images": [place[name] for name in names]} for text, names in index]
+    prompts = [{"text": visible(text), "images": [place[name] for name in names]} for text, names in index]
     images, notes = _embedded(list(paths.values()))
     return prompts, of_response, images, notes
 
@@ -207,7 +212,7 @@ def _curves(log: pd.DataFrame) -> dict[str, list[list[float]]]:
     for name in log.select_dtypes("number"):
         known = log[["step", name]][np.isfinite(log["step"]) & np.isfinite(log[name])] if name != "step" else log[:0]
         if len(known) >= min(2, len(log)) and len(known):
-            curves[str(name)] = [known["step"].tolist(), [float(f"{number:.5g}") for number in known[name]]]
+            curves[visible(str(name))] = [known["step"].tolist(), [float(f"{number:.5g}") for number in known[name]]]
     return curves
 
 

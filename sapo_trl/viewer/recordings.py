@@ -5,20 +5,50 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
-from ..analysis.records import TOKEN_COLUMNS, read_frame, read_log_history, recorded_files
+from ..analysis.records import (
+    ANYTHING,
+    INTEGER,
+    NUMBER,
+    NUMBERS,
+    REWARD,
+    TEXT,
+    TEXTS,
+    TOKEN_COLUMNS,
+    Kind,
+    holds,
+    read_frame,
+    read_log,
+    recorded_files,
+)
 
 
 NUMBER_COLUMNS = ("logps", "entropies", "values", "advantages", "returns", "log_ratios")
 """Numbers of each token that a run may have recorded."""
 
 _WRITER = "SegmentationCallback"
+_RESPONSE_COLUMNS = {
+    "prompt": TEXT,
+    "reward": REWARD,
+    **TOKEN_COLUMNS,
+    "special": Kind("a list of true and false", holds("b"), optional=True),
+    "masked_tokens": replace(TEXTS, optional=True),
+    "masked_positions": Kind("a list of integers", holds("iu"), optional=True),
+    "images": replace(TEXTS, optional=True),
+}
+_STATE_COLUMNS = {
+    "response": INTEGER,
+    "token": INTEGER,
+    "monte_carlo_value": REWARD,
+    "standard_error": REWARD,
+}
 # Form of the special tokens of the usual tokenizers, for files that were written before `special` was recorded.
 _SPECIAL_LOOKS = re.compile(r"<\|[^|<>]+\|>|<[｜|].+[｜|]>|</?s>|<(bos|eos|pad|unk|start_of_turn|end_of_turn)>")
 
@@ -69,11 +99,11 @@ def read_recording(folder: str | Path, name: str | None = None) -> Recording:
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder.")
     notes: list[str] = []
-    log = _read_log(folder)
+    log = _read_log(folder, notes)
     if _has(folder, "segments"):
         responses = _read_segments(folder, notes)
     elif tables := sorted(folder.rglob("completions_*.parquet")):
-        responses = pd.concat([_read_completions(path, log) for path in tables], ignore_index=True)
+        responses = pd.concat([_read_completions(path, log, notes) for path in tables], ignore_index=True)
         notes.append(
             "These are TRL's completions tables, without tokens or segments; `SegmentationCallback(output_dir=…)` "
             "records both."
@@ -88,7 +118,7 @@ def read_recording(folder: str | Path, name: str | None = None) -> Recording:
         notes.append(f"No responses were recorded; `{_WRITER}(output_dir=…)` records them.")
     if log.empty:
         notes.append("No log was found, so there are no learning curves; `trainer.save_state()` writes one.")
-    return Recording(name or folder.resolve().name, responses, log, _read_state_values(folder), notes)
+    return Recording(name or folder.resolve().name, responses, log, _read_state_values(folder, notes), notes)
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -105,21 +135,30 @@ def _has(folder: Path, kind: str) -> bool:
     return any(path.suffix in (".parquet", ".json") for path in folder.rglob(f"{kind}_*_*.*"))
 
 
-def _read_log(folder: Path) -> pd.DataFrame:
+def _read_log(folder: Path, notes: list[str]) -> pd.DataFrame:
     # Of no log at all there is no error: the responses can be looked at without.
     found = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
     if not found and len(list(folder.glob("*.jsonl"))) != 1:
         return pd.DataFrame()
-    return read_log_history(folder)
+    log, cut = read_log(folder)
+    notes += cut
+    return log
+
+
+def _read(path: Path, columns: dict[str, Kind], notes: list[str]) -> pd.DataFrame:
+    frame, cut = read_frame(path, columns)
+    notes += cut
+    return frame
 
 
 def _read_segments(folder: Path, notes: list[str]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     files = recorded_files(folder, "segments", ("parquet", "json"), _WRITER)
-    missing_images, missing_ratios = set(), 0
+    images = _Images(files[0][0].parent)
+    missing_ratios = 0
     for path, step, process in files:
-        frame = read_frame(path, ("prompt", "reward", *TOKEN_COLUMNS))
-        ratios = _read_ratios(path.with_name(path.name.replace("segments_", "ratios_", 1)))
+        frame = _read(path, _RESPONSE_COLUMNS, notes)
+        ratios = _read_ratios(path.with_name(path.name.replace("segments_", "ratios_", 1)), notes)
         for place, row in enumerate(frame.to_dict("records")):
             number = len(row["tokens"])
             if uneven := {name: len(row[name]) for name in TOKEN_COLUMNS if len(row[name]) != number}:
@@ -128,16 +167,15 @@ def _read_segments(folder: Path, notes: list[str]) -> pd.DataFrame:
             if row["log_ratios"] is None or len(row["log_ratios"]) != number:
                 missing_ratios += number > 0
                 row["log_ratios"] = np.full(number, np.nan)
-            if row.get("special") is None:
+            for name in ("special", "masked_tokens", "masked_positions", "images"):
+                if not hasattr(row.get(name), "__len__"):  # of an earlier version, or empty beside rows that are not
+                    row[name] = None
+            if row["special"] is None:
                 row["special"] = [_SPECIAL_LOOKS.fullmatch(token) is not None for token in row["tokens"]]
-            images = row.get("images")
-            # A row without images is NaN beside rows with some.
-            row["images"] = [path.parent / "images" / name for name in images] if hasattr(images, "__len__") else []
-            missing_images |= {image for image in row["images"] if not image.is_file()}
-            row["images"] = [image for image in row["images"] if image not in missing_images]
+            _check_masked(path, place, row)
+            row["images"] = images.found(row["images"])
             rows.append({**row, "step": step, "process": process, "response": place})
-    if missing_images:
-        notes.append(f"{len(missing_images)} images are not where they were recorded ({min(missing_images).parent}).")
+    notes += images.notes()
     if missing_ratios:
         notes.append(
             f"{missing_ratios} responses have no importance ratios: the run ended before the policy was run on them "
@@ -151,29 +189,94 @@ def _read_segments(folder: Path, notes: list[str]) -> pd.DataFrame:
     return table
 
 
-def _read_ratios(path: Path) -> dict[int, Any]:
+def _check_masked(path: Path, place: int, row: dict[str, Any]) -> None:
+    """Raise unless all lists of a response that are beside its loss tokens fit to one another."""
+    number, tokens, positions = len(row["tokens"]), row["masked_tokens"], row["masked_positions"]
+    if len(row["special"]) != number:
+        raise ValueError(f"{path}: response {place} has {number} `tokens`, but {len(row['special'])} `special`.")
+    if (0 if tokens is None else len(tokens)) != (0 if positions is None else len(positions)):
+        raise ValueError(f"{path}: response {place} must have a `masked_positions` for each of its `masked_tokens`.")
+    if positions is not None and len(positions) and not 0 <= min(positions) <= max(positions) <= number:
+        raise ValueError(f"{path}: response {place} has `masked_positions` beyond its {number} `tokens`.")
+
+
+class _Images:
+    """
+    The image files of a recording.
+
+    A recording may be someone else's, and its page may be shown to others: no name in it may bring another file of
+    this machine into the page. So only PNG files in the folder `images` are taken, by their bare names, and no links.
+
+    Args:
+        folder (`Path`): with the recorded files, and `images`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "images"
+        self._place = folder.resolve() / "images"
+        self._files: dict[str, Path | None] = {}
+        self._missing: list[str] = []
+        self._refused: list[str] = []
+
+    def found(self, names: Sequence[str] | None) -> list[Path]:
+        """Paths of the files with these names, without names that are refused or missing."""
+        paths = []
+        for name in [] if names is None else names:
+            if name not in self._files:
+                self._files[name] = self._find(name)
+            paths.append(self._files[name])
+        return [path for path in paths if path is not None]
+
+    def notes(self) -> list[str]:
+        """Notes on images that were left out."""
+        notes = []
+        if self._missing:
+            notes.append(f"{len(self._missing)} images are not where they were recorded ({self.folder}).")
+        if self._refused:
+            notes.append(
+                f"{len(self._refused)} images are left out, such as {min(self._refused)!r}: each must be a PNG file "
+                f"in {self.folder}, named by its name alone, and no link."
+            )
+        return notes
+
+    def _find(self, name: str) -> Path | None:
+        path = self.folder / name
+        try:
+            if path.resolve() == self._place / name and path.name == name:
+                if not path.is_file():
+                    self._missing.append(name)
+                    return None
+                with Image.open(path, formats=["PNG"]) as image:
+                    image.load()
+                return path
+        except Exception:  # of any kind: nobody here has written the file, or its name
+            pass
+        self._refused.append(name)
+        return None
+
+
+def _read_ratios(path: Path, notes: list[str]) -> dict[int, Any]:
     if not path.is_file():
         return {}
-    frame = read_frame(path, ("response", "log_ratios"))
+    frame = _read(path, {"response": INTEGER, "log_ratios": NUMBERS}, notes)
     return dict(zip(frame["response"].tolist(), frame["log_ratios"], strict=True))
 
 
-def _read_state_values(folder: Path) -> pd.DataFrame:
-    columns = ("response", "token", "monte_carlo_value", "standard_error")
+def _read_state_values(folder: Path, notes: list[str]) -> pd.DataFrame:
     if not _has(folder, "values"):
-        return pd.DataFrame(columns=["step", "process", *columns])
+        return pd.DataFrame(columns=["step", "process", *_STATE_COLUMNS])
     files = recorded_files(folder, "values", ("parquet",), "ValueDiagnostics")
-    frames = [read_frame(path, columns).assign(step=step, process=process) for path, step, process in files]
-    return pd.concat(frames, ignore_index=True)[["step", "process", *columns]]
+    frames = [_read(path, _STATE_COLUMNS, notes).assign(step=step, process=process) for path, step, process in files]
+    return pd.concat(frames, ignore_index=True)[["step", "process", *_STATE_COLUMNS]]
 
 
-def _read_completions(path: Path, log: pd.DataFrame) -> pd.DataFrame:
-    frame = read_frame(path, ("step", "prompt", "completion", "advantage"))
+def _read_completions(path: Path, log: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    frame = _read(path, {"step": INTEGER, "prompt": ANYTHING, "completion": ANYTHING, "advantage": NUMBER}, notes)
     # Other logged columns may stand beside the rewards.
-    rewards = [name for name in frame if f"rewards/{name}/mean" in log]
+    numeric = [name for name in frame if pd.api.types.is_numeric_dtype(frame[name])]
+    rewards = [name for name in numeric if f"rewards/{name}/mean" in log]
     if not rewards:
-        known = {"step", "advantage"}
-        rewards = [name for name in frame if name not in known and pd.api.types.is_numeric_dtype(frame[name])]
+        rewards = [name for name in numeric if name not in ("step", "advantage")]
     frame["reward"] = frame[rewards].sum(axis=1, min_count=1)
     rows = []
     for place, row in enumerate(frame.to_dict("records")):

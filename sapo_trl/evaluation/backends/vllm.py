@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
+from ...json_files import read_json
 from ..settings import EvalArguments
 from . import Generation, Request, message_text, plain_messages
 
@@ -109,7 +109,7 @@ def _conversation(request: Request) -> list[dict[str, Any]]:
 
 def _reserved_rank(adapter: str) -> int:
     """The smallest of vLLM's ranks that an adapter fits in."""
-    rank = json.loads(Path(cached_file(adapter, "adapter_config.json")).read_text(encoding="utf-8"))["r"]
+    rank = read_json(Path(cached_file(adapter, "adapter_config.json")), {"r": int})["r"]
     fitting = [reserved for reserved in LORA_RANKS if reserved >= rank]
     if not fitting:
         raise ValueError(f"`adapter` has rank {rank}; vLLM takes {LORA_RANKS[-1]} at most.")

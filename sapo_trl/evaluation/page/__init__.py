@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
+from ...foreign_text import visible
 from ..backends import message_text
 from ..files import write_text
 from ..store import GenerationStore, stored_problem
@@ -57,7 +59,9 @@ def render_page(results: Mapping[str, Any], problems: Sequence[Mapping[str, Any]
     script = (assets / "answers.js").read_text(encoding="utf-8")
     # With autoescape and, as a second guard, a policy that allows only the script with this hash.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
     template = environment.from_string((assets / "answers.html.j2").read_text(encoding="utf-8"))
     return template.render(
         results=results,
@@ -68,6 +72,11 @@ def render_page(results: Mapping[str, Any], problems: Sequence[Mapping[str, Any]
         script=script,
         script_hash=f"sha256-{digest}",
     )
+
+
+def _shown(value: Any) -> Any:
+    """A value as the template writes it. Its own parts, which are markup, stay as they are."""
+    return value if isinstance(value, Markup) else visible(str(value))
 
 
 def _problems(store: GenerationStore, scores: Sequence[Mapping[str, Any]], most_answers: int) -> list[dict[str, Any]]:

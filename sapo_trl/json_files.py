@@ -1,0 +1,122 @@
+"""JSON from files that may be old, broken or someone else's: every error names the file and its fault."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Each:
+    """
+    A shape: a JSON object with any names.
+
+    Args:
+        shape (`Shape`): of each value.
+    """
+
+    shape: Shape
+
+
+Shape = type | tuple[type, ...] | dict[str, "Shape"] | Each
+"""A form of JSON values: a type, an object with at least these names, or an [`Each`]."""
+
+NUMBER = (int, float)
+
+_WORDS = {
+    str: "a text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def read_json(path: Path, shape: Shape = object) -> Any:
+    """
+    Read a JSON file.
+
+    Args:
+        path (`Path`): the file.
+        shape (`Shape`, *optional*): the shape of its content; by default any.
+
+    Returns:
+        The decoded content.
+
+    Raises:
+        ValueError: if it is no JSON, or has another shape.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from error
+    check_shape(content, shape, str(path))
+    return content
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """
+    Read a file with a JSON object on each line.
+
+    The last line may be cut, as a run leaves it that is killed while it writes.
+
+    Args:
+        path (`Path`): the file.
+
+    Returns:
+        `tuple[list[dict], list[str]]`: the objects, and a note if the last line was left out.
+
+    Raises:
+        ValueError: if any other line is no JSON object.
+    """
+    entries = []
+    # Bytes: a cut may go through a character, and `str.splitlines` ends a line at characters that texts may hold.
+    *lines, last = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, last], start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number > len(lines):
+                return entries, [f"{path}: the last line is cut, as by a run that was killed, and is left out."]
+            raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+        check_shape(entry, dict, f"{path}, line {number}")
+        entries.append(entry)
+    return entries, []
+
+
+def check_shape(content: Any, shape: Shape, file: str, field: str = "") -> None:
+    """
+    Args:
+        content (`Any`): decoded JSON.
+        shape (`Shape`): its required shape.
+        file (`str`): for the error, where it is from.
+        field (`str`, *optional*): for the error, its place there.
+
+    Raises:
+        ValueError: if it is something else, or lacks a name.
+    """
+    kinds = shape if isinstance(shape, type | tuple) else dict
+    if not isinstance(content, kinds):
+        wanted = _WORDS[kinds[-1] if isinstance(kinds, tuple) else kinds]
+        found = repr(content)
+        found = found if len(found) <= 60 else f"{found[:60]}…"
+        raise ValueError(f"{file}: {f'`{field}`' if field else 'the content'} must be {wanted}, got {found}.")
+    if isinstance(shape, Each):
+        for name, value in content.items():
+            check_shape(value, shape.shape, file, _joined(field, name))
+    elif isinstance(shape, dict):
+        for name, inner in shape.items():
+            if name not in content:
+                raise ValueError(
+                    f"{file}: `{_joined(field, name)}` is missing: the file is of another version, or damaged."
+                )
+            check_shape(content[name], inner, file, _joined(field, name))
+
+
+def _joined(field: str, name: str) -> str:
+    return f"{field}.{name}" if field else name
