@@ -153,7 +153,8 @@ class TestInABrowser:
         assert browser.title.startswith("model ")
         assert len(browser.find_elements("css selector", "script")) == 1
         texts = [element.get_attribute("textContent") for element in browser.find_elements("css selector", "pre")]
-        assert [text.strip() for text in texts] == [text.replace("\x00", "").strip() for text in reordered(HOSTILE)]
+        written_out = str.maketrans({"\x00": "⟨U+0000⟩", "\u202e": "⟨U+202E⟩"})
+        assert [text.strip() for text in texts] == [text.translate(written_out) for text in reordered(HOSTILE)]
         # Behind the escaping, the policy: what is written into the page as markup does not run either.
         browser.execute_script(
             "document.body.insertAdjacentHTML('beforeend', arguments[0]);"
