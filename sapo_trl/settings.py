@@ -43,9 +43,8 @@ class Bounds:
     note: str = ""
 
     def __contains__(self, number: float) -> bool:
-        return (  # nan is in no range
-            not math.isnan(number)
-            and (self.ge is None or number >= self.ge)
+        return (  # no comparison with nan holds
+            (self.ge is None or number >= self.ge)
             and (self.gt is None or number > self.gt)
             and (self.le is None or number <= self.le)
             and (self.lt is None or number < self.lt)
@@ -59,8 +58,8 @@ class Bounds:
             if self.gt is None:
                 return f"be at least {self.ge}"
             return "be positive" if self.gt == 0 else f"be greater than {self.gt}"
-        low = f"({self.gt}" if self.ge is None else f"[{self.ge}"
-        high = f"{self.lt})" if self.le is None else f"{self.le}]"
+        low = f"[{self.ge}" if self.ge is not None else f"({-math.inf if self.gt is None else self.gt}"
+        high = f"{self.le}]" if self.le is not None else f"{self.lt})"
         return f"lie in {low}, {high}"
 
 

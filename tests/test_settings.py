@@ -58,6 +58,7 @@ class TestChecks:
             (Probability, [0.1, 1], [0.0, 90], "`x` must lie in (0, 1], got "),
             (Probability, [1.0], [90], "`x` must lie in (0, 1], got 90. It is a probability."),
             (Annotated[float, Bounds(ge=0, lt=math.inf)], [0.0], [math.inf, -1], "`x` must lie in [0, inf), got "),
+            (Annotated[float, Bounds(le=1)], [-5, 1], [1.1, math.nan], "`x` must lie in (-inf, 1], got "),
             (FiniteFloat, [-1e300, 0], [math.inf, -math.inf, math.nan], "`x` must be finite, got "),
             (PositiveFloat, [1.0], ["0.5", None, True, [1.0]], "`x` must be a number, got "),
             (PositiveInt | None, [2, None], [2.5], "`x` must be a whole number (or `None`), got 2.5."),
