@@ -88,8 +88,6 @@ class SAPOConfig(GRPOConfig):
     its value is unstable, we use the official script's. The preset `sapo` is the paper to the letter.
     [`SAPOConfig.from_preset`] has every other algorithm of the comparison (PPO, GRPO, VinePPO, SPO, …).
 
-    The first sentence on a parameter is its help on the command line.
-
     Parameters:
         > Parameters that control the segmentation
 

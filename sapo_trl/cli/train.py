@@ -56,8 +56,6 @@ class TrainArguments:
     """
     Settings for data and rewards; the model is in [`~trl.ModelConfig`], everything else in [`SAPOConfig`].
 
-    The first sentence on a parameter is its help on the command line.
-
     Args:
         dataset_name (`str`, *optional*, defaults to `"embedded"`):
             Data set: `"embedded"`, a hub id, a file or a folder. See [`~sapo_trl.data.load_rows`]. `"embedded"` is

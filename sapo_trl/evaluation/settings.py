@@ -46,7 +46,7 @@ IDENTITY = (
 @dataclass
 class EvalArguments:
     r"""
-    Settings of `sapo-trl eval`. The first sentence on a parameter is its help on the command line.
+    Settings of `sapo-trl eval`.
 
     Args:
         > Parameters that control the model and the benchmarks
