@@ -1,17 +1,69 @@
-"""Settings of [`SAPOTrainer`]."""
+"""Settings of [`SAPOTrainer`]: each with its type, range and default, then the rules for several of them together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
+from transformers import SchedulerType
 from trl import GRPOConfig
 
-from .config_checks import CHOICES, LEARNED_CRITICS, SEGMENT_LOSS_TYPES, TRL_LOSS_TYPES, check_config
-from .losses import AGGREGATIONS
+from .losses import Aggregation, RatioReduction
 from .names import nearest_name
 from .presets import AXES, preset_settings
 from .role_aware import PERCEPTION_PATTERN, REASONING_PATTERN
+from .settings import (
+    Bounds,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    UnitInterval,
+    check_setting,
+    check_settings,
+    help_from_docstring,
+)
+from .token_rewards import KLEstimator
+
+
+SegmentLoss = Literal["segment_clip", "soft_adaptive_gate"]
+"""Losses of this package, of any segmentation."""
+
+TRLLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "vespo"]
+"""Losses of [`~trl.GRPOTrainer`], computed by its own code."""
+
+TRL_LOSS_TYPES = get_args(TRLLoss)
+
+LEARNED_CRITICS = ("separate", "shared", "adapter")
+"""Values of `critic` with a model that is trained."""
+
+# Settings of TRL's, which it does not check.
+_TRL_RANGES = {
+    "epsilon": NonNegativeFloat,
+    "sapo_temperature_pos": PositiveFloat,
+    "sapo_temperature_neg": PositiveFloat,
+}
+
+# GRPO settings that have no meaning in this package's losses, with the only value they may have there.
+_SETTINGS_OF_TRL_LOSSES = {
+    "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None,
+    "use_adaptive_entropy": False,
+}
+
+# Settings of this package's losses that have no meaning in TRL's, with the only value they may have there.
+_SETTINGS_OF_SEGMENT_LOSSES = {
+    "confident_token_threshold": None,
+    "positive_lm_coef": 0.0,
+    "ratio_reduction": "mean",
+    "loss_aggregation": "token-mean",
+    "kl_aggregation": None,
+}
+
+# Schedules that follow a metric. The critic's schedule gets none.
+_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 class _OneGeneration(int):
@@ -21,6 +73,7 @@ class _OneGeneration(int):
         return False if other == 2 else int(self) < other
 
 
+@help_from_docstring
 @dataclass
 class SAPOConfig(GRPOConfig):
     r"""
@@ -39,97 +92,101 @@ class SAPOConfig(GRPOConfig):
         > Parameters that control the segmentation
 
         segmentation (`str`, *optional*, defaults to `"entropy"`):
-            Where responses are cut: `"entropy"` (at the highest-entropy tokens), `"probability"` (at a fixed number of
-            least probable tokens), `"cutpoints"` (at every n-th uncertain token, as in SPO-chain), `"newline"`,
-            `"step"` (at "Step 1:" …), `"token"` (every token is a segment, as in PPO) or `"sequence"` (the response is
-            one segment). To cut in another way, pass `segmenter` to the trainer.
+            Place of the cuts: `entropy`, `probability`, `cutpoints`, `newline`, `step`, `token` or `sequence`.
+            `"entropy"`: at the highest-entropy tokens; `"probability"`: at a fixed number of least probable tokens;
+            `"cutpoints"`: at every n-th uncertain token, as in SPO-chain; `"newline"`: at the ends of lines; `"step"`:
+            at "Step 1:" …; `"token"`: every token is a segment, as in PPO; `"sequence"`: the response is one segment.
+            To cut in another way, pass `segmenter` to the trainer.
         top_percent (`float`, *optional*, defaults to `30.0`):
             For `"entropy"`: share of each response's tokens to cut at, in percent, in (0, 100].
         segment_cut (`str`, *optional*, defaults to `"end"`):
-            For `"entropy"` and `"probability"`: whether a selected token ends (`"end"`) or starts (`"start"`) its
-            segment.
+            For `"entropy"` and `"probability"`: place of a selected token in its segment, `"end"` or `"start"`.
         num_cuts (`int`, *optional*, defaults to `8`):
             For `"probability"`: number of tokens to cut each response at.
         cutpoint_threshold (`float`, *optional*, defaults to `0.9`):
-            For `"cutpoints"`: a token with probability below it is a cut-point.
+            For `"cutpoints"`: a token with a smaller probability is a cut-point.
         cutpoint_interval (`int`, *optional*, defaults to `5`):
             For `"cutpoints"`: number of cut-points in a segment.
         step_pattern (`str`, *optional*, defaults to `r"Step\s*\d+\s*[:.]"`):
-            For `"step"`: regular expression of a step's announcement.
+            For `"step"`: regular expression for the announcement of a step.
 
         > Parameters that control the critic
 
         critic (`str`, *optional*, defaults to `"separate"`):
-            `"separate"`: a backbone of its own, initialised from the policy; `"shared"`: a head on the policy's hidden
-            states, through which no gradient reaches the policy; `"adapter"`: a second adapter on the base model that
-            carries the policy's (with `peft_config`); `"monte_carlo"`: no model, but the mean reward of
-            fresh continuations from each segment's start (VinePPO, SPO-chain); `"tree"`: responses are sampled as a
-            tree, whose nodes are valued by their children (SPO-tree); `"none"`: every value is 0.
+            Source of the values: a model (`"separate"`, `"shared"`, `"adapter"`), samples (`"monte_carlo"`, `"tree"`)
+            or `"none"`. `"separate"`: a backbone of its own, initialised from the policy; `"shared"`: a head on the
+            policy's hidden states, through which no gradient reaches the policy; `"adapter"`: a second adapter on the
+            base model that carries the policy's (with `peft_config`); `"monte_carlo"`: no model, but the mean reward
+            of fresh continuations from each segment's start (VinePPO, SPO-chain); `"tree"`: responses are sampled as
+            a tree, and a node's value comes from its children (SPO-tree); `"none"`: every value is 0.
         value_state (`str`, *optional*, defaults to `"start"`):
-            State whose value stands for a segment: before its first token (`"start"`, the paper) or before its last
-            token (`"end"`, the official code).
+            State that gives a segment its value: before its first (`"start"`) or its last token (`"end"`). The paper
+            takes the first, the official code the last.
         critic_learning_rate (`float`, *optional*, defaults to `2e-6`):
             Initial learning rate of the critic.
         critic_lr_scheduler_type (`str`, *optional*):
-            Learning rate schedule of the critic. Defaults to `lr_scheduler_type`.
+            Learning rate schedule of the critic; by default `lr_scheduler_type`.
         critic_lr_warmup_steps (`int`, *optional*, defaults to `0`):
             Steps over which the critic's learning rate rises linearly from 0.
         critic_weight_decay (`float`, *optional*):
-            Weight decay of the critic. Defaults to `weight_decay`.
+            Weight decay of the critic; by default `weight_decay`.
         critic_max_grad_norm (`float`, *optional*, defaults to `1.0`):
-            Norm to which the critic's gradient is clipped.
+            Norm to which the critic's gradient is clipped. `math.inf` clips nothing.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps at the beginning of training in which only the critic learns (VC-PPO's value pretraining).
+            Optimizer steps at the start of training in which only the critic learns. VC-PPO calls them value
+            pretraining.
         critic_warmup_tolerance (`float`, *optional*):
-            If set, the warm-up ends before `critic_warmup_steps` when the value loss has settled: when no rollout of
-            the last three lowered the smallest value loss so far by more than this share of it.
+            End the critic's warm-up early, once the value loss falls by less than this share. In detail: the warm-up
+            ends before `critic_warmup_steps` when no rollout of the last three lowered the smallest value loss so far
+            by more than this share of it.
         cliprange_value (`float`, *optional*, defaults to `0.5`):
-            How far a value may move from its rollout-time prediction before its loss is clipped; `None` for no
-            clipping.
+            Clip range of the value loss: a value's change since its rollout; `None` for no clipping.
         value_loss_aggregation (`str`, *optional*, defaults to `"token-mean"`):
-            How the losses of segments are averaged: over all segments (`"token-mean"`) or per response first
-            (`"seq-mean-token-mean"`, the paper's equation).
+            How the value losses of segments are averaged. `"token-mean"`: over all segments; `"seq-mean-token-mean"`:
+            per response first (the paper's equation).
 
         > Parameters that control Monte-Carlo values and tree rollouts
 
         num_continuations (`int`, *optional*, defaults to `9`):
             For `critic="monte_carlo"`: continuations sampled from each valued state.
         continuation_batch_size (`int`, *optional*):
-            For Monte-Carlo values and diagnostics: continuations generated at a time on a process. By default as many
-            as a rollout has responses, which are known to fit into memory; more are faster.
+            Continuations that a process generates at a time; by default as many as a rollout has responses. They are
+            for Monte-Carlo values and diagnostics. The default is known to fit into memory; more are faster.
         max_valued_segments (`int`, *optional*):
-            For `critic="monte_carlo"`: largest number of states of a response that are valued after the prompt's. The
-            reward is the value of later states; later tokens therefore get advantage 0. `None` for no limit.
+            For `critic="monte_carlo"`: largest number of valued states after the prompt; `None` for no limit.
+            The reward is the value of later states; later tokens therefore get advantage 0.
         truncated_continuation_reward (`float`, *optional*):
-            Reward of a continuation, or of a tree's leaf, that was cut off at `max_completion_length`. By default the
-            result of the reward functions.
+            Reward of a continuation or leaf that `max_completion_length` cut off. By default the result of the reward
+            functions.
         tree_widths (`list[int]`, *optional*, defaults to `[6, 6, 6]`):
-            For `critic="tree"`: children of the nodes of each level.
+            For `critic="tree"`: children of each node, one number for each level.
         tree_segment_length (`int`, *optional*, defaults to `100`):
-            For `critic="tree"`: tokens of an edge, but on the last level, where responses run to their end.
+            For `critic="tree"`: tokens of an edge. On the last level responses run to their end.
         tree_edges_per_prompt (`int`, *optional*, defaults to `32`):
             For `critic="tree"`: largest number of a prompt's edges that one rollout draws to train on.
         tree_replay_age (`int`, *optional*, defaults to `8`):
-            For `critic="tree"`: rollouts for which edges can be drawn, with the log-probabilities they had when they
-            were sampled. `1` for no replay.
+            For `critic="tree"`: number of rollouts that can draw an edge; `1` for no replay. An edge keeps the
+            log-probabilities that it was sampled with.
 
-        > Parameters that control what happens when something fails
+        > Parameters that control the handling of failures
 
         reward_timeout (`float`, *optional*):
-            Seconds that a call of a reward function may take. A call that takes longer, or raises, is repeated for
-            each completion alone, and those for which it does so again have no reward. `None` for no limit.
+            Seconds that a call of a reward function may take; `None` for no limit. A call that takes longer, or
+            raises, is repeated for each completion alone. A completion that fails again has no reward.
         max_sampler_logp_difference (`float`, *optional*, defaults to `0.05`):
-            If the responses come from another engine (vLLM): largest mean absolute difference between its
-            log-probabilities and the training model's in the first rollout of a run, above which training stops with
-            an error. `None` for no check.
+            Largest mean difference between the sampler's and the model's log-probabilities; `None` for no check. It
+            concerns responses from another engine (vLLM). A larger mean absolute difference in the first rollout of a
+            run stops training with an error.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
-            An optimizer step with a non-finite loss or gradient is skipped; after so many in a row training stops with
-            an error, and the last one's batch is saved in `output_dir`. Under DeepSpeed a step in which only the
-            critic's numbers are not finite still updates the policy, and without ZeRO training stops after the first.
+            Number of skipped optimizer steps in a row after which training stops with an error. A step with a
+            non-finite loss or gradient is skipped; the last one's batch is saved in `output_dir`. Under DeepSpeed a
+            step in which only the critic's numbers are not finite still updates the policy, and without ZeRO training
+            stops after the first.
 
         > Parameters that control rewards and advantages
 
         advantage_estimator (`str`, *optional*, defaults to `"gae"`):
+            Source of the advantages: values (`"gae"`) or rewards (`"group"`, `"leave_one_out"`, `"batch"`).
             `"gae"`: generalized advantage estimation over segments; `"group"`: [`~trl.GRPOTrainer`]'s, the reward
             among the responses to a prompt, see `scale_rewards`; `"leave_one_out"`: the reward minus the mean reward
             of the other responses to the prompt (RLOO); `"batch"`: the reward among all responses of the rollout,
@@ -139,75 +196,75 @@ class SAPOConfig(GRPOConfig):
         lam (`float`, *optional*, defaults to `0.99`):
             λ of the generalized advantage estimation over segments.
         critic_lam (`float`, *optional*):
-            λ of the critic's targets. Defaults to `lam`; `1.0` regresses on Monte-Carlo returns (VC-PPO).
+            λ of the critic's targets; by default `lam`. `1.0` regresses on Monte-Carlo returns (VC-PPO).
         length_adaptive_lam (`float`, *optional*):
-            If set, the α of VAPO's `λ = max(0, 1 - 1 / (α * l))` for a response of `l` segments, in the place of
-            `lam`.
+            VAPO's α: `max(0, 1 - 1 / (α * l))` replaces `lam` for a response of `l` segments.
         advantage_weighting (`str`, *optional*, defaults to `"none"`):
-            `"role_aware"` multiplies the advantages of perception and reasoning tokens by positive weights with mean
-            one (SRPO). Its settings are the following five.
+            Weights on the tokens' advantages: `"none"`, or by the token's role (`"role_aware"`, SRPO). The weights of
+            perception and reasoning tokens are positive, with mean one. The next five parameters are for them.
         role_perception_pattern (`str`, *optional*, defaults to `r"<perception>(.*?)</perception>"`):
             Regular expression whose first group (or whole match) is the perception span.
         role_reasoning_pattern (`str`, *optional*, defaults to `r"<think>(.*?)</think>"`):
-            The same for the reasoning span.
+            Regular expression whose first group (or whole match) is the reasoning span.
         role_mask_ratio (`float`, *optional*, defaults to `0.6`):
             Share of image patches that are hidden to measure how far a token depends on the image.
         role_temperature (`float`, *optional*, defaults to `1.0`):
-            The larger, the closer the weights are to one.
+            Temperature of the role-aware weights. The larger it is, the closer the weights are to one.
         role_clip (`float`, *optional*, defaults to `1.0`):
-            Bound on the absolute value of a weight's logarithm, before the weights are scaled to mean one.
+            Bound on the absolute logarithm of a role-aware weight. It acts before the weights are scaled to mean one.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
-            Whether to shift and scale the advantages of all tokens of a rollout batch to mean 0 and variance 1.
+            Shift and scale the advantages of all tokens of a rollout to mean 0 and variance 1.
         advantage_clamp (`float`, *optional*, defaults to `5.0`):
-            Bound on the absolute value of advantages, after whitening if they are whitened; `None` for no bound.
+            Bound on the absolute value of advantages; `None` for no bound. It acts after whitening.
         kl_placement (`str`, *optional*, defaults to `"reward"`):
-            Where the KL penalty with coefficient `beta` goes: into the tokens' rewards or into the `"loss"`.
+            Place of the KL penalty with coefficient `beta`: in the tokens' rewards or in the loss.
         kl_estimator (`str`, *optional*, defaults to `"k1"`):
-            Estimator of the KL divergence: `"k1"`, `"k2"` or `"k3"`. `"k1"` cannot be used in the loss, where its
-            expected gradient is zero.
+            Estimator of the KL divergence. `"k1"` cannot be used in the loss, where its expected gradient is zero.
 
         > Parameters that control the policy loss
 
         loss_type (`str`, *optional*, defaults to `"segment_clip"`):
-            `"segment_clip"`: PPO's clipped loss; `"soft_adaptive_gate"`: Qwen's Soft Adaptive gate (what TRL calls
-            `"sapo"`, with `sapo_temperature_pos` and `sapo_temperature_neg`) in the place of the clip. Both at any
-            `importance_sampling_level`. Also TRL's own losses `"grpo"`, `"dr_grpo"`, `"bnpo"`, `"dapo"`, `"cispo"`,
-            `"luspo"` and `"vespo"`, which know no segments. They need `importance_sampling_level` `"token"` or
-            `"sequence"`, and `kl_placement="loss"` with `kl_estimator="k3"` (or `beta=0`); `ratio_reduction`,
-            `confident_token_threshold`, `positive_lm_coef`, `loss_aggregation` and `kl_aggregation` must stay at their
-            defaults. The preset `grpo` sets all this.
+            Policy loss: `"segment_clip"` (PPO's clip), `"soft_adaptive_gate"`, or one of TRL's own.
+            `"soft_adaptive_gate"` is Qwen's Soft Adaptive gate instead of the clip (TRL calls it `"sapo"`, with
+            `sapo_temperature_pos` and `sapo_temperature_neg`). Both work at any `importance_sampling_level`. TRL's
+            losses `"grpo"`, `"dr_grpo"`, `"bnpo"`, `"dapo"`, `"cispo"`, `"luspo"` and `"vespo"` know no segments. They
+            need `importance_sampling_level` `"token"` or `"sequence"`, and `kl_placement="loss"` with
+            `kl_estimator="k3"` (or `beta=0`); `ratio_reduction`, `confident_token_threshold`, `positive_lm_coef`,
+            `loss_aggregation` and `kl_aggregation` must stay at their defaults. The preset `grpo` sets all this.
         importance_sampling_level (`str`, *optional*, defaults to `"segment"`):
-            What shares an importance ratio: the tokens of a `"segment"`, of a `"sequence"`, or none (`"token"`).
+            Unit that has one importance ratio: `"segment"`, `"sequence"` or `"token"`.
         ratio_reduction (`str`, *optional*, defaults to `"mean"`):
-            Whether a shared log-ratio is the `"mean"` of its tokens' (SAPO, GSPO) or their `"sum"` (RLOO).
+            Whether a shared log-ratio is the mean or the sum of its tokens' log-ratios. SAPO and GSPO take the
+            `"mean"`, RLOO takes the `"sum"`.
         confident_token_threshold (`float`, *optional*):
-            Tokens that the old policy gave at least this probability are left out of the policy loss, of its KL and
-            of whitening (SPO's mask). `None` for no mask.
+            Leave tokens with at least this probability out of the policy loss (SPO); `None` for no mask. It is the
+            probability under the old policy. The tokens are also left out of the loss's KL term and of whitening.
         positive_lm_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the negative log-likelihood of responses with a reward above `positive_lm_threshold` (VAPO).
+            Weight of the negative log-likelihood of correct responses (VAPO).
         positive_lm_threshold (`float`, *optional*, defaults to `0.5`):
-            Reward above which a response counts as correct there.
+            Reward above which a response counts as correct for `positive_lm_coef`.
         loss_aggregation (`str`, *optional*, defaults to `"token-mean"`):
-            How token losses are averaged over an optimizer step: over all its tokens (`"token-mean"`), per response
-            first (`"seq-mean-token-mean"`, the paper's equation), summed per response (`"seq-mean-token-sum"`), or
-            that divided by `max_completion_length` (`"seq-mean-token-sum-norm"`, as in Dr. GRPO).
+            How token losses are averaged over an optimizer step. `"token-mean"`: over all its tokens;
+            `"seq-mean-token-mean"`: per response first (the paper's equation); `"seq-mean-token-sum"`: summed per
+            response; `"seq-mean-token-sum-norm"`: that sum divided by `max_completion_length`, as in Dr. GRPO.
         kl_aggregation (`str`, *optional*):
-            The same for the KL term of the loss. Defaults to `loss_aggregation`.
+            How the KL term of the loss is averaged; by default like `loss_aggregation`.
         avoid_padding (`bool`, *optional*, defaults to `True`):
-            Whether rows of like length go through the model together, without the padding that they have in common.
-            Optimizer steps see the same responses and give the same gradients; sums of floats differ in their order,
-            so that TRL's own losses are TRL's to the last bit only without it. Where TRL takes a mean or a quantile
-            over the tokens of a micro-batch (`"bnpo"`; with its losses the entropy bonus, `top_entropy_quantile` and
-            the experts' load) rows keep their micro-batch. Models that see absolute positions keep the padding.
+            Put rows of similar length into one micro-batch, without the padding that they have in common. Optimizer
+            steps see the same responses and give the same gradients; sums of floats differ in their order, so that
+            TRL's own losses are TRL's to the last bit only without it. Where TRL takes a mean or a quantile over the
+            tokens of a micro-batch (`"bnpo"`; with its losses the entropy bonus, `top_entropy_quantile` and the
+            experts' load) rows keep their micro-batch. Models that see absolute positions keep the padding.
         reuse_image_features (`bool`, *optional*, defaults to `True`):
-            Whether a frozen vision tower (LoRA on the language model alone, for example) computes the features of an
-            image once a rollout, for all responses to its prompt and all forwards. They stay on the device until the
-            next rollout: with Qwen2.5-VL-3B in bfloat16 1 MiB for each different image of 448 x 448 pixels. It works
-            for models that take patches and their grids, as Qwen's and GLM's do, without training or adapters in the
-            vision tower, and without sharding (ZeRO-3, FSDP). Otherwise features are recomputed in every forward.
+            Compute the features of an image once per rollout if the vision tower is frozen. That is so with LoRA on
+            the language model alone, for example. All responses to its prompt and all forwards share the features.
+            They stay on the device until the next rollout: with Qwen2.5-VL-3B in bfloat16 1 MiB for each different
+            image of 448 x 448 pixels. It works for models that take patches and their grids, as Qwen's and GLM's do,
+            without training or adapters in the vision tower, and without sharding (ZeRO-3, FSDP). Otherwise features
+            are recomputed in every forward.
         num_mini_batches (`int`, *optional*):
-            Optimizer steps per rollout batch. Defaults to 4, or to what `steps_per_generation` or
-            `generation_batch_size` imply if one of those is set.
+            Optimizer steps per rollout; by default 4. If `steps_per_generation` or
+            `generation_batch_size` is set, the number follows from it.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -225,311 +282,89 @@ class SAPOConfig(GRPOConfig):
     """
 
     # Parameters whose default values are overridden from GRPOConfig
-    num_generations: int = field(
-        default=1,
-        metadata={"help": "Number of generations to sample per prompt. One suffices: the critic is the baseline."},
+    num_generations: PositiveInt = field(
+        default=1, metadata={"help": "Responses sampled per prompt. One suffices: the critic is the baseline."}
     )
-    beta: float = field(
-        default=0.001,
-        metadata={"help": "KL coefficient. If `0.0`, no reference model is used. See `kl_placement`."},
+    beta: NonNegativeFloat = field(
+        default=0.001, metadata={"help": "KL coefficient, see `kl_placement`. If `0.0`, no reference model is loaded."}
     )
-    epsilon_high: float | None = field(
+    epsilon_high: NonNegativeFloat | None = field(
         default=0.28, metadata={"help": "The importance ratio is clipped above at `1 + epsilon_high`."}
     )
-    delta: float | None = field(
+    delta: Annotated[float, Bounds(gt=1)] | None = field(
         default=3.0,
-        metadata={"help": "Bound on the importance ratio where the advantage is negative (dual clip). Must be > 1."},
+        metadata={"help": "Bound on the importance ratio where the advantage is negative (dual clip), above 1."},
     )
-    loss_type: str = field(
-        default="segment_clip",
-        metadata={
-            "help": "'segment_clip', 'soft_adaptive_gate' (Qwen's Soft Adaptive Policy Optimization, which TRL calls "
-            "'sapo'), or one of TRL's own losses, which know no segments.",
-            "choices": [*SEGMENT_LOSS_TYPES, *TRL_LOSS_TYPES],
-        },
-    )
-    importance_sampling_level: str = field(
-        default="segment",
-        metadata={
-            "help": "What shares an importance ratio: the tokens of a 'segment', of a 'sequence', or none ('token').",
-            "choices": list(CHOICES["importance_sampling_level"]),
-        },
-    )
-    max_completion_length: int | None = field(
-        default=2048, metadata={"help": "Maximum length of the generated completion."}
-    )
+    max_completion_length: PositiveInt | None = field(default=2048, metadata={"help": "Longest response, in tokens."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule of the policy."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
+    weight_decay: NonNegativeFloat = field(default=0.01, metadata={"help": "Weight decay of the policy."})
 
     # Parameters that control the segmentation
-    segmentation: str = field(
-        default="entropy",
-        metadata={"help": "Where responses are cut into segments.", "choices": list(CHOICES["segmentation"])},
-    )
-    top_percent: float = field(
-        default=30.0,
-        metadata={"help": "For 'entropy': share of each response's tokens to cut at, in percent, in (0, 100]."},
-    )
-    segment_cut: str = field(
-        default="end",
-        metadata={
-            "help": "For 'entropy' and 'probability': whether a selected token ends or starts its segment.",
-            "choices": list(CHOICES["segment_cut"]),
-        },
-    )
-    num_cuts: int = field(default=8, metadata={"help": "For 'probability': number of tokens to cut each response at."})
-    cutpoint_threshold: float = field(
-        default=0.9, metadata={"help": "For 'cutpoints': a token with probability below it is a cut-point."}
-    )
-    cutpoint_interval: int = field(default=5, metadata={"help": "For 'cutpoints': number of cut-points in a segment."})
-    step_pattern: str = field(
-        default=r"Step\s*\d+\s*[:.]",
-        metadata={"help": "For 'step': regular expression of a step's announcement."},
-    )
+    segmentation: Literal["entropy", "probability", "cutpoints", "newline", "step", "token", "sequence"] = "entropy"
+    top_percent: Annotated[float, Bounds(gt=0, le=100, note="It is the share of tokens to cut at, in percent.")] = 30.0
+    segment_cut: Literal["end", "start"] = "end"
+    num_cuts: PositiveInt = 8
+    cutpoint_threshold: Probability = 0.9
+    cutpoint_interval: PositiveInt = 5
+    step_pattern: str = r"Step\s*\d+\s*[:.]"
 
     # Parameters that control the critic
-    critic: str = field(
-        default="separate",
-        metadata={
-            "help": "'separate': a backbone of its own, initialised from the policy; 'shared': a head on the policy's "
-            "detached hidden states; 'adapter': a second adapter on the policy's base model; 'monte_carlo': the mean "
-            "reward of fresh continuations; 'tree': responses are sampled as a tree, whose nodes are valued by their "
-            "children; 'none': every value is 0.",
-            "choices": list(CHOICES["critic"]),
-        },
-    )
-    value_state: str = field(
-        default="start",
-        metadata={
-            "help": "State whose value stands for a segment: before its first token ('start', the paper) or before "
-            "its last token ('end', the official code).",
-            "choices": list(CHOICES["value_state"]),
-        },
-    )
-    critic_learning_rate: float = field(default=2e-6, metadata={"help": "Initial learning rate of the critic."})
-    critic_lr_scheduler_type: str | None = field(
-        default=None, metadata={"help": "Learning rate schedule of the critic. Defaults to `lr_scheduler_type`."}
-    )
-    critic_lr_warmup_steps: int = field(
-        default=0, metadata={"help": "Steps over which the critic's learning rate rises linearly from 0."}
-    )
-    critic_weight_decay: float | None = field(
-        default=None, metadata={"help": "Weight decay of the critic. Defaults to `weight_decay`."}
-    )
-    critic_max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Norm to which the critic's gradient is clipped."}
-    )
-    critic_warmup_steps: int = field(
-        default=0,
-        metadata={"help": "Optimizer steps at the beginning of training in which only the critic learns."},
-    )
-    critic_warmup_tolerance: float | None = field(
-        default=None,
-        metadata={
-            "help": "If set, the critic's warm-up ends early when no rollout of the last three lowered the smallest "
-            "value loss so far by more than this share of it."
-        },
-    )
-    cliprange_value: float | None = field(
-        default=0.5,
-        metadata={
-            "help": "How far a value may move from its rollout-time prediction before its loss is clipped; `None` for "
-            "no clipping."
-        },
-    )
-    value_loss_aggregation: str = field(
-        default="token-mean",
-        metadata={
-            "help": "How the value losses of segments are averaged.",
-            "choices": list(CHOICES["value_loss_aggregation"]),
-        },
-    )
+    critic: Literal["separate", "shared", "adapter", "monte_carlo", "tree", "none"] = "separate"
+    value_state: Literal["start", "end"] = "start"
+    critic_learning_rate: NonNegativeFloat = 2e-6
+    critic_lr_scheduler_type: str | None = None
+    critic_lr_warmup_steps: NonNegativeInt = 0
+    critic_weight_decay: NonNegativeFloat | None = None
+    critic_max_grad_norm: Annotated[float, Bounds(gt=0, note="`math.inf` clips nothing.")] = 1.0
+    critic_warmup_steps: NonNegativeInt = 0
+    critic_warmup_tolerance: NonNegativeFloat | None = None
+    cliprange_value: PositiveFloat | None = 0.5
+    value_loss_aggregation: Aggregation = "token-mean"
 
     # Parameters that control Monte-Carlo values and tree rollouts
-    num_continuations: int = field(
-        default=9, metadata={"help": "For critic='monte_carlo': continuations sampled from each valued state."}
-    )
-    continuation_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Continuations generated at a time on a process; by default as many as a rollout has responses."
-        },
-    )
-    max_valued_segments: int | None = field(
-        default=None,
-        metadata={
-            "help": "For critic='monte_carlo': how many states of a response are valued after the prompt's; the "
-            "reward stands for later ones. `None` for no limit."
-        },
-    )
-    truncated_continuation_reward: float | None = field(
-        default=None,
-        metadata={
-            "help": "Reward of a continuation cut off at `max_completion_length`. Defaults to what the reward "
-            "functions say."
-        },
-    )
-    tree_widths: list[int] = field(
-        default_factory=lambda: [6, 6, 6],
-        metadata={"help": "For critic='tree': children of the nodes of each level."},
-    )
-    tree_segment_length: int = field(
-        default=100,
-        metadata={"help": "For critic='tree': tokens of an edge; on the last level responses run to their end."},
-    )
-    tree_edges_per_prompt: int = field(
-        default=32,
-        metadata={"help": "For critic='tree': largest number of a prompt's edges that one rollout trains on."},
-    )
-    tree_replay_age: int = field(
-        default=8,
-        metadata={"help": "For critic='tree': rollouts for which edges can be drawn. `1` for no replay."},
-    )
+    num_continuations: PositiveInt = 9
+    continuation_batch_size: PositiveInt | None = None
+    max_valued_segments: NonNegativeInt | None = None
+    truncated_continuation_reward: FiniteFloat | None = None
+    tree_widths: list[int] = field(default_factory=lambda: [6, 6, 6])
+    tree_segment_length: PositiveInt = 100
+    tree_edges_per_prompt: PositiveInt = 32
+    tree_replay_age: PositiveInt = 8
 
-    # Parameters that control what happens when something fails
-    reward_timeout: float | None = field(
-        default=None,
-        metadata={
-            "help": "Seconds that a call of a reward function may take. A call that takes longer, or raises, is "
-            "repeated for each completion alone. `None` for no limit."
-        },
-    )
-    max_sampler_logp_difference: float | None = field(
-        default=0.05,
-        metadata={
-            "help": "Largest mean absolute difference between the sampler's log-probabilities and the training "
-            "model's in the first rollout. `None` for no check."
-        },
-    )
-    max_skipped_steps: int = field(
-        default=5,
-        metadata={
-            "help": "Optimizer steps with a non-finite loss or gradient are skipped; after so many in a row training "
-            "stops with an error."
-        },
-    )
+    # Parameters that control the handling of failures
+    reward_timeout: PositiveFloat | None = None
+    max_sampler_logp_difference: PositiveFloat | None = 0.05
+    max_skipped_steps: PositiveInt = 5
 
     # Parameters that control rewards and advantages
-    advantage_estimator: str = field(
-        default="gae",
-        metadata={
-            "help": "'gae' over segments, TRL's 'group' advantage, the 'leave_one_out' baseline of RLOO, or 'batch': "
-            "the reward, shifted and scaled to mean 0 and variance 1 over all responses of the rollout.",
-            "choices": list(CHOICES["advantage_estimator"]),
-        },
-    )
-    gamma: float = field(default=1.0, metadata={"help": "Discount per segment."})
-    lam: float = field(default=0.99, metadata={"help": "λ of the generalized advantage estimation over segments."})
-    critic_lam: float | None = field(
-        default=None,
-        metadata={"help": "λ of the critic's targets. Defaults to `lam`; `1.0` regresses on Monte-Carlo returns."},
-    )
-    length_adaptive_lam: float | None = field(
-        default=None,
-        metadata={"help": "If set, the α of VAPO's λ = max(0, 1 - 1 / (α * segments)), in the place of `lam`."},
-    )
-    advantage_weighting: str = field(
-        default="none",
-        metadata={
-            "help": "'role_aware' weighs the advantages of perception and reasoning tokens (SRPO).",
-            "choices": list(CHOICES["advantage_weighting"]),
-        },
-    )
-    role_perception_pattern: str = field(
-        default=PERCEPTION_PATTERN,
-        metadata={"help": "Regular expression whose first group (or whole match) is the perception span."},
-    )
-    role_reasoning_pattern: str = field(
-        default=REASONING_PATTERN,
-        metadata={"help": "Regular expression whose first group (or whole match) is the reasoning span."},
-    )
-    role_mask_ratio: float = field(
-        default=0.6,
-        metadata={"help": "Share of image patches hidden to measure how far a token depends on the image."},
-    )
-    role_temperature: float = field(
-        default=1.0, metadata={"help": "The larger, the closer the role-aware weights are to one."}
-    )
-    role_clip: float = field(
-        default=1.0, metadata={"help": "Bound on the logarithm of a role-aware weight, before scaling to mean one."}
-    )
-    whiten_advantages: bool = field(
-        default=True,
-        metadata={"help": "Whether to shift and scale the advantages of a rollout batch to mean 0 and variance 1."},
-    )
-    advantage_clamp: float | None = field(
-        default=5.0,
-        metadata={"help": "Bound on the absolute value of advantages, after whitening; `None` for no bound."},
-    )
-    kl_placement: str = field(
-        default="reward",
-        metadata={
-            "help": "Where the KL penalty with coefficient `beta` goes: the tokens' rewards or the loss.",
-            "choices": list(CHOICES["kl_placement"]),
-        },
-    )
-    kl_estimator: str = field(
-        default="k1",
-        metadata={"help": "Estimator of the KL divergence.", "choices": list(CHOICES["kl_estimator"])},
-    )
+    advantage_estimator: Literal["gae", "group", "leave_one_out", "batch"] = "gae"
+    gamma: UnitInterval = 1.0
+    lam: UnitInterval = 0.99
+    critic_lam: UnitInterval | None = None
+    length_adaptive_lam: PositiveFloat | None = None
+    advantage_weighting: Literal["none", "role_aware"] = "none"
+    role_perception_pattern: str = PERCEPTION_PATTERN
+    role_reasoning_pattern: str = REASONING_PATTERN
+    role_mask_ratio: UnitInterval = 0.6
+    role_temperature: PositiveFloat = 1.0
+    role_clip: PositiveFloat = 1.0
+    whiten_advantages: bool = True
+    advantage_clamp: PositiveFloat | None = 5.0
+    kl_placement: Literal["reward", "loss"] = "reward"
+    kl_estimator: KLEstimator = "k1"
 
     # Parameters that control the policy loss
-    ratio_reduction: str = field(
-        default="mean",
-        metadata={
-            "help": "Whether a shared log-ratio is the 'mean' or the 'sum' of its tokens'.",
-            "choices": list(CHOICES["ratio_reduction"]),
-        },
-    )
-    confident_token_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens that the old policy gave at least this probability are left out of the policy loss, of "
-            "its KL and of whitening. `None` for no mask."
-        },
-    )
-    positive_lm_coef: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the negative log-likelihood of responses above `positive_lm_threshold`."},
-    )
-    positive_lm_threshold: float = field(
-        default=0.5, metadata={"help": "Reward above which a response counts as correct there."}
-    )
-    loss_aggregation: str = field(
-        default="token-mean",
-        metadata={
-            "help": "How token losses are averaged over an optimizer step.",
-            "choices": list(CHOICES["loss_aggregation"]),
-        },
-    )
-    kl_aggregation: str | None = field(
-        default=None,
-        metadata={
-            "help": "The same for the KL term of the loss. Defaults to `loss_aggregation`.",
-            "choices": list(AGGREGATIONS),
-        },
-    )
-    avoid_padding: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether rows of like length go through the model together, without the padding that they have in "
-            "common. The gradients of optimizer steps stay the same."
-        },
-    )
-    reuse_image_features: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether a frozen vision tower of a model like Qwen's computes the features of an image once a "
-            "rollout, for all responses to its prompt and all forwards."
-        },
-    )
-    num_mini_batches: int | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer steps per rollout batch. Defaults to 4, or to what `steps_per_generation` or "
-            "`generation_batch_size` imply if one of those is set."
-        },
-    )
+    loss_type: Literal[SegmentLoss, TRLLoss] = "segment_clip"
+    importance_sampling_level: Literal["segment", "token", "sequence"] = "segment"
+    ratio_reduction: RatioReduction = "mean"
+    confident_token_threshold: Probability | None = None
+    positive_lm_coef: NonNegativeFloat = 0.0
+    positive_lm_threshold: float = 0.5
+    loss_aggregation: Aggregation = "token-mean"
+    kl_aggregation: Aggregation | None = None
+    avoid_padding: bool = True
+    reuse_image_features: bool = True
+    num_mini_batches: PositiveInt | None = None
 
     @classmethod
     def from_preset(cls, preset: str, output_dir: str | None = None, **overrides) -> SAPOConfig:
@@ -559,7 +394,16 @@ class SAPOConfig(GRPOConfig):
         return self.critic in LEARNED_CRITICS
 
     def __post_init__(self):
-        check_config(self)
+        if self.loss_type == "sapo":
+            raise ValueError(
+                "`loss_type` must not be 'sapo': in TRL that is Qwen's Soft Adaptive Policy Optimization (arXiv "
+                "2511.20347), whose gate is 'soft_adaptive_gate' here. This is Segment-Aligned Policy Optimization "
+                "(arXiv 2605.01327)."
+            )
+        check_settings(self)
+        for name, hint in _TRL_RANGES.items():
+            check_setting(name, getattr(self, name), hint)
+        _check_combinations(self)
 
         if self.num_mini_batches is None and self.steps_per_generation is None and self.generation_batch_size is None:
             self.num_mini_batches = 4
@@ -591,3 +435,122 @@ def default_settings() -> dict[str, Any]:
     """The defaults of [`SAPOConfig`] for all settings of [`~sapo_trl.presets.AXES`]."""
     defaults = {setting.name: setting.default for setting in fields(SAPOConfig)}
     return {name: defaults[name] for names in AXES.values() for name in names}
+
+
+def _check_combinations(args: SAPOConfig) -> None:
+    """Raise a `ValueError` for settings that contradict each other or would have no effect."""
+    schedules = [schedule.value for schedule in SchedulerType if schedule.value not in _METRIC_SCHEDULES]
+    schedule = args.critic_lr_scheduler_type or args.lr_scheduler_type
+    if args.learns_critic and schedule not in schedules:
+        raise ValueError(
+            f"`critic_lr_scheduler_type` (by default `lr_scheduler_type`) must be one of {schedules}, got "
+            f"{str(schedule)!r}."
+        )
+    if not args.tree_widths or min(args.tree_widths) < 1:
+        raise ValueError(
+            f"`tree_widths` must be a list of numbers of children, each at least 1, got {args.tree_widths}."
+        )
+    if args.loss_type in TRL_LOSS_TYPES:
+        if args.importance_sampling_level == "segment":
+            raise ValueError(
+                f"`loss_type={args.loss_type!r}` is TRL's and knows no segments: `importance_sampling_level` must "
+                'be "token" or "sequence", got "segment".'
+            )
+        if args.beta != 0.0 and (args.kl_placement, args.kl_estimator) != ("loss", "k3"):
+            raise ValueError(
+                f"`loss_type={args.loss_type!r}` is TRL's, which has the KL penalty as k3 in the loss: set "
+                '`kl_placement="loss"` and `kl_estimator="k3"`, or `beta=0`; got '
+                f"kl_placement={args.kl_placement!r}, kl_estimator={args.kl_estimator!r}, beta={args.beta}."
+            )
+        _check_unused(args, _SETTINGS_OF_SEGMENT_LOSSES)
+    else:
+        _check_unused(args, _SETTINGS_OF_TRL_LOSSES)
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "`enable_jit_checkpoint=True` may save between the critic's update and the policy's: it must be False. "
+            "`sapo_trl.StopOnSignal`, which `sapo-trl train` installs, saves after the step."
+        )
+    if args.advantage_estimator != "group":
+        _check_unused(args, {"multi_objective_aggregation": "sum_then_normalize"})
+    if args.advantage_estimator != "gae":
+        if args.critic != "none":
+            raise ValueError(
+                f"`advantage_estimator={args.advantage_estimator!r}` reads no values: set "
+                f'`critic="none"`, got {args.critic!r}.'
+            )
+        if args.advantage_estimator != "batch" and args.num_generations < 2:
+            raise ValueError(
+                f"`advantage_estimator={args.advantage_estimator!r}` compares the responses to a prompt: "
+                f"`num_generations` must be at least 2, got {args.num_generations}."
+            )
+    if args.advantage_estimator == "group" and args.kl_placement == "reward" and args.beta != 0.0:
+        raise ValueError(
+            '`advantage_estimator="group"` is computed from the rewards alone: `kl_placement="reward"` would have '
+            f'no effect (beta={args.beta}). Set `kl_placement="loss"`, or `beta=0`.'
+        )
+    if args.critic == "tree":
+        if args.mask_truncated_completions:
+            raise ValueError(
+                '`mask_truncated_completions=True` would drop all inner edges of `critic="tree"`, which end in '
+                "the middle of a response: it must be False."
+            )
+        if args.kl_placement == "reward" and args.beta != 0.0:
+            raise ValueError(
+                '`critic="tree"` values its edges by the outcomes below them: the KL penalty can only go into the '
+                f'loss. Set `kl_placement="loss"` (and `kl_estimator="k3"`), or `beta=0`; got beta={args.beta}.'
+            )
+        if args.segmentation != "sequence":
+            raise ValueError(
+                '`critic="tree"` knows the values of an edge\'s two ends alone: `segmentation` must be "sequence", so '
+                f"that each edge is one segment, got {args.segmentation!r}."
+            )
+        if args.use_vllm and args.vllm_importance_sampling_correction:
+            raise ValueError(
+                '`critic="tree"` also trains on edges of earlier rollouts, without log-probabilities of the sampler: '
+                "set `vllm_importance_sampling_correction=False`."
+            )
+    if args.critic in ("monte_carlo", "tree"):
+        if args.value_state == "end":
+            raise ValueError(f'`critic={args.critic!r}` values the start of segments: `value_state` must be "start".')
+        if args.gamma != 1.0:
+            raise ValueError(
+                f"`critic={args.critic!r}` values states by rewards that are not discounted: `gamma` must be 1, got "
+                f"{args.gamma}."
+            )
+    if args.max_completion_length is None:
+        for name, value in (
+            ("critic", args.critic),
+            ("loss_aggregation", args.loss_aggregation),
+            ("kl_aggregation", args.kl_aggregation),
+        ):
+            if value in ("monte_carlo", "tree", "seq-mean-token-sum-norm"):
+                raise ValueError(f"`{name}={value!r}` needs a `max_completion_length`, got None.")
+    if args.kl_aggregation is not None and args.kl_placement == "reward":
+        raise ValueError(
+            f"`kl_aggregation={args.kl_aggregation!r}` averages the KL term of the loss, but `kl_placement` is "
+            '"reward": it must be "loss".'
+        )
+    if not args.learns_critic and args.critic_warmup_steps > 0:
+        raise ValueError(
+            f"`critic_warmup_steps={args.critic_warmup_steps}` with `critic={args.critic!r}` would train nothing: "
+            "it must be 0."
+        )
+    if args.critic_warmup_tolerance is not None and args.critic_warmup_steps == 0:
+        raise ValueError(
+            f"`critic_warmup_tolerance={args.critic_warmup_tolerance}` ends a warm-up early, but "
+            "`critic_warmup_steps`, its longest duration, is 0."
+        )
+    if args.kl_placement == "loss" and args.kl_estimator == "k1" and args.beta != 0.0:
+        raise ValueError(
+            '`kl_estimator="k1"` has zero expected gradient in the loss: use "k2" or "k3", or `kl_placement="reward"`.'
+        )
+
+
+def _check_unused(args: SAPOConfig, settings: dict[str, object]) -> None:
+    for name, only in settings.items():
+        if getattr(args, name) != only:
+            raise ValueError(
+                f"`{name}` has no meaning with `loss_type={args.loss_type!r}` and "
+                f"`advantage_estimator={args.advantage_estimator!r}`: it must stay {only!r}, got "
+                f"{getattr(args, name)!r}."
+            )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from .segments import Segments, accumulation_dtype
 
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
-RATIO_REDUCTIONS = ("mean", "sum")
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+RatioReduction = Literal["mean", "sum"]
 
 
 @dataclass
@@ -33,7 +33,7 @@ class LossOutput:
 def aggregate(
     x: torch.Tensor,
     mask: torch.Tensor,
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     normalizer: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
@@ -58,7 +58,7 @@ def aggregate(
 
 
 def _sum_up(
-    x: torch.Tensor, mask: torch.Tensor, aggregation: str, normalizer: float | torch.Tensor | None
+    x: torch.Tensor, mask: torch.Tensor, aggregation: Aggregation, normalizer: float | torch.Tensor | None
 ) -> torch.Tensor:
     """[`aggregate`] for `x` that is already 0 outside the mask."""
     if aggregation == "token-mean":
@@ -70,7 +70,7 @@ def _sum_up(
     elif aggregation == "seq-mean-token-sum-norm":
         total, default_normalizer = x.sum(), max(x.numel(), 1)
     else:
-        raise ValueError(f"`aggregation` must be one of {AGGREGATIONS}, got {aggregation!r}.")
+        raise ValueError(f"`aggregation` must be one of {get_args(Aggregation)}, got {aggregation!r}.")
     return total / (default_normalizer if normalizer is None else normalizer)
 
 
@@ -79,7 +79,7 @@ def segment_log_ratio(
     old_logps: torch.Tensor,
     segments: Segments,
     clamp: float = 20.0,
-    reduction: str = "mean",
+    reduction: RatioReduction = "mean",
 ) -> torch.Tensor:
     """
     Log-ratio that the tokens of a segment share.
@@ -102,14 +102,14 @@ def segment_log_ratio(
 
 
 def _reduce_log_ratio(
-    token_log_ratio: torch.Tensor, segments: Segments, reduction: str, clamp: float = 20.0
+    token_log_ratio: torch.Tensor, segments: Segments, reduction: RatioReduction, clamp: float = 20.0
 ) -> torch.Tensor:
     """`(B, M)`: one log-ratio for each segment."""
     if reduction == "mean":
         return segments.mean(token_log_ratio)
     if reduction == "sum":
         return segments.sum(token_log_ratio).clamp(-clamp, clamp)
-    raise ValueError(f"`reduction` must be one of {RATIO_REDUCTIONS}, got {reduction!r}.")
+    raise ValueError(f"`reduction` must be one of {get_args(RatioReduction)}, got {reduction!r}.")
 
 
 def log_ratio(
@@ -117,7 +117,7 @@ def log_ratio(
     old_logps: torch.Tensor,
     segments: Segments | None = None,
     clamp: float = 20.0,
-    reduction: str = "mean",
+    reduction: RatioReduction = "mean",
 ) -> torch.Tensor:
     """
     Log importance ratio of each token: its own without `segments`, its segment's with them ([`segment_log_ratio`]).
@@ -247,7 +247,7 @@ def clipped_policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float | None = 3.0,
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     normalizer: float | torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     ratio_reduction: str = "mean",
@@ -326,7 +326,7 @@ def soft_adaptive_policy_loss(
     segments: Segments | None = None,
     temperature_pos: float = 1.0,
     temperature_neg: float = 1.05,
-    aggregation: str = "seq-mean-token-mean",
+    aggregation: Aggregation = "seq-mean-token-mean",
     normalizer: float | torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     ratio_reduction: str = "mean",
@@ -380,7 +380,7 @@ def segment_value_loss(
     segments: Segments,
     value_state: str = "start",
     cliprange_value: float | None = 0.5,
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     normalizer: float | torch.Tensor | None = None,
 ) -> LossOutput:
     """

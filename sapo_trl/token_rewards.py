@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 from .segments import accumulation_dtype
 
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def outcome_token_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -27,7 +29,7 @@ def outcome_token_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Te
     return torch.where(is_last, rewards.unsqueeze(1), 0).to(accumulation_dtype(rewards))
 
 
-def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
+def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: KLEstimator = "k1") -> torch.Tensor:
     """
     Per-token estimate of KL(policy ‖ reference) from samples of the policy (http://joschu.net/blog/kl-approx.html).
 
@@ -49,4 +51,4 @@ def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str = "
         return 0.5 * difference.square()
     if estimator == "k3":
         return torch.exp(-difference) + difference - 1
-    raise ValueError(f"`estimator` must be one of {KL_ESTIMATORS}, got {estimator!r}.")
+    raise ValueError(f"`estimator` must be one of {get_args(KLEstimator)}, got {estimator!r}.")

@@ -20,7 +20,17 @@ MATHEMATICS = {
 }
 TOOLS = {"evaluation", "study", "planner", "viewer", "analysis", "recipes", "embedded", "cli"}
 DATA_AND_REWARDS = {"data", "rewards"}
-LEAVES = {"names", "lazy", "statistics", "run_folder", "folder_lock", "json_files", "foreign_text", "http_client"}
+LEAVES = {
+    "names",
+    "settings",
+    "lazy",
+    "statistics",
+    "run_folder",
+    "folder_lock",
+    "json_files",
+    "foreign_text",
+    "http_client",
+}
 
 
 def part_of(path: Path) -> str:

@@ -113,7 +113,7 @@ class TestFromPreset:
             ("vineppo", {"value_state": "end"}, '`value_state` must be "start"'),
             ("vc_ppo", {"critic_warmup_steps": 0}, "its longest duration, is 0"),
             ("spo_tree", {"tree_widths": [6, 0]}, "`tree_widths` must be a list of numbers of children"),
-            ("spo_chain", {"confident_token_threshold": 90}, "is a probability: it must lie in"),
+            ("spo_chain", {"confident_token_threshold": 90}, r"must lie in \(0, 1\] .*, got 90. It is a probability."),
             ("srpo", {"role_mask_ratio": 60}, r"`role_mask_ratio` must lie in \[0, 1\], got 60"),
         ],
     )

@@ -223,9 +223,9 @@ class TestSampling:
         [
             ({"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
             ({"batch_size": 0}, "`sampling_batch_size` must be at least 1, got 0"),
-            ({"temperature": 0.0}, "`sampling_temperature` must be positive, got 0.0"),
+            ({"temperature": 0.0}, r"`sampling_temperature` must lie in \(0, inf\), got 0.0. 0 would"),
             ({"top_p": 1.5}, r"`top_p` must lie in \(0, 1\], got 1.5"),
-            ({"top_k": -1}, "`top_k` must not be negative, got -1"),
+            ({"top_k": -1}, "`top_k` must be at least 0, got -1. 0 samples from all tokens."),
             ({"max_completion_length": 0}, "`max_completion_length` must be at least 1, got 0"),
             ({"dataset": Dataset.from_dict({"question": ["?"]})}, r"no column `prompt`; it has \['question'\]"),
             ({"dataset": text_dataset(1).select([])}, "no rows"),
@@ -709,8 +709,8 @@ class TestDPOP:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"dpop_penalty": -1.0}, "`dpop_penalty` must not be negative nor infinite, got -1.0"),
-            ({"dpop_penalty": math.nan}, "`dpop_penalty` must not be negative nor infinite, got nan"),
+            ({"dpop_penalty": -1.0}, r"`dpop_penalty` must lie in \[0, inf\), got -1.0"),
+            ({"dpop_penalty": math.nan}, r"`dpop_penalty` must lie in \[0, inf\), got nan"),
             ({"max_pairs_per_prompt": 0}, "`max_pairs_per_prompt` must be at least 1, got 0"),
             ({"loss_type": ["hinge"]}, r"`loss_type` must stay \['sigmoid'\], got \['hinge'\]"),
             ({"ld_alpha": 0.5}, "`ld_alpha` must stay None, got 0.5"),

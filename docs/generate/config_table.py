@@ -12,7 +12,7 @@ import re
 import types
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trl import GRPOConfig, ModelConfig
 
@@ -20,13 +20,13 @@ from sapo_trl.cli.run_arguments import short_help
 from sapo_trl.cli.train import TrainArguments
 from sapo_trl.cli.train_command import HELP
 from sapo_trl.config import SAPOConfig
+from sapo_trl.settings import parameter_texts
 
 
 TABLES_START, TABLES_END = "<!-- settings: start -->", "<!-- settings: end -->"
 DOCUMENT = Path("docs/configuration.md")
 
 _GROUP = re.compile(r"^ +> Parameters that control (.*)\n", re.MULTILINE)
-_PARAMETER = re.compile(r"^ {8}(\w+) \(.*\):\n((?:(?: {12}.*)?\n)+)", re.MULTILINE)
 
 
 def own_fields(config: type) -> dict[str, Field]:
@@ -50,10 +50,7 @@ def described(docstring: str) -> dict[str, dict[str, str]]:
         `dict[str, dict[str, str]]`: by group and name, in the order of the docstring.
     """
     _, *parts = _GROUP.split(docstring)
-    return {
-        group: {name: " ".join(text.split()) for name, text in _PARAMETER.findall(body)}
-        for group, body in zip(parts[::2], parts[1::2], strict=True)
-    }
+    return {group: parameter_texts(body) for group, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def markdown_tables() -> str:
@@ -74,9 +71,9 @@ def markdown_tables() -> str:
         lines.append(_row(name, hints[name], _default(setting), text))
     lines += ["", "## Settings of `sapo-trl train`", "", *_HEADER]
     hints = get_type_hints(TrainArguments)
-    texts = dict(_PARAMETER.findall(TrainArguments.__doc__ + "\n"))
+    texts = parameter_texts(TrainArguments.__doc__)
     for setting in fields(TrainArguments):
-        lines.append(_row(setting.name, hints[setting.name], _default(setting), " ".join(texts[setting.name].split())))
+        lines.append(_row(setting.name, hints[setting.name], _default(setting), texts[setting.name]))
     return "\n".join(lines)
 
 
@@ -101,10 +98,12 @@ def _code(value: Any) -> str:
 
 
 def _type(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
+    if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_type(part) for part in get_args(hint) if part is not type(None)) + (
             ", `null`" if type(None) in get_args(hint) else ""
         )
+    if get_origin(hint) is Literal:  # the text lists the choices
+        return f"`{type(get_args(hint)[0]).__name__}`"
     if get_origin(hint) is not None:
         return f"`{hint}`"
     return f"`{hint.__name__}`" if inspect.isclass(hint) else f"`{hint}`"

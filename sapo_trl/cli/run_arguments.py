@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..names import nearest_name
 from ..presets import PRESETS, preset_settings
+from ..settings import first_sentence
 
 
 PROGRAM = "sapo-trl train"
@@ -225,14 +225,16 @@ def short_help(*dataclasses: type) -> str:
 
 def _described(setting: Field) -> str:
     """The first sentence on a setting, and its default."""
-    text = re.split(r"(?<=[a-z0-9`')])\.\s", str(setting.metadata.get("help", "")).replace("%%", "%"))[0].rstrip(".")
+    text = first_sentence(setting.metadata.get("help", "").replace("%%", "%"))
     default = setting.default if setting.default_factory is MISSING else setting.default_factory()
-    return text if default in (MISSING, None) else f"{text} ({getattr(default, 'value', default)})"
+    return text if default in (MISSING, None) else f"{text} (default: {getattr(default, 'value', default)})"
 
 
 def _help_line(option: str, text: str) -> str:
     beginning = f"  {option:<29} " if len(option) < 30 else f"  {option}\n{'':<32}"
-    return beginning + textwrap.fill(text, HELP_WIDTH, initial_indent=" " * 32, subsequent_indent=" " * 32).lstrip()
+    indent = " " * 32
+    lines = textwrap.fill(text, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return beginning + lines.lstrip()
 
 
 def _fail(parser: TrlParser, message: str) -> NoReturn:

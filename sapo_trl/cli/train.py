@@ -18,7 +18,6 @@ from ..callbacks import SegmentationCallback
 from ..config import SAPOConfig
 from ..data import (
     FORMATS,
-    TEMPLATES,
     CleaningReport,
     DataFormat,
     ImageLimits,
@@ -37,6 +36,7 @@ from ..names import nearest_name
 from ..progress import show_progress
 from ..reward_lookup import find_reward
 from ..run_folder import TRAINER_STATE_NAME, newest_checkpoint
+from ..settings import PositiveInt, check_settings, help_from_docstring
 from ..stop_on_signal import StopOnSignal
 from ..trainer import SAPOTrainer
 from ..trainer.checkpoint_files import check_checkpoint, finish_publication
@@ -50,103 +50,83 @@ EMBEDDED = "embedded"
 """As a model or a data set: the task that needs no download."""
 
 
+@help_from_docstring
 @dataclass
 class TrainArguments:
     """
-    What is trained on and rewarded; the model is in [`~trl.ModelConfig`], everything else in [`SAPOConfig`].
+    Settings for data and rewards; the model is in [`~trl.ModelConfig`], everything else in [`SAPOConfig`].
 
     Args:
         dataset_name (`str`, *optional*, defaults to `"embedded"`):
-            `"embedded"`, a hub id, a file or a folder, see [`~sapo_trl.data.load_rows`]. `"embedded"` is taken as it
-            is: of the settings below only the splits and `embedded_problems` concern it.
+            Data set: `"embedded"`, a hub id, a file or a folder. See [`~sapo_trl.data.load_rows`]. `"embedded"` is
+            taken as it is: of the settings below only the splits and `embedded_problems` concern it.
         dataset_config (`str`, *optional*):
             Configuration of the data set.
         dataset_format (`str`, *optional*):
-            A name from [`~sapo_trl.data.formats.FORMATS`], for copies of a data set that is known. Its own hub id
-            needs none. A data set with a column `prompt` is taken to have TRL's form.
+            Format of a known data set's copy: `geometry3k`, `gsm8k`, `math`, `math12k` or `open_r1`. The data set's
+            own hub id needs none. A data set with a column `prompt` is taken to have TRL's form.
         columns (`dict[str, str]`, *optional*):
-            Columns of a data set of your own, such as `{problem: question, answer: final, images: figure}`. By default
-            `problem`, `answer` and, if there is one, `images` or `image`.
+            Columns of your own data set, as in `{"problem": "question", "answer": "final"}`. By default `problem`,
+            `answer` and, if there is one, `images` or `image`.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on, or a slice of it such as `"train[:90%]"`.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split to evaluate on, if `eval_strategy` is set.
+            Split to evaluate on, if `eval_strategy` is set. It can also be a slice.
         streaming (`bool`, *optional*, defaults to `False`):
-            Read rows as they are needed. `max_steps` must be set.
+            Read rows only when they are needed; `max_steps` must be set.
         embedded_problems (`int`, *optional*, defaults to `8192`):
-            Number of problems of the embedded data set's training split, at most 23,916.
+            Training problems of the embedded data set, at most 23,916.
         prompt_template (`str`, *optional*, defaults to `"none"`):
-            What stands around each question: a name from [`~sapo_trl.data.templates.TEMPLATES`], or a text, with
-            `{problem}` or to follow the question.
+            Text around each question: the name of a template such as `"boxed"`, or a text of your own. The names are
+            in [`~sapo_trl.data.templates.TEMPLATES`]. The question replaces `{problem}` in your text; without it, the
+            text follows the question.
         conversational (`bool`, *optional*, defaults to `True`):
-            `False` for prompts of plain text, for models without a chat template. Text data only.
+            Use chat messages (off: plain text). Plain text is for text data and models without a chat template.
         min_pixels (`int`, *optional*):
-            Pixels that smaller pictures are enlarged to.
+            Enlarge smaller pictures to this many pixels.
         max_pixels (`int`, *optional*):
-            Pixels that larger pictures are reduced to.
+            Reduce larger pictures to this many pixels.
         max_prompt_length (`int`, *optional*):
-            Tokens of a prompt, those of its pictures included. Longer ones are left out.
+            Leave out prompts with more tokens, image tokens included.
         allow_remote_images (`bool`, *optional*, defaults to `False`):
-            Fetch pictures that rows name by their address on the network. By default nothing is fetched: such rows
-            are left out.
+            Fetch pictures that rows name by an address on the network. By default nothing is fetched: such rows are
+            left out.
         strict (`bool`, *optional*, defaults to `False`):
-            Rows that cannot be used are an error. By default they are left out, counted and listed in
+            Stop with an error at a row that cannot be used. By default such rows are left out, counted and listed in
             `OUTPUT_DIR/data_report.json`.
         reward_funcs (`list[str]`, *optional*, defaults to `["accuracy_reward"]`):
-            Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`, see
+            Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`. See
             [`~sapo_trl.reward_lookup.find_reward`].
         reward_settings (`dict[str, dict]`, *optional*):
-            Arguments of reward functions, by their names in `reward_funcs`: `{numeric_reward: {rel_tol: 0.01}}`.
+            Arguments of reward functions, as in `{"numeric_reward": {"rel_tol": 0.01}}`. The functions go by their
+            names in `reward_funcs`.
         record_every (`int`, *optional*):
-            Write the segmented responses of every so many rollouts to `OUTPUT_DIR/segments`, for `sapo-trl view` and
-            `sapo-trl analyze`. By default none.
+            Record the responses of every so many rollouts, for `sapo-trl view` and `sapo-trl analyze`. They go to
+            `OUTPUT_DIR/segments`. By default nothing is recorded.
     """
 
-    dataset_name: str = field(default=EMBEDDED, metadata={"help": "'embedded', a hub id, a file or a folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_format: str | None = field(
-        default=None, metadata={"help": f"Format of a copy of a known data set: one of {', '.join(FORMATS)}."}
-    )
-    columns: dict[str, str] | str | None = field(
-        default=None,
-        metadata={"help": 'Columns of another data set, as in \'{"problem": "question", "answer": "final"}\'.'},
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, or a slice of it."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, or a slice of it."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; set `max_steps`."})
-    embedded_problems: int = field(default=8192, metadata={"help": "Training problems of the embedded data set."})
-    prompt_template: str = field(
-        default="none",
-        metadata={"help": f"One of {', '.join(TEMPLATES)}; or a text, with {{problem}} or to follow the question."},
-    )
-    conversational: bool = field(
-        default=True,
-        metadata={"help": "Use chat messages (off: plain text)."},
-    )
-    min_pixels: int | None = field(default=None, metadata={"help": "Pixels that smaller pictures are enlarged to."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Pixels that larger pictures are reduced to."})
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a prompt, pictures included; longer ones are left out."}
-    )
-    allow_remote_images: bool = field(
-        default=False, metadata={"help": "Whether pictures that rows name by an address on the network are fetched."}
-    )
-    strict: bool = field(default=False, metadata={"help": "Rows that cannot be used are an error, not left out."})
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["accuracy_reward"],
-        metadata={"help": "Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`."},
-    )
-    reward_settings: dict[str, dict[str, Any]] | str | None = field(
-        default=None,
-        metadata={"help": 'Arguments of reward functions, as in \'{"numeric_reward": {"rel_tol": 0.01}}\'.'},
-    )
-    record_every: int | None = field(
-        default=None,
-        metadata={"help": "Record the responses of every so many rollouts, for `sapo-trl view` and `analyze`."},
-    )
+    dataset_name: str = EMBEDDED
+    dataset_config: str | None = None
+    dataset_format: str | None = None
+    columns: dict[str, str] | str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    streaming: bool = False
+    embedded_problems: PositiveInt = 8192
+    prompt_template: str = "none"
+    conversational: bool = True
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+    max_prompt_length: PositiveInt | None = None
+    allow_remote_images: bool = False
+    strict: bool = False
+    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy_reward"])
+    reward_settings: dict[str, dict[str, Any]] | str | None = None
+    record_every: PositiveInt | None = None
 
     def __post_init__(self):
         # Every mistake that can be seen without data shows at once.
+        check_settings(self)
         self.columns = _from_command_line(self.columns)
         if self.columns is not None and not isinstance(self.columns, dict):
             raise ValueError(
@@ -169,10 +149,6 @@ class TrainArguments:
                 f"{self.reward_settings!r}."
             )
         template_text(self.prompt_template)
-        if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise ValueError(f"`max_prompt_length` must be at least 1, got {self.max_prompt_length}.")
-        if self.record_every is not None and self.record_every < 1:
-            raise ValueError(f"`record_every` must be at least 1, got {self.record_every}.")
         _ = self.image_limits
 
     @property

@@ -1,11 +1,12 @@
 """DPO-Positive on a model's own right and wrong responses."""
 
 import copy
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from ..settings import Bounds, PositiveInt, help_from_docstring
 from .sampling import (
     ProcessingClass,
     RewardFunction,
@@ -37,6 +39,7 @@ _FIXED_DPO_SETTINGS = {
 }
 
 
+@help_from_docstring
 @dataclass
 class DPOPConfig(SamplingConfig, DPOConfig):
     r"""
@@ -47,10 +50,10 @@ class DPOPConfig(SamplingConfig, DPOConfig):
 
     Parameters:
         dpop_penalty (`float`, *optional*, defaults to `50.0`):
-            λ: weight of the penalty on making chosen responses less probable than the reference model does. `0.0` is
-            DPO.
+            Weight λ of the penalty on making chosen responses less probable; `0.0` is DPO. The comparison is with the
+            reference model.
         max_pairs_per_prompt (`int`, *optional*, defaults to `1`):
-            Most pairs of a right and a wrong response to one prompt. No response is in two pairs.
+            Largest number of pairs of a right and a wrong response to one prompt. No response is in two pairs.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]:
@@ -63,19 +66,12 @@ class DPOPConfig(SamplingConfig, DPOConfig):
         metadata={"help": "Length to cut prompt and response to. `None` cuts nothing: sampling has bounded both."},
     )
 
-    dpop_penalty: float = field(
-        default=50.0,
-        metadata={"help": "Weight of the penalty on making chosen responses less probable; 0 is DPO."},
-    )
-    max_pairs_per_prompt: int = field(default=1, metadata={"help": "Most pairs of responses to one prompt."})
+    dpop_penalty: Annotated[float, Bounds(ge=0, lt=math.inf)] = 50.0
+    max_pairs_per_prompt: PositiveInt = 1
 
     def __post_init__(self):
-        self.check_sampling()
-        if not 0.0 <= self.dpop_penalty < float("inf"):
-            raise ValueError(f"`dpop_penalty` must not be negative nor infinite, got {self.dpop_penalty}.")
-        if self.max_pairs_per_prompt < 1:
-            raise ValueError(f"`max_pairs_per_prompt` must be at least 1, got {self.max_pairs_per_prompt}.")
-        super().__post_init__()
+        SamplingConfig.__post_init__(self)
+        DPOConfig.__post_init__(self)
         for name, only in _FIXED_DPO_SETTINGS.items():
             if getattr(self, name) != only:
                 raise ValueError(

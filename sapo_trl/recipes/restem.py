@@ -11,6 +11,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..settings import PositiveInt, help_from_docstring
 from .sampling import (
     ProcessingClass,
     RewardFunction,
@@ -24,6 +25,7 @@ from .sampling import (
 )
 
 
+@help_from_docstring
 @dataclass
 class ReSTEMConfig(SamplingConfig, SFTConfig):
     r"""
@@ -35,7 +37,7 @@ class ReSTEMConfig(SamplingConfig, SFTConfig):
 
     Parameters:
         max_kept_per_prompt (`int`, *optional*, defaults to `10`):
-            Most responses to one prompt that are trained on, so that easy prompts do not crowd out the others.
+            Largest number of responses to one prompt to train on. Without it easy prompts crowd out the others.
         num_iterations (`int`, *optional*, defaults to `2`):
             Number of times to sample and fine-tune.
 
@@ -51,17 +53,12 @@ class ReSTEMConfig(SamplingConfig, SFTConfig):
         metadata={"help": "Length to cut prompt and response to. `None` cuts nothing: sampling has bounded both."},
     )
 
-    max_kept_per_prompt: int = field(
-        default=10, metadata={"help": "Most responses to one prompt that are trained on."}
-    )
-    num_iterations: int = field(default=2, metadata={"help": "How often to sample and fine-tune."})
+    max_kept_per_prompt: PositiveInt = 10
+    num_iterations: PositiveInt = 2
 
     def __post_init__(self):
-        self.check_sampling()
-        for name in ("max_kept_per_prompt", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        super().__post_init__()
+        SamplingConfig.__post_init__(self)
+        SFTConfig.__post_init__(self)
 
 
 class ReSTEM:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from datasets import Dataset, Features, Value
@@ -22,6 +22,7 @@ from trl.trainer.utils import create_model_from_path, is_async_callable
 from ..embedded import load_processor
 from ..generation.model_settings import own_settings_ignored
 from ..reward_calls import checked_rewards
+from ..settings import Bounds, PositiveInt, Probability, check_settings, help_from_docstring
 
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
@@ -34,6 +35,7 @@ _NOT_REWARD_COLUMNS = ("prompt", "prompts", "completion", "completions", "comple
 _TRAINING_COLUMNS = ("prompt", "images", "image")
 
 
+@help_from_docstring
 @dataclass
 class SamplingConfig:
     r"""
@@ -63,55 +65,22 @@ class SamplingConfig:
             with an end of turn, so such a response teaches to stop in the middle.
     """
 
-    num_samples: int = field(default=32, metadata={"help": "Responses sampled per prompt."})
-    sampling_temperature: float = field(default=0.7, metadata={"help": "Temperature of the sampling."})
-    top_p: float = field(
-        default=1.0, metadata={"help": "Probability mass of the most probable tokens to sample from, in (0, 1]."}
-    )
-    top_k: int = field(
-        default=40, metadata={"help": "Number of most probable tokens to sample from; 0 for all tokens."}
-    )
-    max_completion_length: int = field(default=2048, metadata={"help": "Longest response, in tokens."})
-    sampling_batch_size: int = field(default=32, metadata={"help": "Responses generated at once."})
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward function in their sum. Defaults to 1 each."}
-    )
-    reward_threshold: float = field(
-        default=0.0, metadata={"help": "A response is right if its reward is greater, not if it is equal."}
-    )
-    keep_truncated: bool = field(
-        default=False,
-        metadata={"help": "Whether to train on responses that `max_completion_length` has cut off."},
-    )
+    num_samples: PositiveInt = 32
+    sampling_temperature: Annotated[
+        float, Bounds(gt=0, lt=math.inf, note="0 would give the same response every time.")
+    ] = 0.7
+    top_p: Probability = 1.0
+    top_k: Annotated[int, Bounds(ge=0, note="0 samples from all tokens.")] = 40
+    max_completion_length: PositiveInt = 2048
+    sampling_batch_size: PositiveInt = 32
+    reward_weights: list[float] | None = None
+    reward_threshold: float = 0.0
+    keep_truncated: bool = False
 
-    def check_sampling(self) -> None:
-        """Raise `ValueError` if a setting is out of its range."""
-        check_sampling_settings(
-            num_samples=self.num_samples,
-            sampling_temperature=self.sampling_temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            max_completion_length=self.max_completion_length,
-            sampling_batch_size=self.sampling_batch_size,
-        )
+    def __post_init__(self):
+        check_settings(self)
         if math.isnan(self.reward_threshold):
             raise ValueError("`reward_threshold` must be a number, got nan: nothing is greater.")
-
-
-def check_sampling_settings(*, sampling_temperature: float, top_p: float, top_k: int, **at_least_one: int) -> None:
-    """Raise `ValueError` if a setting is out of its range; the rest are numbers that must be at least 1."""
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if not 0.0 < sampling_temperature < math.inf:
-        raise ValueError(
-            f"`sampling_temperature` must be positive, got {sampling_temperature}: greedy decoding would give the "
-            "same response every time."
-        )
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"`top_p` must lie in (0, 1], got {top_p}.")
-    if top_k < 0:
-        raise ValueError(f"`top_k` must not be negative, got {top_k}; 0 samples from all tokens.")
 
 
 @torch.no_grad()
@@ -163,7 +132,7 @@ def sample_responses(
 
         Raises `ValueError` or `TypeError` for settings, columns, reward functions or rewards that are not as above.
     """
-    check_sampling_settings(
+    SamplingConfig(  # checks them
         num_samples=num_samples,
         sampling_temperature=temperature,
         top_p=top_p,

@@ -27,8 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from ..analysis import GradientVariance
 from ..callbacks import SegmentationCallback
-from ..config import SAPOConfig
-from ..config_checks import LEARNED_CRITICS
+from ..config import LEARNED_CRITICS, SAPOConfig
 from ..diagnostics import ValueDiagnostics
 from ..embedded import load_processor
 from ..presets import preset_settings

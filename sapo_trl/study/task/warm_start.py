@@ -43,7 +43,7 @@ class WarmStartConfig:
             Peak learning rate of AdamW.
         warmup_steps (`int`, *optional*, defaults to `30`):
             Steps of linear warm-up.
-        cooldown_steps (`int`, *optional*, defaults to `150`):
+        cooldown_steps (`int`, *optional*, defaults to `100`):
             Steps of linear decay, to 5 % of the peak, that begin once the target is reached.
         max_steps (`int`, *optional*, defaults to `2000`):
             Steps within which the target must be reached; beyond them the warm start fails.
