@@ -207,8 +207,21 @@ def unmoved(before: dict[str, torch.Tensor], module: torch.nn.Module) -> list[st
 
 
 def logged(trainer: SAPOTrainer, name: str) -> list[float]:
-    """What was logged under a name, in order."""
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
+    """
+    The values that were logged under a name, in order.
+
+    Raises:
+        KeyError: if nothing was, so that no test is about the values of an empty list. Absence has a function of its
+            own, [`never_logged`].
+    """
+    values = [entry[name] for entry in trainer.state.log_history if name in entry]
+    if not values:
+        raise KeyError(f"{name!r} was never logged.")
+    return values
+
+
+def never_logged(trainer: SAPOTrainer, name: str) -> bool:
+    return not any(name in entry for entry in trainer.state.log_history)
 
 
 class Recorder(RolloutCallback):
