@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ class Family:
         return self.model_class(self.config(self.tokenizer))
 
     def dataset(self, n: int = 8) -> Dataset:
-        return to_prompts(make_problems(n)) if self.takes_images else text_dataset(n)
+        return image_dataset(n) if self.takes_images else text_dataset(n)
 
 
 def _qwen2_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
@@ -146,6 +147,12 @@ FAMILIES: dict[str, Callable[[Any], Family]] = {
 }
 
 
+@functools.cache
+def image_dataset(n: int = 8) -> Dataset:
+    return to_prompts(make_problems(n))
+
+
+@functools.cache
 def text_dataset(n: int = 8) -> Dataset:
     """Prompts of unequal lengths, so that batches are padded."""
     questions = [f"Find {'+'.join(['AB', 'BC', 'CD', 'DA'][: 1 + i % 4])}." for i in range(n)]
