@@ -472,7 +472,7 @@ class TestMicroBatches:
             ("qwen2", {"critic_warmup_steps": 1}),
             ("qwen2", {"critic_warmup_steps": 1, "critic": "shared"}),
             ("qwen2_5_vl", {}),
-            ("qwen2_5_vl", {"critic": "shared"}),
+            pytest.param("qwen2_5_vl", {"critic": "shared"}, marks=pytest.mark.slow),
         ],
         indirect=["family"],
     )
