@@ -176,10 +176,11 @@ class TestResume:
         shuffled differently.
         """
         run = {"steps": 8, "per_device_train_batch_size": 1, "num_mini_batches": 4, **settings}
-        first, second = Recorder(), Recorder()
+        second = Recorder()
 
         def make(folder):
-            return self.run(family, folder, callbacks=[first], save_steps=1, **run), first, folder
+            recorder = Recorder()
+            return self.run(family, folder, callbacks=[recorder], save_steps=1, **run), recorder, folder
 
         whole, first, folder = undisturbed(f"{family.name} {settings}", make)
         checkpoint = folder / f"checkpoint-{step}"
