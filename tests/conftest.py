@@ -25,9 +25,12 @@ from .testing_utils import FAMILIES, Family, build_qwen3_vl_processor  # noqa: E
 
 
 torch.set_num_threads(1)
-# accelerate collects garbage at the start of every training: spare it the objects of all the imports.
-gc.collect()
-gc.freeze()
+
+
+def pytest_collection_finish(session):
+    """accelerate collects garbage at the start of every training: spare it the objects of all imports and tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

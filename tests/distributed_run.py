@@ -20,7 +20,7 @@ from sapo_trl.sharded_tensors import gathered
 from sapo_trl.value_head import backbone_of
 
 from .exact_arithmetic import exact_lm_head, make_exact
-from .testing_utils import FAMILIES, fixed_rollout, length_reward, logged, sapo_config
+from .testing_utils import FAMILIES, fixed_rollout, length_reward, logged, never_logged, sapo_config
 
 
 def completions_of_prompts(prompts: list, trainer: SAPOTrainer) -> list[list[int]]:
@@ -155,7 +155,7 @@ def main(
         "logps": last.logps,
         "values": last.values,
         "micro_batches": micro_batches,
-        "log": {name: logged(trainer, name) for name in names},
+        "log": {name: [] if never_logged(trainer, name) else logged(trainer, name) for name in names},
     }
     torch.save(state, folder / f"rank{trainer.accelerator.process_index}.pt")
 

@@ -4,7 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sapo_trl import Segments
-from sapo_trl.advantages import discounted_suffix_sum, masked_moments, masked_whiten, segment_gae
+from sapo_trl.advantages import (
+    discounted_suffix_sum,
+    length_adaptive_lam,
+    masked_moments,
+    masked_whiten,
+    segment_gae,
+)
 from sapo_trl.segmentation import EntropySegmenter, TokenSegmenter, entropy_segments
 
 from .strategies import masks, noise, partitions, seeds, token_lists
@@ -130,6 +136,13 @@ def test_golden_case_of_decoupled_gae():
     )
     assert advantages[0].tolist() == pytest.approx([0.55, 0.5])
     assert returns[0].tolist() == pytest.approx([1.0, 1.0])
+
+
+@given(partitions(), st.sampled_from([0.05, 0.3, 1.0, 10.0]))
+def test_length_adaptive_lam_equals_the_definition(segments, alpha):
+    """Short responses, for which the published formula is negative, included."""
+    expected = [max(0.0, 1 - 1 / (alpha * max(len(row), 1))) for row in token_lists(segments)]
+    assert length_adaptive_lam(segments, alpha).squeeze(1).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("discount", [0.0, 1e-3, 0.5, 0.95, 1.0])

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo_trl.evaluation.benchmark import Result
@@ -365,6 +365,7 @@ def groups_of(name: str) -> st.SearchStrategy:
 
 
 @pytest.mark.parametrize("name", AGGREGATES)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_aggregates_do_not_depend_on_order(name, data):
     groups = data.draw(groups_of(name))
@@ -373,6 +374,7 @@ def test_aggregates_do_not_depend_on_order(name, data):
 
 
 @pytest.mark.parametrize("name", AGGREGATES)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_metrics_are_shares(name, data):
     metrics = BENCHMARKS[name].aggregate(data.draw(groups_of(name)))
@@ -384,6 +386,7 @@ def test_metrics_are_shares(name, data):
     ("name", "metric"),
     [("wemath", "strict"), ("wemath", "loose"), ("dynamath", "worst"), ("mmbench", "circular")],
 )
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_group_drawn_twice_counts_twice(name, metric, data):
     groups = data.draw(groups_of(name))

@@ -76,6 +76,19 @@ class TestSavedModels:
         assert not list(tmp_path.rglob("critic*"))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A function that makes a run at its first call and gives it again at the following ones: tests only read it."""
+    runs = {}
+
+    def get(key: str, make):
+        if key not in runs:
+            runs[key] = make(tmp_path_factory.mktemp("undisturbed"))
+        return runs[key]
+
+    return get
+
+
 class TestResume:
     def run(self, family, folder, *, resume=None, steps=4, callbacks=(), peft_config=None, **overrides):
         settings = {
@@ -157,16 +170,21 @@ class TestResume:
         ],
         ids=["plain", "accumulation", "iterations"],
     )
-    def test_resuming_anywhere(self, family, step, settings, tmp_path):
+    def test_resuming_anywhere(self, family, step, settings, tmp_path, undisturbed):
         """
         Bit for bit, also in the middle of a rollout and in a later epoch: with accumulation each rollout is one, and
         shuffled differently.
         """
-        run = {"steps": 8, "per_device_train_batch_size": 1, "num_mini_batches": 4, "save_steps": step, **settings}
-        first, second = Recorder(), Recorder()
-        whole = self.run(family, tmp_path / "whole", callbacks=[first], **run)
-        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-        parts = self.run(family, tmp_path / "parts", resume=checkpoint, callbacks=[second], **run)
+        run = {"steps": 8, "per_device_train_batch_size": 1, "num_mini_batches": 4, **settings}
+        second = Recorder()
+
+        def make(folder):
+            recorder = Recorder()
+            return self.run(family, folder, callbacks=[recorder], save_steps=1, **run), recorder, folder
+
+        whole, first, folder = undisturbed(f"{family.name} {settings}", make)
+        checkpoint = folder / f"checkpoint-{step}"
+        parts = self.run(family, tmp_path, resume=checkpoint, callbacks=[second], save_strategy="no", **run)
         assert parts.state.global_step == run["steps"]
         assert second.steps == [at for at in first.steps if at >= step]
         expected = [rollout for rollout, at in zip(first.rollouts, first.steps, strict=True) if at >= step]
@@ -211,12 +229,16 @@ class TestResume:
 
     @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
     @pytest.mark.parametrize("step", [2, 3])
-    def test_trees(self, family, step, tmp_path):
+    def test_trees(self, family, step, tmp_path, undisturbed):
         """Edges of earlier rollouts are drawn after resuming too, with their images."""
         tree = {"critic": "tree", "segmentation": "sequence", "tree_widths": [2, 2], "tree_segment_length": 3}
-        run = {**tree, "num_generations": 2, "tree_edges_per_prompt": 2, "beta": 0.0, "steps": 6, "save_steps": step}
-        whole = self.run(family, tmp_path / "whole", **run)
-        parts = self.run(family, tmp_path / "parts", resume=tmp_path / "whole" / f"checkpoint-{step}", **run)
+        run = {**tree, "num_generations": 2, "tree_edges_per_prompt": 2, "beta": 0.0, "steps": 6}
+
+        def make(folder):
+            return self.run(family, folder, save_steps=1, **run), folder
+
+        whole, folder = undisturbed(f"{family.name} trees", make)
+        parts = self.run(family, tmp_path, resume=folder / f"checkpoint-{step}", save_strategy="no", **run)
         assert max(logged(parts, "tree/edge_age")) > 0
         assert logged(parts, "tree/edge_age") == logged(whole, "tree/edge_age")
         expected = state_of(whole.model)

@@ -84,8 +84,16 @@ class TestValues:
 
 
 class TestTraining:
-    @FAMILIES
-    @pytest.mark.parametrize("gradient_checkpointing", [False, True])
+    @pytest.mark.parametrize(
+        ("family", "gradient_checkpointing"),
+        [
+            ("qwen2", False),
+            ("qwen2", True),
+            pytest.param("qwen2_5_vl", False, marks=pytest.mark.slow),
+            ("qwen2_5_vl", True),
+        ],
+        indirect=["family"],
+    )
     def test_each_optimizer_moves_its_own_adapter(self, family, gradient_checkpointing, tmp_path):
         still = {"weight_decay": 0.0, "gradient_checkpointing": gradient_checkpointing, "max_steps": 4, "beta": 0.1}
         for frozen, moving, settings in (

@@ -58,7 +58,7 @@ class TestAgreement:
 
 
 class TestInTheTrainer:
-    @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
+    @pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)], indirect=True)
     def test_states_and_files(self, family, tmp_path):
         """With a reward that the response's first token decides, all later states have values without error."""
 

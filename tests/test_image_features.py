@@ -13,7 +13,6 @@ from .exact_arithmetic import exact_lm_head, make_exact
 from .testing_utils import Recorder, fixed_rollout, random_completions, sapo_trainer
 
 
-IMAGE_FAMILIES = pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
 ONE_FAMILY = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 LANGUAGE_LORA = {"r": 4, "target_modules": r".*language_model.*_proj"}
 
@@ -71,17 +70,27 @@ def trained(family, folder, reuse: bool, lora: dict | None = None, responses=Non
     return trainer, recorder.rollouts, images
 
 
-@IMAGE_FAMILIES
+CRITICS = {
+    "separate": (None, {"critic": "separate"}, 2),
+    "shared": (None, {"critic": "shared", "beta": 0.1, "avoid_padding": False}, 1),
+    "adapter": (LANGUAGE_LORA, {"critic": "adapter", "beta": 0.1, "gradient_checkpointing": True}, 1),
+}
+
+
 @pytest.mark.parametrize(
-    ("lora", "overrides", "towers"),
+    ("family", "critic"),
     [
-        (None, {"critic": "separate"}, 2),
-        (None, {"critic": "shared", "beta": 0.1, "avoid_padding": False}, 1),
-        (LANGUAGE_LORA, {"critic": "adapter", "beta": 0.1, "gradient_checkpointing": True}, 1),
+        ("qwen2_5_vl", "separate"),
+        ("qwen2_5_vl", "shared"),
+        ("qwen2_5_vl", "adapter"),
+        pytest.param("qwen3_vl", "separate", marks=pytest.mark.slow),
+        ("qwen3_vl", "shared"),
+        pytest.param("qwen3_vl", "adapter", marks=pytest.mark.slow),
     ],
-    ids=["separate", "shared", "adapter"],
+    indirect=["family"],
 )
-def test_training_is_what_it_is_without(family, lora, overrides, towers, tmp_path):
+def test_training_is_what_it_is_without(family, critic, tmp_path):
+    lora, overrides, towers = CRITICS[critic]
     without, rollouts, every_image = trained(family, tmp_path / "without", False, lora, **overrides)
     with_it, same_rollouts, images = trained(family, tmp_path / "with", True, lora, **overrides)
     for expected, found in zip(rollouts, same_rollouts, strict=True):
@@ -122,9 +131,10 @@ def test_pixels_that_somebody_changes_have_features_of_their_own(family, tmp_pat
 
 @ONE_FAMILY
 @pytest.mark.parametrize(
-    "lora", [{"r": 4, "target_modules": "all-linear"}, {"r": 4, "target_modules": ["qkv", "q_proj"]}]
+    "target_modules", [pytest.param("all-linear", marks=pytest.mark.slow), ["qkv", "q_proj"]], ids=str
 )
-def test_adapters_in_the_tower_learn_from_every_forward(family, lora, tmp_path):
+def test_adapters_in_the_tower_learn_from_every_forward(family, target_modules, tmp_path):
+    lora = {"r": 4, "target_modules": target_modules}
     _, _, every_image = trained(family, tmp_path / "without", False, lora, critic="shared")
     trainer, _, images = trained(family, tmp_path / "with", True, lora, critic="shared")
     assert images == every_image

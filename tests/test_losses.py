@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from sapo_trl import Segments
 from sapo_trl.advantages import segment_gae
-from sapo_trl.losses import aggregate, clipped_policy_loss, segment_log_ratio, segment_value_loss
+from sapo_trl.losses import (
+    aggregate,
+    clipped_policy_loss,
+    segment_log_ratio,
+    segment_value_loss,
+    soft_adaptive_policy_loss,
+)
 from sapo_trl.segmentation import SequenceSegmenter, TokenSegmenter, entropy_segments
 
 from .strategies import masks, noise, partitions, seeds, token_lists
@@ -52,6 +58,25 @@ def test_policy_loss_equals_the_definition(segments, seed, aggregation, dual_cli
     out = clipped_policy_loss(logps, old_logps, advantages, segments.mask, segments, 0.2, 0.28, dual_clip, aggregation)
     expected = loop_policy_loss(logps.detach(), old_logps, advantages, segments, 0.2, 0.28, dual_clip, aggregation)
     assert out.loss.item() == pytest.approx(expected, abs=1e-9)
+
+
+@given(partitions(), seeds, st.sampled_from([0.5, 1.0, 1.3]), st.sampled_from([0.7, 1.05]))
+def test_soft_gate_equals_the_definition(segments, seed, temperature_pos, temperature_neg):
+    """Each sign of the advantage has a temperature of its own."""
+    logps, old_logps, advantages = inputs(segments, seed)
+    rows = []
+    for b, row in enumerate(token_lists(segments)):
+        losses = []
+        for tokens in row:
+            ratio = math.prod(math.exp(logps[b, t] - old_logps[b, t]) for t in tokens) ** (1 / len(tokens))
+            for t in tokens:
+                a = advantages[b, t].item()
+                tau = temperature_pos if a > 0 else temperature_neg
+                losses.append(-a * 4 / tau / (1 + math.exp(-tau * (ratio - 1))))
+        rows.append(sum(losses) / max(len(losses), 1))
+    temperatures = (temperature_pos, temperature_neg)
+    out = soft_adaptive_policy_loss(logps, old_logps, advantages, segments.mask, segments, *temperatures)
+    assert out.loss.item() == pytest.approx(sum(rows) / len(rows), abs=1e-9)
 
 
 @given(masks(), seeds)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 
 from sapo_trl import Segments
+from sapo_trl.advantages import masked_moments
 from sapo_trl.metrics import MetricAccumulator, explained_variance, segment_statistics
 
 from .strategies import noise, partitions, seeds, token_lists
@@ -33,6 +34,12 @@ class TestExplainedVariance:
         assert explained_variance(-returns, returns, mask) == pytest.approx(-3)
         assert explained_variance(returns, torch.ones_like(returns), mask).isnan()
         assert explained_variance(returns, returns, torch.zeros_like(mask)).isnan()
+
+    def test_rounding_is_no_variance(self):
+        """Float32 gives seven returns of 0.1 a variance of 6e-17."""
+        returns, mask = torch.full((1, 7), 0.1), torch.ones(1, 7, dtype=torch.bool)
+        assert masked_moments(returns, mask)[1] > 0
+        assert explained_variance(torch.arange(7.0).unsqueeze(0), returns, mask).isnan()
 
     def test_over_processes(self):
         """`reduce` sums over processes: with two that hold the same, what one holds twice."""

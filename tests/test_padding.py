@@ -328,27 +328,37 @@ def trained(family, folder, avoid_padding: bool, **overrides):
     return trainer, recorder.rollouts[0], widths
 
 
-@BOTH_FAMILIES
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {"critic": "separate"},
-        {
-            "critic": "shared",
-            "loss_aggregation": "seq-mean-token-mean",
-            "beta": 0.1,
-            "kl_placement": "loss",
-            "kl_estimator": "k3",
-        },
-        {"critic": "none", "advantage_estimator": "batch", "loss_aggregation": "seq-mean-token-sum-norm"},
-        {**TRL_LOSS, "loss_type": "grpo"},
-        # Of these TRL takes means and quantiles over the tokens of a micro-batch.
-        {**TRL_LOSS, "loss_type": "bnpo"},
-        {**TRL_LOSS, "loss_type": "dapo", "entropy_coef": 0.1},
-        {**TRL_LOSS, "loss_type": "dr_grpo", "top_entropy_quantile": 0.5},
-    ],
-    ids=lambda overrides: overrides.get("loss_type", overrides["critic"]),
-)
+def with_images_in_one(variants: list[dict], fast: dict):
+    """Each variant with text; with images one is fast, since rows are moved before any loss or critic sees them."""
+    cases = [("qwen2", variant) for variant in variants]
+    cases += [pytest.param("qwen2_5_vl", v, marks=() if v is fast else pytest.mark.slow) for v in variants]
+    return pytest.mark.parametrize(
+        ("family", "overrides"),
+        cases,
+        indirect=["family"],
+        ids=lambda value: value if isinstance(value, str) else value.get("loss_type", value["critic"]),
+    )
+
+
+PADDED = [
+    {"critic": "separate"},
+    {
+        "critic": "shared",
+        "loss_aggregation": "seq-mean-token-mean",
+        "beta": 0.1,
+        "kl_placement": "loss",
+        "kl_estimator": "k3",
+    },
+    {"critic": "none", "advantage_estimator": "batch", "loss_aggregation": "seq-mean-token-sum-norm"},
+    {**TRL_LOSS, "loss_type": "grpo"},
+    # Of these TRL takes means and quantiles over the tokens of a micro-batch.
+    {**TRL_LOSS, "loss_type": "bnpo"},
+    {**TRL_LOSS, "loss_type": "dapo", "entropy_coef": 0.1},
+    {**TRL_LOSS, "loss_type": "dr_grpo", "top_entropy_quantile": 0.5},
+]
+
+
+@with_images_in_one(PADDED, fast=PADDED[1])
 def test_training_is_what_it_is_with_all_the_padding(family, overrides, tmp_path):
     padded, padded_rollout, padded_shapes = trained(family, tmp_path / "padded", False, **overrides)
     moved, rollout, shapes = trained(family, tmp_path / "moved", True, **overrides)
@@ -399,16 +409,14 @@ def test_responses_with_images_of_tools_are_not_cut_off_from_them(family, masked
     assert trainer.can_move_rows != masked
 
 
-@BOTH_FAMILIES
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {"critic": "separate"},
-        {"critic": "shared", "beta": 0.1, "kl_placement": "loss", "kl_estimator": "k3"},
-        {**TRL_LOSS, "loss_type": "grpo"},
-    ],
-    ids=lambda overrides: overrides.get("loss_type", overrides["critic"]),
-)
+IN_FLOAT64 = [
+    {"critic": "separate"},
+    {"critic": "shared", "beta": 0.1, "kl_placement": "loss", "kl_estimator": "k3"},
+    {**TRL_LOSS, "loss_type": "grpo"},
+]
+
+
+@with_images_in_one(IN_FLOAT64, fast=IN_FLOAT64[0])
 def test_training_in_float64_sees_no_difference(family, overrides, tmp_path):
     """Losses and gradients: SGD's weights are nothing else."""
     trainers = []

@@ -276,14 +276,14 @@ SETUPS = st.builds(
 
 class TestConsistency:
     @given(setup=SETUPS, more=st.integers(1, 64))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=25, deadline=None)
     def test_more_gpus_never_need_more_of_each(self, setup, more):
         for sharding in ("zero2", "zero3", "fsdp2"):
             setup = setup.changed(sharding=sharding)
             assert plan_memory(setup.changed(processes=setup.processes + more)).total <= plan_memory(setup).total
 
     @given(setup=SETUPS, more=st.integers(1, 4096))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=25, deadline=None)
     def test_more_tokens_never_need_less(self, setup, more):
         total = plan_memory(setup).total
         assert plan_memory(setup.changed(completion_length=2048 + more)).total >= total
@@ -292,7 +292,7 @@ class TestConsistency:
         assert plan_memory(setup.changed(micro_batch=setup.micro_batch + more)).total >= total
 
     @given(setup=SETUPS)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=25, deadline=None)
     def test_what_saves_memory_never_needs_more(self, setup):
         total = plan_memory(setup).total
         assert plan_memory(setup.changed(gradient_checkpointing=True)).total <= total
@@ -301,7 +301,7 @@ class TestConsistency:
         assert plan_memory(setup.changed(vllm_sleeps=True)).total <= total
 
     @given(setup=SETUPS)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=25, deadline=None)
     def test_suggestions_fit_and_keep_the_batch(self, setup):
         for suggestion in suggest(setup):
             assert plan_memory(suggestion.setup).fits

@@ -342,8 +342,13 @@ def known_task(request, tmp_path, tokenizer, qwen2_5_vl_processor):
     return make, recorder
 
 
+WITH_SLOW_IMAGES = pytest.mark.parametrize(
+    "known_task", ["qwen2", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)], indirect=True
+)
+
+
 class TestKnownValues:
-    @pytest.mark.parametrize("known_task", ["qwen2", "qwen2_5_vl"], indirect=True)
+    @WITH_SLOW_IMAGES
     def test_sampled_values_agree_with_exact_ones(self, known_task):
         make, _ = known_task
         trainer = make()
@@ -358,7 +363,7 @@ class TestKnownValues:
             assert 0.02 < exact < 0.98
             assert value == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / number))
 
-    @pytest.mark.parametrize("known_task", ["qwen2_5_vl"], indirect=True)
+    @WITH_SLOW_IMAGES
     def test_the_trainer_reads_them_at_the_starts_of_segments(self, known_task):
         make, recorder = known_task
         trainer = make(

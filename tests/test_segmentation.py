@@ -62,10 +62,11 @@ def test_golden_case():
 
 
 @pytest.mark.parametrize(
-    ("length", "percent", "cuts"), [(25, 28, 7), (10, 30, 3), (100, 7, 7), (50, 14, 7), (3, 33.3, 1)]
+    ("length", "percent", "cuts"),
+    [(25, 28, 7), (10, 30, 3), (100, 7, 7), (50, 14, 7), (3, 33.3, 1), (1500, 2.2, 33)],
 )
 def test_percentages_are_exact(length, percent, cuts):
-    # In binary floating point 25 * 0.28 is above 7, and its ceiling 8.
+    # In binary floating point 25 * 0.28 is above 7, and its ceiling 8; 1500 * 2.2 / 100 is above 33.
     entropies = torch.arange(length, 0, -1.0).unsqueeze(0)
     segments = entropy_segments(entropies, torch.ones(1, length, dtype=torch.bool), percent)
     assert segments.is_last[0, :cuts].all()

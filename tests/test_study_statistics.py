@@ -24,13 +24,21 @@ def runs(rng: np.random.Generator, effect: float, seeds: int = 5) -> tuple[dict[
     return dict(enumerate(ours + effect)), dict(enumerate(theirs))
 
 
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """For tests about Student's and Wilcoxon's statistics, which do not resample, of very many differences."""
+    monkeypatch.setattr("sapo_trl.study.statistics.RESAMPLES", 10)
+
+
 class TestPlantedFacts:
+    @pytest.mark.usefixtures("few_resamples")
     def test_a_known_effect_is_found(self):
         rng = np.random.default_rng(0)
         found = [paired_difference(*runs(rng, effect=0.1)) for _ in range(200)]
         assert np.mean([d.t_low > 0 for d in found]) > 0.95
         assert np.mean([d.interval.value for d in found]) == pytest.approx(0.1, abs=0.005)
 
+    @pytest.mark.usefixtures("few_resamples")
     def test_a_known_null_is_not(self):
         rng = np.random.default_rng(1)
         found = [paired_difference(*runs(rng, effect=0.0)) for _ in range(1000)]
@@ -38,6 +46,7 @@ class TestPlantedFacts:
         assert np.mean([d.p_value < 0.05 for d in found]) == pytest.approx(0.05, abs=0.02)
         assert np.mean([d.t_low <= 0 <= d.t_high for d in found]) == pytest.approx(0.95, abs=0.02)
 
+    @pytest.mark.usefixtures("few_resamples")
     def test_ranks_find_an_effect_that_one_broken_run_hides_from_the_mean(self):
         rng = np.random.default_rng(6)
         ours, theirs = runs(rng, effect=0.1, seeds=10)
@@ -54,6 +63,7 @@ class TestPlantedFacts:
         unpaired = stats.ttest_ind(list(ours.values()), list(theirs.values())).pvalue
         assert paired_difference(ours, theirs).p_value < 0.01 < 0.05 < unpaired
 
+    @pytest.mark.usefixtures("few_resamples")
     def test_of_many_nulls_few_survive_adjustment(self):
         rng = np.random.default_rng(3)
         families = [[paired_difference(*runs(rng, effect=0.0)).p_value for _ in range(10)] for _ in range(150)]

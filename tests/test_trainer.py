@@ -26,8 +26,17 @@ from .testing_utils import (
 )
 
 
-ALL_FAMILIES = pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl", "qwen3_vl"], indirect=True)
-IMAGE_FAMILIES = pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+# Both critics with text; each kind of image with one of them, and with the other one where time does not matter.
+WITH_IMAGES = [
+    ("qwen2_5_vl", "separate"),
+    pytest.param("qwen2_5_vl", "shared", marks=pytest.mark.slow),
+    pytest.param("qwen3_vl", "separate", marks=pytest.mark.slow),
+    ("qwen3_vl", "shared"),
+]
+FAMILIES_AND_CRITICS = pytest.mark.parametrize(
+    ("family", "critic"), [("qwen2", "separate"), ("qwen2", "shared"), *WITH_IMAGES], indirect=["family"]
+)
+IMAGES_AND_CRITICS = pytest.mark.parametrize(("family", "critic"), WITH_IMAGES, indirect=["family"])
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 CRITICS = pytest.mark.parametrize("critic", ["separate", "shared"])
 
@@ -57,8 +66,7 @@ def assert_finite(trainer: SAPOTrainer) -> None:
 
 
 class TestTraining:
-    @ALL_FAMILIES
-    @CRITICS
+    @FAMILIES_AND_CRITICS
     def test_every_parameter_of_policy_and_critic_moves(self, family, critic, tmp_path):
         trainer = sapo_trainer(family, tmp_path, critic=critic)
         policy, value_head = state_of(trainer.model), state_of(trainer.critic.value_head)
@@ -68,8 +76,7 @@ class TestTraining:
         assert unmoved(value_head, trainer.critic.value_head) == []
         assert any(name.startswith("backbone.") for name in value_head) == (critic == "separate")
 
-    @ALL_FAMILIES
-    @CRITICS
+    @FAMILIES_AND_CRITICS
     def test_frozen_parameters_stay(self, family, critic, tmp_path):
         model = family.build_model()
         frozen_part = model.model.visual if family.takes_images else model.model.embed_tokens
@@ -106,8 +113,7 @@ class TestTraining:
         trainer.train()
         assert_finite(trainer)
 
-    @ALL_FAMILIES
-    @CRITICS
+    @FAMILIES_AND_CRITICS
     def test_all_completions_truncated_and_masked(self, family, critic, tmp_path):
         trainer = sapo_trainer(
             family,
@@ -138,8 +144,7 @@ class TestTraining:
         assert_finite(trainer)
         assert unmoved(policy, trainer.model) == []
 
-    @ALL_FAMILIES
-    @CRITICS
+    @FAMILIES_AND_CRITICS
     def test_completions_of_one_token(self, family, critic, tmp_path):
         recorder = Recorder()
         trainer = sapo_trainer(
@@ -169,8 +174,7 @@ class TestTraining:
         counts = recorder.rollouts[0].segments.count.tolist()
         assert counts[0] == 1 and all(2 <= count <= 3 for count in counts[1:])
 
-    @IMAGE_FAMILIES
-    @CRITICS
+    @IMAGES_AND_CRITICS
     @pytest.mark.parametrize("without", [[], None], ids=["empty", "none"])
     def test_prompts_without_image_among_prompts_with_one(self, family, critic, without, tmp_path):
         # One row per micro-batch: some of them have no image at all.
@@ -288,8 +292,7 @@ class TestForward:
                 content[-1]["text"] += longer
         return rows
 
-    @ALL_FAMILIES
-    @CRITICS
+    @FAMILIES_AND_CRITICS
     @pytest.mark.parametrize("batch_size", [None, 2])
     def test_row_of_a_padded_batch_equals_plain_forward_alone(self, family, critic, batch_size, tmp_path):
         trainer = sapo_trainer(family, tmp_path, critic=critic, temperature=self.TEMPERATURE)
@@ -317,8 +320,7 @@ class TestForward:
                     ours[: len(completion)].double(), theirs.double(), rtol=0, atol=2e-5, msg=lambda m, n=name: n + m
                 )
 
-    @IMAGE_FAMILIES
-    @CRITICS
+    @IMAGES_AND_CRITICS
     def test_row_without_image_equals_plain_text_forward(self, family, critic, tmp_path):
         trainer = sapo_trainer(family, tmp_path, critic=critic, temperature=self.TEMPERATURE)
         rows = self.rows(family)
@@ -472,7 +474,7 @@ class TestMicroBatches:
             ("qwen2", {"critic_warmup_steps": 1}),
             ("qwen2", {"critic_warmup_steps": 1, "critic": "shared"}),
             ("qwen2_5_vl", {}),
-            ("qwen2_5_vl", {"critic": "shared"}),
+            pytest.param("qwen2_5_vl", {"critic": "shared"}, marks=pytest.mark.slow),
         ],
         indirect=["family"],
     )

@@ -33,6 +33,16 @@ from .testing_utils import (
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 BOTH_FAMILIES = pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
 CRITICS = pytest.mark.parametrize("critic", ["separate", "shared"])
+FAMILIES_AND_CRITICS = pytest.mark.parametrize(
+    ("family", "critic"),
+    [
+        ("qwen2", "separate"),
+        ("qwen2", "shared"),
+        ("qwen2_5_vl", "separate"),
+        pytest.param("qwen2_5_vl", "shared", marks=pytest.mark.slow),
+    ],
+    indirect=["family"],
+)
 
 
 def qwen3_moe_config(tokenizer) -> Qwen3MoeConfig:
@@ -74,8 +84,7 @@ def flat(state: dict[str, torch.Tensor]) -> torch.Tensor:
 class TestGradients:
     """One step of plain gradient descent moves policy and critic along the gradients of a plain forward."""
 
-    @BOTH_FAMILIES
-    @CRITICS
+    @FAMILIES_AND_CRITICS
     def test_update_is_the_gradient_of_the_written_out_loss(self, family, critic, tmp_path):
         recorder, rate = Recorder(), 0.5
         trainer = sapo_trainer(
@@ -152,12 +161,21 @@ class TestGradients:
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
-    @BOTH_FAMILIES
-    @CRITICS
-    @pytest.mark.parametrize("from_disk", [False, True])
+    @pytest.mark.parametrize(
+        ("family", "critic", "from_disk"),
+        [
+            ("qwen2", "separate", False),
+            ("qwen2", "separate", True),
+            ("qwen2", "shared", False),
+            ("qwen2_5_vl", "separate", False),
+            pytest.param("qwen2_5_vl", "separate", True, marks=pytest.mark.slow),
+            pytest.param("qwen2_5_vl", "shared", False, marks=pytest.mark.slow),
+        ],
+        indirect=["family"],
+    )
     def test_gradient_checkpointing_recomputes_and_changes_nothing(self, family, critic, from_disk, tmp_path):
         value_model = None
-        if from_disk and critic == "separate":  # a model loaded from disk is in evaluation mode
+        if from_disk:  # a model loaded from disk is in evaluation mode
             family.build_model(seed=1).save_pretrained(tmp_path / "value")
             value_model = str(tmp_path / "value")
         runs = {}
@@ -336,12 +354,13 @@ class TestGradients:
         ],
     )
     def test_schedule_of_the_critic(self, family, settings, expected, tmp_path):
-        trainer = sapo_trainer(family, tmp_path, max_steps=4, critic_learning_rate=0.02, **settings)
+        # All of one rollout.
+        run = {"max_steps": 4, "num_mini_batches": 4, "per_device_train_batch_size": 1}
+        trainer = sapo_trainer(family, tmp_path, critic_learning_rate=0.02, **run, **settings)
         trainer.train()
         assert logged(trainer, "critic_lr") == pytest.approx([0.02 * factor for factor in expected])
 
-    @BOTH_FAMILIES
-    @CRITICS
+    @FAMILIES_AND_CRITICS
     def test_critic_warm_up_leaves_the_policy_alone(self, family, critic, tmp_path):
         trainer = sapo_trainer(
             family, tmp_path, critic=critic, critic_warmup_steps=2, max_steps=4, weight_decay=0.1, num_mini_batches=1
@@ -409,8 +428,18 @@ class TestReference:
         with pytest.raises(ValueError, match="`sync_ref_model=True`.*save this one first"):
             sapo_trainer(family, tmp_path, beta=0.1, sync_ref_model=True)
 
-    @BOTH_FAMILIES
-    @pytest.mark.parametrize("critic", ["separate", "shared", "none"])
+    @pytest.mark.parametrize(
+        ("family", "critic"),
+        [
+            ("qwen2", "separate"),
+            ("qwen2", "shared"),
+            ("qwen2", "none"),
+            pytest.param("qwen2_5_vl", "separate", marks=pytest.mark.slow),
+            ("qwen2_5_vl", "shared"),
+            pytest.param("qwen2_5_vl", "none", marks=pytest.mark.slow),
+        ],
+        indirect=["family"],
+    )
     def test_adapter_switched_off(self, family, critic, tmp_path):
         recorder = Recorder()
         trainer = sapo_trainer(
@@ -540,8 +569,16 @@ class TestRollouts:
         # Holes are 37.5 % of the tokens: means over tokens leave them out.
         assert logged(trainer, "completions/mean_length") == [5.0]
 
-    @BOTH_FAMILIES
-    @pytest.mark.parametrize("shuffled", [False, True])
+    @pytest.mark.parametrize(
+        ("family", "shuffled"),
+        [
+            ("qwen2", False),
+            ("qwen2", True),
+            pytest.param("qwen2_5_vl", False, marks=pytest.mark.slow),
+            ("qwen2_5_vl", True),
+        ],
+        indirect=["family"],
+    )
     def test_iterable_data_set(self, family, shuffled, tmp_path):
         recorder, dataset = Recorder(), family.dataset(8)
         trainer = sapo_trainer(

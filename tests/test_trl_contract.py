@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,7 @@ OVERRIDDEN = {
 }
 
 
+@cache
 def private_names_of_trl() -> set[str]:
     """Every private method, class attribute and instance attribute of TRL's trainer and its bases."""
     names = set()

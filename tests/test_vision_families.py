@@ -33,6 +33,15 @@ CRITICS = {
 }
 
 
+def each_family_with_a_critic():
+    """Every family with one of the critics, in turn, and with the others where time does not matter."""
+    cases = []
+    for index, family in enumerate(VISION_FAMILIES):
+        fast = list(CRITICS)[index % len(CRITICS)]
+        cases += [pytest.param(family, c, marks=() if c == fast else pytest.mark.slow) for c in CRITICS]
+    return pytest.mark.parametrize(("vision_family", "critic"), cases, indirect=["vision_family"])
+
+
 @pytest.fixture(params=list(VISION_FAMILIES))
 def vision_family(request) -> VisionFamily:
     return VISION_FAMILIES[request.param]()
@@ -88,7 +97,7 @@ def test_rows_and_images_stay_together(vision_family, num_images, tmp_path):
                 torch.testing.assert_close(together[position, : len(expected)], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("critic", list(CRITICS))
+@each_family_with_a_critic()
 def test_training_on_prompts_with_and_without_images(vision_family, critic, tmp_path):
     """The rollout's log-probabilities are those of each row alone, and each row can be trained on alone."""
     trainer, recorder = family_trainer(vision_family, tmp_path, MIXED, learning_rate=0.0, **CRITICS[critic])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ class Family:
         return self.model_class(self.config(self.tokenizer))
 
     def dataset(self, n: int = 8) -> Dataset:
-        return to_prompts(make_problems(n)) if self.takes_images else text_dataset(n)
+        return image_dataset(n) if self.takes_images else text_dataset(n)
 
 
 def _qwen2_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
@@ -146,6 +147,12 @@ FAMILIES: dict[str, Callable[[Any], Family]] = {
 }
 
 
+@functools.cache
+def image_dataset(n: int = 8) -> Dataset:
+    return to_prompts(make_problems(n))
+
+
+@functools.cache
 def text_dataset(n: int = 8) -> Dataset:
     """Prompts of unequal lengths, so that batches are padded."""
     questions = [f"Find {'+'.join(['AB', 'BC', 'CD', 'DA'][: 1 + i % 4])}." for i in range(n)]
@@ -207,8 +214,21 @@ def unmoved(before: dict[str, torch.Tensor], module: torch.nn.Module) -> list[st
 
 
 def logged(trainer: SAPOTrainer, name: str) -> list[float]:
-    """What was logged under a name, in order."""
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
+    """
+    The values that were logged under a name, in order.
+
+    Raises:
+        KeyError: if nothing was, so that no test is about the values of an empty list. Absence has a function of its
+            own, [`never_logged`].
+    """
+    values = [entry[name] for entry in trainer.state.log_history if name in entry]
+    if not values:
+        raise KeyError(f"{name!r} was never logged.")
+    return values
+
+
+def never_logged(trainer: SAPOTrainer, name: str) -> bool:
+    return not any(name in entry for entry in trainer.state.log_history)
 
 
 class Recorder(RolloutCallback):
