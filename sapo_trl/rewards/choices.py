@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from .announcements import announcement
-from .completion import Completion, answer_part, completion_text, last_boxed
+from .completion import Completion, answer_part, completion_text, sole_answer
 from .markup import comparable, unformatted
 from .option_texts import option_with_number, option_with_text, stated_option
 
@@ -32,17 +32,24 @@ _LABEL = re.compile(
     r"|(?=,?\s+(?:because|since|not)\b),?)\s*"
 )
 _OTHER_LABEL = re.compile(r"[(\[]([A-Z])[)\]]|(?<![A-Za-z0-9])([A-Z])[.):](?=\s|\Z)")
+_VERDICT = (
+    r"wrong|incorrect|impossible|eliminat\w+|exclud\w+|discard\w+|reject\w+|dismiss\w+|ruled?\s+out|distractor"
+    r"|contradict(?:s|ed|ing|ory)|violat\w+|conflict(?:s|ed|ing)|inconsistent|incompatible|unsupported|untrue"
+    r"|misread\w*|misinterpret\w*|misquot\w*|misstat\w*"
+)
 # Behind a label: a second letter, or a verdict on the option in the place of its text.
 _NO_TEXT = re.compile(
     r"\s*(?:(?:,|/|&|\+|;|and\b|or\b)\s*)*[(\[]?[A-Z](?![A-Za-z0-9'])(?!\s+[a-z])"
-    r"|\s*(?:(?:is|are|was|isn't|cannot|can't|could|would|may|might|must|should|will|does|doesn't|has|fails|seems"
-    r"|looks|gives|or|and)\b|[是不错錯])"
-    r"|\W*(?i:wrong|incorrect|eliminated|impossible|no|not\s+(?:right|correct|true|it|so))\W*\Z"
+    r"|\s*(?:(?:is|are|was|isn't|cannot|can't|can|could|would|may|might|must|should|will|won't|does|doesn't|has|had"
+    r"|fails|seems|looks|gives|or|and|never|only\s+(?:if|when|for)|however|on\s+the\s+other\s+hand|by\s+contrast)\b"
+    r"|[是不错錯✗✘❌❎×])"
+    rf"|\W*(?i:{_VERDICT})\b"
+    # What a statement does: "contradicts the text". Such an option would start with a noun.
+    r"|\s*[a-z]+s\s+(?:the|a|an|this|that|with|from|against|it|its|our|any|no|too|neither|nothing|evidence)\b"
+    r"|\W*(?i:no|contradiction|not\s+(?:right|correct|true|it|so|possible|valid|supported))\W*\Z"
+    r"|(?:.*\W)?(?:is|was|be|being|are|been)\s+(?i:wrong|incorrect|false|impossible|" + _VERDICT + r")\W*\Z"
 )
 _NOT_ANOTHER = re.compile(r"not\s+\(?[A-Z](?![A-Za-z0-9'])")  # "B, not A"
-_JOINED_BOXES = re.compile(
-    r"\\boxed\s?\{([^{}]+)\}[\s$]{0,3}(?:,|/|&|and|or)[\s$]{0,3}\\boxed\s?\{([^{}]*)\}[\s$.]{0,5}\Z"
-)
 _FORMULA = re.compile(r"[0-9]|\\(?!neg|lnot|not|ne|lor|land|vee|wedge|cup|cap|sim)[a-zA-Z]+")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 
@@ -77,8 +84,8 @@ def extract_choice(text: str, letters: Sequence[str], options: Sequence[str] | N
         raise ValueError(f"{len(letters)} `letters` came with {len(options)} `options`; one each is needed.")
     texts = dict(zip(letters, options or (), strict=options is not None))
     text = answer_part(text)
-    box = last_boxed(text)
-    if (box is None and "\\boxed" in text) or (box and len(box) > _MAX_CHARACTERS) or _has_alternatives(text):
+    box = sole_answer(text)
+    if (box is None and "\\boxed" in text) or (box and len(box) > _MAX_CHARACTERS):
         return None
     chosen = _in_box(box, letters, texts) if box else None
     # Where options are not known, a formula is no choice but a step of the solution.
@@ -147,12 +154,6 @@ def letters_of(options: Sequence[str]) -> str:
 def plain_text(text: str) -> str:
     """Text for comparison: lower case, without formatting, outer punctuation and spaces that change nothing."""
     return comparable(text).casefold()
-
-
-def _has_alternatives(text: str) -> bool:
-    """Whether the last two boxes are joined as two answers."""
-    last = _JOINED_BOXES.search(text[-_MAX_CHARACTERS:])
-    return last is not None and last[1].strip() != last[2].strip()
 
 
 def _in_box(box: str, letters: Sequence[str], options: Mapping[str, str]) -> str | None:

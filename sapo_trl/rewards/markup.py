@@ -24,7 +24,18 @@ _SIZE = re.compile(
     r"|bf|rm|it|sf|tt|bfseries|itshape)(?![a-zA-Z])"
 )
 _FONT_ALONE = re.compile(rf"\\(?:{_FONT})(?![a-zA-Z])")
-_MARKDOWN = re.compile(r"\\[()\[\]]|[$*`#]")
+_STRUCK = re.compile(r"~~(?=\S)[^~]+~~")
+_UNDERLINED = re.compile(r"(?<![\w\\}])(_{1,2})(?=[^\s_])([^_\n]+)(?<=\S)\1(?!\w)")
+_MARKDOWN = re.compile(r"\\[()\[\]]|[$*`]|^\s*#{1,6}(?=\s)|\\(?=[{}])", re.MULTILINE)
+_SIGNS = [
+    (re.compile(pattern), sign)
+    for pattern, sign in [
+        (r"\\(?:geq?|geqslant)(?![a-zA-Z])|>=|[⩾≧]", "≥"),
+        (r"\\(?:leq?|leqslant)(?![a-zA-Z])|<=|[⩽≦]", "≤"),
+        (r"\\neq?(?![a-zA-Z])|!=", "≠"),
+        (r"\\pm(?![a-zA-Z])", "±"),
+    ]
+]
 
 
 def plain_characters(text: str) -> str:
@@ -43,8 +54,12 @@ def without_fonts(text: str, edge: str = "") -> str:
 
 
 def unformatted(text: str) -> str:
-    """A text in plain characters, without fonts, LaTeX's and Markdown's."""
-    return _MARKDOWN.sub("", without_fonts(plain_characters(text))).strip()
+    """A text in plain characters, without fonts, LaTeX's and Markdown's; what is struck out is left out."""
+    text = _UNDERLINED.sub(r"\2", _STRUCK.sub("", text))
+    text = _MARKDOWN.sub("", without_fonts(plain_characters(text)))
+    for pattern, sign in _SIGNS:
+        text = pattern.sub(sign, text)
+    return text.strip()
 
 
 def comparable(text: str) -> str:

@@ -30,6 +30,7 @@ _REFUSAL = re.compile(
     r"|\b(?:sorry|unclear|insufficient|not\s+(?:enough|sure|provided|given|attached|visible|available)|no\s+(?:image|picture"
     r"|figure|photo|diagram|information|answer|conclusion))\b"
 )
+_RETRACTION = re.compile(r"\b(?:wait|oops|hmm|scratch\s+that|on\s+second\s+thought)\b")
 
 
 def option_with_text(text: str, options: Mapping[str, str]) -> str | None:
@@ -59,7 +60,7 @@ def stated_option(line: str, options: Mapping[str, str]) -> str | None:
     line = comparable(line).casefold()
     texts = {letter: comparable(option).casefold() for letter, option in options.items()}
     texts = {letter: text for letter, text in texts.items() if text}
-    if not texts or _REFUSAL.search(line):
+    if not texts or _REFUSAL.search(line) or _RETRACTION.search(line):
         return None
     # The longest first: "dark red" is no "red".
     alternatives = "|".join(re.escape(text) for text in sorted(set(texts.values()), key=len, reverse=True))

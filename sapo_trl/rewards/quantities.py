@@ -46,7 +46,7 @@ _COMPARISON = re.compile(
 _EQUALS = re.compile("[=≈]")
 # Of an equation: `x`, `AB`, `f(2)`, `m\angle A`. No digits and roots, since 12 is not the value of x in `2x = 12`.
 _NAME = re.compile(
-    r"(?=.*[^\W\d_])(?!\s*-|.*\b(?:not|no|never)\b|.*\\(?:sqrt|frac))"
+    r"(?=.*[^\W\d_])(?!\s*-|\s*\|\s*[a-vxy]\s*\|\s*\Z|.*\b(?:not|no|never)\b|.*\\(?:sqrt|frac))"
     r"(?:[^\W\d]|[\s'′|{}+:∠△-]|\\[a-zA-Z]+|(?<=[_{])[0-9]|\([^()]*\))++"
 )
 _ANNOUNCEMENT = re.compile(

@@ -2,6 +2,10 @@
 
 import re
 
+from .judge.tokens import tokenized
+from .judge.units import Unit
+from .judge.units import read_unit as read_judged
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -129,6 +133,23 @@ def read_unit(text: str) -> str | None:
         parts.append(" ".join(names))
     unit = "/".join(parts)
     return None if touches and unit.partition("^")[0] in _LETTERS else unit
+
+
+def scale_between(unit: str, other: str) -> float | None:
+    """
+    How many of another unit a unit is: 100 for `m` and `cm`. 1 if one of them is missing or of unknown size, `None`
+    if they measure different things.
+    """
+    if {unit, other} == {"° C", "° F"}:
+        return None
+    one, two = (_judged(name) for name in (unit, other))
+    if one is None or two is None or not one.powers or not two.powers:
+        return 1.0
+    return float(one.factor / two.factor) if one.powers == two.powers else None
+
+
+def _judged(unit: str) -> Unit | None:
+    return read_judged(tokenized(rf"\text{{{unit}}}")) if unit else None
 
 
 def _without_brackets(text: str) -> str | None:
