@@ -15,7 +15,7 @@ _BOX = re.compile(
 
 _THINKING = re.compile(r"<(?P<closes>/?)think(?:ing)?\s*>", re.IGNORECASE)
 # Between two boxes: the second one is another answer, or none.
-_JOINED = re.compile(r"[\s$.]*(?:,|/|&|\||\b(?:and|or)\b|\\(?:lor|vee|mid)\b|[\s$.,]\bnot\b)+[\s$]*(?:\bnot\b[\s$]*)?")
+_JOINED = re.compile(r"(?:[\s$.]*(?:,|/|&|\||\b(?:and|or|not)\b|\\(?:lor|vee|mid)\b))+[\s$]*")
 
 Completion = str | Sequence[Mapping]
 """Plain text, or the messages of a conversation (the trainer passes what the prompts were)."""

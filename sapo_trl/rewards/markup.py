@@ -26,7 +26,7 @@ _SIZE = re.compile(
 _FONT_ALONE = re.compile(rf"\\(?:{_FONT})(?![a-zA-Z])")
 _STRUCK = re.compile(r"~~(?=\S)[^~]+~~")
 _UNDERLINED = re.compile(r"(?<![\w\\}])(_{1,2})(?=[^\s_])([^_\n]+)(?<=\S)\1(?!\w)")
-_MARKDOWN = re.compile(r"\\[()\[\]]|[$*`]|^\s*#{1,6}(?=\s)|\\(?=[{}])", re.MULTILINE)
+_MARKDOWN = re.compile(r"\\[()\[\]]|[$*`]|^[ \t]*#{1,6}(?=\s)|\\(?=[{}])", re.MULTILINE)
 _SIGNS = [
     (re.compile(pattern), sign)
     for pattern, sign in [

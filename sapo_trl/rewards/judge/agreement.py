@@ -135,7 +135,7 @@ def point(names: tuple[str, ...], index: int) -> dict[str, Fraction]:
 def _coordinate(name: str, index: int) -> Fraction:
     random = Random(f"{name} at {index}")
     if index >= _POINTS and name != "the base of log":
-        return _unusual(random, index)
+        return _unusual(random, name, index - _POINTS)
     # Logarithms, roots and inverse sines are real at the first ones only; a sign that is lost shows at the last ones.
     size = Fraction(random.randint(1, 996), 997) if index % 2 == 0 else Fraction(random.randint(998, 20_000), 997)
     negative = index >= _POINTS // 2 and random.random() < 0.6
@@ -144,13 +144,14 @@ def _coordinate(name: str, index: int) -> Fraction:
     return -size if negative else size
 
 
-def _unusual(random: Random, index: int) -> Fraction:
+def _unusual(random: Random, name: str, index: int) -> Fraction:
     """A whole number, one just beside a whole number, or a large one."""
-    sign = random.choice((-1, 1))
-    if index % 3 == 2:
-        return Fraction(sign * random.randint(10**2, 10**4 - 1), 7)
-    beside = Fraction(index % 3 * random.choice((-1, 1)), 10**6)
-    return sign * random.randint(1, 12) + beside
+    turn, kind = divmod(index, 3)
+    if kind == 2:
+        # Each name has as many large values of either sign, in an order of its own.
+        sign = (-1) ** (turn & Random(name).randint(1, 3)).bit_count()
+        return Fraction(sign * random.randint(10**2, 10**4 - 1) * (1 if turn < 4 else 1000), 7)
+    return random.choice((-1, 1)) * random.randint(1, 12) + kind * Fraction(random.choice((-1, 1)), 10**6)
 
 
 def _has_corners(node: Node) -> bool:
