@@ -458,6 +458,8 @@ class TestOrder:
         signs = "<" if left == "(" else r"\le", "<" if right == ")" else r"\le"
         assert is_right(f"{low} {signs[0]} x {signs[1]} {high}", interval)
         assert is_right(interval, f"{low} {signs[0]} x {signs[1]} {high}")
+        european = ("[" if left == "[" else "]") + f"{low},{high}" + ("]" if right == "]" else "[")
+        assert is_right(european, interval)
         for other in ("()", "(]", "[)", "[]"):
             if other != left + right:
                 assert not is_right(f"{other[0]}{low},{high}{other[1]}", interval)
@@ -583,6 +585,8 @@ TAKEN_BACK = r"""
 x < #
 # = 5
 5 = #
+~~#~~
+#...
 \pm #
 #x
 \{#, 5\}

@@ -120,6 +120,8 @@ TAKEN_BACK = [
     "{}!",
     "{} factorial",
     "{} squared",
+    "{}..",
+    "~~{}~~",
     "|x| = {}",
     r"x \not= {}",
     "{}{{98}}",
@@ -288,9 +290,26 @@ def test_units_on_both_sides(number, factor):
         gold = f"{number} {unit}"
         assert score(f"{number * size} {smaller}", gold) == score(str(number), gold) == 1.0
         assert score(f"{number} {smaller}", gold) == score(f"{number * factor} {unit}", gold) == 0.0
-    for unit, other in (("cm", "kg"), ("apples", "oranges"), ("cm", "cm^2"), ("km/h", "km"), ("°C", "°F")):
+    for unit, other in (
+        ("cm", "kg"),
+        ("apples", "oranges"),
+        ("cm", "cm^2"),
+        ("km/h", "km"),
+        ("°C", "°F"),
+        ("dollars", "cm"),
+    ):
         assert score(f"{number} {other}", f"{number} {unit}") == 0.0
         assert score(f"{number} {unit}", f"{number} {unit}") == 1.0
+
+
+@pytest.mark.parametrize(("symbol", "name"), [("$", "dollars"), (r"\$", "dollars"), ("€", "euros"), ("₹", "rupees")])
+def test_currencies_are_units(symbol, name):
+    gold = f"{symbol}12"
+    for answer in (gold, "12", f"12 {name}", "$12$"):
+        assert score(answer, gold) == 1.0
+    for answer in ("£12", "12 km", "12 cents", f"{symbol}13"):
+        assert score(answer, gold) == 0.0
+    assert score("1200 cents", r"\$12") == 1.0
 
 
 @given(tenths=st.integers(1, 990))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .polarity import clause_before, is_doubted, is_negated
+from .polarity import clause_before, is_condemned, is_doubted, is_negated
 
 
 # Of a long text the last letters are looked at, each with so many characters around it.
@@ -204,7 +204,7 @@ def _decided(
 def _is_announced(mention: _Mention, in_front: Sequence[_Cue], behind: re.Pattern | None) -> bool:
     if behind is not None and behind.match(mention.after):
         return True
-    if _VERB.match(mention.after):
+    if _VERB.match(mention.after) or is_condemned(mention.after):
         return False
     if not mention.in_brackets and not _END.match(mention.after):
         return False

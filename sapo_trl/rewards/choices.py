@@ -16,6 +16,7 @@ from .announcements import announcement
 from .completion import Completion, answer_part, completion_text, sole_answer
 from .markup import comparable, unformatted
 from .option_texts import option_with_number, option_with_text, stated_option
+from .polarity import is_condemned
 
 
 DEFAULT_LETTERS = string.ascii_uppercase[:10]
@@ -32,22 +33,12 @@ _LABEL = re.compile(
     r"|(?=,?\s+(?:because|since|not)\b),?)\s*"
 )
 _OTHER_LABEL = re.compile(r"[(\[]([A-Z])[)\]]|(?<![A-Za-z0-9])([A-Z])[.):](?=\s|\Z)")
-_VERDICT = (
-    r"wrong|incorrect|impossible|eliminat\w+|exclud\w+|discard\w+|reject\w+|dismiss\w+|ruled?\s+out|distractor"
-    r"|contradict(?:s|ed|ing|ory)|violat\w+|conflict(?:s|ed|ing)|inconsistent|incompatible|unsupported|untrue"
-    r"|misread\w*|misinterpret\w*|misquot\w*|misstat\w*"
-)
-# Behind a label: a second letter, or a verdict on the option in the place of its text.
+# Behind a label: a second letter, or a verb that speaks of the option instead of its text.
 _NO_TEXT = re.compile(
     r"\s*(?:(?:,|/|&|\+|;|and\b|or\b)\s*)*[(\[]?[A-Z](?![A-Za-z0-9'])(?!\s+[a-z])"
     r"|\s*(?:(?:is|are|was|isn't|cannot|can't|can|could|would|may|might|must|should|will|won't|does|doesn't|has|had"
     r"|fails|seems|looks|gives|or|and|never|only\s+(?:if|when|for)|however|on\s+the\s+other\s+hand|by\s+contrast)\b"
-    r"|[是不错錯✗✘❌❎×])"
-    rf"|\W*(?i:{_VERDICT})\b"
-    # What a statement does: "contradicts the text". Such an option would start with a noun.
-    r"|\s*[a-z]+s\s+(?:the|a|an|this|that|with|from|against|it|its|our|any|no|too|neither|nothing|evidence)\b"
-    r"|\W*(?i:no|contradiction|not\s+(?:right|correct|true|it|so|possible|valid|supported))\W*\Z"
-    r"|(?:.*\W)?(?:is|was|be|being|are|been)\s+(?i:wrong|incorrect|false|impossible|" + _VERDICT + r")\W*\Z"
+    r"|[是不错錯])"
 )
 _NOT_ANOTHER = re.compile(r"not\s+\(?[A-Z](?![A-Za-z0-9'])")  # "B, not A"
 _FORMULA = re.compile(r"[0-9]|\\(?!neg|lnot|not|ne|lor|land|vee|wedge|cup|cap|sim)[a-zA-Z]+")
@@ -204,4 +195,4 @@ def _labelled(text: str, letters: Sequence[str], options: Mapping[str, str]) -> 
     if option is not None:
         return letter if comparable(options[option]) == comparable(options[letter]) else None
     others = {name for match in _OTHER_LABEL.finditer(rest) for name in match.groups() if name}
-    return None if _NO_TEXT.match(rest) or others & set(letters) - {letter} else letter
+    return None if _NO_TEXT.match(rest) or is_condemned(rest) or others & set(letters) - {letter} else letter

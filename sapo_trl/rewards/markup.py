@@ -24,7 +24,8 @@ _SIZE = re.compile(
     r"|bf|rm|it|sf|tt|bfseries|itshape)(?![a-zA-Z])"
 )
 _FONT_ALONE = re.compile(rf"\\(?:{_FONT})(?![a-zA-Z])")
-_STRUCK = re.compile(r"~~(?=\S)[^~]+~~")
+STRUCK = re.compile(r"~~(?=\S)[^~]+~~")
+"""Text that Markdown strikes out."""
 _UNDERLINED = re.compile(r"(?<![\w\\}])(_{1,2})(?=[^\s_])([^_\n]+)(?<=\S)\1(?!\w)")
 _MARKDOWN = re.compile(r"\\[()\[\]]|[$*`]|^[ \t]*#{1,6}(?=\s)|\\(?=[{}])", re.MULTILINE)
 _SIGNS = [
@@ -55,7 +56,7 @@ def without_fonts(text: str, edge: str = "") -> str:
 
 def unformatted(text: str) -> str:
     """A text in plain characters, without fonts, LaTeX's and Markdown's; what is struck out is left out."""
-    text = _UNDERLINED.sub(r"\2", _STRUCK.sub("", text))
+    text = _UNDERLINED.sub(r"\2", STRUCK.sub("", text))
     text = _MARKDOWN.sub("", without_fonts(plain_characters(text)))
     for pattern, sign in _SIGNS:
         text = pattern.sub(sign, text)

@@ -7,6 +7,7 @@ import unicodedata
 from decimal import Decimal
 
 from .completion import last_boxed
+from .markup import STRUCK
 
 
 # `\\[2pt]` is a line break in a matrix, no delimiter, and `\$` a currency.
@@ -149,6 +150,8 @@ def as_latex(value: str | int | float) -> str:
     if value.isascii() and value.isdigit():
         return value
     text = _DELIMITERS.sub("", value).strip()
+    if STRUCK.fullmatch(text):
+        return ""
     while (box := last_boxed(text)) is not None and _is_only(box, text):
         text = box
     if markdown := _MARKDOWN.fullmatch(text.rstrip(".")):

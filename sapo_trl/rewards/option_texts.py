@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from .judge.units import CURRENCIES
 from .markup import comparable
 from .polarity import clause_before, is_doubted, is_negated
 from .quantities import Quantity, read_quantity
@@ -101,7 +102,7 @@ def _are_joined(one: re.Match, other: re.Match) -> bool:
 
 
 def _is_same(number: Quantity, option: Quantity | None) -> bool:
-    if option is None or number.unit not in ("", "°", option.unit):
+    if option is None or number.unit not in ("", "°", option.unit) and number.unit not in CURRENCIES:
         return False
     values = {number.value / 100} if number.is_percent and not option.is_percent else {number.value}
     if option.is_percent and not number.is_percent:
