@@ -4,9 +4,9 @@ import re
 import unicodedata
 
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
-_SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
-_VULGAR_FRACTION = re.compile(r"[¼½¾⅐-⅞↉]")
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
+_VULGAR_FRACTION = re.compile("[¼½¾⅐-⅞↉]")
 # Before NFKC, which would take the dash for a hyphen of another kind.
 _CHARACTERS = str.maketrans(
     {**dict.fromkeys("−–—‒―", "-"), "⁄": "/", "∕": "/", "。": ".", "、": ",", "’": "'", "‘": "'"}
@@ -41,9 +41,13 @@ _SIGNS = [
 
 def plain_characters(text: str) -> str:
     """Full-width and compatibility characters as ASCII; superscripts and fractions such as `½` as LaTeX."""
+    return unicodedata.normalize("NFKC", powers_and_fractions(text).translate(_CHARACTERS))
+
+
+def powers_and_fractions(text: str) -> str:
+    r"""Characters such as `²` and `½` as LaTeX: `^{2}`, `\frac{1}{2}`."""
     text = _SUPERSCRIPT.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = _VULGAR_FRACTION.sub(_as_latex_fraction, text)
-    return unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
+    return _VULGAR_FRACTION.sub(_as_latex_fraction, text)
 
 
 def without_fonts(text: str, edge: str = "") -> str:
