@@ -100,6 +100,8 @@ _BEHIND = re.compile(
 _NEGATION_BEHIND = re.compile(
     r"\s*(?:가|이|은|는)?\s*(?:아니|아닙|않)|\s*(?:では|じゃ)(?:な|あり)|\s*(?:选项|項|项)?(?:是|有)?[不错錯误誤]"
 )
+_ANSWER = re.compile(r"\b(?:answers?|ans|solution|choose|chose|select|pick|go(?:ing)?\s+with)\b", re.IGNORECASE)
+_FALSE = re.compile(r"\W*false\W*\Z", re.IGNORECASE)
 _CLOSES = re.compile(r"\s*(?:\Z|[.,;:!)]|(?:because|since)\b)")
 _VERB = re.compile(
     r"\s*(?:(?:is|was|isn't|wasn't|can|cannot|can't|could|would|does|doesn't|has|had|gives|seems|looks"
@@ -204,7 +206,10 @@ def _decided(
 def _is_announced(mention: _Mention, in_front: Sequence[_Cue], behind: re.Pattern | None) -> bool:
     if behind is not None and behind.match(mention.after):
         return True
-    if _VERB.match(mention.after) or is_condemned(mention.after):
+    if _VERB.match(mention.after):
+        return False
+    # "Option B: false", while "the answer is (B) false" has the option's text.
+    if not _ANSWER.search(mention.before) and (is_condemned(mention.after) or _FALSE.match(mention.after)):
         return False
     if not mention.in_brackets and not _END.match(mention.after):
         return False

@@ -52,7 +52,7 @@ _BASES = {
         "100": "century centuries",
     },
     "gram": {
-        "": "g gram grams 克",
+        "": "g gram grams gramme grammes 克",
         "1000": "kgs kilo kilos 千克 公斤",
         "1/1000": "毫克",
         "1000000": "t ton tons tonne tonnes 吨",
