@@ -124,8 +124,11 @@ _CONTRAST = re.compile(
 _RETRACTION = re.compile(
     r"\b(?:that|this|which)(?:'s|\s+(?:is|was|seems|can't\s+be|cannot\s+be))\s+(?:\w+\s+){0,2}?"
     r"(?:wrong|incorrect|false|impossible|not\s+(?:right|correct|true|possible|it)|mistaken?|error)\b|\bi\s+was\s+wrong\b"
-    r"|\bscratch\s+that\b|\bchanged\s+my\s+mind\b|\bmade\s+a\s+mistake\b"
-    r"|\b(?:no|wait|oops|hmm|sorry|actually|correction|i\s+mean|rather|make\s+that)\b[\s,.:-]*"
+    r"|\bscratch\s+that\b|\bchanged\s+my\s+mind\b|\bmade\s+a\s+mistake\b",
+    re.IGNORECASE,
+)
+_CORRECTION = re.compile(
+    r"\b(?:no|wait|oops|hmm|sorry|actually|correction|i\s+mean|rather|make\s+that)\b[\s,.:-]*"
     r"(?:(?:no|wait|it's|it\s+is|option)\b[\s,]*){0,3}[(\"']?(?-i:[A-Z])(?![A-Za-z0-9'])",
     re.IGNORECASE,
 )
@@ -178,6 +181,11 @@ def announcement(text: str, letters: Sequence[str]) -> Announcement:
     return strong if strong.is_settled else _decided(text, mentions, letters, _WEAK)
 
 
+def has_correction(text: str, start: int, end: int) -> bool:
+    """Whether a part of a text goes over to another letter: `no, B`, `actually (B)`."""
+    return _CORRECTION.search(text, start, end) is not None
+
+
 def _decided(
     text: str,
     mentions: Sequence[_Mention],
@@ -198,7 +206,8 @@ def _decided(
         start = mentions[chosen].end
         # What follows another letter speaks of that one.
         end = mentions[chosen + 1].end if chosen + 1 < len(mentions) else len(text)
-        if _RETRACTION.search(text, start, min(end, start + _MAX_WORDS)):
+        end = min(end, start + _MAX_WORDS)
+        if _RETRACTION.search(text, start, end) or has_correction(text, start, end):
             letter = None
     return Announcement(letter if letter is not None and letter in letters else None, is_settled=chosen >= 0)
 

@@ -12,7 +12,7 @@ import string
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from .announcements import announcement
+from .announcements import announcement, has_correction
 from .completion import Completion, answer_part, completion_text, sole_answer
 from .markup import comparable, unformatted
 from .option_texts import option_with_number, option_with_text, stated_option
@@ -37,7 +37,7 @@ _OTHER_LABEL = re.compile(r"[(\[]([A-Z])[)\]]|(?<![A-Za-z0-9])([A-Z])[.):](?=\s|
 _NO_TEXT = re.compile(
     r"\s*(?:(?:,|/|&|\+|;|and\b|or\b)\s*)*[(\[]?[A-Z](?![A-Za-z0-9'])(?!\s+[a-z])"
     r"|\s*(?:(?:is|are|was|isn't|cannot|can't|can|could|would|may|might|must|should|will|won't|does|doesn't|has|had"
-    r"|fails|seems|looks|gives|or|and|never|only\s+(?:if|when|for)|however|on\s+the\s+other\s+hand|by\s+contrast)\b"
+    r"|fails|seems|looks|gives|or|and|never|almost|nearly|hardly|barely|only\s+(?:if|when|for)|however|on\s+the\s+other\s+hand|by\s+contrast)\b"
     r"|[是不错錯])"
 )
 _NOT_ANOTHER = re.compile(r"not\s+\(?[A-Z](?![A-Za-z0-9'])")  # "B, not A"
@@ -172,9 +172,11 @@ def _in_words(text: str, letters: Sequence[str], options: Mapping[str, str]) -> 
         return announced.letter
     lines = text.splitlines()
     for read in (_letter_alone, partial(_labelled, options=options)):
-        found = {letter for line in lines if (letter := read(line.strip(), letters))}
+        found = [(number, letter) for number, line in enumerate(lines) if (letter := read(line.strip(), letters))]
         if found:
-            return found.pop() if len(found) == 1 else None
+            rest = "\n".join(lines[found[-1][0] + 1 :])
+            is_sure = len({letter for _, letter in found}) == 1 and not has_correction(rest, 0, len(rest))
+            return found[0][1] if is_sure else None
     return stated_option(lines[-1], options) if lines else None
 
 

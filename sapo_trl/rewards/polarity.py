@@ -31,7 +31,7 @@ _VERDICT = (
 _CONDEMNED = re.compile(
     rf"\W*(?i:{_VERDICT})\b|\W*[✗✘❌❎×]"
     r"|\W*(?i:no|out|contradiction|not\s+(?:right|correct|true|it|so|possible|valid|supported))\W*\Z"
-    rf"|(?:.*\W)?(?:is|was|be|being|are|been)\s+(?i:false|{_VERDICT})\W*\Z"
+    rf"|(?!\W*(?:because|since|as)\b)(?:.*\W)?(?:is|was|be|being|are|been)\s+(?i:false|{_VERDICT})\W*\Z"
 )
 
 

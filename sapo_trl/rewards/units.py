@@ -1,4 +1,4 @@
-"""The units that may stand behind a number: a closed list, so that no other word and no unknown passes for one."""
+"""The unit that a text behind a number is, of a closed list: no other word and no unknown passes for one."""
 
 import re
 
