@@ -6,7 +6,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import sapo_trl.rewards
@@ -284,6 +284,7 @@ def test_rounding_at_school(number, places):
     assert not is_close(str(further), str(number), precision=places)
 
 
+@settings(max_examples=25)
 @given(number=st.integers(2, 500), factor=st.integers(2, 9))
 def test_units_on_both_sides(number, factor):
     for unit, smaller, size in (("m", "cm", 100), ("hours", "minutes", 60), ("km^2", "m^2", 10**6)):
