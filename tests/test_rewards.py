@@ -387,6 +387,10 @@ class TestCompletions:
             ("<think>a</think>b<think>c</think>d", "d"),
             ("<think>cut off", ""),
             ("<think>a</think>b<think>cut off", ""),
+            ("<thinking>a</thinking>b", "b"),
+            ("<THINK>a</Think >b", "b"),
+            ("<thinking>cut off", ""),
+            ("I think > you", "I think > you"),
             ("", ""),
         ],
     )
@@ -397,6 +401,16 @@ class TestCompletions:
         assert self.score(r"<think>\boxed{4}</think> The answer is 5.", "4") == 0.0
         assert self.score(r"<think>\boxed{4}", "4") == 0.0
         assert self.score(r"<think>\boxed{5}</think> \boxed{4}", "4") == 1.0
+
+    @pytest.mark.parametrize(
+        "joint", [" or ", " and ", ", ", "/", " & ", "$ or $", ", not ", " not ", ", and ", r" \lor "]
+    )
+    def test_two_joined_boxes_are_no_answer(self, joint):
+        for answers in (("4", "5"), ("5", "4"), (r"\frac{1}{2}", "4")):
+            text = rf"So $\boxed{{{answers[0]}}}{joint}\boxed{{{answers[1]}}}$."
+            assert self.score(text, answers[0]) == self.score(text, answers[1]) == 0.0
+        assert self.score(rf"\boxed{{4}}{joint}\boxed{{4}}", "4") == 1.0
+        assert self.score(r"\boxed{5}. Then \boxed{4}", "4") == 1.0
 
     def test_last_boxed_is_linear(self):
         deep = r"\boxed{" + "{" * 200_000 + "}" * 200_000 + "}"

@@ -312,3 +312,51 @@ def computed() -> float:
     """Seconds of computing of this process and its workers."""
     processes = [psutil.Process(), *(psutil.Process(pid) for pid in equivalence._pool.processes())]
     return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+class TestCorners:
+    """Expressions that are equal over the most of the line, or nearly equal, and not the same."""
+
+    @settings(MANY, max_examples=40)
+    @given(st.sampled_from("abkmnpqrtuvwxyz"), st.integers(1, 1000))
+    def test_a_corner_far_away(self, letter, shift):
+        for other in (
+            f"|{letter}+{shift}|-{shift}",
+            rf"\sqrt{{({letter}+{shift})^2}}-{shift}",
+            rf"\max({letter}, -{shift})",
+            rf"\min({letter}, {shift})",
+        ):
+            assert judge(as_latex(other), letter) != "equal"
+        assert judge(as_latex(f"|-{letter}-{shift}|"), as_latex(f"|{letter}+{shift}|")) == "equal"
+        # Two equations with the same solutions over the most of the line.
+        assert judge(as_latex(f"|{letter}+{shift}|-{shift} = 2j"), as_latex(f"{letter} = 2j")) != "equal"
+
+    @pytest.mark.parametrize("letter", "abkmnpqrtuvwxyz")
+    def test_steps_at_whole_numbers(self, letter):
+        def is_equal(answer: str, gold: str) -> bool:
+            return judge(answer.replace("x", letter), gold.replace("x", letter)) == "equal"
+
+        assert not is_equal(r"\lceil x \rceil - 1", r"\lfloor x \rfloor")
+        assert not is_equal(r"\lfloor x \rfloor + 1", r"\lceil x \rceil")
+        assert not is_equal(r"-\lfloor -x \rfloor - 1", r"\lfloor x \rfloor")
+        assert is_equal(r"-\lceil -x \rceil", r"\lfloor x \rfloor")
+        assert is_equal(r"\lfloor x + 1 \rfloor - 1", r"\lfloor x \rfloor")
+        assert is_equal(r"\lfloor x\rfloor+\lfloor x+\frac12\rfloor", r"\lfloor 2x\rfloor")
+
+    @pytest.mark.parametrize("exponent", [14, 20, 40, 100])
+    def test_nearly_equal_numbers(self, exponent):
+        tiny = rf"10^{{-{exponent}}}"
+        for answer, gold in (
+            (rf"\sin({tiny})", tiny),
+            (rf"\cos({tiny})", "1"),
+            (rf"\pi + {tiny}", r"\pi"),
+            (rf"e^{{{tiny}}}", "1"),
+            (rf"x + {tiny}", "x"),
+            (rf"\sqrt{{2}}(1 + {tiny})", r"\sqrt{2}"),
+        ):
+            assert judge(answer, gold) != "equal"
+            assert judge(answer, answer + "+0") == "equal"
+
+    def test_almost_whole(self):
+        assert judge(r"e^{\pi\sqrt{163}}", "640320^3+744") != "equal"
+        assert judge(r"\tanh(40)", "1") != "equal"

@@ -140,6 +140,19 @@ class TestNames:
         assert is_right(rf"\angle {answer}", rf"\angle {gold}") == same
         same = answer == gold or (answer == gold[::-1] and size == 2)
         assert is_right(rf"\overline{{{answer}}}", rf"\overline{{{gold}}}") == same
+        assert is_right(answer, rf"\overline{{{gold}}}") == same
+
+    @FAST
+    @given(st.sampled_from("abkmpqrtwxyzABCKMPQRZ"), st.sampled_from("abkmpqrtwxyzABCKMPQRZ"))
+    def test_a_bar_over_one_letter_is_another_symbol(self, one, other):
+        for bar in (rf"\overline{{{one}}}", rf"\bar{{{one}}}", rf"\bar {one}"):
+            assert not is_right(other, bar) and not is_right(bar, other)
+            assert is_right(bar, rf"\overline{{{other}}}") == (one == other)
+            assert not is_right(rf"{other} \vee 5", rf"{bar} \vee 5")
+        # By its digits, a number: 10 times one, and the other.
+        if one.islower() and other.islower():
+            assert not is_right(one + other, rf"\overline{{{one}{other}}}")
+            assert is_right(rf"\overline{{{one}{other}}}", rf"\overline{{{other}{one}}}") == (one == other)
 
     @pytest.mark.parametrize(
         "word", ["listen", "night", "odd", "Monday", "rhombus", "no", "saw", "ASA", "even", "east"]
@@ -261,6 +274,154 @@ class TestPercent:
         assert not is_right(rf"{shown}\%", f"{float(percent * 100):g}")
 
 
+class TestAngles:
+    @FAST
+    @given(st.integers(0, 179), st.integers(0, 59), st.integers(0, 59), st.integers(0, 59))
+    def test_minutes_and_seconds(self, degrees, minutes, seconds, other):
+        value = degrees + Fraction(minutes, 60)
+        for answer in (
+            rf"{degrees}^\circ {minutes}'",
+            f"{degrees}°{minutes}′",
+            rf"{degrees}^{{\circ}}{minutes}^{{\prime}}",
+        ):
+            assert is_right(answer, rf"\frac{{{value.numerator}}}{{{value.denominator}}}^\circ")
+            assert is_right(answer, f"{degrees}° {other}'") == (minutes == other)
+            assert is_right(f"{answer} {seconds}''", answer) == (seconds == 0)
+            assert not is_right(str(degrees * minutes + 1), answer)
+        assert not is_right(f"{degrees}° {minutes + 60}'", f"{degrees + 1}° {minutes}'")
+
+
+ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+class TestSpoken:
+    @FAST
+    @given(st.integers(0, 12), st.integers(0, 12))
+    def test_numbers_in_words(self, one, other):
+        for word in (ONES[one], ONES[one].capitalize(), rf"\text{{{ONES[one]}}}"):
+            assert is_right(word, str(other)) == (one == other)
+            assert is_right(str(other), word) == (one == other)
+            assert not is_right(rf"\text{{not {ONES[one]}}}", str(one))
+            assert not is_right(f"{ONES[one]} or {ONES[other]}", str(one))
+
+    @FAST
+    @given(st.integers(1, 9), st.integers(0, 99))
+    def test_tens(self, one, other):
+        assert is_right(f"twenty-{ONES[one]}", str(other)) == (other == 20 + one)
+        assert is_right(rf"\text{{ninety {ONES[one]}}}", str(other)) == (other == 90 + one)
+
+    @FAST
+    @given(st.integers(1, 130), st.sampled_from(["st", "nd", "rd", "th"]), st.integers(1, 130))
+    def test_ordinals_have_one_ending(self, number, ending, other):
+        teen = number % 100 in (11, 12, 13)
+        due = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if not teen else "th"
+        for answer in (f"{number}{ending}", rf"{number}^{{\text{{{ending}}}}}", rf"{number}\text{{{ending}}}"):
+            assert is_right(answer, str(number)) == (ending == due)
+            assert other == number or not is_right(answer, str(other))
+
+    @pytest.mark.parametrize(
+        "word", ["fifth", "half", "seven halves", "seven hundred", "lucky seven", "seven point five"]
+    )
+    def test_other_words_are_no_numbers(self, word):
+        assert not any(is_right(word, gold) for gold in ("5", "7", "0.5", "700", "7.5", r"\frac{1}{5}"))
+
+
+SMALL = st.integers(1, 99)
+
+
+class TestWhatShows:
+    @FAST
+    @given(SMALL, SMALL)
+    def test_braces_do_not_show(self, one, other):
+        for answer in (
+            f"{one}{{{other}}}",
+            f"{{{one}}}{{{other}}}",
+            rf"{one}\color{{white}}{{{other}}}",
+            rf"{one}\,{{{other}}}",
+            rf"{one}\phantom{{{other}}}",
+            rf"{one} % {other}",
+            f"{one} <!-- {other} -->",
+        ):
+            assert not any(is_right(answer, str(gold)) for gold in (one * other, one, other)), answer
+        assert is_right(f"{one}({other})", str(one * other))
+        assert not is_right(rf"{{{one}}}\frac{{1}}{{2}}", rf"\frac{{{one}}}{{2}}")
+        assert is_right(f"{one}{{x}}", f"{one}x")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            r"x \not",
+            r"\lnot x ",
+            r"\ln x",
+            r"\log_2 x",
+            "|x|",
+            r"\text{anything but}",
+            r"\text{at least}",
+            r"\text{nothing}",
+        ]
+        + [
+            r"\text{twice the answer}",
+            r"\text{more than}",
+            r"\text{half of it}",
+            r"\neg x",
+            r"\text{minus the answer}",
+        ],
+    )
+    def test_names_of_other_values(self, name):
+        for gold in ("5", r"\sqrt{2}"):
+            assert not is_right(f"{name} = {gold}", gold)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "x",
+            "AB",
+            "|AB|",
+            r"\lvert AB \rvert",
+            "|z|",
+            r"\bar{x}",
+            r"\hat{y}",
+            r"\sin \theta",
+            r"x_{\max}",
+            r"\Delta x",
+            "E(X)",
+        ]
+        + [r"\lim_{x\to 0} f(x)", r"P(A \cap B)", r"S_{\triangle ABC}", r"\text{least common multiple}", r"|\vec{a}|"],
+    )
+    def test_names_of_the_value(self, name):
+        for gold in ("5", r"\sqrt{2}"):
+            assert is_right(f"{name} = {gold}", gold)
+            assert not is_right(f"{name} = {gold}", gold + "+1")
+
+
+class TestSetsOfNumbers:
+    @FAST
+    @given(
+        st.integers(-9, 9),
+        st.sampled_from(["2x", "-x", "x^2", "x+1", r"x \not", "y", r"x \in \mathbb{Z}", r"\frac{x}{2}"]),
+    )
+    def test_elements_are_the_unknown_itself(self, low, element):
+        interval = f"({low}, {low + 2})"
+        assert not is_right(rf"\{{{element} \mid {low} < x < {low + 2}\}}", interval)
+        if element != "y":
+            assert not is_right(rf"{element} \in {interval}", interval)
+        for answer in (rf"\{{x \mid {low} < x < {low + 2}\}}", rf"\{{x \in \mathbb{{R}} : {low} < x < {low + 2}\}}"):
+            assert is_right(answer, interval)
+        assert is_right(rf"x \in {interval}", interval)
+
+    @FAST
+    @given(st.lists(st.integers(-9, 9), min_size=2, max_size=4, unique=True), st.randoms(use_true_random=False))
+    def test_repeats_change_no_set(self, values, random):
+        texts = [str(value) for value in values]
+        gold, repeated = rf"\{{{', '.join(texts)}\}}", ", ".join(random.sample([*texts, texts[0]], len(texts) + 1))
+        assert is_right(rf"\{{{repeated}\}}", gold)
+        assert not is_right(gold, rf"\{{{repeated}\}}")  # a gold that repeats itself means it
+        assert not is_right(f"({repeated})", f"({', '.join(texts)})")
+        assert not is_right(repeated, ", ".join(texts))
+        # A set of a set has another element.
+        assert not is_right(rf"\{{\{{{texts[0]}\}}, {', '.join(texts[1:])}\}}", gold)
+
+
 class TestOrder:
     @FAST
     @given(st.lists(st.integers(-20, 20), min_size=2, max_size=5, unique=True), st.randoms(use_true_random=False))
@@ -297,6 +458,8 @@ class TestOrder:
         signs = "<" if left == "(" else r"\le", "<" if right == ")" else r"\le"
         assert is_right(f"{low} {signs[0]} x {signs[1]} {high}", interval)
         assert is_right(interval, f"{low} {signs[0]} x {signs[1]} {high}")
+        european = ("[" if left == "[" else "]") + f"{low},{high}" + ("]" if right == "]" else "[")
+        assert is_right(european, interval)
         for other in ("()", "(]", "[)", "[]"):
             if other != left + right:
                 assert not is_right(f"{other[0]}{low},{high}{other[1]}", interval)
@@ -422,6 +585,8 @@ TAKEN_BACK = r"""
 x < #
 # = 5
 5 = #
+~~#~~
+#...
 \pm #
 #x
 \{#, 5\}

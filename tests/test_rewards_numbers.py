@@ -6,7 +6,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import sapo_trl.rewards
@@ -120,6 +120,11 @@ TAKEN_BACK = [
     "{}!",
     "{} factorial",
     "{} squared",
+    "{}..",
+    "~~{}~~",
+    "|x| = {}",
+    r"x \not= {}",
+    "{}{{98}}",
     "{} plus or minus",
     "{} minus x",
     "{} sin x",
@@ -277,6 +282,42 @@ def test_rounding_at_school(number, places):
     assert is_close(str(rounded), str(number), precision=places)
     further = rounded + Decimal(2).scaleb(-places)
     assert not is_close(str(further), str(number), precision=places)
+
+
+@settings(max_examples=25)
+@given(number=st.integers(2, 500), factor=st.integers(2, 9))
+def test_units_on_both_sides(number, factor):
+    for unit, smaller, size in (("m", "cm", 100), ("hours", "minutes", 60), ("km^2", "m^2", 10**6)):
+        gold = f"{number} {unit}"
+        assert score(f"{number * size} {smaller}", gold) == score(str(number), gold) == 1.0
+        assert score(f"{number} {smaller}", gold) == score(f"{number * factor} {unit}", gold) == 0.0
+    for unit, other in (
+        ("cm", "kg"),
+        ("apples", "oranges"),
+        ("cm", "cm^2"),
+        ("km/h", "km"),
+        ("°C", "°F"),
+        ("dollars", "cm"),
+    ):
+        assert score(f"{number} {other}", f"{number} {unit}") == 0.0
+        assert score(f"{number} {unit}", f"{number} {unit}") == 1.0
+
+
+@pytest.mark.parametrize(("symbol", "name"), [("$", "dollars"), (r"\$", "dollars"), ("€", "euros"), ("₹", "rupees")])
+def test_currencies_are_units(symbol, name):
+    gold = f"{symbol}12"
+    for answer in (gold, "12", f"12 {name}", "$12$"):
+        assert score(answer, gold) == 1.0
+    for answer in ("£12", "12 km", "12 cents", f"{symbol}13"):
+        assert score(answer, gold) == 0.0
+    assert score("1200 cents", r"\$12") == 1.0
+
+
+@given(tenths=st.integers(1, 990))
+def test_a_percentage_up_to_one_is_a_share_alone(tenths):
+    number = f"{tenths / 10:g}"
+    assert score(f"{number}%", number) == score(number, f"{number}%") == float(tenths > 10)
+    assert score(f"{tenths / 1000:.4f}", f"{number}%") == 1.0
 
 
 def test_rounding_keeps_to_one_rule_for_both():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .completion import Completion, answer_part, completion_text, last_boxed
+from .completion import Completion, answer_part, completion_text, sole_answer
 from .equivalence import Verdict, are_equivalent
 
 
@@ -58,7 +58,7 @@ def score_boxes(
             f"{len(completions)} completions came with {len(answers)} values of `answer`; one each needed."
         )
     rewards: list[float | None] = [None if gold is None else 0.0 for gold in answers]
-    boxes = [last_boxed(answer_part(completion_text(completion))) for completion in completions]
+    boxes = [sole_answer(answer_part(completion_text(completion))) for completion in completions]
     rows = [row for row, gold in enumerate(answers) if gold is not None and boxes[row] is not None]
     verdicts = are_equivalent([boxes[row] for row in rows], [answers[row] for row in rows])
     for row, verdict in zip(rows, verdicts, strict=True):

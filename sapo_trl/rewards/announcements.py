@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .polarity import clause_before, is_doubted, is_negated
+from .polarity import clause_before, is_condemned, is_doubted, is_negated
 
 
 # Of a long text the last letters are looked at, each with so many characters around it.
@@ -100,6 +100,8 @@ _BEHIND = re.compile(
 _NEGATION_BEHIND = re.compile(
     r"\s*(?:가|이|은|는)?\s*(?:아니|아닙|않)|\s*(?:では|じゃ)(?:な|あり)|\s*(?:选项|項|项)?(?:是|有)?[不错錯误誤]"
 )
+_ANSWER = re.compile(r"\b(?:answers?|ans|solution|choose|chose|select|pick|go(?:ing)?\s+with)\b", re.IGNORECASE)
+_FALSE = re.compile(r"\W*false\W*\Z", re.IGNORECASE)
 _CLOSES = re.compile(r"\s*(?:\Z|[.,;:!)]|(?:because|since)\b)")
 _VERB = re.compile(
     r"\s*(?:(?:is|was|isn't|wasn't|can|cannot|can't|could|would|does|doesn't|has|had|gives|seems|looks"
@@ -122,8 +124,11 @@ _CONTRAST = re.compile(
 _RETRACTION = re.compile(
     r"\b(?:that|this|which)(?:'s|\s+(?:is|was|seems|can't\s+be|cannot\s+be))\s+(?:\w+\s+){0,2}?"
     r"(?:wrong|incorrect|false|impossible|not\s+(?:right|correct|true|possible|it)|mistaken?|error)\b|\bi\s+was\s+wrong\b"
-    r"|\bscratch\s+that\b|\bchanged\s+my\s+mind\b|\bmade\s+a\s+mistake\b"
-    r"|\b(?:no|wait|oops|hmm|sorry|actually|correction|i\s+mean|rather|make\s+that)\b[\s,.:-]*"
+    r"|\bscratch\s+that\b|\bchanged\s+my\s+mind\b|\bmade\s+a\s+mistake\b",
+    re.IGNORECASE,
+)
+_CORRECTION = re.compile(
+    r"\b(?:no|wait|oops|hmm|sorry|actually|correction|i\s+mean|rather|make\s+that)\b[\s,.:-]*"
     r"(?:(?:no|wait|it's|it\s+is|option)\b[\s,]*){0,3}[(\"']?(?-i:[A-Z])(?![A-Za-z0-9'])",
     re.IGNORECASE,
 )
@@ -176,6 +181,11 @@ def announcement(text: str, letters: Sequence[str]) -> Announcement:
     return strong if strong.is_settled else _decided(text, mentions, letters, _WEAK)
 
 
+def has_correction(text: str, start: int, end: int) -> bool:
+    """Whether a part of a text goes over to another letter: `no, B`, `actually (B)`."""
+    return _CORRECTION.search(text, start, end) is not None
+
+
 def _decided(
     text: str,
     mentions: Sequence[_Mention],
@@ -196,7 +206,8 @@ def _decided(
         start = mentions[chosen].end
         # What follows another letter speaks of that one.
         end = mentions[chosen + 1].end if chosen + 1 < len(mentions) else len(text)
-        if _RETRACTION.search(text, start, min(end, start + _MAX_WORDS)):
+        end = min(end, start + _MAX_WORDS)
+        if _RETRACTION.search(text, start, end) or has_correction(text, start, end):
             letter = None
     return Announcement(letter if letter is not None and letter in letters else None, is_settled=chosen >= 0)
 
@@ -205,6 +216,9 @@ def _is_announced(mention: _Mention, in_front: Sequence[_Cue], behind: re.Patter
     if behind is not None and behind.match(mention.after):
         return True
     if _VERB.match(mention.after):
+        return False
+    # "Option B: false", while "the answer is (B) false" has the option's text.
+    if not _ANSWER.search(mention.before) and (is_condemned(mention.after) or _FALSE.match(mention.after)):
         return False
     if not mention.in_brackets and not _END.match(mention.after):
         return False

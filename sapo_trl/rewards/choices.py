@@ -12,10 +12,11 @@ import string
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from .announcements import announcement
-from .completion import Completion, answer_part, completion_text, last_boxed
+from .announcements import announcement, has_correction
+from .completion import Completion, answer_part, completion_text, sole_answer
 from .markup import comparable, unformatted
 from .option_texts import option_with_number, option_with_text, stated_option
+from .polarity import is_condemned
 
 
 DEFAULT_LETTERS = string.ascii_uppercase[:10]
@@ -32,17 +33,14 @@ _LABEL = re.compile(
     r"|(?=,?\s+(?:because|since|not)\b),?)\s*"
 )
 _OTHER_LABEL = re.compile(r"[(\[]([A-Z])[)\]]|(?<![A-Za-z0-9])([A-Z])[.):](?=\s|\Z)")
-# Behind a label: a second letter, or a verdict on the option in the place of its text.
+# Behind a label: a second letter, or a verb that speaks of the option instead of its text.
 _NO_TEXT = re.compile(
     r"\s*(?:(?:,|/|&|\+|;|and\b|or\b)\s*)*[(\[]?[A-Z](?![A-Za-z0-9'])(?!\s+[a-z])"
-    r"|\s*(?:(?:is|are|was|isn't|cannot|can't|could|would|may|might|must|should|will|does|doesn't|has|fails|seems"
-    r"|looks|gives|or|and)\b|[是不错錯])"
-    r"|\W*(?i:wrong|incorrect|eliminated|impossible|no|not\s+(?:right|correct|true|it|so))\W*\Z"
+    r"|\s*(?:(?:is|are|was|isn't|cannot|can't|can|could|would|may|might|must|should|will|won't|does|doesn't|has|had"
+    r"|fails|seems|looks|gives|or|and|never|almost|nearly|hardly|barely|only\s+(?:if|when|for)|however|on\s+the\s+other\s+hand|by\s+contrast)\b"
+    r"|[是不错錯])"
 )
 _NOT_ANOTHER = re.compile(r"not\s+\(?[A-Z](?![A-Za-z0-9'])")  # "B, not A"
-_JOINED_BOXES = re.compile(
-    r"\\boxed\s?\{([^{}]+)\}[\s$]{0,3}(?:,|/|&|and|or)[\s$]{0,3}\\boxed\s?\{([^{}]*)\}[\s$.]{0,5}\Z"
-)
 _FORMULA = re.compile(r"[0-9]|\\(?!neg|lnot|not|ne|lor|land|vee|wedge|cup|cap|sim)[a-zA-Z]+")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 
@@ -77,8 +75,8 @@ def extract_choice(text: str, letters: Sequence[str], options: Sequence[str] | N
         raise ValueError(f"{len(letters)} `letters` came with {len(options)} `options`; one each is needed.")
     texts = dict(zip(letters, options or (), strict=options is not None))
     text = answer_part(text)
-    box = last_boxed(text)
-    if (box is None and "\\boxed" in text) or (box and len(box) > _MAX_CHARACTERS) or _has_alternatives(text):
+    box = sole_answer(text)
+    if (box is None and "\\boxed" in text) or (box and len(box) > _MAX_CHARACTERS):
         return None
     chosen = _in_box(box, letters, texts) if box else None
     # Where options are not known, a formula is no choice but a step of the solution.
@@ -149,12 +147,6 @@ def plain_text(text: str) -> str:
     return comparable(text).casefold()
 
 
-def _has_alternatives(text: str) -> bool:
-    """Whether the last two boxes are joined as two answers."""
-    last = _JOINED_BOXES.search(text[-_MAX_CHARACTERS:])
-    return last is not None and last[1].strip() != last[2].strip()
-
-
 def _in_box(box: str, letters: Sequence[str], options: Mapping[str, str]) -> str | None:
     text = unformatted(box)
     return (
@@ -180,9 +172,11 @@ def _in_words(text: str, letters: Sequence[str], options: Mapping[str, str]) -> 
         return announced.letter
     lines = text.splitlines()
     for read in (_letter_alone, partial(_labelled, options=options)):
-        found = {letter for line in lines if (letter := read(line.strip(), letters))}
+        found = [(number, letter) for number, line in enumerate(lines) if (letter := read(line.strip(), letters))]
         if found:
-            return found.pop() if len(found) == 1 else None
+            rest = "\n".join(lines[found[-1][0] + 1 :])
+            is_sure = len({letter for _, letter in found}) == 1 and not has_correction(rest, 0, len(rest))
+            return found[0][1] if is_sure else None
     return stated_option(lines[-1], options) if lines else None
 
 
@@ -203,4 +197,4 @@ def _labelled(text: str, letters: Sequence[str], options: Mapping[str, str]) -> 
     if option is not None:
         return letter if comparable(options[option]) == comparable(options[letter]) else None
     others = {name for match in _OTHER_LABEL.finditer(rest) for name in match.groups() if name}
-    return None if _NO_TEXT.match(rest) or others & set(letters) - {letter} else letter
+    return None if _NO_TEXT.match(rest) or is_condemned(rest) or others & set(letters) - {letter} else letter

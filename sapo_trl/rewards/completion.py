@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 
 # Braces, and pairs of a backslash and what it escapes: `\{` groups nothing.
@@ -10,6 +12,10 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX = re.compile(
     r"\\boxed(?:\s*\{|(?![A-Za-z])\s*(?!\\boxed)(?P<bare>(?:[0-9+\-.(\\]|[A-Za-z](?![A-Za-z]))(?:(?!\\boxed)[^$\n])*))"
 )
+
+_THINKING = re.compile(r"<(?P<closes>/?)think(?:ing)?\s*>", re.IGNORECASE)
+# Between two boxes: the second one is another answer, or none.
+_JOINED = re.compile(r"(?:[\s$.]*(?:,|/|&|\||\b(?:and|or|not)\b|\\(?:lor|vee|mid)\b))+[\s$]*")
 
 Completion = str | Sequence[Mapping]
 """Plain text, or the messages of a conversation (the trainer passes what the prompts were)."""
@@ -28,7 +34,7 @@ def completion_text(completion: Completion) -> str:
 
 def answer_part(text: str) -> str:
     r"""
-    The part of a response that may hold the answer: the text after the last `</think>`.
+    The part of a response that may hold the answer: the text after the last `</think>`, or `</thinking>`.
 
     The whole text where the response has no thinking, and the empty string where its thinking never ends, because the
     response was cut off.
@@ -42,8 +48,10 @@ def answer_part(text: str) -> str:
     (' \\boxed{4}', '')
     ```
     """
-    after = text.rpartition("</think>")[2]
-    return "" if "<think>" in after else after
+    tag, end = None, 0
+    for tag in _THINKING.finditer(text):
+        end = tag.end()
+    return text if tag is None else text[end:] if tag["closes"] else ""
 
 
 def last_boxed(text: str) -> str | None:
@@ -54,7 +62,41 @@ def last_boxed(text: str) -> str | None:
     never closed is no answer, and an earlier one does not stand in for it: the response was cut off while it gave its
     answer. `\boxed 4`, without braces, holds the rest of its line, up to a `$`.
     """
-    content, position = None, 0
+    boxes = _boxes(text)
+    return boxes[-1].content if boxes else None
+
+
+def sole_answer(text: str) -> str | None:
+    r"""
+    Content of the last `\boxed{...}` of a response; `None` also if it is one of two answers.
+
+    Example:
+
+    ```python
+    >>> from sapo_trl.rewards.completion import sole_answer
+
+    >>> sole_answer(r"First \boxed{3}, then \boxed{4}"), sole_answer(r"\boxed{3} or \boxed{4}")
+    ('4', None)
+    ```
+    """
+    boxes = _boxes(text)
+    for one, other in pairwise(boxes[-2:]):
+        if one.content != other.content and _JOINED.fullmatch(text, one.end, other.start):
+            return None
+    return boxes[-1].content if boxes else None
+
+
+@dataclass(frozen=True)
+class _Box:
+    content: str
+    start: int
+    end: int
+
+
+def _boxes(text: str) -> list[_Box]:
+    """The boxes of a text in order, empty ones only if there is no other; none if the last one is never closed."""
+    found: list[_Box] = []
+    position = 0
     is_open = False
     ends = _ends_of_groups(text)
     while box := _BOX.search(text, position):
@@ -64,12 +106,11 @@ def last_boxed(text: str) -> str | None:
         if is_open:
             continue
         if box["bare"] is not None:
-            found = box["bare"].strip().removesuffix(".")
+            content = box["bare"].strip().removesuffix(".")
         else:
-            found, position = text[box.end() : end].strip(), end
-        if found or content is None:
-            content = found
-    return None if is_open else content
+            content, position = text[box.end() : end].strip(), end
+        found.append(_Box(content, box.start(), position + (box["bare"] is None)))
+    return [] if is_open else [box for box in found if box.content] or found[-1:]
 
 
 def _ends_of_groups(text: str) -> dict[int, int]:

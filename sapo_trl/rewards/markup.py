@@ -4,9 +4,9 @@ import re
 import unicodedata
 
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
-_SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
-_VULGAR_FRACTION = re.compile(r"[¼½¾⅐-⅞↉]")
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
+_VULGAR_FRACTION = re.compile("[¼½¾⅐-⅞↉]")
 # Before NFKC, which would take the dash for a hyphen of another kind.
 _CHARACTERS = str.maketrans(
     {**dict.fromkeys("−–—‒―", "-"), "⁄": "/", "∕": "/", "。": ".", "、": ",", "’": "'", "‘": "'"}
@@ -24,14 +24,30 @@ _SIZE = re.compile(
     r"|bf|rm|it|sf|tt|bfseries|itshape)(?![a-zA-Z])"
 )
 _FONT_ALONE = re.compile(rf"\\(?:{_FONT})(?![a-zA-Z])")
-_MARKDOWN = re.compile(r"\\[()\[\]]|[$*`#]")
+STRUCK = re.compile(r"~~(?=\S)[^~]+~~")
+"""Text that Markdown strikes out."""
+_UNDERLINED = re.compile(r"(?<![\w\\}])(_{1,2})(?=[^\s_])([^_\n]+)(?<=\S)\1(?!\w)")
+_MARKDOWN = re.compile(r"\\[()\[\]]|[$*`]|^[ \t]*#{1,6}(?=\s)|\\(?=[{}])", re.MULTILINE)
+_SIGNS = [
+    (re.compile(pattern), sign)
+    for pattern, sign in [
+        (r"\\(?:geq?|geqslant)(?![a-zA-Z])|>=|[⩾≧]", "≥"),
+        (r"\\(?:leq?|leqslant)(?![a-zA-Z])|<=|[⩽≦]", "≤"),
+        (r"\\neq?(?![a-zA-Z])|!=", "≠"),
+        (r"\\pm(?![a-zA-Z])", "±"),
+    ]
+]
 
 
 def plain_characters(text: str) -> str:
     """Full-width and compatibility characters as ASCII; superscripts and fractions such as `½` as LaTeX."""
+    return unicodedata.normalize("NFKC", powers_and_fractions(text).translate(_CHARACTERS))
+
+
+def powers_and_fractions(text: str) -> str:
+    r"""Characters such as `²` and `½` as LaTeX: `^{2}`, `\frac{1}{2}`."""
     text = _SUPERSCRIPT.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = _VULGAR_FRACTION.sub(_as_latex_fraction, text)
-    return unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
+    return _VULGAR_FRACTION.sub(_as_latex_fraction, text)
 
 
 def without_fonts(text: str, edge: str = "") -> str:
@@ -43,8 +59,12 @@ def without_fonts(text: str, edge: str = "") -> str:
 
 
 def unformatted(text: str) -> str:
-    """A text in plain characters, without fonts, LaTeX's and Markdown's."""
-    return _MARKDOWN.sub("", without_fonts(plain_characters(text))).strip()
+    """A text in plain characters, without fonts, LaTeX's and Markdown's; what is struck out is left out."""
+    text = _UNDERLINED.sub(r"\2", STRUCK.sub("", text))
+    text = _MARKDOWN.sub("", without_fonts(plain_characters(text)))
+    for pattern, sign in _SIGNS:
+        text = pattern.sub(sign, text)
+    return text.strip()
 
 
 def comparable(text: str) -> str:

@@ -7,12 +7,12 @@ import unicodedata
 from decimal import Decimal
 
 from .completion import last_boxed
+from .markup import STRUCK, powers_and_fractions
 
 
 # `\\[2pt]` is a line break in a matrix, no delimiter, and `\$` a currency.
 _DELIMITERS = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()")
 _GREEK = {
     unicodedata.lookup(f"GREEK {size} LETTER {name.upper().replace('LAMBDA', 'LAMDA')}"): rf"\{letter} "
@@ -78,9 +78,7 @@ _CHARACTERS = str.maketrans(
         "∜": r"\sqrt[4]",
     }
 )
-_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎]+")
-_VULGAR = re.compile("[¼-¾⅐-⅞]")
 # LaTeX's own `\sqrt 12` is the root of 1, times 2, and is left alone.
 _ROOT = re.compile(r"(√|\\sqrt\[[34]\]|\\sqrt(?= ?\()) ?(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))")
 
@@ -149,13 +147,15 @@ def as_latex(value: str | int | float) -> str:
     if value.isascii() and value.isdigit():
         return value
     text = _DELIMITERS.sub("", value).strip()
+    if STRUCK.fullmatch(text):
+        return ""
     while (box := last_boxed(text)) is not None and _is_only(box, text):
         text = box
     if markdown := _MARKDOWN.fullmatch(text.rstrip(".")):
         text = markdown[2]
-    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = powers_and_fractions(text)
     text = _LOWERED.sub(lambda match: f"_{{{match[0].translate(_SUBSCRIPTS)}}}", text)
-    text = _VULGAR.sub(_fraction, text).translate(_CHARACTERS)
+    text = text.translate(_CHARACTERS)
     if "\\begin" not in text:
         text = _DOUBLE_BACKSLASH.sub(r"\\", text)
     for pattern, replacement in _REWRITES:
@@ -194,11 +194,6 @@ def _without_lead(text: str) -> str:
         opened = match[0].count("{") > match[0].count("}")
         text = (r"\text{" if opened else "") + text[match.end() :].strip()
     return text
-
-
-def _fraction(match: re.Match) -> str:
-    numerator, _, denominator = unicodedata.normalize("NFKC", match[0]).partition("⁄")
-    return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
 def _root(match: re.Match) -> str:

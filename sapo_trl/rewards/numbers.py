@@ -8,10 +8,12 @@ This is for golds that are measured or rounded; exact mathematics is
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import ROUND_HALF_UP, Context, Decimal
 
-from .completion import Completion, answer_part, completion_text, last_boxed
+from .completion import Completion, answer_part, completion_text, sole_answer
 from .quantities import Quantity, read_quantity
+from .units import scale_between
 
 
 _MAX_CHARACTERS = 200  # of a list
@@ -59,7 +61,8 @@ def is_close(
     """
     Whether two answers are numbers that are close.
 
-    A percentage may be written as a fraction of 1: both 75 and 0.75 are close to 75%.
+    A percentage may be written as a fraction of 1: both 75 and 0.75 are close to 75%. Up to 1% only the fraction
+    counts, since 0.75 may be 0.75% or 75%. Where both have a unit, 0.05 m is 5 cm, and 5 m is not.
 
     Args:
         answer (`str`):
@@ -77,6 +80,10 @@ def is_close(
     quantity, right = read_quantity(answer), read_quantity(gold)
     if quantity is None or right is None:
         return False
+    scale = scale_between(quantity.unit, right.unit)
+    if scale is None:
+        return False
+    quantity = replace(quantity, value=quantity.value * scale)
     pairs = _readings(quantity, right)
     if precision is not None:
         return any(_round_alike(*pair, precision) for pair in pairs)
@@ -133,7 +140,7 @@ def numeric_reward(
             continue
         if read_number(str(gold)) is None:
             raise ValueError(f"`answer` must be a number for `numeric_reward`, got {gold!r}.")
-        box = last_boxed(answer_part(completion_text(completion)))
+        box = sole_answer(answer_part(completion_text(completion)))
         is_right = box is not None and is_close(box, str(gold), rel_tol=rel_tol, abs_tol=abs_tol, precision=places)
         rewards.append(float(is_right))
     return rewards
@@ -141,7 +148,9 @@ def numeric_reward(
 
 def _readings(quantity: Quantity, right: Quantity) -> list[tuple[float, float]]:
     """The pairs of numbers that may be compared."""
-    pairs = [(quantity.value, right.value)]
+    percentage = next((x for x in (quantity, right) if x.is_percent), None)
+    is_alike = quantity.is_percent == right.is_percent
+    pairs = [(quantity.value, right.value)] if is_alike or abs(percentage.value) > 1 else []
     if quantity.is_percent and not right.is_percent:
         pairs.append((quantity.value / 100, right.value))
     if right.is_percent and not quantity.is_percent:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from .judge.units import CURRENCIES
 from .markup import comparable
 from .polarity import clause_before, is_doubted, is_negated
 from .quantities import Quantity, read_quantity
@@ -30,6 +31,7 @@ _REFUSAL = re.compile(
     r"|\b(?:sorry|unclear|insufficient|not\s+(?:enough|sure|provided|given|attached|visible|available)|no\s+(?:image|picture"
     r"|figure|photo|diagram|information|answer|conclusion))\b"
 )
+_RETRACTION = re.compile(r"\b(?:wait|oops|hmm|scratch\s+that|on\s+second\s+thought)\b")
 
 
 def option_with_text(text: str, options: Mapping[str, str]) -> str | None:
@@ -59,7 +61,7 @@ def stated_option(line: str, options: Mapping[str, str]) -> str | None:
     line = comparable(line).casefold()
     texts = {letter: comparable(option).casefold() for letter, option in options.items()}
     texts = {letter: text for letter, text in texts.items() if text}
-    if not texts or _REFUSAL.search(line):
+    if not texts or _REFUSAL.search(line) or _RETRACTION.search(line):
         return None
     # The longest first: "dark red" is no "red".
     alternatives = "|".join(re.escape(text) for text in sorted(set(texts.values()), key=len, reverse=True))
@@ -100,7 +102,7 @@ def _are_joined(one: re.Match, other: re.Match) -> bool:
 
 
 def _is_same(number: Quantity, option: Quantity | None) -> bool:
-    if option is None or number.unit not in ("", "°", option.unit):
+    if option is None or number.unit not in ("", "°", option.unit) and number.unit not in CURRENCIES:
         return False
     values = {number.value / 100} if number.is_percent and not option.is_percent else {number.value}
     if option.is_percent and not number.is_percent:

@@ -1,4 +1,4 @@
-"""Whether the words in front of a letter or an option take it back, in English and a few words of other languages."""
+"""Whether the words around a letter or an option take it back, in English and a few words of other languages."""
 
 import re
 
@@ -21,6 +21,18 @@ _DOUBT = re.compile(
     r"|believes|suggests|wenn|falls)\b|[若吗嗎]|如果|假设|可能|[或也]许|大概",
     re.IGNORECASE,
 )
+_VERDICT = (
+    r"wrong|incorrect|impossible|eliminat\w+|exclud\w+|discard\w+|reject\w+|dismiss\w+|ruled?\s+out|distractor"
+    r"|contradict(?:s|ed|ing|ory)|violat\w+|conflict(?:s|ed|ing)|inconsistent|incompatible|unsupported|untrue"
+    r"|mis(?:read|interpret|quot|stat|represent)\w*|(?:over|under)states|exaggerates|confuses|omits|ignores|lacks|fails"
+    r"|goes\s+(?:too|against|beyond)|makes\s+no|has\s+no|mentions\s+no\w*|uses\s+the\s+wrong|adds\s+a|assumes\s+(?:too|that)"
+    r"|reverses\s+the|equals|applies\s+to\s+(?:an)?other"
+)
+_CONDEMNED = re.compile(
+    rf"\W*(?i:{_VERDICT})\b|\W*[✗✘❌❎×]"
+    r"|\W*(?i:no|out|contradiction|not\s+(?:right|correct|true|it|so|possible|valid|supported))\W*\Z"
+    rf"|(?!\W*(?:because|since|as)\b)(?:.*\W)?(?:is|was|be|being|are|been)\s+(?i:false|{_VERDICT})\W*\Z"
+)
 
 
 def clause_before(text: str) -> str:
@@ -36,3 +48,8 @@ def is_negated(clause: str) -> bool:
 def is_doubted(clause: str) -> bool:
     """Whether a clause leaves open: `maybe`, `if the answer is`, `it could be`."""
     return _DOUBT.search(clause) is not None
+
+
+def is_condemned(text: str) -> bool:
+    """Whether the words behind a letter judge it: `contradicts the text`, `, in short, is wrong`."""
+    return _CONDEMNED.match(text) is not None

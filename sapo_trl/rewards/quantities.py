@@ -7,9 +7,9 @@ such as *million*, and the units of a list. A text with two readings is not read
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .markup import plain_characters, without_fonts
+from .markup import STRUCK, plain_characters, without_fonts
 from .units import read_unit
 
 
@@ -27,7 +27,7 @@ _REWRITES = [
         (r"\{,\}", ","),
         (r"\\mu(?![a-zA-Z])", "μ"),
         (r"\\(?:Omega|ohm)(?![a-zA-Z])", "Ω"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])", "°"),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])", "°"),
         (r"\\(?:approx|simeq|sim)(?![a-zA-Z])|[≃≅]", "≈"),
         (r"\*\*", "^"),
         (r"\\(?:times|cdot)(?![a-zA-Z])|[×·⋅∙]", "*"),
@@ -46,7 +46,7 @@ _COMPARISON = re.compile(
 _EQUALS = re.compile("[=≈]")
 # Of an equation: `x`, `AB`, `f(2)`, `m\angle A`. No digits and roots, since 12 is not the value of x in `2x = 12`.
 _NAME = re.compile(
-    r"(?=.*[^\W\d_])(?!\s*-|.*\b(?:not|no|never)\b|.*\\(?:sqrt|frac))"
+    r"(?=.*[^\W\d_])(?!\s*-|\s*\|\s*[a-vxy]\s*\|\s*\Z|.*\b(?:not|no|never)\b|.*\\(?:sqrt|frac))"
     r"(?:[^\W\d]|[\s'′|{}+:∠△-]|\\[a-zA-Z]+|(?<=[_{])[0-9]|\([^()]*\))++"
 )
 _ANNOUNCEMENT = re.compile(
@@ -58,8 +58,10 @@ _ABOUT = re.compile(
     r"\A\s*(?:(?:about|approximately|approx\.?|around|roughly|exactly)(?![a-z])|大?[约約])", re.IGNORECASE
 )
 _MINUS = re.compile(r"\s*(?:(?:minus|negative)\s|[负負])", re.IGNORECASE)
+# One dollar sign, or an escaped one, in front of a digit; two of them delimit a formula.
+_DOLLARS = re.compile(r"[^$]*(?:\\\$|\$(?=[^$]*\Z))\s*[0-9.]")
 _CURRENCY = re.compile(
-    r"\A\s*([+-]?)\s*(?:[A-Z]{0,2}[€£¥₹₩₽₺₪₫₱₦₴]|(?:US|Rs\.?|USD|EUR|GBP|CNY|RMB|INR|JPY|CHF)(?![A-Za-z]))"
+    r"\A\s*([+-]?)\s*(?:[A-Z]{0,2}([€£¥₹₩₽₺₪₫₱₦₴])|(?:US|Rs\.?|USD|EUR|GBP|CNY|RMB|INR|JPY|CHF)(?![A-Za-z]))"
 )
 
 _SEPARATED = "|".join(rf"[1-9][0-9]{{0,2}}(?:{separator}[0-9]{{3}})+(?![0-9])" for separator in (",", "'", r"\s"))
@@ -122,7 +124,8 @@ def read_quantity(text: str) -> Quantity | None:
     """
     if len(text) > _MAX_CHARACTERS:
         return None
-    text = without_fonts(plain_characters(text), edge=" ")
+    in_dollars = _DOLLARS.match(text) is not None
+    text = without_fonts(STRUCK.sub("", plain_characters(text)), edge=" ")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     if _COMPARISON.search(text):
@@ -138,7 +141,8 @@ def read_quantity(text: str) -> Quantity | None:
     quantities = [quantity for quantity in read if quantity is not None]
     if not quantities or not all(_are_equal(quantity, quantities[-1]) for quantity in quantities):
         return None
-    return quantities[-1]
+    last_one = quantities[-1]
+    return replace(last_one, unit="$") if in_dollars and not last_one.unit else last_one
 
 
 def _are_equal(one: Quantity, other: Quantity) -> bool:
@@ -150,6 +154,7 @@ def _read_side(text: str, may_be_sum: bool) -> Quantity | None:
     text = _without_outer_brackets(_ABOUT.sub("", text).strip())
     if minus := _MINUS.match(text):
         text = f"-{text[minus.end() :]}"
+    currency = _CURRENCY.match(text)
     text = _CURRENCY.sub(r"\1", text)
     reader = _Reader(text)
     try:
@@ -165,9 +170,14 @@ def _read_side(text: str, may_be_sum: bool) -> Quantity | None:
         position, is_percent = percent.end(), True
     elif per_mille := _PER_MILLE.match(text, position):
         value, position = value / 1000, per_mille.end()
-    unit = read_unit(text[position:])
+    rest = text[position:]
+    if text[position - 1] == "." and rest.startswith("."):  # the start of a range, "9.."
+        return None
+    unit = read_unit(rest)
     if unit is None or not math.isfinite(value) or (is_percent and unit and not unit.startswith("/")):
         return None
+    if currency and not unit and not is_percent:
+        unit = currency[2] or ""
     return Quantity(value, unit, is_percent)
 
 

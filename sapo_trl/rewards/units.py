@@ -1,73 +1,20 @@
-"""The units that may stand behind a number: a closed list, so that no other word and no unknown passes for one."""
+"""The unit that a text behind a number is, of a closed list: no other word and no unknown passes for one."""
 
 import re
+
+from .judge.tokens import tokenized
+from .judge.units import UNIT_NAMES, Unit
+from .judge.units import read_unit as read_judged
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Symbols of SI units, each with the prefixes that answers use. Rarer ones would let products of unknowns pass: `ab`.
-_PREFIXES = {
-    "m": "n μ m c d k",
-    "g": "n μ m k",
-    "s": "n μ m",
-    "L": "μ m c d k",
-    "l": "μ m c d k",
-    "N": "m k M",
-    "J": "m k M G",
-    "W": "m k M G",
-    "Wh": "k M G",
-    "V": "μ m k M",
-    "A": "μ m k",
-    "C": "n μ m",
-    "F": "n μ p m",
-    "T": "m μ",
-    "K": "m",
-    "Ω": "m k M",
-    "Pa": "h k M G",
-    "Hz": "k M G",
-    "eV": "k M G",
-    "mol": "m μ k",
-    "cal": "k",
-    "bar": "m",
-    "B": "k K M G T d",
-}
 # Alone, one letter is a unit only where it is a usual one.
 _LETTERS = _words("m g s h L N J W V A C F K T Ω")
-_SYMBOLS = (
-    _LETTERS
-    | {prefix + base for base, prefixes in _PREFIXES.items() for prefix in prefixes.split()}
-    | {base for base in _PREFIXES if len(base) > 1}
-    | _words("rad sr atm bps Å rpm mph kph kmh kmph psi Nm lbf hp nmi cc ha mmHg")
-    | _words("in ft yd mi oz lb lbs gal tsp tbsp sec min hr hrs mins secs yr yrs kgs kms cms fl deg rev")
-    | _words("USD EUR GBP CNY RMB JPY INR KRW CHF AUD CAD Rs rs kr US $ € £ ¥ ₹ ₩ ₽ ₺ ₪ ₫ ₱ ₦ ₴ ¢")
-    | _words("' '' \" ′ ′′")
-)
-
-_SPELLED = re.compile(
-    r"(?:milli|centi|deci|deca|deka|hecto|kilo|mega|giga|micro|nano)?"
-    r"(?:meter|metre|gram|gramme|liter|litre|second|watt|volt|amp|ampere|joule|newton|pascal|byte|bit|calorie|ohm"
-    r"|coulomb|farad|tesla|electronvolt|mole)s?"
-)
-_NOUNS = _words(
-    # imperial, time, angle, temperature, currency
-    "inch foot yard mile ounce pound ton tonne gallon quart pint cup acre hectare knot teaspoon tablespoon horsepower "
-    "minute hour day week month year decade century degree radian revolution rotation celsius fahrenheit kelvin hertz "
-    "dollar cent euro rupee yuan yen won penny nickel dime "
-    # counted
-    "unit person student child boy girl kid adult man woman teacher worker player member passenger friend customer "
-    "visitor voter employee family class animal dog cat fish bird cow pig sheep horse chicken duck rabbit apple "
-    "orange banana pear peach egg nut berry grape cookie candy cake pie pizza slice sandwich meal serving ball marble "
-    "toy sticker stamp block cube tile brick book page pencil pen notebook coin card ticket box bag basket bottle "
-    "glass jar cup chair table desk bed room house building car truck bus bike train tree flower plant seed leaf "
-    "shirt shoe hat dress pair set group team row column item piece object part cell bar dot share vote word letter "
-    "point line segment side edge face vertex angle triangle square circle rectangle polygon diagonal digit term "
-    "factor divisor solution root integer number way arrangement permutation combination outcome subset "
-    "element path game round step move turn trip lap time goal run mark question problem atom molecule electron "
-    "proton neutron photon ion particle zero story floor dish city mango"
-)
-_IRREGULAR = _words("feet people children men women fish sheep mice geese leaves vertices inches centuries pennies")
+# Names without a size that can be compared.
+_OTHERS = _words("US ' '' \" ′ ′′ $ ¢ kmh Nm lbf sr bps fl pair pairs zero zeros")
 # In front of a unit, and behind it.
 _IN_FRONT = _words(
     "square sq cubic cu red blue green yellow white black different distinct possible whole real positive"
@@ -131,6 +78,23 @@ def read_unit(text: str) -> str | None:
     return None if touches and unit.partition("^")[0] in _LETTERS else unit
 
 
+def scale_between(unit: str, other: str) -> float | None:
+    """
+    How many of another unit a unit is: 100 for `m` and `cm`. 1 if one of them is missing or of unknown size, `None`
+    if they measure different things.
+    """
+    if {unit, other} == {"° C", "° F"}:
+        return None
+    one, two = (_judged(name) for name in (unit, other))
+    if one is None or two is None or not one.powers or not two.powers:
+        return 1.0
+    return float(one.factor / two.factor) if one.powers == two.powers else None
+
+
+def _judged(unit: str) -> Unit | None:
+    return read_judged(tokenized(rf"\text{{{unit}}}")) if unit else None
+
+
 def _without_brackets(text: str) -> str | None:
     """Brackets only group here; `None` if they do not pair."""
     for pair in ("{}", "()", "[]"):
@@ -152,16 +116,19 @@ def _name(factor: str) -> str | None:
     name, power = match[1].removesuffix("."), f"^{match[2]}" if match[2] else ""
     if power and not name[-1:].isalpha():
         return None
-    if name in _SYMBOLS or name == "°" or _CHINESE.fullmatch(name):
+    if name in _LETTERS | _OTHERS or name == "°" or _CHINESE.fullmatch(name):
         return name + power
     word = name.lower()
-    if word in _IN_FRONT | _POWERS | _BEHIND | _IRREGULAR:
+    if word in _IN_FRONT | _POWERS | _BEHIND:
         return word + power
-    singular = next((noun for noun in (word, *_singulars(word)) if noun in _NOUNS), None)
-    if singular is not None:
-        noun = {"degree": "°", "square": "squares"}.get(singular, singular)
-        return noun + power
-    return word.removesuffix("s") + power if _SPELLED.fullmatch(word) else None
+    is_symbol = name in UNIT_NAMES and not (len(name) == 1 and name.isascii())
+    if not is_symbol and (len(word) < 3 or word not in UNIT_NAMES):
+        return None
+    if word in ("degree", "degrees"):
+        return "°" + power
+    spelled = name if is_symbol else word
+    nouns = (noun for noun in _singulars(spelled) if noun in UNIT_NAMES and noun != "square")
+    return (next(nouns, spelled) if spelled.islower() and len(spelled) > 2 else spelled) + power
 
 
 def _singulars(word: str) -> tuple[str, ...]:

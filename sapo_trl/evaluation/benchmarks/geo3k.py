@@ -32,7 +32,7 @@ GEO3K = Benchmark(
     to_problem=to_problem,
     score=score_mathematics,
     scoring_note=(
-        "Published runs of this recipe compare with mathruler; here it is math-verify. lmms-eval's `geometry3k` is "
-        "another task: it lists four options and asks for a letter."
+        "Published runs of this recipe compare with mathruler; here it is the judge of `accuracy_reward`. lmms-eval's "
+        "`geometry3k` is another task: it lists four options and asks for a letter."
     ),
 )

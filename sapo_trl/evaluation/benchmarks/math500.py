@@ -33,7 +33,7 @@ MATH500 = Benchmark(
     to_problem=to_problem,
     score=score_mathematics,
     scoring_note=(
-        "The paper's own grader compares normalised text and then SymPy; here it is math-verify. lmms-eval's "
-        "`openai_math` asks a language model."
+        "The paper's own grader compares normalised text and then SymPy; here it is the judge of "
+        "`accuracy_reward`. lmms-eval's `openai_math` asks a language model."
     ),
 )

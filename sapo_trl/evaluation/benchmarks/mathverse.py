@@ -74,7 +74,7 @@ MATHVERSE = Benchmark(
     keep=lambda row: row.get("problem_version", VERSION) == VERSION,  # `to_problem` names a missing column
     scoring_note=(
         "The authors have one language model extract the answer and another compare it; here a letter is read by "
-        "rules, and a free-form answer must stand in a box and is compared by math-verify. Their score of reasoning "
-        "steps is not computed."
+        "rules, and a free-form answer must stand in a box and is compared by the judge of "
+        "`accuracy_reward`. Their score of reasoning steps is not computed."
     ),
 )

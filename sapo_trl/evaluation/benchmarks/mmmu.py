@@ -118,6 +118,6 @@ MMMU = Benchmark(
     scoring_note=(
         "The authors draw a random option where none can be read, and count an open answer as right if the gold is "
         "anywhere in a key phrase of the response; here nothing is drawn, and an open answer must stand in a box and "
-        "be equal: as text, as a number with two decimals, or for math-verify."
+        "be equal: as text, as a number with two decimals, or for the judge of `accuracy_reward`."
     ),
 )

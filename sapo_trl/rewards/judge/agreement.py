@@ -10,7 +10,7 @@ from random import Random
 import mpmath
 
 from .evaluation import Number, TooLargeError, UndefinedError, evaluate
-from .nodes import Node, is_complex, symbols
+from .nodes import Node, is_complex, symbols, walk
 from .tokens import UnreadableError
 
 
@@ -18,6 +18,11 @@ _DIGITS = 50
 _CLOSE = mpmath.mpf(10) ** -25
 _SMALL = mpmath.mpf(10) ** -20
 _POINTS = 16
+_MORE_POINTS = 24
+"""Of expressions with corners and steps, which two smooth pieces do not show."""
+_FINE_DIGITS = 400
+_ALMOST = mpmath.mpf(10) ** -300
+_CORNERS = frozenset("absolute max min lfloor lceil root ln arcsin arccos arctan".split())
 _NO_UNKNOWNS: Mapping[str, Fraction] = {}
 _ENOUGH = 4
 """Points at which two expressions have to agree."""
@@ -55,7 +60,7 @@ def is_within(a: Number, b: Number, distance: Number, relatively: Number) -> boo
 
 def same_constant(a: Node, b: Node) -> bool:
     """Whether two expressions without unknowns are equal."""
-    return _agree_at(a, b, {}) is True
+    return _agree_at(a, b, {}) is True and _agree_finely(a, b, {})
 
 
 def all_equal(nodes: Sequence[Node]) -> bool:
@@ -73,14 +78,17 @@ def agree(a: Node, b: Node) -> bool:
     if not names:
         return same_constant(a, b)
     complex_too = is_complex(a) or is_complex(b)
-    real = other = 0
+    verdicts = []
     for index in range(_POINTS):
-        verdict = _agree_at(a, b, point(names, index), complex_too)
-        if verdict is False:
+        verdicts.append(_agree_at(a, b, point(names, index), complex_too))
+        if verdicts[-1] is False:
             return False
-        real += verdict is True
-        other += verdict == "complex"
-    return real >= _ENOUGH or (real == 0 and other >= _ENOUGH)
+    real, other = verdicts.count(True), verdicts.count("complex")
+    if not (real >= _ENOUGH or (real == 0 and other >= _ENOUGH)):
+        return False
+    if not _agree_finely(a, b, point(names, verdicts.index(True if real else "complex"))):
+        return False
+    return not (_has_corners(a) or _has_corners(b)) or _agree_at_more_points(a, b, names, complex_too)
 
 
 def ratio_of(a: Node, b: Node) -> Fraction | mpmath.mpf | None:
@@ -92,16 +100,24 @@ def ratio_of(a: Node, b: Node) -> Fraction | mpmath.mpf | None:
     found: list[Number] = []
     varies = False
     last: Number | None = None
-    for index in range(_POINTS):
+    more = _MORE_POINTS if _has_corners(a) or _has_corners(b) else 0
+    for index in range(_POINTS + more):
         try:
             with mpmath.workdps(_DIGITS):
                 above, below = evaluate(a, point(names, index)), evaluate(b, point(names, index))
                 if not (_is_real(above) and _is_real(below)):
                     continue
-                if _vanishes(a, above, names, index) or _vanishes(b, below, names, index):
+                vanishing = _vanishes(a, above, names, index), _vanishes(b, below, names, index)
+                if all(vanishing) and index >= _POINTS:  # a whole number may be a solution
+                    continue
+                if any(vanishing):
                     return None
                 found.append(evaluate(("quotient", ("number", above), ("number", below)), {}))
         except UndefinedError:
+            continue
+        except TooLargeError:
+            if index < _POINTS:
+                raise
             continue
         if not same_number(found[0], found[-1]):
             return None
@@ -118,12 +134,57 @@ def point(names: tuple[str, ...], index: int) -> dict[str, Fraction]:
 
 def _coordinate(name: str, index: int) -> Fraction:
     random = Random(f"{name} at {index}")
+    if index >= _POINTS and name != "the base of log":
+        return _unusual(random, name, index - _POINTS)
     # Logarithms, roots and inverse sines are real at the first ones only; a sign that is lost shows at the last ones.
     size = Fraction(random.randint(1, 996), 997) if index % 2 == 0 else Fraction(random.randint(998, 20_000), 997)
     negative = index >= _POINTS // 2 and random.random() < 0.6
     if name == "the base of log":
         return abs(size) + Fraction(1, 3)
     return -size if negative else size
+
+
+def _unusual(random: Random, name: str, index: int) -> Fraction:
+    """A whole number, one just beside a whole number, or a large one."""
+    turn, kind = divmod(index, 3)
+    if kind == 2:
+        # Each name has as many large values of either sign, in an order of its own.
+        sign = (-1) ** (turn & Random(name).randint(1, 3)).bit_count()
+        return Fraction(sign * random.randint(10**2, 10**4 - 1) * (1 if turn < 4 else 1000), 7)
+    return random.choice((-1, 1)) * random.randint(1, 12) + kind * Fraction(random.choice((-1, 1)), 10**6)
+
+
+def _has_corners(node: Node) -> bool:
+    return any(part[0] in _CORNERS or (part[0] == "power" and not _is_whole(part[2])) for part in walk(node))
+
+
+def _is_whole(node: Node) -> bool:
+    node = node[1] if node[0] == "negative" else node
+    return node[0] == "number" and node[1].denominator == 1
+
+
+def _agree_at_more_points(a: Node, b: Node, names: tuple[str, ...], complex_too: bool) -> bool:
+    """Whether two expressions are equal wherever both have a value that can be computed."""
+    for index in range(_POINTS, _POINTS + _MORE_POINTS):
+        values = point(names, index)
+        try:
+            defined = None not in (_at(a, values, _DIGITS), _at(b, values, _DIGITS))
+            if defined and _agree_at(a, b, values, complex_too) is False:
+                return False
+        except TooLargeError:
+            continue
+    return True
+
+
+def _agree_finely(a: Node, b: Node, values: dict[str, Fraction]) -> bool:
+    r"""Whether two expressions that agree do so to 300 digits: `\sin(10^{-15})` is almost `10^{-15}`."""
+    x, y = _at(a, values, _FINE_DIGITS), _at(b, values, _FINE_DIGITS)
+    if x is None or y is None or (isinstance(x, Fraction) and isinstance(y, Fraction)):
+        return x == y
+    with mpmath.workdps(_FINE_DIGITS):
+        x, y = _rounded(x), _rounded(y)
+        size = max(abs(x), abs(y))
+        return size < _ALMOST or abs(x - y) <= _ALMOST * size
 
 
 def _agree_at(a: Node, b: Node, values: dict[str, Fraction], complex_too: bool = False) -> bool | str | None:

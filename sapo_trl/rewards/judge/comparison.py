@@ -40,9 +40,13 @@ _SYMMETRIC = {"\\angle": 3, "\\overline": 2}
 
 def equal(answer: Value, gold: Value) -> bool:
     """Whether an answer is the gold answer."""
+    return _equal(_alone(answer), _alone(gold))
+
+
+def _equal(answer: Value, gold: Value) -> bool:
+    """Of elements of a set too, where `\\{5\\}` is no 5."""
     if isinstance(answer, Impossible) or isinstance(gold, Impossible):
         return False
-    answer, gold = _alone(answer), _alone(gold)
     for a, b in ((answer, gold), (gold, answer)):
         if isinstance(a, Rounded):
             return any(equal(x, b) for x in (a.exact, a.rounded))
@@ -166,6 +170,8 @@ def _difference(relation: Equation | Inequality) -> Node:
 
 
 def _items(a: Items, b: Items) -> bool:
+    if a.brackets == b.brackets == "{}":
+        a = Items(_without_repeats(a.items), "{}")
     if len(a.items) != len(b.items):
         return False
     if "names" in (a.brackets, b.brackets) or _has_names(a) or _has_names(b):
@@ -216,13 +222,17 @@ def _all_names(value: Items) -> set[str]:
 
 
 def _in_order(a: Sequence[Value], b: Sequence[Value]) -> bool:
-    return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _without_repeats(items: tuple[Value, ...]) -> tuple[Value, ...]:
+    return tuple(item for k, item in enumerate(items) if not any(_equal(item, other) for other in items[:k]))
 
 
 def _in_any_order(a: Sequence[Value], b: Sequence[Value]) -> bool:
     rest = list(b)
     for item in a:
-        found = next((k for k, other in enumerate(rest) if equal(item, other)), None)
+        found = next((k for k, other in enumerate(rest) if _equal(item, other)), None)
         if found is None:
             return False
         del rest[found]
@@ -263,8 +273,9 @@ def _same_words(a: tuple[str | Fraction, ...], b: tuple[str | Fraction, ...]) ->
     if len(a) == len(b) and all(map(_same_token, a, b)):
         return True
     for x, y in ((a, b), (b, a)):
-        if len(x) == 2 and x[0] == "\\overline" and len(y) == 1 and x[1:] == y:
-            return True  # a segment with and without its bar
+        if x[:1] == ("\\overline",) and len(y) == 1 and y[0] in (*x[1:], *(_reversed_name(x) or ())[1:]):
+            # A segment with and without its bar. Over one letter it is a conjugate, a mean or a complement.
+            return len(x) == 2 and len(y[0]) > 1 and y[0].isupper()
     return _reversed_name(a) is not None and _reversed_name(a) == b
 
 
@@ -272,6 +283,8 @@ def _reversed_name(tokens: tuple[str | Fraction, ...]) -> tuple[str, str] | None
     """An angle or a segment named from its other end: angle ABC is angle CBA."""
     if len(tokens) != 2 or not isinstance(tokens[1], str) or not tokens[1].isalpha():
         return None
+    if tokens[0] == "\\overline" and not tokens[1].isupper():
+        return None  # a number by its digits
     return (tokens[0], tokens[1][::-1]) if _SYMMETRIC.get(tokens[0]) == len(tokens[1]) else None
 
 

@@ -107,6 +107,8 @@ class _Parser:
         factors = [self.power()]
         while self.starts_factor():
             token, before = self.peek(), self.tokens[self.position - 1]
+            if self.runs_on(token, before, factors[-1]):
+                raise UnreadableError("braces do not show: 3{4} looks like 34")
             if token.kind == "number" and not (mixed := self.mixed(factors, before)):
                 raise UnreadableError("two numbers side by side")
             elif token.kind == "number":
@@ -124,6 +126,13 @@ class _Parser:
                 factors.append(self.power())
         self.factors = len(factors)
         return factors[0] if len(factors) == 1 else ("product", *factors)
+
+    def runs_on(self, token: Token, before: Token, factor: Node) -> bool:
+        """Whether braces alone part two numbers, or a number and a fraction."""
+        after = self.peek(1)
+        if token.text == "{" and after is not None:
+            return after.kind == "number" or after.text in _FRACTIONS
+        return token.text in _FRACTIONS and before.text == "}" and factor[0] == "number"
 
     def mixed(self, factors: list[Node], before: Token) -> Node | None:
         """The fraction of a mixed number in plain text, `3 1/2`, if it is one."""

@@ -23,7 +23,9 @@ def split(tokens: list[Token], separates: Callable[[Token], bool]) -> tuple[list
             parts.append([])
             found.append(token)
             continue
-        if token.text in _OPENING:
+        if position == len(tokens) - 1 and (token.text, *closings) in (("[", "]"), ("[", "["), ("]", "[")):
+            closings.pop()  # [0, 1[ and ]0, 1[ and ]0, 1]
+        elif token.text in _OPENING:
             # [0, 1) and ]0, 1[ pair off too.
             closings.append(_OPENING[token.text])
         elif token.text in _ALL_CLOSING:
@@ -34,7 +36,7 @@ def split(tokens: list[Token], separates: Callable[[Token], bool]) -> tuple[list
             else:
                 closings.append("[")
         parts[-1].append(token)
-    if closings and not (tokens[0].text == "]" and closings[0] == "["):
+    if closings:
         raise UnreadableError("a bracket is never closed")
     return parts, found
 
@@ -43,9 +45,10 @@ def is_group(tokens: list[Token]) -> bool:
     """Whether the first bracket closes at the last token, and not before."""
     depth = 0
     for position, token in enumerate(tokens):
-        if token.text in _OPENING or (token.text == "]" and position == 0):
+        is_last = token.text == "[" and position == len(tokens) - 1
+        if (token.text in _OPENING and not is_last) or (token.text == "]" and position == 0):
             depth += 1
-        elif token.text in _ALL_CLOSING or (token.text == "[" and position == len(tokens) - 1):
+        elif token.text in _ALL_CLOSING or is_last:
             depth -= 1
         if depth == 0:
             return position == len(tokens) - 1

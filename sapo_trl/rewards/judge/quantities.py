@@ -13,6 +13,7 @@ from .values import Items, Scalar, Value
 
 
 _POWER_OF_TEN = re.compile(r"(?:(?:\\times|\\cdot|\*)10\^(?:-?\d|\{-?\d{1,4}\}))?")
+_ANGLE = re.compile(r"(\d+)(?:\^?\\circ|\^\{\\circ\}|\\degree)(\d{1,2}(?:\.\d+)?)'(?:(\d{1,2}(?:\.\d+)?)(?:''|\"))?")
 _COUNTRIES = ("US", "HK", "NT", "NZ", "AU", "A", "C", "CA", "S")
 
 
@@ -46,6 +47,17 @@ def read_scalar(tokens: list[Token]) -> Value:
         both = [Scalar(with_sign(node, plus), unit, percent) for plus in (True, False)]
         return Items(tuple(both), "")
     return Scalar(node, unit, percent, literal, _letters(tokens))
+
+
+def read_angle(tokens: list[Token]) -> Scalar | None:
+    r"""An angle in degrees and minutes, `35^\circ 30'`, with or without seconds."""
+    match = _ANGLE.fullmatch("".join(token.text for token in tokens))
+    if not match:
+        return None
+    degrees, minutes, seconds = (Fraction(part or 0) for part in match.groups())
+    if minutes >= 60 or seconds >= 60 or (match[3] and minutes.denominator > 1):
+        raise UnreadableError("more than 59 minutes or seconds of an angle")
+    return Scalar(("number", degrees + minutes / 60 + seconds / 3600), Unit((("degree", 1),)))
 
 
 def read_expression(tokens: list[Token]) -> Node:

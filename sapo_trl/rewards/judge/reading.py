@@ -13,7 +13,8 @@ from .groups import is_group, split
 from .literals import read_literal
 from .names import name_of, read_phrase, tuple_names
 from .nodes import Node, symbols
-from .quantities import read_expression, read_scalar
+from .quantities import read_angle, read_expression, read_scalar
+from .spoken import read_spoken
 from .tokens import Token, UnreadableError, tokenized
 from .values import (
     Equation,
@@ -61,6 +62,7 @@ _CONJUNCTIONS = ("and", "or", "和", "或")
 _POINTS = tuple("ABCDEFGHMNOPQRSTUVWXYZ")
 _EMPTY = ("\\emptyset", "\\varnothing")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox) ?\{([^{}]*)\}")
+_FULL_STOP = re.compile(r"(?<!\.)\.\Z")
 _IN_WORDS: dict[str, Value] = {
     **dict.fromkeys(("all real numbers", "all reals", "all real values", "实数", "全体实数"), real_sets.everything()),
     **dict.fromkeys(("empty set", "the empty set", "no solution", "no solutions", "无解", "空集"), Items((), "{}")),
@@ -75,7 +77,7 @@ def read(latex: str) -> Value:
         UnreadableError: if it has no reading, or more than one.
     """
     plain = plain_text(latex)
-    if literal := read_literal(plain):
+    if literal := (read_literal(plain) or read_spoken(plain)):
         return literal
     if plain.lower() in _IN_WORDS:
         return _IN_WORDS[plain.lower()]
@@ -84,7 +86,7 @@ def read(latex: str) -> Value:
 
 def plain_text(latex: str) -> str:
     r"""An answer without its commands for text: `5 cm` of `5\text{ cm}`."""
-    return " ".join(_TEXT_COMMAND.sub(r" \1 ", latex).split()).rstrip(".")
+    return _FULL_STOP.sub("", " ".join(_TEXT_COMMAND.sub(r" \1 ", latex).split()))
 
 
 def _several(tokens: list[Token], depth: int) -> Value:
@@ -143,6 +145,8 @@ def _single(tokens: list[Token], depth: int) -> Value:
         return Ratio(tuple(read_expression(part) for part in parts))
     if tokens[0].kind in ("letters", "word") and tokens[0].text in _POINTS and _is_pair(tokens[1:]):
         return Named((tokens[0].text,), _single(tokens[1:], depth + 1))  # the point P(2, 3)
+    if angle := read_angle(tokens):
+        return angle
     for read_as in (_brackets, _set_expression, _matrix):
         value = read_as(tokens, depth)
         if value is not None:
@@ -176,7 +180,7 @@ def _brackets(tokens: list[Token], depth: int) -> Value | None:
         parts, bars = split(tokens[1:-1], lambda token: token.text in ("|", "\\mid", ":", "\\colon", "\\vert"))
         if len(parts) == 2 and bars:
             value = _several(parts[1], depth + 1)
-            if isinstance(value, RealSet):
+            if isinstance(value, RealSet) and value.variable == _element_of(parts[0]):
                 return RealSet(value.intervals)
             raise UnreadableError("a set of other things than real numbers")
         value = _several(tokens[1:-1], depth + 1)
@@ -199,6 +203,13 @@ def _brackets(tokens: list[Token], depth: int) -> Value | None:
         interval = real_sets.interval(values[0], values[1], ends)
         return interval or Items(values, ends)
     return Items(values, brackets)
+
+
+def _element_of(tokens: list[Token]) -> str | None:
+    r"""The `x` of `\{x \mid ...\}` and `\{x \in \mathbb{R} \mid ...\}`."""
+    if [token.text for token in tokens[1:]] in ([], ["\\in", "\\mathbb{R}"]):
+        return name_of(tokens[:1])
+    return None
 
 
 def _european(brackets: str) -> str:
@@ -251,9 +262,10 @@ def _relation(parts: list[list[Token]], signs: list[str], depth: int) -> Value:
         return _equality(parts, depth) if signs[-1] == "=" else _approximation(parts, depth)
     if signs == ["in"]:
         value = real_sets.as_real_set(_several(parts[1], depth + 1))
-        if value is None or len(parts[0]) == 0:
-            raise UnreadableError("no set of real numbers behind `\\in`")
-        return RealSet(value.intervals, name_of(parts[0]))
+        name = name_of(parts[0])
+        if value is None or name is None:
+            raise UnreadableError("no name in front of `\\in`, or no set of real numbers behind it")
+        return RealSet(value.intervals, name)
     if {*signs} & {"in", "=", "~"} or ("!=" in signs and len(signs) > 1):
         raise UnreadableError("relations of several kinds")
     if not all(parts):

@@ -29,12 +29,10 @@ _BASES = {
     # Base unit: other units in it. A name without a value is another name of the base.
     "metre": {
         "": "m meter meters metre metres 米",
-        "1000": "km kilometer kilometers kilometre kilometres 千米 公里",
-        "1/10": "dm decimeter decimeters 分米",
-        "1/100": "cm centimeter centimeters centimetre centimetres 厘米",
-        "1/1000": "mm millimeter millimeters millimetre millimetres 毫米",
-        "1/1000000": "μm micrometer micrometers",
-        "1/1000000000": "nm nanometer nanometers",
+        "1000": "kms 千米 公里",
+        "1/10": "分米",
+        "1/100": "cms 厘米",
+        "1/1000": "毫米",
         "0.0254": "in inch inches 英寸",
         "0.3048": "ft foot feet 英尺",
         "0.9144": "yd yard yards",
@@ -42,23 +40,27 @@ _BASES = {
     },
     "second": {
         "": "s sec secs second seconds 秒",
-        "1/1000": "ms millisecond milliseconds",
         "60": "min mins minute minutes 分钟",
         "3600": "h hr hrs hour hours 小时",
         "86400": "d day days 天",
         "604800": "week weeks wk 周 星期",
     },
-    "year": {"": "yr yrs year years 年 岁", "1/12": "month months 个月"},
+    "year": {
+        "": "yr yrs year years 年 岁",
+        "1/12": "month months 个月",
+        "10": "decade decades",
+        "100": "century centuries",
+    },
     "gram": {
-        "": "g gram grams 克",
-        "1000": "kg kilogram kilograms kilo kilos 千克 公斤",
-        "1/1000": "mg milligram milligrams 毫克",
+        "": "g gram grams gramme grammes 克",
+        "1000": "kgs kilo kilos 千克 公斤",
+        "1/1000": "毫克",
         "1000000": "t ton tons tonne tonnes 吨",
         "28.349523125": "oz ounce ounces",
     },
     "litre": {
         "": "l L liter liters litre litres 升",
-        "1/1000": "ml mL milliliter milliliters millilitre millilitres 毫升",
+        "1/1000": "毫升",
     },
     "gallon": {"": "gal gallon gallons", "1/4": "quart quarts qt", "1/8": "pint pints pt", "1/16": "cup cups"},
     "degree": {"": "deg degree degrees ° 度"},
@@ -66,20 +68,30 @@ _BASES = {
     "celsius": {"": "celsius ℃ 摄氏度"},
     "fahrenheit": {"": "fahrenheit ℉"},
     "kelvin": {"": "K kelvin kelvins"},
-    "newton": {"": "N newton newtons", "1000": "kN"},
-    "joule": {"": "J joule joules", "1000": "kJ kilojoule kilojoules"},
-    "watt": {"": "W watt watts", "1000": "kW kilowatt kilowatts", "1000000": "MW"},
-    "volt": {"": "V volt volts", "1000": "kV", "1/1000": "mV"},
-    "ampere": {"": "A amp amps ampere amperes", "1/1000": "mA"},
-    "ohm": {"": "ohm ohms Ω", "1000": "kΩ"},
-    "pascal": {"": "Pa pascal pascals", "1000": "kPa"},
-    "hertz": {"": "Hz hertz", "1000": "kHz", "1000000": "MHz"},
+    "newton": {"": "N newton newtons"},
+    "joule": {"": "J joule joules"},
+    "watt": {"": "W watt watts"},
+    "watt-hour": {"": "Wh"},
+    "volt": {"": "V volt volts"},
+    "ampere": {"": "A amp amps ampere amperes"},
+    "ohm": {"": "ohm ohms Ω"},
+    "pascal": {"": "Pa pascal pascals"},
+    "hertz": {"": "Hz hertz"},
     "mole": {"": "mol mole moles"},
     "coulomb": {"": "C coulomb coulombs"},
-    "tesla": {"": "T tesla"},
-    "electronvolt": {"": "eV", "1000": "keV", "1000000": "MeV"},
+    "farad": {"": "farad farads"},
+    "tesla": {"": "T tesla teslas"},
+    "electronvolt": {"": "eV electronvolt electronvolts"},
     "atmosphere": {"": "atm atmosphere atmospheres"},
-    "calorie": {"": "cal calorie calories", "1000": "kcal"},
+    "bar": {"": "bar bars"},
+    "mmHg": {"": "mmHg"},
+    "psi": {"": "psi"},
+    "horsepower": {"": "hp horsepower"},
+    "rpm": {"": "rpm"},
+    "ångström": {"": "Å"},
+    "nautical mile": {"": "nmi"},
+    "calorie": {"": "cal calorie calories"},
+    "spoon": {"": "tbsp tablespoon tablespoons", "1/3": "tsp teaspoon teaspoons"},
     "decibel": {"": "dB decibel decibels"},
     "knot": {"": "knot knots"},
     "light-year": {"": "ly light-year light-years"},
@@ -87,11 +99,12 @@ _BASES = {
     "parsec": {"": "pc parsec parsecs"},
     "acre": {"": "acre acres"},
     "hectare": {"": "ha hectare hectares 公顷"},
-    "byte": {"": "byte bytes"},
+    "byte": {"": "byte bytes", "1000": "KB"},
     "bit": {"": "bit bits"},
     "dollar": {"": "$ dollar dollars USD US\\$ usd 美元", "1/100": "¢ cent cents"},
     "euro": {"": "€ euro euros EUR"},
     "sterling": {"": "£ GBP 英镑", "1/100": "pence p"},
+    **{sign: {"": sign} for sign in "₽ ₺ ₪ ₫ ₱ ₦ ₴ AUD CAD KRW kr".split()},
     "pound": {"": "lb lbs pound pounds 磅"},  # of either kind
     "yuan": {"": "¥ yuan CNY RMB 元 块 人民币", "1/10": "角"},
     "yen": {"": "yen JPY 日元"},
@@ -100,6 +113,24 @@ _BASES = {
     "won": {"": "₩ won"},
     "franc": {"": "franc francs CHF"},
 }
+
+_PREFIXES = {"p": -12, "n": -9, "μ": -6, "m": -3, "c": -2, "d": -1, "h": 2, "k": 3, "M": 6, "G": 9, "T": 12}
+# Symbols with the prefixes that answers use. Rarer ones would let products of unknowns pass.
+_PREFIXED = """
+metre m n μ m c d k|gram g n μ m k|second s n μ m|litre L μ m c d k|litre l μ m c d k|newton N m k M|joule J m k M G
+|watt W m k M G|watt-hour Wh k M G|volt V μ m k M|ampere A μ m k|coulomb C n μ m|farad F n μ p m|tesla T m μ|kelvin K m
+|ohm Ω m k M|pascal Pa h k M G|hertz Hz k M G|electronvolt eV k M G|mole mol m μ k|calorie cal k|bar bar m
+|byte B k M G T
+"""
+_SPELLED_PREFIXES = {
+    **{"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1},
+    **{"deca": 1, "deka": 1, "hecto": 2, "kilo": 3, "mega": 6, "giga": 9},
+}
+_SPELLED = """
+metre meter metre|gram gram gramme|litre liter litre|second second|watt watt|volt volt|ampere amp ampere|joule joule
+|newton newton|pascal pascal|byte byte|bit bit|calorie calorie|ohm ohm|coulomb coulomb|farad farad|tesla tesla
+|electronvolt electronvolt|mole mole
+"""
 
 # A unit without a name equals any unit.
 _PLAIN = "unit units 单位"
@@ -134,6 +165,10 @@ student students|person persons people 人 名|child children kid kids|boy boys|
 |family families|household households
 |atom atoms|molecule molecules|electron electrons|particle particles|cell cells|symbol symbols|song songs|movie movies
 |video videos|photo photos|picture pictures|computer computers|phone phones|machine machines|robot robots
+|bed beds|berry berries|building buildings|city cities|desk desks|dish dishes|dot dots|glass glasses|grape grapes
+|ion ions|mango mangos mangoes|mouse mice|goose geese|neutron neutrons|proton protons|photon photons|notebook notebooks
+|nut nuts|part parts|path paths|peach peaches|pear pears|polygon polygons|run runs|serving servings|set sets
+|share shares|story stories|voter voters
 |revolution revolutions rev|rotation rotations|cycle cycles|pass passes|inhabitant inhabitants|citizen citizens
 """
 
@@ -141,6 +176,14 @@ _UNITS: dict[str, Unit] = {name: Unit() for name in _PLAIN.split()}
 for _base, _others in _BASES.items():
     for _factor, _names in _others.items():
         _UNITS |= dict.fromkeys(_names.split(), Unit(((_base, 1),), Fraction(_factor or "1")))
+for _base, _symbol, *_prefixes in (line.split() for line in _PREFIXED.replace("\n", "").split("|")):
+    _UNITS |= {f"{p}{_symbol}": Unit(((_base, 1),), Fraction(10) ** _PREFIXES[p]) for p in _prefixes}
+for _base, *_names in (line.split() for line in _SPELLED.replace("\n", "").split("|")):
+    for _prefix, _exponent in _SPELLED_PREFIXES.items():
+        for _name in _names:
+            _UNITS |= dict.fromkeys(
+                (f"{_prefix}{_name}", f"{_prefix}{_name}s"), Unit(((_base, 1),), Fraction(10) ** _exponent)
+            )
 for _names in _COUNTED.replace("\n", "").split("|"):
     _UNITS |= dict.fromkeys(_names.split(), Unit(((_names.split()[0], 1),)))
 _HOUR, _MILE, _KILOMETRE = _UNITS["h"], _UNITS["mi"], _UNITS["km"]
@@ -169,6 +212,9 @@ _QUALITIES = frozenset(
 
 # Without `\text{}` these two letters are a unit and no product; `m` and `mg` might be either.
 _BARE = frozenset("cm mm km kg ft kPa Hz mph USD RMB EUR GBP JPY CNY INR Rs lbs hrs min mins mL ml".split())
+
+UNIT_NAMES = frozenset(_UNITS)
+"""Every unit in any spelling, and every thing that is counted."""
 
 SCALES = {
     "hundred": 10**2,
