@@ -13,7 +13,7 @@ from typing import Any
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """
-    A path to write to in the place of `path`, which takes its name once the block has ended.
+    A path to write to instead of `path`, which takes its name once the block has ended.
 
     What was written is on the disk before it is renamed, so not even a power cut leaves half a file.
 
