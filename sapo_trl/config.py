@@ -172,7 +172,9 @@ class SAPOConfig(GRPOConfig):
 
         reward_timeout (`float`, *optional*):
             Seconds that a call of a reward function may take; `None` for no limit. A call that takes longer, or
-            raises, is repeated for each completion alone. A completion that fails again has no reward.
+            raises, is repeated for each completion alone. A completion that fails again has no reward. C code that
+            keeps Python's lock cannot be interrupted, such as a regular expression that backtracks without end: run it
+            in a process of its own.
         max_sampler_logp_difference (`float`, *optional*, defaults to `0.05`):
             Largest mean difference between the sampler's and the model's log-probabilities; `None` for no check. It
             concerns responses from another engine (vLLM). A larger mean absolute difference in the first rollout of a
