@@ -537,6 +537,14 @@ def _check_combinations(args: SAPOConfig) -> None:
             f"`critic_warmup_steps={args.critic_warmup_steps}` with `critic={args.critic!r}` would train nothing: "
             "it must be 0."
         )
+    sampling = args.generation_kwargs or {}
+    if sampling.get("num_return_sequences") not in (None, 1):
+        raise ValueError(
+            f"`generation_kwargs` sets `num_return_sequences={sampling['num_return_sequences']!r}`: set "
+            "`num_generations` instead."
+        )
+    if sampling.get("return_dict_in_generate"):
+        raise ValueError("`generation_kwargs` sets `return_dict_in_generate=True`: training reads tokens alone; drop it.")
     if args.critic_warmup_tolerance is not None and args.critic_warmup_steps == 0:
         raise ValueError(
             f"`critic_warmup_tolerance={args.critic_warmup_tolerance}` ends a warm-up early, but "
