@@ -1,5 +1,6 @@
 """The demo: warm start, accuracy, SAPO, accuracy; the result in a table and two pictures."""
 
+import json
 import os
 import time
 import warnings
@@ -30,7 +31,7 @@ from ..embedded import (
     make_problems,
     warm_start,
 )
-from ..files import write_json
+from ..files import write_text
 from ..plots import SEGMENT_COLOURS, plot_learning_curve, plot_response
 from ..rewards import accuracy_reward
 from ..trainer import SAPOTrainer
@@ -167,7 +168,7 @@ def run_demo(
         "seed": seed,
         "seconds": {**stages.seconds, "total": time.perf_counter() - started},
     }
-    write_json(output_dir / "results.json", results)
+    write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     _print_results(console, output_dir, results, before, after)
     if after.interval[0] > before.interval[1]:
         return 0
