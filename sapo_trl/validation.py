@@ -239,6 +239,11 @@ def check_adapters(model: PreTrainedModel) -> None:
                 f"The policy's adapter is of type {config.peft_type.value}, whose virtual tokens move the columns of "
                 "the log-probabilities. Use LoRA, or prefix tuning, whose virtual tokens are keys and values."
             )
+        if getattr(config, "prefix_projection", False):
+            logger.warning(
+                "The policy's adapter has `prefix_projection=True`. PEFT saves the output of the projection, not its "
+                "weights: the saved policy can be used, but no run can be resumed from a checkpoint."
+            )
 
 
 def check_segments(segments: Any, mask: torch.Tensor) -> None:
