@@ -544,7 +544,7 @@ def _check_combinations(args: SAPOConfig) -> None:
             "`num_generations` instead."
         )
     if sampling.get("return_dict_in_generate"):
-        raise ValueError("`generation_kwargs` sets `return_dict_in_generate=True`: training reads tokens alone; drop it.")
+        raise ValueError("`generation_kwargs` sets `return_dict_in_generate=True`: training reads tokens; drop it.")
     if args.critic_warmup_tolerance is not None and args.critic_warmup_steps == 0:
         raise ValueError(
             f"`critic_warmup_tolerance={args.critic_warmup_tolerance}` ends a warm-up early, but "
