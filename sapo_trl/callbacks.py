@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.image_utils import load_image
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from .config import SAPOConfig
+from .files import replacing, write_text
 from .metrics import MetricAccumulator, segment_statistics
 from .rollouts import ContinuationSampler
 from .segments import Segments
@@ -234,10 +234,8 @@ class SegmentationCallback(RolloutCallback):
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             image.thumbnail((self.image_size, self.image_size))
-            # Other processes may have the same image, and a run may be killed in the middle.
-            written = path.with_name(f".{digest}.{os.getpid()}")
-            image.save(written, format="PNG")
-            written.replace(path)
+            with replacing(path) as written:  # other processes may have the same image
+                image.save(written, format="PNG")
         return path.name
 
 
@@ -263,9 +261,10 @@ class _RatioRecord:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     if path.suffix == ".parquet":
-        pd.DataFrame(rows).to_parquet(path)
+        with replacing(path) as written:
+            pd.DataFrame(rows).to_parquet(written)
     else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def segmented_responses(

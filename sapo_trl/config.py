@@ -172,7 +172,9 @@ class SAPOConfig(GRPOConfig):
 
         reward_timeout (`float`, *optional*):
             Seconds that a call of a reward function may take; `None` for no limit. A call that takes longer, or
-            raises, is repeated for each completion alone. A completion that fails again has no reward.
+            raises, is repeated for each completion alone. A completion that fails again has no reward. C code that
+            keeps Python's lock cannot be interrupted, such as a regular expression that backtracks without end: run it
+            in a process of its own.
         max_sampler_logp_difference (`float`, *optional*, defaults to `0.05`):
             Largest mean difference between the sampler's and the model's log-probabilities; `None` for no check. It
             concerns responses from another engine (vLLM). A larger mean absolute difference in the first rollout of a
@@ -535,6 +537,14 @@ def _check_combinations(args: SAPOConfig) -> None:
             f"`critic_warmup_steps={args.critic_warmup_steps}` with `critic={args.critic!r}` would train nothing: "
             "it must be 0."
         )
+    sampling = args.generation_kwargs or {}
+    if sampling.get("num_return_sequences") not in (None, 1):
+        raise ValueError(
+            f"`generation_kwargs` sets `num_return_sequences={sampling['num_return_sequences']!r}`: set "
+            "`num_generations` instead."
+        )
+    if sampling.get("return_dict_in_generate"):
+        raise ValueError("`generation_kwargs` sets `return_dict_in_generate=True`: training reads tokens; drop it.")
     if args.critic_warmup_tolerance is not None and args.critic_warmup_steps == 0:
         raise ValueError(
             f"`critic_warmup_tolerance={args.critic_warmup_tolerance}` ends a warm-up early, but "

@@ -34,7 +34,8 @@ class CriticAdapter:
     Args:
         policy ([`~peft.PeftModel`]): the policy. Gets an adapter named `"critic"` unless it has one.
         config ([`~peft.PeftConfig`], *optional*):
-            configuration of the adapter. Defaults to a copy of the policy's active adapter's configuration.
+            configuration of the adapter. Defaults to a copy of the policy's active adapter's configuration. Prompt
+            learning is an error: its virtual tokens are no part of the layers.
     """
 
     def __init__(self, policy: PeftModel, config: PeftConfig | None = None):
@@ -43,10 +44,16 @@ class CriticAdapter:
                 'A critic of mode "adapter" lives beside the policy\'s adapter: the policy must be a `PeftModel` '
                 f"(pass `peft_config`), got {type(policy).__name__}."
             )
+        config = config or policy.peft_config[policy.active_adapter]
+        if config.is_prompt_learning:
+            raise ValueError(
+                f'`critic="adapter"` needs an adapter within the layers, such as LoRA, got {config.peft_type.value}, '
+                'whose keys and values only the whole policy reads. Use `critic="shared"` or `critic="separate"`.'
+            )
         self.policy = policy
         if ADAPTER_NAME not in policy.peft_config:
             active = policy.active_adapter
-            config = copy.deepcopy(config or policy.peft_config[active])
+            config = copy.deepcopy(config)
             # Whole copies of modules, such as an LM head, are the policy's. A sampler would also receive the critic's.
             config.modules_to_save = None
             policy.add_adapter(ADAPTER_NAME, config)

@@ -11,6 +11,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from .callbacks import RolloutCallback, SegmentedRollout
 from .config import SAPOConfig
+from .files import replacing
 from .metrics import MetricAccumulator
 
 
@@ -105,7 +106,9 @@ class ValueDiagnostics(RolloutCallback):
         )
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            table.to_parquet(self.output_dir / f"values_{state.global_step:06d}_{args.process_index:03d}.parquet")
+            name = f"values_{state.global_step:06d}_{args.process_index:03d}.parquet"
+            with replacing(self.output_dir / name) as written:
+                table.to_parquet(written)
         table = table[["value", "monte_carlo_value", "standard_error"]].dropna()
         for name, value in value_agreement(table["value"], table["monte_carlo_value"]).items():
             known = value == value  # NaN where one of the two does not vary

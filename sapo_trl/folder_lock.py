@@ -14,6 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .files import write_text
+
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def _write_holder(folder: Path, activity: str) -> None:
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-    (folder / HOLDER_NAME).write_text(json.dumps(holder) + "\n", encoding="utf-8")
+    write_text(folder / HOLDER_NAME, json.dumps(holder) + "\n")
 
 
 def _holder(folder: Path) -> str:

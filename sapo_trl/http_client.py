@@ -1,4 +1,4 @@
-"""JSON over HTTP, limited in time and size, with one rule for repetitions."""
+"""HTTP, limited in time and size: JSON with one rule for repetitions, and single files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import urljoin
 
 import requests
 import urllib3
@@ -28,6 +29,12 @@ _PIECE_BYTES = 2**16
 _ERROR_BYTES = 2000
 _PASSING = {408, 429}
 """Refusals that a later attempt may not meet."""
+_NO_ENCODING = {"Accept-Encoding": "identity"}
+"""For an answer that cannot grow when it is decoded."""
+_REDIRECTS = {301, 302, 303, 307, 308}
+_MAX_REDIRECTS = 5
+_SHOWN = 200
+"""Characters of an address, which may hold a whole file, in an error."""
 
 
 class RequestRefusedError(RuntimeError):
@@ -42,6 +49,10 @@ class RequestRefusedError(RuntimeError):
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
         self.status = status
+
+
+class AnswerTooLargeError(RequestRefusedError):
+    """The answer has more bytes than the caller takes."""
 
 
 class ServerLostError(RuntimeError):
@@ -86,8 +97,7 @@ class HTTPClient:
         self.timeout = timeout
         self.retries = retries
         self.backoff = backoff
-        # An answer in no encoding, so that none can grow when it is decoded.
-        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        self._headers = {"Content-Type": "application/json", **_NO_ENCODING}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
         self._proxies = {"http": "", "https": ""} if is_nearby else {}
@@ -158,33 +168,18 @@ class HTTPClient:
     def _send(self, method: str, path: str, payload: dict[str, Any] | None, max_bytes: int) -> bytes:
         """The body of the answer to one attempt."""
         asked = f"{method} {self.base_url}{path}"
-        deadline = time.monotonic() + self.timeout
-        try:
-            with _ended_at(deadline) as adapter, requests.Session() as session:
-                session.mount("http://", adapter)
-                session.mount("https://", adapter)
-                with session.request(
-                    method,
-                    self.base_url + path,
-                    data=None if payload is None else json.dumps(payload).encode(),
-                    headers=self._headers,
-                    auth=lambda request: request,  # or a key of a .netrc would take the place of ours
-                    proxies=self._proxies,
-                    timeout=self.timeout,
-                    allow_redirects=False,
-                    stream=True,
-                ) as response:
-                    status, headers = response.status_code, response.headers
-                    body = _read(response.raw, max_bytes if status < 300 else _ERROR_BYTES)
-        except (OSError, urllib3.exceptions.HTTPError) as error:  # all of `requests`' are OSErrors
-            if time.monotonic() >= deadline:
-                raise _AttemptFailed(f"no whole answer within {self.timeout:g} s") from error
-            raise _AttemptFailed(f"{type(error).__name__}: {error}") from error
-        if time.monotonic() >= deadline:  # an answer that was cut may look whole
-            raise _AttemptFailed(f"no whole answer within {self.timeout:g} s")
+        status, headers, body = _exchange(
+            method,
+            self.base_url + path,
+            self.timeout,
+            max_bytes,
+            data=None if payload is None else json.dumps(payload).encode(),
+            headers=self._headers,
+            proxies=self._proxies,
+        )
         if status < 300:
             if len(body) > max_bytes:
-                raise RequestRefusedError(f"{asked} was answered with more than {max_bytes:,} bytes.")
+                raise AnswerTooLargeError(f"{asked} was answered with more than {max_bytes:,} bytes.")
             return body
         answer = f"{status} {body[:_ERROR_BYTES].decode(errors='replace')}".rstrip()
         if status in _PASSING or status >= 500:
@@ -194,10 +189,97 @@ class HTTPClient:
         raise RequestRefusedError(f"{asked} was refused: {answer}", status)
 
 
+def download(address: str, timeout: float, max_bytes: int) -> bytes:
+    """
+    Download one file, in one attempt.
+
+    Args:
+        address (`str`): an `http:` or `https:` address. A redirect may lead only to another one.
+        timeout (`float`): seconds until the last byte is there, redirects included.
+        max_bytes (`int`): size of the file at most.
+
+    Returns:
+        `bytes`: the file.
+
+    Raises:
+        [`ServerLostError`]: if it is not there in time, or the connection breaks.
+        [`RequestRefusedError`]: for an address of another kind, and a refusal.
+        [`AnswerTooLargeError`]: for a larger file.
+    """
+    deadline = time.monotonic() + timeout
+    asked = f"GET {address[:_SHOWN]}"
+    for _ in range(_MAX_REDIRECTS + 1):
+        if not address.lower().startswith(("http://", "https://")):
+            raise RequestRefusedError(f"{asked} leads to {address[:_SHOWN]!r}, which is no HTTP address.")
+        try:
+            remaining = max(deadline - time.monotonic(), 1e-3)
+            status, headers, body = _exchange("GET", address, remaining, max_bytes, headers=_NO_ENCODING)
+        except _AttemptFailed as failure:
+            raise ServerLostError(f"{asked} failed: {failure}") from failure
+        if status < 300:
+            if len(body) > max_bytes:
+                raise AnswerTooLargeError(f"{asked} was answered with more than {max_bytes:,} bytes.")
+            return body
+        if status not in _REDIRECTS or "Location" not in headers:
+            raise RequestRefusedError(f"{asked} was refused with status {status}.", status)
+        try:
+            address = urljoin(address, headers["Location"])
+        except ValueError as error:
+            raise RequestRefusedError(f"{asked} leads to no address: {error}.", status) from error
+    raise RequestRefusedError(f"{asked} was redirected more than {_MAX_REDIRECTS} times.")
+
+
+def _exchange(
+    method: str, address: str, timeout: float, max_bytes: int, **settings: Any
+) -> tuple[int, Mapping[str, str], bytes]:
+    """
+    One request: the answer's status, its headers, and its body or a little more than its first `max_bytes`.
+
+    Args:
+        method (`str`): of the request.
+        address (`str`): of the request.
+        timeout (`float`): seconds from the beginning of the request to the last byte of its answer.
+        max_bytes (`int`): size at which the body of an accepted request is no longer read.
+        settings: of [`requests.Session.request`].
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        with _ended_at(deadline) as adapter, _Session() as session:
+            session.mount("http://", adapter)
+            session.mount("https://", adapter)
+            with session.request(
+                method,
+                address,
+                auth=lambda request: request,  # or a key of a .netrc would be sent
+                timeout=timeout,
+                stream=True,
+                **settings,
+            ) as response:
+                status, headers = response.status_code, response.headers
+                body = _read(response.raw, max_bytes if status < 300 else _ERROR_BYTES)
+    except (OSError, urllib3.exceptions.HTTPError) as error:  # all of `requests`' are OSErrors
+        if time.monotonic() >= deadline:
+            raise _AttemptFailed(f"no whole answer within {timeout:g} s") from error
+        raise _AttemptFailed(f"{type(error).__name__}: {error}") from error
+    if time.monotonic() >= deadline:  # an answer that was cut may look whole
+        raise _AttemptFailed(f"no whole answer within {timeout:g} s")
+    return status, headers, body
+
+
 class _AttemptFailed(Exception):
     def __init__(self, message: str, retry_after: float | None = None):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class _Session(requests.Session):
+    """
+    Knows no redirects. With `allow_redirects=False`, `requests` would still read the whole body of one, without a
+    limit, and raise the errors of a broken address.
+    """
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
 
 
 class _EndableAdapter(HTTPAdapter):

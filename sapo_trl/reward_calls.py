@@ -254,7 +254,7 @@ class _Loop:
             was_lost = self.is_lost
             await asyncio.wait([result], timeout=min(deadline - time.monotonic(), LOOP_CHECKED_EVERY))
             if result.cancelled():
-                raise LoopLostError("it was cancelled, as by a task of its loop that calls sys.exit")
+                raise LoopLostError("it was cancelled, as by a task that stops its event loop or calls sys.exit")
             if result.done():
                 return result.result()
             if was_lost:  # a call that begins while a loop ends would never return
@@ -284,7 +284,8 @@ class _Loop:
 
         try:
             asyncio.run(until_the_end())
-        except (SystemExit, KeyboardInterrupt):  # of a task that a coroutine has started; all others are cancelled
+        # Of a task that a coroutine has started, or because a coroutine stopped the loop; all others are cancelled.
+        except (SystemExit, KeyboardInterrupt, RuntimeError):
             pass
         finally:
             self.is_lost = True

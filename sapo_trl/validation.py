@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any
 
@@ -106,9 +107,21 @@ def check_rollout(output: Mapping[str, Any], num_prompts: int, vocab_size: int) 
         vocab_size (`int`): of the policy.
 
     Raises:
+        TypeError: for an output that is no dictionary, and fields that are no lists of rows of integers.
         ValueError: for fields with another number of rows, an empty prompt or completion, a token that the policy does
             not know, or log-probabilities or a mask that do not fit the completion.
     """
+    if not isinstance(output, Mapping):
+        raise TypeError(
+            "`rollout_func` must return a dictionary with `prompt_ids`, `completion_ids` and `logprobs`, got a "
+            f"{type(output).__name__}."
+        )
+    for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask"):
+        if not isinstance(output.get(name), list | tuple | None):
+            raise TypeError(
+                f"`rollout_func` must return a list with one row for each prompt as `{name}`, got a "
+                f"{type(output[name]).__name__}."
+            )
     for name in ("prompt_ids", "completion_ids"):
         rows = output.get(name)
         if rows is None:
@@ -121,7 +134,12 @@ def check_rollout(output: Mapping[str, Any], num_prompts: int, vocab_size: int) 
                     f"`rollout_func` returned an empty list in row {row} of `{name}`: it needs at least one token, "
                     "such as the end-of-sequence token."
                 )
-            check_token_ids(ids, vocab_size, f"Row {row} of `{name}` from `rollout_func`")
+            what = f"Row {row} of `{name}` from `rollout_func`"
+            try:
+                numbers = [operator.index(token) for token in ids]
+            except TypeError as error:
+                raise TypeError(f"{what} must be a list of token ids, got {repr(ids)[:60]}.") from error
+            check_token_ids(numbers, vocab_size, what)
     completions = output.get("completion_ids") or ()
     for name in ("logprobs", "env_mask"):
         for row, (values, ids) in enumerate(zip(output.get(name) or (), completions, strict=False)):
@@ -132,17 +150,19 @@ def check_rollout(output: Mapping[str, Any], num_prompts: int, vocab_size: int) 
                 )
 
 
-def check_token_ids(ids: Iterable[int], vocab_size: int, what: str) -> None:
+def check_token_ids(ids: Collection[int], vocab_size: int, what: str) -> None:
     """
     Args:
-        ids (`Iterable[int]`): token ids.
+        ids (`Collection[int]`): token ids.
         vocab_size (`int`): of the policy.
         what (`str`): what to call them in the error.
 
     Raises:
         ValueError: if the policy has no embedding of one of them.
     """
-    largest = max(ids, default=-1)
+    least, largest = min(ids, default=0), max(ids, default=-1)
+    if least < 0:
+        raise ValueError(f"{what} has the token id {least}; token ids begin at 0.")
     if largest >= vocab_size:
         raise ValueError(
             f"{what} has the token id {largest}, but the policy has embeddings of {vocab_size} tokens. If tokens were "
@@ -218,6 +238,11 @@ def check_adapters(model: PreTrainedModel) -> None:
             raise ValueError(
                 f"The policy's adapter is of type {config.peft_type.value}, whose virtual tokens move the columns of "
                 "the log-probabilities. Use LoRA, or prefix tuning, whose virtual tokens are keys and values."
+            )
+        if getattr(config, "prefix_projection", False):
+            logger.warning(
+                "The policy's adapter has `prefix_projection=True`. PEFT saves the output of the projection, not its "
+                "weights: the saved policy can be used, but no run can be resumed from a checkpoint."
             )
 
 

@@ -1,6 +1,8 @@
 """`SegmentationCallback`: what it logs and what it writes."""
 
 import json
+import random
+import resource
 
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 
 from sapo_trl import SegmentationCallback
-from sapo_trl.callbacks import RolloutCallback, segmented_responses
+from sapo_trl.callbacks import RolloutCallback, _write_rows, segmented_responses
 from sapo_trl.data import to_prompts
 from sapo_trl.embedded import make_problems
 
@@ -266,3 +268,20 @@ class TestFiles:
             SegmentationCallback("x", max_responses=0)
         with pytest.raises(ValueError, match="`image_size` must be at least 1, got 0"):
             SegmentationCallback("x", image_size=0)
+
+    @pytest.mark.parametrize("file_format", ["parquet", "json"])
+    def test_a_file_is_complete_or_not_there(self, file_format, tmp_path):
+        """A limit for the size of files ends the writing in the middle, as a kill or a full disk does."""
+        path = tmp_path / f"segments_000000_000.{file_format}"
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for content in ([], [{"step": 1}]):
+            if content:
+                _write_rows(path, content)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+            try:
+                with pytest.raises(OSError):
+                    _write_rows(path, [{"tokens": random.Random(row).randbytes(500).hex()} for row in range(2000)])
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            assert [file.name for file in tmp_path.iterdir()] == [path.name] * bool(content)
+        assert self.read(path) == [{"step": 1}]

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from sapo_trl import SegmentationCallback, SegmentValueHead
@@ -548,6 +549,17 @@ class TestNewestCheckpoint:
         state.write_bytes(state.read_bytes()[:-100])
         with pytest.raises(ValueError, match=r"checkpoint-2/critic_optimizer.pt' is damaged .*Resume from .*-1'"):
             sapo_trainer(family, tmp_path).train(resume_from_checkpoint=True)
+
+    @TEXT_FAMILY
+    @pytest.mark.parametrize(("name", "whose"), [("model", "policy"), ("critic/model", "critic")])
+    def test_weights_that_are_no_numbers_are_refused_before_training(self, family, name, whose, tmp_path):
+        sapo_trainer(family, tmp_path, save_strategy="steps").train()
+        path = tmp_path / "checkpoint-2" / f"{name}.safetensors"
+        weights = load_file(path)
+        next(iter(weights.values())).view(-1)[0] = torch.nan
+        save_file(weights, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"The {whose} in '.*checkpoint-2' has 1 of .* that are NaN"):
+            sapo_trainer(family, tmp_path, max_steps=3).train(resume_from_checkpoint=True)
 
 
 class TestBestModel:

@@ -138,6 +138,21 @@ class TestRotation:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_something_else_of_the_staging_folders_name_makes_way(kind, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+    (other / "kept").write_text("of someone else")
+    if kind == "file":
+        (run / STAGING_FOLDER).write_text("")
+    else:
+        (run / STAGING_FOLDER).symlink_to(other)
+    write_and_publish(run, 1)
+    assert names(run) == ["checkpoint-1"]
+    assert (other / "kept").read_text() == "of someone else"
+
+
 def test_killed_while_it_replaces_a_checkpoint_it_loses_none(tmp_path, monkeypatch):
     write_and_publish(tmp_path, 1, "old")
     rename, renamed = os.rename, []
@@ -183,6 +198,7 @@ class TestDamage:
     def checkpoint(self, tmp_path):
         folder = write(tmp_path / "checkpoint-2")
         (folder / "critic_warmup.json").write_text("{}")
+        (folder / "config.json").write_text("{}")
         torch.save({"state": {0: torch.zeros(100)}}, folder / "optimizer.pt")
         torch.save({"optimizer": torch.zeros(100), "scheduler": None, "scaler": {}}, folder / "critic_optimizer.pt")
         torch.save({"num_processes": 1, "step": 2}, folder / "process_state_0.pt")
@@ -202,6 +218,7 @@ class TestDamage:
             "optimizer.pt",
             "critic_optimizer.pt",
             "process_state_0.pt",
+            "config.json",
             "critic/model.safetensors",
         ],
     )

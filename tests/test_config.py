@@ -130,6 +130,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="Soft Adaptive Policy Optimization.*2605.01327"):
             make(loss_type="sapo")
 
+    @pytest.mark.parametrize(("name", "value"), [("num_return_sequences", 2), ("return_dict_in_generate", True)])
+    def test_sampling_that_gives_something_else_than_one_response_a_row(self, make, name, value):
+        with pytest.raises(ValueError, match=f"`generation_kwargs` sets `{name}={value}`"):
+            make(generation_kwargs={name: value})
+        make(generation_kwargs={name: 1 if value == 2 else False})
+
     def test_k1_in_the_loss(self, make):
         with pytest.raises(ValueError, match='`kl_estimator="k1"`.*`kl_placement="reward"`'):
             make(kl_placement="loss", kl_estimator="k1")

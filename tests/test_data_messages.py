@@ -139,7 +139,7 @@ def test_addresses_are_fetched_where_the_user_allows_it(server, tmp_path):
     kept, report = load_prompts(settings, "train")
     assert [[image.size for image in row["images"]] for row in kept] == [[(32, 24)], [(32, 24)]]
     assert report.bad == {"huge image": [1], "missing image": [2, 4, 5]}
-    assert "was not fetched (HTTPError: HTTP Error 404" in report.examples["missing image"]
+    assert "none.png was refused with status 404" in report.examples["missing image"]
 
 
 # --------------------------------------------------------------------------------------------------------------- files

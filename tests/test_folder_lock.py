@@ -11,17 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from sapo_trl import folder_lock
 from sapo_trl.folder_lock import HOLDER_NAME, FolderInUseError, locked
 
 
-# The file alone: importing the package would take seconds.
 HOLD = """
-import importlib.util, os, sys, time
-spec = importlib.util.spec_from_file_location("folder_lock", sys.argv[2])
-folder_lock = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(folder_lock)
-with folder_lock.locked(sys.argv[1], "trains"):
+import os, sys, time
+from sapo_trl.folder_lock import locked
+with locked(sys.argv[1], "trains"):
     if os.fork() == 0:
         os.close(1)
         time.sleep(60)
@@ -35,7 +31,7 @@ with folder_lock.locked(sys.argv[1], "trains"):
 def holder(folder: Path):
     """A process that holds the folder's lock, with a child that it has forked meanwhile."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), folder_lock.__file__],
+        [sys.executable, "-c", HOLD, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -88,3 +84,14 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
         pass
     (record,) = caplog.records
     assert f"The file system of {tmp_path} has no locks" in record.getMessage()
+
+
+def test_a_link_in_the_place_of_the_note_is_replaced_and_not_written_through(tmp_path):
+    other = tmp_path / "other"
+    other.write_text("of someone else")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / HOLDER_NAME).symlink_to(other)
+    with locked(folder, "trains"):
+        assert not (folder / HOLDER_NAME).is_symlink() and str(os.getpid()) in (folder / HOLDER_NAME).read_text()
+    assert other.read_text() == "of someone else"

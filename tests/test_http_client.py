@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from sapo_trl import http_client
-from sapo_trl.http_client import HTTPClient, RequestRefusedError, ServerLostError
+from sapo_trl.http_client import AnswerTooLargeError, HTTPClient, RequestRefusedError, ServerLostError, download
 
 from .vllm.servers import free_port
 
@@ -173,6 +173,20 @@ class TestSize:
         server.threads[1].join(2)
         assert server.sent < 20 * 2**20
 
+    def test_the_body_of_a_redirect_is_not_read(self, serve):
+        """`requests` would read it whole, to have the connection free for the next request."""
+
+        def script():
+            yield b"HTTP/1.1 302 Found\r\nLocation: /x\r\n\r\n"
+            while True:
+                yield b" " * 2**20
+
+        server = serve(script)
+        with pytest.raises(RequestRefusedError, match="redirects are not followed"):
+            client(server).get("/")
+        server.threads[1].join(2)
+        assert server.sent < 20 * 2**20
+
     def test_the_limit_itself_is_allowed(self, serve):
         server = serve(answer(b" " * 998 + b"17"))
         assert client(server).get("/", max_bytes=1000) == 17
@@ -250,6 +264,11 @@ class TestWhereItGoes:
         assert caught.value.status == int(status[:3])
         assert other.requests == []
 
+    @pytest.mark.parametrize("target", ["http://[", "//[", "http://a b:c/"])
+    def test_a_redirect_to_no_address_is_a_refusal(self, serve, target):
+        with pytest.raises(RequestRefusedError, match="was refused: 302"):
+            client(serve(answer(b"", "302 Found", f"Location: {target}"))).get("/")
+
     def test_the_key_goes_along_whatever_a_netrc_says(self, serve, monkeypatch, tmp_path):
         (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password of-another\n")
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -294,3 +313,49 @@ def test_many_at_a_time(serve):
     for thread in threads:
         thread.join()
     assert results == [list(range(1000))] * 32
+
+
+class TestDownload:
+    @pytest.mark.parametrize("kind", SLOW)
+    def test_a_slow_server_ends_at_the_limit(self, serve, kind):
+        started = time.monotonic()
+        with pytest.raises((ServerLostError, RequestRefusedError)):
+            download(f"{serve(SLOW[kind]).url}/a.png", 0.3, 1000)
+        assert time.monotonic() - started < 0.9
+
+    def test_all_redirects_share_the_limit(self, serve):
+        def later():
+            time.sleep(0.2)
+            yield answer(b"", "302 Found", "Location: /again")
+
+        started = time.monotonic()
+        with pytest.raises(ServerLostError, match="no whole answer within"):
+            download(serve(later).url, 0.5, 1000)
+        assert 0.4 < time.monotonic() - started < 0.9
+
+    def test_an_endless_redirect_ends(self, serve):
+        server = serve(answer(b"", "302 Found", "Location: /again"))
+        with pytest.raises(RequestRefusedError, match="redirected more than 5 times"):
+            download(server.url, 5, 1000)
+        assert len(server.requests) == 6
+
+    @pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://127.0.0.1/a", "data:text/plain,a", "http://["])
+    def test_a_redirect_leads_to_http_alone(self, serve, target):
+        server = serve(answer(b"", "302 Found", f"Location: {target}"))
+        with pytest.raises((RequestRefusedError, ServerLostError)):
+            download(server.url, 5, 1000)
+        assert len(server.requests) == 1
+
+    def test_a_redirect_is_followed(self, serve):
+        target = serve(answer(b"picture"))
+        assert download(serve(answer(b"", "301 Moved", f"Location: {target.url}/b")).url, 5, 7) == b"picture"
+        with pytest.raises(AnswerTooLargeError, match="more than 6 bytes"):
+            download(target.url, 5, 6)
+
+    @pytest.mark.parametrize(
+        "address",
+        ["http://", "http:///a", "http://[", "http://a b/", "http://" + "a" * 300, "http://x:99999/", "http://\n"],
+    )
+    def test_an_address_of_nothing_is_an_error_of_its_own(self, address):
+        with pytest.raises((RequestRefusedError, ServerLostError)):
+            download(address, 1, 1000)

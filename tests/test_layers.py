@@ -27,6 +27,7 @@ LEAVES = {
     "statistics",
     "run_folder",
     "folder_lock",
+    "files",
     "json_files",
     "foreign_text",
     "http_client",

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import sys
+import threading
 import time
 
 import pytest
@@ -231,6 +232,19 @@ class TestFailures:
             result = asyncio.run_coroutine_threadsafe(wrapped(completions=COMPLETIONS), loop).result(timeout=20)
             assert result == [1.0, None, 1.0]
         shutdown_event_loop_in_daemon(thread, loop)
+
+    def test_one_that_stops_its_loop_is_a_failure_and_no_thread_dies_of_it(self, monkeypatch):
+        died = []
+        monkeypatch.setattr(threading, "excepthook", died.append)
+
+        async def score(completions, **kwargs):
+            if "b" in completions:
+                asyncio.get_running_loop().stop()
+                await asyncio.sleep(0.1)
+            return [1.0] * len(completions)
+
+        assert asyncio.run(checked_reward(score, 5)(completions=COMPLETIONS)) == [1.0, None, 1.0]
+        assert not died
 
     def test_async_functions_keep_one_loop(self):
         """What they have opened on it (connections) stays open, from call to call and from one to another."""

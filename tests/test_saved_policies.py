@@ -113,3 +113,13 @@ def test_virtual_tokens_before_the_prompt_are_refused(family, config, tmp_path):
     adapter = config(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="type P.*TUNING, whose virtual tokens move the columns.*Use LoRA"):
         sapo_trainer(family, tmp_path, trainer_kwargs={"peft_config": adapter})
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("family", ["qwen2"], indirect=True)
+def test_a_prefix_that_cannot_be_resumed_is_said_before_training(family, projected, tmp_path, caplog):
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2, prefix_projection=projected, encoder_hidden_size=4
+    )
+    sapo_trainer(family, tmp_path, trainer_kwargs={"peft_config": config})
+    assert ("no run can be resumed" in caplog.text) == projected

@@ -397,6 +397,11 @@ class TestLargerTokenizer:
         ({"prompt_ids": [[5], [5], [5], []]}, "an empty list in row 3 of `prompt_ids`"),
         ({"completion_ids": [[30]] * 3}, "returned 3 rows of `completion_ids` for 4 prompts"),
         ({"completion_ids": [[30, 9999]] * 4}, "Row 0 of `completion_ids` from `rollout_func` has the token id 9999"),
+        ({"completion_ids": [[30], [-1], [30], [30]]}, "Row 1 of `completion_ids` from `rollout_func` has the .* -1;"),
+        ({"completion_ids": ["ab"] * 4}, "Row 0 of `completion_ids` .* must be a list of token ids, got 'ab'"),
+        ({"completion_ids": [[30.5]] * 4}, r"Row 0 of `completion_ids` .* must be a list of token ids, got \[30.5\]"),
+        ({"completion_ids": torch.full((4, 2), 30)}, "one row for each prompt as `completion_ids`, got a Tensor"),
+        (None, "must return a dictionary with .*, got a NoneType"),
         ({"logprobs": [[-1.0, -1.0]] * 4}, "2 values of `logprobs` for the 1 tokens of completion 0"),
         ({"env_mask": [[1], [1], [1, 1], [1]]}, "2 values of `env_mask` for the 1 tokens of completion 2"),
     ],
@@ -404,10 +409,11 @@ class TestLargerTokenizer:
 def test_what_a_rollout_function_returns(family, tmp_path, change, message):
     def rollout(prompts, trainer):
         rows = len(prompts)
-        return {"prompt_ids": [[5]] * rows, "completion_ids": [[30]] * rows, "logprobs": None, **change}
+        usual = {"prompt_ids": [[5]] * rows, "completion_ids": [[30]] * rows, "logprobs": None}
+        return None if change is None else usual | change
 
     trainer = sapo_trainer(family, tmp_path, trainer_kwargs={"rollout_func": rollout})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         trainer.train()
 
 

@@ -211,7 +211,9 @@ class TestReading:
         assert meta["images"][0].startswith("data:image/webp") and len(meta["images"][0]) < 20_000 * 4 / 3 + 100
         assert any("Images are shrunk" in note for note in meta["notes"])
 
-    @pytest.mark.parametrize("name", ["/key.png", "../../key.png", "link.png", "fake.png", "..", "x" * 5000, "\x00"])
+    @pytest.mark.parametrize(
+        "name", ["/key.png", "../../key.png", "link.png", "fake.png", "huge.png", "..", "x" * 5000, "\x00"]
+    )
     def test_no_recording_brings_another_file_into_the_page(self, name, tmp_path):
         """A recording of someone else's, and files of this machine that are none of its images."""
         secret = tmp_path / "key.png"
@@ -221,6 +223,7 @@ class TestReading:
         Image.new("RGB", (8, 8), "red").save(folder / "images" / "own.png")
         (folder / "images" / "link.png").symlink_to(secret)
         (folder / "images" / "fake.png").write_text("no picture")
+        Image.new("1", (4097, 4096)).save(folder / "images" / "huge.png")  # 10 kB that decode to 16 MB
         name = str(secret) if name == "/key.png" else name
         write_rollout(folder, [recorded_response(["a"], images=["own.png", name])])
         meta = payload_of(tmp_path / "run").meta
@@ -264,6 +267,10 @@ class TestReading:
             meta = payload_of(tmp_path).meta
             assert meta["vocabulary"] == ["a\u2028", "b⟨U+0085⟩é"]
             assert any(f"{path}: the last line is cut" in note for note in meta["notes"])
+        path.write_bytes(lines[:20])
+        with pytest.raises(SystemExit):
+            main(["view", str(tmp_path)])
+        assert f"{path}: there is no whole line in it" in capsys.readouterr().err
         path.write_bytes(b"{}{\n" + lines)
         with pytest.raises(SystemExit):
             main(["view", str(tmp_path)])
@@ -350,7 +357,7 @@ WRONG = {
     "segment_ids": [[0.5, 1.5], [0, 10**12], [1, 1], ["0", "1"], 3],
     "logps": [["-0.5", "-1"], "ab", {"a": 1}, [[0.1], [0.2, 0.3]]],
     "special": ["ab", [1, 2], [True]],
-    "reward": ["high", [1.0]],
+    "reward": ["high", [1.0], 10**400],
     "prompt": [None, 3],
     "images": [[1], "x.png"],
     "masked_tokens": [["t"], 5],

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..config import SAPOConfig
+from ..files import write_text
 from ..json_files import NUMBER, read_json
 
 
@@ -131,7 +132,7 @@ class GradientVariance(TrainerCallback):
         logger.info("Gradient variance: %s", result)
         if self.path is not None and state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+            write_text(self.path, json.dumps(asdict(result), indent=2) + "\n")
 
     def result(self) -> GradientNoise:
         """

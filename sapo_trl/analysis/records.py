@@ -55,6 +55,13 @@ def _are_texts(cell: Any) -> bool:
     return isinstance(cell, list | np.ndarray) and all(isinstance(entry, str) for entry in cell)
 
 
+def _is_number(cell: Any) -> bool:
+    try:
+        return isinstance(cell, Real) and isinstance(float(cell), float)
+    except OverflowError:  # JSON has integers of any size
+        return False
+
+
 def _are_segments(cell: Any) -> bool:
     return _INTEGERS(cell) and (len(cell) == 0 or (cell[0] == 0 and bool(np.isin(np.diff(cell), (0, 1)).all())))
 
@@ -64,7 +71,7 @@ ANYTHING = Kind("anything", lambda cell: True)
 TEXT = Kind("a text", lambda cell: isinstance(cell, str))
 TEXTS = Kind("a list of texts", _are_texts)
 INTEGER = Kind("an integer", lambda cell: isinstance(cell, Integral))
-NUMBER = Kind("a number", lambda cell: isinstance(cell, Real))
+NUMBER = Kind("a number", _is_number)
 NUMBERS = Kind("a list of numbers", holds("fiu"))
 SEGMENTS = Kind("a list of segment numbers that begins at 0 and rises by 1 or by nothing", _are_segments)
 REWARD = Kind("a number or empty", NUMBER.fits, optional=True)
@@ -255,6 +262,8 @@ def read_frame(path: Path, columns: Mapping[str, Kind]) -> tuple[pd.DataFrame, l
             raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]}).") from error
     else:
         rows, notes = read_json_lines(path)
+        if not rows:
+            raise ValueError(f"{path}: there is no whole line in it, as after a run that was killed; delete the file.")
         frame = _as_frame(path, rows)
     for name, kind in columns.items():
         if name in frame:

@@ -31,6 +31,7 @@ from ..embedded import (
     make_problems,
     warm_start,
 )
+from ..files import write_text
 from ..plots import SEGMENT_COLOURS, plot_learning_curve, plot_response
 from ..rewards import accuracy_reward
 from ..trainer import SAPOTrainer
@@ -167,7 +168,7 @@ def run_demo(
         "seed": seed,
         "seconds": {**stages.seconds, "total": time.perf_counter() - started},
     }
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     _print_results(console, output_dir, results, before, after)
     if after.interval[0] > before.interval[1]:
         return 0

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ..files import write_text
+
 
 _ROWS_SHOWN = 8
 
@@ -87,7 +89,7 @@ def save_reports(reports: Iterable[CleaningReport], path: str | Path) -> None:
     """Write reports to a JSON file, by their names."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({report.name: report.to_dict() for report in reports}, indent=2) + "\n", "utf-8")
+    write_text(path, json.dumps({report.name: report.to_dict() for report in reports}, indent=2) + "\n")
 
 
 def _pixels(size: tuple[int, int]) -> int:

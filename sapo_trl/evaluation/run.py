@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from ..embedded import default_cache_dir, warm_start
+from ..files import write_json
 from ..folder_lock import locked
 from ..json_files import NUMBER, Each, read_json
 from .backends import BATCH_SIZES, Backend, Request, generation_seed, make_backend
 from .benchmark import Benchmark
-from .files import write_json
 from .judge import Judge
 from .page import write_page
 from .progress import Steps

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from ..files import replacing
 from .benchmark import Benchmark, Problem
-from .files import replacing
 from .judge import Judge
 from .progress import Steps
 from .store import GenerationStore, read_table, stored_problem

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from ..files import replacing
 from .benchmark import Problem
-from .files import replacing
 
 
 PROBLEMS = pa.schema(

@@ -12,10 +12,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from ..files import write_json, write_text
 from ..foreign_text import escape_markdown, visible
 from ..json_files import NUMBER, Each, check_shape, read_json
 from ..study.markdown import markdown_table
-from .files import write_json, write_text
 from .published import (
     GENERAL_AVERAGES,
     GENERAL_COLUMNS,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..files import write_text
 from ..foreign_text import escape_markdown
 from .analyses import write_analyses
 from .comparisons import SIGNIFICANCE, Comparison, comparisons, verdict
@@ -44,7 +45,7 @@ def write_report(study: StudyConfig, results: StudyResults, path: str | Path, fi
         parts.append(_experiment(study, results, name, list(group), figures_dir, link))
     parts += write_analyses(study, results, figures_dir, link)
     parts += [_tuning(study, results), _environment(results)]
-    path.write_text("\n".join(part for part in parts if part).rstrip() + "\n")
+    write_text(path, "\n".join(part for part in parts if part).rstrip() + "\n")
     for name, table in (("runs", results.runs), ("tuning", results.tuning)):
         numbers = [column for column in table.columns if not table[column].map(_is_nested).any()]
         table[numbers].drop(columns="folder", errors="ignore").to_csv(figures_dir / f"{name}.csv", index=False)

@@ -30,6 +30,7 @@ from ..callbacks import SegmentationCallback
 from ..config import LEARNED_CRITICS, SAPOConfig
 from ..diagnostics import ValueDiagnostics
 from ..embedded import load_processor
+from ..files import write_text
 from ..presets import preset_settings
 from ..segmentation import NoisyBoundaries, RandomCuts, Segmenter
 from ..trainer import SAPOTrainer
@@ -122,12 +123,7 @@ def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
     }
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     # Last, and at once: with this file the cell is finished.
-    unfinished = folder / f"{RESULT_NAME}.incomplete"
-    with unfinished.open("w") as file:
-        file.write(json.dumps(result, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(folder / RESULT_NAME)
+    write_text(folder / RESULT_NAME, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from ..files import write_text
 from ..folder_lock import locked
 from .cells import CELL_NAME, RESULT_NAME, Cell, comparison_cells, result_of, tuning_cells
 from .config import StudyConfig
@@ -245,7 +246,7 @@ def _start(processes: ForkServerContext, cell: Cell, cells_dir: Path, cache_dir:
     folder = cells_dir / cell.name
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
     folder.mkdir()
-    (folder / CELL_NAME).write_text(cell.to_json())
+    write_text(folder / CELL_NAME, cell.to_json())
     parents_end, alive = processes.Pipe()
     process = processes.Process(target=run_cell_process, args=(folder, cache_dir, folder / LOG_NAME, alive))
     process.start()

@@ -40,8 +40,10 @@ def staging_folder(run_folder: str | Path) -> Path:
     Returns:
         `Path`: beside them, so that renaming moves no data. What a process that died left there is removed.
     """
-    finish_publication(run_folder)
     folder = Path(run_folder) / STAGING_FOLDER
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    finish_publication(run_folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -165,7 +167,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
 
 def _damage(path: Path) -> str | None:
     """The fault of a file, if it has one."""
-    if path.name in (TRAINER_STATE_NAME, WARMUP_STATE_NAME):
+    if path.suffix == ".json":
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

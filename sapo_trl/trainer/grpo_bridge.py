@@ -51,7 +51,7 @@ from ..rollouts.portable import from_portable, to_portable
 from ..run_folder import TRAINER_STATE_NAME, checkpoint_name, newest_checkpoint
 from ..segments import accumulation_dtype
 from ..sharded_tensors import gradients_are_in_pieces, total_norm, weights_are_in_pieces
-from ..validation import check_finite_rewards, check_rollout, check_token_ids
+from ..validation import check_finite_rewards, check_finite_weights, check_rollout, check_token_ids
 from ..value_head import backbone_of
 from .checkpoint_files import (
     PROCESS_STATE_NAME,
@@ -807,6 +807,7 @@ class GRPOBridge(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with self._complete_load(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        check_finite_weights(self.model if model is None else model, f"The policy in {resume_from_checkpoint!r}")
 
     def _load_best_model(self) -> None:
         with self._complete_load(self.state.best_model_checkpoint):

@@ -913,6 +913,7 @@ class SAPOTrainer(GRPOBridge):
         anew = []
         if not self.critic.load(folder):
             anew.append(f"the critic's optimizer and learning rate schedule ({CRITIC_OPTIMIZER_NAME})")
+        check_finite_weights(self.critic.module, f"The critic in {folder!r}")
         if not self.critic_warmup.load(folder) and self.critic_warmup.tolerance is not None:
             anew.append(f"the critic's warm-up ({WARMUP_STATE_NAME})")
         return anew

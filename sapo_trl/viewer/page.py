@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
 from plotly.offline import get_plotlyjs
 
-from ..evaluation.files import write_text
+from ..files import write_text
 from .payload import build_payload
 from .recordings import Recording
 

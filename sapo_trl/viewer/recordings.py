@@ -34,6 +34,8 @@ NUMBER_COLUMNS = ("logps", "entropies", "values", "advantages", "returns", "log_
 """Numbers of each token that a run may have recorded."""
 
 _WRITER = "SegmentationCallback"
+# Of an image. A small file can hold more than the memory of this machine.
+_MAX_PIXELS = 4096**2
 _RESPONSE_COLUMNS = {
     "prompt": TEXT,
     "reward": REWARD,
@@ -235,7 +237,7 @@ class _Images:
         if self._refused:
             notes.append(
                 f"{len(self._refused)} images are left out, such as {min(self._refused)!r}: each must be a PNG file "
-                f"in {self.folder}, named by its name alone, and no link."
+                f"in {self.folder}, named by its name alone, no link, and of {_MAX_PIXELS:,} pixels at most."
             )
         return notes
 
@@ -247,8 +249,9 @@ class _Images:
                     self._missing.append(name)
                     return None
                 with Image.open(path, formats=["PNG"]) as image:
-                    image.load()
-                return path
+                    if image.width * image.height <= _MAX_PIXELS:
+                        image.load()
+                        return path
         except Exception:  # of any kind: nobody here has written the file, or its name
             pass
         self._refused.append(name)

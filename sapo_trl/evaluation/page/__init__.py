@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ...files import write_text
 from ...foreign_text import visible
 from ..backends import message_text
-from ..files import write_text
 from ..store import GenerationStore, stored_problem
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from typing import Any
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """
-    A path to write to in the place of `path`, which takes its name once the block has ended.
+    A path to write to instead of `path`, which takes its name once the block has ended.
 
-    What was written is on the disk before it is renamed, so not even a power cut leaves half a file.
+    The content is on the disk before the file is renamed, so not even a power cut leaves half a file.
 
     Args:
         path (`Path`): the file to write or to replace.
@@ -30,12 +30,13 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The name too has to reach the disk.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    # The name too has to reach the disk. Some network file systems cannot promise that.
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:
