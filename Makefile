@@ -96,11 +96,11 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 
 # The files that keep to docs/check_english.py. More are to follow, up to all files.
 PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks docs/check_english.py trainer_configs/embedded.yaml \
-	$(filter-out $(patsubst %,docs/%.md,api benchmarks configuration data metrics results rewards troubleshooting), \
+	$(filter-out $(patsubst %,docs/%.md,api configuration results rewards), \
 	$(wildcard docs/*.md)) \
-	$(patsubst %,sapo_trl/%.py,advantages config critic_adapter diagnostics losses metrics model_card names plots presets \
-	progress role_aware segments settings statistics token_rewards value_head) \
-	$(addprefix sapo_trl/,analysis embedded evaluation/page evaluation/settings.py planner recipes segmentation study/task viewer)
+	$(patsubst %,sapo_trl/%.py,advantages critic_adapter diagnostics losses metrics model_card names plots presets \
+	progress role_aware segments statistics token_rewards value_head) \
+	$(addprefix sapo_trl/,analysis data embedded evaluation/page planner recipes segmentation study/task viewer)
 
 lint: $(STAMP)  ## check style, formatting and language
 	$(BIN)/ruff check

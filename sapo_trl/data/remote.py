@@ -1,4 +1,4 @@
-"""Pictures on the network, for data sets whose user has allowed it."""
+"""Fetches pictures from the network, if the user allows it."""
 
 import http.client
 import urllib.error
@@ -8,7 +8,7 @@ from .question import BadRow
 
 
 TIMEOUT = 30.0
-"""Seconds that a server may be silent."""
+"""Timeout in seconds: longest wait for the server's next bytes."""
 
 
 def fetch(address: str, max_bytes: int) -> bytes:
@@ -16,16 +16,16 @@ def fetch(address: str, max_bytes: int) -> bytes:
     Download one file.
 
     Args:
-        address (`str`): an `http:` or `https:` address. A redirection may lead only to another one.
-        max_bytes (`int`): size at which the download ends.
+        address (`str`): an `http:` or `https:` address. A redirection may lead only to such an address.
+        max_bytes (`int`): the largest size of the file. The download stops there.
 
     Returns:
-        `bytes`: the file. Raises [`BadRow`] if the server does not send it, or it is larger.
+        `bytes`: the file. Raises [`BadRow`] if the server does not send the file, or if the file is larger.
     """
     try:
         with _opener().open(address, timeout=TIMEOUT) as response:
             data = response.read(max_bytes + 1)
-    except (OSError, http.client.HTTPException, ValueError) as error:  # the last for an address that is none
+    except (OSError, http.client.HTTPException, ValueError) as error:  # `ValueError` for an invalid address
         reason = f"{type(error).__name__}: {error}"
         raise BadRow("missing image", f"{address[:200]!r} was not fetched ({reason})") from error
     if len(data) > max_bytes:
@@ -34,7 +34,7 @@ def fetch(address: str, max_bytes: int) -> bytes:
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """Of HTTP alone: `urlopen` would also follow a redirection to `ftp:`, and read `file:`."""
+    """An opener for HTTP only. `urlopen` would also follow a redirection to `ftp:`, and read `file:`."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
