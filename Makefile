@@ -100,6 +100,7 @@ PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks docs/check_english.py train
 	$(wildcard docs/*.md)) \
 	$(patsubst %,sapo_trl/%.py,advantages critic_adapter diagnostics losses metrics model_card names plots presets \
 	progress role_aware segments statistics token_rewards value_head) \
+	$(filter-out sapo_trl/cli/train.py,$(wildcard sapo_trl/cli/*.py)) \
 	$(addprefix sapo_trl/,analysis data embedded evaluation/page planner recipes segmentation study/task viewer)
 
 lint: $(STAMP)  ## check style, formatting and language
