@@ -96,12 +96,12 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 
 # The files that keep to docs/check_english.py. More are to follow, up to all files.
 PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks docs/check_english.py trainer_configs/embedded.yaml \
-	$(filter-out $(patsubst %,docs/%.md,api configuration results rewards), \
-	$(wildcard docs/*.md)) \
+	$(filter-out $(patsubst %,docs/%.md,api configuration rewards),$(wildcard docs/*.md)) trainer_configs/study \
 	$(patsubst %,sapo_trl/%.py,advantages critic_adapter diagnostics losses metrics model_card names plots presets \
 	progress role_aware segments statistics token_rewards value_head) \
 	$(filter-out sapo_trl/cli/train.py,$(wildcard sapo_trl/cli/*.py)) \
-	$(addprefix sapo_trl/,analysis data embedded evaluation/page planner recipes segmentation study/task viewer)
+	$(addprefix sapo_trl/,analysis data embedded evaluation/benchmarks evaluation/page generation planner recipes \
+	segmentation study viewer)
 
 lint: $(STAMP)  ## check style, formatting and language
 	$(BIN)/ruff check

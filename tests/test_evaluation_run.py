@@ -195,7 +195,7 @@ def test_pictures_beside_a_table_of_text(tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "pics" / "a.PNG")
     assert load_rows(BENCHMARKS["geo3k"], str(tmp_path / "rows.jsonl")).fingerprint != found.fingerprint
     (tmp_path / "pics" / "a.PNG").unlink()
-    with pytest.raises(ValueError, match="`images` in row 0 of geo3k is neither an image file that is there nor"):
+    with pytest.raises(ValueError, match="`images` in row 0 of geo3k is neither an existing image file nor"):
         found.problem(0)
 
 
