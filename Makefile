@@ -95,8 +95,9 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 		$(BIN)/python -m pytest tests/vllm $(ARGS)
 
 # The files that keep to docs/check_english.py. More are to follow, up to all files.
-PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks docs/check_english.py trainer_configs/embedded.yaml \
-	$(filter-out $(patsubst %,docs/%.md,api configuration rewards),$(wildcard docs/*.md)) trainer_configs/study \
+PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks examples $(wildcard benchmarks/*.py) docs/check_english.py \
+	trainer_configs/embedded.yaml trainer_configs/study \
+	$(filter-out $(patsubst %,docs/%.md,api configuration rewards),$(wildcard docs/*.md)) \
 	$(patsubst %,sapo_trl/%.py,advantages critic_adapter diagnostics losses metrics model_card names plots presets \
 	progress role_aware segments statistics token_rewards value_head) \
 	$(filter-out sapo_trl/cli/train.py,$(wildcard sapo_trl/cli/*.py)) \
