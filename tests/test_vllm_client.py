@@ -339,7 +339,7 @@ class TestPrompts:
     def test_that_the_server_reads_otherwise_are_an_error(self, family, server, tmp_path):
         serve(server, family)
         server.image_token_id, server.pads_per_image = family.processing_class.image_token_id, 7
-        with pytest.raises(SamplerError, match="another prompt than the one that is trained on"):
+        with pytest.raises(SamplerError, match="another prompt than the trained prompt"):
             trainer_on(family, tmp_path, connect(server, tmp_path)).train()
 
     @VISION_FAMILY
