@@ -41,21 +41,21 @@ _HOW_TO_START = (
 )
 
 TOKEN_BYTES = 1024
-"""Of an answer for each token that it may have: ids, log-probabilities, and the text that goes with them."""
+"""Largest size of an answer per token: ids, log-probabilities and text."""
 
 T = TypeVar("T")
 
 
 class SamplerError(RuntimeError):
-    """The sampler answered, and refused or contradicted what it was asked."""
+    """The sampler refused a request, or its answer contradicts the request."""
 
 
 class SamplerLostError(SamplerError):
-    """The sampler did not answer, again and again."""
+    """The sampler did not answer, even after retries."""
 
 
 class _SamplerClient(HTTPClient):
-    """The client, with the sampler's errors."""
+    """An HTTP client that raises the sampler's errors."""
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -68,12 +68,12 @@ class _SamplerClient(HTTPClient):
 
 @contextmanager
 def _answer_to(path: str) -> Iterator[None]:
-    """Takes an answer apart: whatever is not found where vLLM has it is a [`SamplerError`]."""
+    """A context for reading an answer. If a part of it is missing, it raises a [`SamplerError`]."""
     try:
         yield
     except (LookupError, TypeError, ValueError) as error:
         raise SamplerError(
-            f"{path} was answered otherwise than by vLLM 0.31 ({type(error).__name__}: {error}); is it a vLLM server?"
+            f"The answer of {path} is not in vLLM 0.31's form ({type(error).__name__}: {error}). Is it a vLLM server?"
         ) from error
 
 

@@ -20,9 +20,9 @@ RESULT_NAME = "result.json"
 CELL_NAME = "cell.json"
 _COSTS = ("seconds", "cpu_seconds", "completions", "optimizer_steps", "rollout_tokens", "sampled_tokens")
 _RESULT = {"measure": str, "environment": dict, **dict.fromkeys(_COSTS, NUMBER)}
-"""What every `result.json` holds."""
+"""Required fields of every `result.json`."""
 _ACCURACY = dict.fromkeys(("accuracy", "greedy_accuracy"), NUMBER)
-"""What it also holds where the accuracy was measured."""
+"""Further required fields if the accuracy was measured."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def comparison_cells(study: StudyConfig, learning_rates: dict[str, float]) -> li
 
 def result_of(folder: Path) -> dict[str, Any] | None:
     """
-    The result of a finished run; `None` while it is not finished. Raises `ValueError` for a file of another version.
+    The result of a finished run; `None` if the run is not finished. Raises `ValueError` for a file of another version.
     """
     path = folder / RESULT_NAME
     try:
