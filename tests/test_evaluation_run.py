@@ -104,7 +104,7 @@ def test_benchmarks_are_chosen_by_name_and_path(tmp_path):
     assert chosen_benchmarks(["drawn", f"text={tmp_path}"], TOYS) == {"drawn": None, "text": str(tmp_path)}
     with pytest.raises(ValueError, match="'drwan' is none of drawn, text. Did you mean `drawn`?"):
         chosen_benchmarks(["drwan"], TOYS)
-    with pytest.raises(ValueError, match="'drawn' is there twice"):
+    with pytest.raises(ValueError, match="'drawn' occurs twice"):
         chosen_benchmarks(["drawn", "drawn"], TOYS)
     with pytest.raises(ValueError, match="names the path '/none/there'"):
         chosen_benchmarks(["drawn=/none/there"], TOYS)
@@ -135,7 +135,7 @@ def test_rows_that_belong_and_the_limit(rows):
     found = load_rows(odd, str(rows / "text.jsonl"), limit=2)
     assert (found.numbers, found.belonging) == ([0, 2], 3)
     assert found.problem(2).id == "q2"
-    with pytest.raises(ValueError, match="has 6 rows, none of which belongs"):
+    with pytest.raises(ValueError, match="none of the 6 rows of .* belongs"):
         load_rows(replace(TEXT, keep=lambda row: False), str(rows / "text.jsonl"))
 
 
@@ -360,7 +360,7 @@ def test_a_finished_run_needs_no_model(finished, model_folder, rows, tmp_path, m
 
     monkeypatch.setattr("sapo_trl.evaluation.run.make_backend", refuse)
     code, printed = evaluate(model_folder, rows, folder)
-    assert code == 0 and "all 34 are there" in printed
+    assert code == 0 and "all 34 exist already" in printed
     assert {path: path.read_bytes() for path in (folder / "generations").iterdir()} == before
 
 
