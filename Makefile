@@ -98,11 +98,11 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks examples $(wildcard benchmarks/*.py) docs/check_english.py \
 	trainer_configs/embedded.yaml trainer_configs/study \
 	$(filter-out $(patsubst %,docs/%.md,api configuration rewards),$(wildcard docs/*.md)) \
-	$(patsubst %,sapo_trl/%.py,advantages critic_adapter diagnostics losses metrics model_card names plots presets \
-	progress role_aware segments statistics token_rewards value_head) \
+	$(patsubst %,sapo_trl/%.py,advantages callbacks completions_table critic_adapter diagnostics folder_lock foreign_text \
+	http_client json_files losses metrics model_card names plots presets progress role_aware run_folder segments \
+	statistics token_rewards value_head) \
 	$(filter-out sapo_trl/cli/train.py,$(wildcard sapo_trl/cli/*.py)) \
-	$(addprefix sapo_trl/,analysis data embedded evaluation/benchmarks evaluation/page generation planner recipes \
-	segmentation study viewer)
+	$(addprefix sapo_trl/,analysis data embedded evaluation generation planner recipes segmentation study viewer)
 
 lint: $(STAMP)  ## check style, formatting and language
 	$(BIN)/ruff check
