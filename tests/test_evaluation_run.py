@@ -479,7 +479,7 @@ def test_generations_without_their_problem_and_problems_without_json(finished, t
     assert "problems: drawn 'drawn-0' has no JSON" in capsys.readouterr().err
     problems[problems["id"] != "q3"].to_parquet(path)
     assert main(arguments, TOYS, Console(file=io.StringIO())) == 2
-    assert "has generations of text 'q3', but the problem is not" in capsys.readouterr().err
+    assert "has generations of text 'q3', but its folder `problems` lacks the problem" in capsys.readouterr().err
 
 
 def test_only_its_own_leftovers_are_removed(finished, tmp_path):
