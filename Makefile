@@ -96,12 +96,12 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 
 # The files that keep to docs/check_english.py. More are to follow, up to all files.
 PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks examples $(wildcard benchmarks/*.py) trainer_configs \
-	$(filter-out docs/configuration.md,$(wildcard docs/*.md)) docs/check_english.py docs/generate docs/site \
-	$(patsubst %,sapo_trl/%.py,advantages callbacks completions_table critic_adapter diagnostics folder_lock \
+	$(wildcard docs/*.md) docs/check_english.py docs/generate docs/site \
+	$(patsubst %,sapo_trl/%.py,advantages callbacks completions_table config critic_adapter diagnostics folder_lock \
 	foreign_text http_client json_files losses metrics model_card names plots presets progress reward_calls \
-	reward_lookup role_aware run_folder sampler_correction segments statistics stop_on_signal token_rewards value_head) \
-	$(filter-out sapo_trl/cli/train.py,$(wildcard sapo_trl/cli/*.py)) \
-	$(addprefix sapo_trl/,analysis data embedded evaluation generation planner recipes rewards segmentation study \
+	reward_lookup role_aware run_folder sampler_correction segments settings statistics stop_on_signal token_rewards \
+	value_head) \
+	$(addprefix sapo_trl/,analysis cli data embedded evaluation generation planner recipes rewards segmentation study \
 	viewer)
 
 lint: $(STAMP)  ## check style, formatting and language
