@@ -95,12 +95,14 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 		$(BIN)/python -m pytest tests/vllm $(ARGS)
 
 # The files that keep to docs/check_english.py. More are to follow, up to all files.
-PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks docs/check_english.py trainer_configs/embedded.yaml \
-	$(filter-out $(patsubst %,docs/%.md,api benchmarks configuration data metrics results rewards troubleshooting), \
-	$(wildcard docs/*.md)) \
-	$(patsubst %,sapo_trl/%.py,advantages config critic_adapter diagnostics losses metrics model_card names plots presets \
-	progress role_aware segments settings statistics token_rewards value_head) \
-	$(addprefix sapo_trl/,analysis embedded evaluation/page evaluation/settings.py planner recipes segmentation study/task viewer)
+PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks examples $(wildcard benchmarks/*.py) trainer_configs \
+	$(wildcard docs/*.md) docs/check_english.py docs/generate docs/site \
+	$(patsubst %,sapo_trl/%.py,advantages callbacks completions_table config critic_adapter diagnostics folder_lock \
+	foreign_text http_client json_files losses metrics model_card names plots presets progress reward_calls \
+	reward_lookup role_aware run_folder sampler_correction segments settings statistics stop_on_signal token_rewards \
+	value_head) \
+	$(addprefix sapo_trl/,analysis cli data embedded evaluation generation planner recipes rewards segmentation study \
+	viewer)
 
 lint: $(STAMP)  ## check style, formatting and language
 	$(BIN)/ruff check

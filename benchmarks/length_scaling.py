@@ -1,13 +1,14 @@
 """
 How the time of a step grows with the length of responses: the model's forwards and backwards, and everything else.
 
-The set-up is that of `profile_step.py`, once for each length; lengths of a rollout are log-normal below it.
+Each length is measured with the set-up of `profile_step.py`. The length is the longest of a rollout, and lengths are
+log-normal below it.
 
     python benchmarks/length_scaling.py --row sapo_separate --out results                 # on a GPU
     python benchmarks/length_scaling.py --row sapo_separate --size tiny --out results     # on a CPU too
 
-It writes `length_scaling_ROW.json` and prints a table. Its last column is the power of the length that a line through
-the logarithms has: no stage's may be larger than the model's own.
+It writes `length_scaling_ROW.json` and prints a table. The last column is the slope of a line through the logarithms:
+the power of the length. No stage's power may be larger than the model's power.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 
 
 def scaling(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each stage at each length, and the power of the length that they grow with."""
+    """Seconds of each stage at each length, and the power of the length with which they grow."""
     seconds: dict[str, list[float]] = {}
     for length in options.lengths:
         options.completion_length = length
@@ -46,15 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = update_cost_parser()
     parser.description = __doc__
     parser.set_defaults(row="sapo_separate")
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="of the longest response")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="lengths of the longest response")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if len(options.lengths) < 2:
-        parser.error(f"--lengths must name at least two, got {options.lengths}")
+        parser.error(f"--lengths must have at least two lengths, got {options.lengths}")
     complete(options)
     report = {"row": options.row, "machine": machine(), **scaling(options)}
     options.out.mkdir(parents=True, exist_ok=True)
     (Path(options.out) / f"length_scaling_{options.row}.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{ROWS[options.row][0]}, {report['machine']}: seconds a rollout\n")
+    print(f"{ROWS[options.row][0]}, {report['machine']}: seconds per rollout\n")
     print(f"| stage | {' | '.join(map(str, report['lengths']))} | power |")
     print(f"| --- |{' ---: |' * (len(report['lengths']) + 1)}")
     for name, row in report["seconds"].items():

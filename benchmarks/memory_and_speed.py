@@ -1,8 +1,8 @@
 """
-Peak memory and speed of a few training steps: SAPO with each learned critic, and TRL's GRPO on a batch of that shape.
+Peak memory and speed of a few training steps: SAPO with each learned critic, and TRL's GRPO on a batch of equal shape.
 
-Each row of the table is a process of its own. The model has random weights and Qwen2.5-VL's shape, the prompts one
-image each, and all responses the same length; no reference model. Nothing is downloaded.
+Each row of the table is measured in a separate process. The model has random weights and Qwen2.5-VL's shape. Each
+prompt has one image, and all responses have the same length. There is no reference model. Nothing is downloaded.
 
     python benchmarks/memory_and_speed.py --out results                  # Qwen2.5-VL-3B's shape, on a GPU
     python benchmarks/memory_and_speed.py --size tiny --out results      # a tiny model, on a CPU too
@@ -45,7 +45,7 @@ from sapo_trl.planner.setup import GIB
 from sapo_trl.planner.shapes import PUBLISHED
 
 
-# Name in the table, critic (`None`: TRL's trainer), whether with LoRA.
+# Name in the table, critic (`None`: TRL's trainer), with LoRA or without.
 ROWS = {
     "sapo_separate": ('SAPO, `critic="separate"`', "separate", False),
     "sapo_shared": ('SAPO, `critic="shared"`', "shared", False),
@@ -60,7 +60,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 def build_model_config(options: argparse.Namespace, tokenizer: Any) -> Qwen2_5_VLConfig:
-    """Of the shape asked for; special tokens are the tokenizer's, whose vocabulary is smaller than the model's."""
+    """A configuration of the requested shape with the tokenizer's special tokens. Its vocabulary may be larger."""
     if options.size == "tiny":
         config = build_config(tokenizer)
         config.text_config.vocab_size = 1024
@@ -83,7 +83,7 @@ def build_model_config(options: argparse.Namespace, tokenizer: Any) -> Qwen2_5_V
 
 
 def build_processor_for(image_size: int) -> Any:
-    """Qwen2.5-VL's, which leaves pictures of this size as they are."""
+    """Qwen2.5-VL's processor, with limits that leave pictures of this size unchanged."""
     processor = build_processor(build_tokenizer())
     size = {"shortest_edge": 28 * 28, "longest_edge": image_size**2}
     processor.image_processor = Qwen2VLImageProcessorPil(size=size)
@@ -91,7 +91,7 @@ def build_processor_for(image_size: int) -> Any:
 
 
 def build_dataset(rows: int, image_size: int) -> Dataset:
-    """Prompts with one picture each, every one of another colour."""
+    """Prompts with one picture each. Every picture has another colour."""
     pictures = [Image.new("RGB", (image_size, image_size), (13 * i % 256, 7 * i % 256, 99)) for i in range(rows)]
     content = [{"type": "image"}, {"type": "text", "text": "Find the length of AB in the figure. " * 8}]
     prompts = [[{"role": "user", "content": content}]] * rows
@@ -99,12 +99,12 @@ def build_dataset(rows: int, image_size: int) -> Dataset:
 
 
 def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    """Not constant, and computed in no time."""
+    """A reward that varies, and takes no time."""
     return [(sum(ids) % 7) / 7 for ids in completion_ids]
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimizer step, from the end of the one before: loading of rows and the rollout included."""
+    """Seconds of each optimizer step since the end of the last step, including loading of rows and the rollout."""
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -125,7 +125,7 @@ def now() -> float:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a few steps in this process, and say what they took."""
+    """Train a few steps in this process, and measure their memory and time."""
     _, critic, lora = ROWS[name]
     on_gpu = torch.cuda.is_available()
     processor = build_processor_for(options.image_size)
@@ -179,18 +179,18 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def start_counting() -> int:
-    """Begin to look for the peak, on a GPU from 0 and without one from what the process holds; returns that."""
+    """Start measuring the peak. Returns the bytes at the start: 0 on a GPU, otherwise the process's memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return 0
-    # Imports may have taken more than they hold. Where the system lets nobody forget that, it counts.
+    # Reset the process's peak, because imports need more memory than they keep. Not every system can do that.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
 
 
 def peak_bytes() -> int:
-    """Since then, of the tensors on the GPU, or without one of the process."""
+    """The peak since then: of tensors on the GPU, or, without a GPU, of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -201,14 +201,14 @@ def peak_bytes() -> int:
 
 
 def peak_of_tensors(counter: profile) -> int:
-    """The most bytes that tensors had on the CPU at one time, while a profiler counted allocations."""
+    """The largest number of bytes in CPU tensors at one time, from a profiler that counted allocations."""
     events = [event for event in counter.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = np.array([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return int(changes.cumsum().max())
 
 
 def planned_bytes(name: str, options: argparse.Namespace, prompt_tokens: int) -> float:
-    """What the planner says, without its allowance for what is no tensor."""
+    """The planner's estimate, without its allowance for memory outside tensors."""
     _, critic, lora = ROWS[name]
     tokenizer = build_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
@@ -233,14 +233,14 @@ def planned_bytes(name: str, options: argparse.Namespace, prompt_tokens: int) ->
 
 
 def run_row(name: str, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """A row, measured in a process of its own."""
+    """A row, measured in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, __file__, *arguments, "--row", name, "--result", str(result)]
         process = subprocess.run(command, capture_output=True, text=True)
         if result.is_file():
             found = json.loads(result.read_text())
-        elif process.returncode == -9:  # by the kernel
+        elif process.returncode == -9:  # the kernel killed the process
             found = {"error": OUT_OF_MEMORY}
         else:
             found = {"error": (process.stderr.strip().splitlines() or ["no message"])[-1][:300]}
@@ -258,11 +258,11 @@ def machine() -> str:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The report as a table, with what it was measured on."""
+    """The report as a table, with the machine, the versions and the options."""
     options = report["options"]
     peak = "peak GiB (tensors)" if report["on_gpu"] else "peak GiB (process, without imports)"
     lines = [
-        f"| Trainer | {peak} | planner GiB | seconds a step | tokens a second |",
+        f"| Trainer | {peak} | planner GiB | seconds per step | tokens per second |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, row in report["rows"].items():
@@ -276,10 +276,10 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"{report['machine']}; {versions}. {described(options)}, weights in {options['dtype']}, "
-        f"{options['micro_batch']} x {options['accumulation']} responses of {options['completion_length']} tokens a "
+        f"{options['micro_batch']} x {options['accumulation']} responses of {options['completion_length']} tokens per "
         f"step, pictures of {options['image_size']} x {options['image_size']} pixels, {options['steps']} steps. With "
-        "one optimizer step a rollout TRL's trainer takes the old log-probabilities from the update's own forward; "
-        "SAPO always scores a rollout first, because it is cut and valued before the update.",
+        "one optimizer step per rollout, TRL's trainer takes the old log-probabilities from the update's own forward. "
+        "SAPO always scores a rollout first, because it cuts and values the rollout before the update.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -294,22 +294,22 @@ def described(options: dict[str, Any]) -> str:
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
-    """Options that say which model is measured."""
+    """Add the options for the model's shape."""
     parser.add_argument("--size", choices=("3b", "tiny"), default="3b", help="shape of the model")
-    parser.add_argument("--hidden_size", type=int, help="of a wider tiny model, a multiple of 64")
-    parser.add_argument("--layers", type=int, help="of the language model, if not as many as its size has")
+    parser.add_argument("--hidden_size", type=int, help="hidden size of a wider tiny model, a multiple of 64")
+    parser.add_argument("--layers", type=int, help="layers of the language model, if not the size's own number")
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape(parser)
-    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="what to measure")
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="rows to measure")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps; the first is not timed")
     parser.add_argument("--micro_batch", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--completion_length", type=int, default=512, help="tokens of each response")
-    parser.add_argument("--image_size", type=int, default=448, help="pixels, a multiple of 28")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (GPU: bfloat16)")
+    parser.add_argument("--image_size", type=int, default=448, help="width and height in pixels, a multiple of 28")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (GPU: bfloat16)")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
     parser.add_argument("--row", choices=tuple(ROWS), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.rows:
         report["rows"][name] = run_row(name, options, arguments)
         print(name, json.dumps(report["rows"][name]), file=sys.stderr, flush=True)
-        # After each row: a long run that is cut short leaves what it found.
+        # Write after each row, so that an interrupted run leaves its results.
         (options.out / "memory_and_speed.json").write_text(json.dumps(report, indent=2) + "\n")
         (options.out / "memory_and_speed.md").write_text(as_markdown(report))
     print(as_markdown(report))

@@ -1,18 +1,21 @@
 """
-How many of the tokens that are computed are padding, and how many processes that run in lockstep wait for.
+Counts padding among all computed tokens, and the tokens that processes in lockstep wait for.
 
-No model: tokens of drawn rollouts are counted, in seconds and on any machine. Prompts have any length between two
-numbers, responses log-normal ones as in `update_cost.py`. The defaults are those of the run files for eight GPUs.
+There is no model: the tokens of drawn rollouts are counted, which takes seconds on any machine. Prompts have a uniform
+length between two numbers. Responses have log-normal lengths as in `update_cost.py`. The defaults come from the run
+files for eight GPUs.
 
     python benchmarks/padding.py --out results
 
-Padding is counted as TRL computes a rollout, each process's padded to its longest prompt and its longest response; in
-micro-batches of equally many rows, sorted by length; and in this package's, which `group_rows` makes. To be trained on
-rows share a micro-batch with others of their optimizer step, to be scored with others of their rollout.
+Padding is counted for three ways to compute a rollout. TRL pads all rows of a process to its longest prompt and its
+longest response. The second way makes micro-batches of equally many rows, sorted by length. This package makes
+micro-batches with `group_rows`. To train, a row shares a micro-batch with rows of its optimizer step. To score, it
+shares one with rows of its rollout.
 
-Under ZeRO-3 and FSDP, and to train under ZeRO-2, each micro-batch takes as long as the largest of all processes. The
-tokens waited for, the sum of these, are counted with micro-batches of equally many rows, with each process's own
-(`group_rows`), and with the same cuts on all of them (`common_cuts`), by which this package trains there.
+Under ZeRO-3 and FSDP, and to train under ZeRO-2, each micro-batch takes as long as the largest among all processes.
+The tokens waited for are the sum of these largest micro-batches. They are counted for micro-batches of equally many
+rows, for separate groups on each process (`group_rows`), and for the same cuts on all processes (`common_cuts`). This
+package uses common cuts for training there.
 
 It writes `padding.json` and, as tables for `docs/performance.md`, `padding.md`.
 """
@@ -32,13 +35,13 @@ from update_cost import lengths_of
 from sapo_trl.trainer.padding import common_cuts, cut_rows, equal_groups, group_rows
 
 
-# Which rows may share a micro-batch: to train those of an optimizer step, to score those of the rollout.
+# To train, rows of an optimizer step may share a micro-batch. To score, rows of the rollout may.
 STAGES = ("train", "score")
 WAYS = {"equal": "equally many rows, sorted by length", "own": "`group_rows`", "common": "`common_cuts`"}
 
 
 def drawn_rollout(options: argparse.Namespace, draw: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the prompts and of the responses of a rollout, int64 `(P, rows)` each."""
+    """Tokens of a rollout's prompts and of its responses, int64 `(P, rows)` each."""
     shape = (max(options.processes), options.rows)
     shortest, longest = options.prompts
     prompts = np.random.default_rng([draw, 1]).integers(shortest, longest + 1, shape)
@@ -52,12 +55,12 @@ def tokens_of(lengths: np.ndarray, groups: list[list[int]]) -> list[int]:
 
 def micro_batches(lengths: np.ndarray, limits: np.ndarray, num_groups: int) -> dict[str, np.ndarray]:
     """
-    Tokens of the micro-batches that processes make of their rows, in each of the ways.
+    Tokens of the micro-batches of each process, for each of the ways.
 
     Args:
-        lengths (`np.ndarray`): int64 `(P, N, rows)`, tokens of the rows in N batches that are cut each by itself.
-        limits (`np.ndarray`): int64 `(P,)`, what a micro-batch may have.
-        num_groups (`int`): micro-batches of a batch.
+        lengths (`np.ndarray`): int64 `(P, N, rows)`, tokens of the rows in N batches. Each batch is cut separately.
+        limits (`np.ndarray`): int64 `(P,)`, largest number of tokens in a micro-batch.
+        num_groups (`int`): number of micro-batches in a batch.
 
     Returns:
         `dict[str, np.ndarray]`: int64 `(P, N, num_groups)` each.
@@ -75,16 +78,16 @@ def micro_batches(lengths: np.ndarray, limits: np.ndarray, num_groups: int) -> d
 
 def count(prompts: np.ndarray, responses: np.ndarray, options: argparse.Namespace) -> dict[str, float]:
     """
-    What is computed of a rollout.
+    Count the padding of a rollout, and the tokens waited for.
 
     Args:
         prompts (`np.ndarray`): int64 `(P, rows)`, tokens of the prompts.
         responses (`np.ndarray`): int64 `(P, rows)`, tokens of the responses.
-        options (`argparse.Namespace`): of the command.
+        options (`argparse.Namespace`): options of the command.
 
     Returns:
-        `dict[str, float]`: shares of padding, tokens waited for by token needed, and the share of these that common
-        cuts save; by number of processes and stage.
+        `dict[str, float]`: shares of padding, tokens waited for per token needed, and the share of tokens waited for
+        that common cuts save; by number of processes and stage.
     """
     lengths, columns = prompts + responses, prompts.max(1) + responses.max(1)
     found = {"padding/trl": 1 - lengths.sum() / (options.rows * columns.sum())}
@@ -92,14 +95,14 @@ def count(prompts: np.ndarray, responses: np.ndarray, options: argparse.Namespac
         batches = lengths.reshape(len(lengths), options.optimizer_steps if stage == "train" else 1, -1)
         num_groups = batches.shape[2] // options.micro_batch
         for processes in sorted(options.processes):
-            # A micro-batch may have as many tokens as it would have of rows that are padded to all columns.
+            # The limit is the tokens of a micro-batch of rows padded to all columns.
             limits = options.micro_batch * columns[:processes]
             made = micro_batches(batches[:processes], limits, num_groups)
             needed = lengths[:processes].sum()
             waited_for = {name: processes * tokens.max(0).sum() / needed for name, tokens in made.items()}
             found |= {f"waited_for/{processes}/{stage}/{name}": value for name, value in waited_for.items()}
             found[f"saved/{processes}/{stage}"] = 1 - waited_for["common"] / waited_for["own"]
-        # Of the most processes, which are all that were drawn.
+        # `made` is now from the largest number of processes, with all drawn rows.
         found |= {f"padding/{stage}/{name}": 1 - needed / made[name].sum() for name in ("equal", "own")}
     return {name: float(value) for name, value in found.items()}
 
@@ -115,7 +118,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The report as tables, with what was drawn."""
+    """The report as tables, with the options of the draws."""
 
     def cell(name: str, form: str) -> str:
         found = report["counts"][name]
@@ -124,7 +127,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     options = report["options"]
     shortest, longest = options["prompts"]
     lines = [
-        "| padding of all tokens computed | to train | to score |",
+        "| share of padding in all computed tokens | to train | to score |",
         "| --- | ---: | ---: |",
         f"| TRL: all to the longest of the rollout | {' | '.join([cell('padding/trl', '.1%')] * 2)} |",
     ]
@@ -142,10 +145,11 @@ def as_markdown(report: dict[str, Any]) -> str:
             lines.append(f"| {processes}, {stage} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Smallest, median and largest number; in the second table tokens waited for by token needed. "
-        f"{options['draws']} drawn rollouts of {options['rows']} responses a process, {options['optimizer_steps']} "
-        f"optimizer steps each, micro-batches of {options['micro_batch']} rows on average; responses of up to "
-        f"{options['completion_length']:,} tokens, prompts of {shortest:,} to {longest:,}.",
+        "Each cell has smallest, median and largest number. The second table gives the tokens waited for per token "
+        f"needed. {options['draws']} drawn rollouts of {options['rows']} responses per process, "
+        f"{options['optimizer_steps']} optimizer steps each, micro-batches of {options['micro_batch']} rows on "
+        f"average; responses of up to {options['completion_length']:,} tokens, prompts of {shortest:,} to "
+        f"{longest:,}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -153,12 +157,10 @@ def as_markdown(report: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=200, help="rollouts to count")
-    parser.add_argument(
-        "--processes", nargs="+", type=int, default=[2, 8], help="numbers of them that run in lockstep"
-    )
+    parser.add_argument("--processes", nargs="+", type=int, default=[2, 8], help="numbers of processes in lockstep")
     parser.add_argument("--rows", type=int, default=64, help="responses of a rollout on each process")
-    parser.add_argument("--optimizer_steps", type=int, default=4, help="of a rollout")
-    parser.add_argument("--micro_batch", type=int, default=4, help="rows, on average")
+    parser.add_argument("--optimizer_steps", type=int, default=4, help="optimizer steps per rollout")
+    parser.add_argument("--micro_batch", type=int, default=4, help="average number of rows in a micro-batch")
     parser.add_argument("--completion_length", type=int, default=2048, help="tokens of the longest response")
     parser.add_argument("--prompts", nargs=2, type=int, default=[300, 1300], help="tokens of the shortest and longest")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
@@ -171,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.rows % (options.optimizer_steps * options.micro_batch) != 0:
         parser().error(
             f"--rows must be a multiple of --optimizer_steps times --micro_batch, "
-            f"{options.optimizer_steps * options.micro_batch}; got {options.rows}"
+            f"{options.optimizer_steps * options.micro_batch}, got {options.rows}"
         )
     given = {name: value for name, value in vars(options).items() if name != "out"}
     report = {"versions": {"numpy": np.__version__}, "options": given, "counts": measure(options)}

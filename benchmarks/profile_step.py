@@ -1,15 +1,15 @@
 """
 Where the time of a training step goes: the model's forwards and backwards, the optimizers, and everything else.
 
-The set-up is that of `update_cost.py`: given responses of log-normal lengths, so nothing is generated.
+The set-up is the same as in `update_cost.py`: responses of log-normal lengths are given, so nothing is generated.
 
     python benchmarks/profile_step.py --row sapo_separate --out results                 # on a GPU
     python benchmarks/profile_step.py --row sapo_separate --size tiny --out results     # on a CPU too
 
-It writes `profile_ROW.json` and prints a table. The optimizers' share has the clipping of gradients in it. Rows are
-read by datasets' code, and images cut into patches by transformers'. Everything else is segmentation, advantages,
-losses, metrics, collation, logging and transformers' own loop. On a GPU the device is waited for at each border
-between two stages, so that what it does is counted where it was asked for: a step takes somewhat longer than without.
+It writes `profile_ROW.json` and prints a table. The optimizers' share includes the clipping of gradients. Datasets'
+code reads rows, and transformers' code cuts images into patches. Everything else is segmentation, advantages, losses,
+metrics, collation, logging and transformers' own loop. With a GPU the program waits for the device at each border
+between two stages, so that work counts for the stage that started it. This makes a step somewhat slower.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from update_cost import parser as update_cost_parser
 
 
 class Stages(TrainerCallback):
-    """Seconds by stage, from the second rollout on; of stages within others only the outermost counts."""
+    """Seconds by stage, from the second rollout on. Time in nested stages counts for the outermost stage."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -55,7 +55,7 @@ class Stages(TrainerCallback):
                 self.seconds[name] = self.seconds.get(name, 0.0) + now() - started
 
     def timed(self, name: str | Callable[[], str], function: Callable) -> Callable:
-        @functools.wraps(function)  # its signature is looked at
+        @functools.wraps(function)  # callers read its signature
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             with self.stage(name if isinstance(name, str) else name()):
                 return function(*args, **kwargs)
@@ -64,7 +64,7 @@ class Stages(TrainerCallback):
 
 
 def profile(options: argparse.Namespace) -> dict[str, Any]:
-    """Train a few rollouts, and say what took how long."""
+    """Train a few rollouts, and measure the time of each stage."""
     stages, timer = Stages(), StepTimer()
     trainer = make_trainer(options.row, options, [stages, timer])
 
@@ -78,12 +78,12 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
     if critic is not None and critic.module is not None:
         towers += [critic.module.backbone] if critic.module.backbone is not None else []
         critic.module.forward = stages.timed(forward_of("critic"), critic.module.forward)
-        # Its own: it goes through neither accelerate's backward nor the trainer's optimizer.
+        # The critic has its own functions: it uses neither accelerate's backward nor the trainer's optimizer.
         critic.backward = stages.timed("critic, backward", critic.backward)
         critic.clip_gradient = stages.timed("optimizers", critic.clip_gradient)
         critic.step = stages.timed("optimizers", critic.step)
     for backbone in towers:
-        # Of a frozen tower, which computes an image's features once a rollout; else it is part of the forward.
+        # A frozen tower computes an image's features once per rollout. Otherwise the tower is part of the forward.
         backbone.get_image_features = stages.timed("frozen vision tower", backbone.get_image_features)
     trainer.accelerator.backward = stages.timed("policy, backward", trainer.accelerator.backward)
     trainer.accelerator.clip_grad_norm_ = stages.timed("optimizers", trainer.accelerator.clip_grad_norm_)
@@ -113,12 +113,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(row="sapo_separate")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if options.rollouts < 2:
-        parser.error(f"--rollouts must be at least 2, because the first is not counted; got {options.rollouts}")
+        parser.error(f"--rollouts must be at least 2, because the first one is not counted; got {options.rollouts}")
     complete(options)
     found = profile(options)
     options.out.mkdir(parents=True, exist_ok=True)
     (Path(options.out) / f"profile_{options.row}.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(f"{ROWS[options.row][0]}, {found['machine']}: {found['seconds_per_rollout']:.2f} s a rollout\n")
+    print(f"{ROWS[options.row][0]}, {found['machine']}: {found['seconds_per_rollout']:.2f} s per rollout\n")
     print("| stage | seconds | share |\n| --- | ---: | ---: |")
     for name, seconds in found["stages"].items():
         print(f"| {name} | {seconds:.3f} | {seconds / found['seconds_per_rollout']:.1%} |")

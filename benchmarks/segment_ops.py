@@ -1,8 +1,8 @@
 """
 Time the segment operations of one rollout: segmentation, GAE, whitening, policy loss and value loss with gradients.
 
-The other column is the same algorithm in the way it is usually written: Python loops over responses and segments, and
-the partition derived again by each consumer. Both are checked to give the same numbers before they are timed.
+The comparison is the same algorithm in its usual form: Python loops over responses and segments, and each consumer
+computes the partition again. Before the timing, both are checked to give the same numbers.
 
     python benchmarks/segment_ops.py                 # 512 responses of up to 2,048 tokens
     python benchmarks/segment_ops.py --rows 32 --length 256 --repeats 3
@@ -28,7 +28,7 @@ TOP_PERCENT, GAMMA, LAM, CLIP_LOW, CLIP_HIGH, DUAL_CLIP, CLIPRANGE_VALUE = 30.0,
 
 
 def make_rollout(rows: int, length: int, device: str) -> dict[str, torch.Tensor]:
-    """Random rollout; lengths are log-normal around a third of the maximum, like those of reasoning responses."""
+    """Random rollout. Lengths are log-normal around a third of the maximum, like lengths of reasoning responses."""
     generator = torch.Generator().manual_seed(0)
     lengths = (torch.randn(rows, generator=generator).mul(0.6).exp() * length / 3).long().clamp(1, length)
     lengths[0] = length
@@ -52,7 +52,7 @@ def make_rollout(rows: int, length: int, device: str) -> dict[str, torch.Tensor]
 
 
 def vectorised(rollout: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """This package. Returns both losses and both gradients."""
+    """This package's functions. Returns both losses and both gradients."""
     segments = entropy_segments(rollout["entropies"], rollout["mask"], TOP_PERCENT)
     advantages, returns = segment_gae(rollout["rewards"], rollout["values"], segments, GAMMA, LAM, "end")
     advantages = masked_whiten(advantages, rollout["mask"]).clamp(-5, 5)
@@ -95,8 +95,8 @@ def loops(rollout: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
     logps = rollout["logps"].clone().requires_grad_()
     log_ratio = (logps - rollout["old_logps"]).clamp(-20, 20)
-    # Rows and segments are split off and joined again: writing into slices would make autograd copy the whole tensor
-    # once per segment, and the comparison unfairly slow.
+    # Rows and segments are split off and joined again. If the loop wrote into slices, autograd would copy the whole
+    # tensor once per segment, and the comparison would be unfair.
     rows = []
     for row, (length, row_log_ratio) in enumerate(zip(lengths, log_ratio.unbind(0), strict=True)):
         ends = loop_ends(rollout["entropies"][row], length)
@@ -122,7 +122,7 @@ def loops(rollout: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def timed(function, rollout: dict[str, torch.Tensor], repeats: int) -> list[float]:
-    """Seconds of each run, after one that is not counted."""
+    """Seconds of each run, after a first run that does not count."""
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()

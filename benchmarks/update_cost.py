@@ -1,16 +1,16 @@
 """
-What scoring and updating cost with each of SAPO's critics, against TRL's GRPO on the very same responses.
+Cost of scoring and updating with each of SAPO's critics, compared with TRL's GRPO on the same responses.
 
-Both trainers are given the same prompts with a picture each and the same responses, whose lengths are drawn from a
-log-normal distribution; nothing is generated and rewards take no time, so a step is its scoring and its update. Each
-row is a process of its own, rows take turns, and a ratio is one of the two rows of the same turn. Random weights of
-Qwen2.5-VL's shape; nothing is downloaded.
+Both trainers get the same prompts with a picture each, and the same responses with log-normal lengths. Nothing is
+generated and rewards take no time, so a step consists of scoring and updating. Each row is measured in a separate
+process. Rows take turns, and a ratio compares two rows of the same turn. The model has random weights and Qwen2.5-VL's
+shape. Nothing is downloaded.
 
     python benchmarks/update_cost.py --out results                   # Qwen2.5-VL-3B's shape, on a GPU
     python benchmarks/update_cost.py --size tiny --out results       # a tiny model, on a CPU too
 
-Memory on a GPU is that of its tensors. On a CPU it is what the process has grown by, in which there is also what its
-allocator keeps; `--count_tensors` counts tensors there too, by PyTorch's profiler, with which steps take longer.
+On a GPU, memory means the tensors' memory. On a CPU it is the growth of the process, which includes memory kept by its
+allocator. `--count_tensors` counts tensors on a CPU, too. It uses PyTorch's profiler, which makes steps slower.
 
 It writes `update_cost.json` and, as tables for `docs/performance.md`, `update_cost.md`.
 """
@@ -57,7 +57,7 @@ from sapo_trl import SAPOConfig, SAPOTrainer
 from sapo_trl.planner.setup import GIB
 
 
-# Name in the table, critic (`None`: TRL's trainer), whether with LoRA, the row it is compared with.
+# Name in the table, critic (`None`: TRL's trainer), with LoRA or without, the row to compare with.
 ROWS = {
     "grpo": ("TRL GRPO", None, False, None),
     "sapo_none": ('SAPO, `critic="none"`', "none", False, "grpo"),
@@ -70,7 +70,7 @@ MINI_BATCHES = 2
 
 
 def lengths_of(rows: int, longest: int, seed: int = 0, same: bool = False) -> list[int]:
-    """Log-normal, with a spread as of reasoning models' responses; the longest are cut off as by a limit."""
+    """Log-normal lengths, with the spread of reasoning models' responses. A limit cuts the longest responses off."""
     if same:
         return [longest] * rows
     drawn = np.random.default_rng(seed).lognormal(np.log(longest / 5), 0.7, rows)
@@ -78,14 +78,14 @@ def lengths_of(rows: int, longest: int, seed: int = 0, same: bool = False) -> li
 
 
 def given_rollout(lengths: list[int]):
-    """A `rollout_func` that returns responses of these lengths, the same ones each time."""
+    """A `rollout_func` that returns responses of these lengths, with the same tokens each time."""
 
     def rollout(prompts: list, trainer: Any) -> dict[str, Any]:
         encoded = trainer.processing_class.apply_chat_template(
             prompts, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         generator = torch.Generator().manual_seed(0)
-        # Letters, no special tokens.
+        # These tokens are letters, not special tokens.
         responses = [torch.randint(40, 200, (n,), generator=generator).tolist() for n in lengths[: len(prompts)]]
         return {
             "prompt_ids": [list(ids) for ids in encoded["input_ids"]],
@@ -97,7 +97,7 @@ def given_rollout(lengths: list[int]):
 
 
 class TokenCounter:
-    """Tokens that went through a model's layers, padding included."""
+    """Counts the tokens that go through a model's layers, including padding."""
 
     def __init__(self, backbone: torch.nn.Module):
         self.tokens = 0
@@ -153,7 +153,7 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a few steps in this process, and say what they took."""
+    """Train a few steps in this process, and measure their memory and time."""
     _, critic, lora, _ = ROWS[name]
     timer, before = StepTimer(), start_counting()
     memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if options.count_tensors else None
@@ -162,10 +162,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         policy = trainer.accelerator.unwrap_model(trainer.model)
         counter = TokenCounter((policy.get_base_model() if lora else policy).base_model)
         trainer.train()
-    # A rollout's first step scores it. The first rollout also makes the optimizer's state and fills caches.
+    # A rollout's first step also scores it. The first rollout also makes the optimizer's state and fills caches.
     rollouts = range(MINI_BATCHES, len(timer.seconds), MINI_BATCHES)
     seconds = [sum(timer.seconds[first : first + MINI_BATCHES]) for first in rollouts]
-    # Each token is scored once and trained on once, by an adapter critic as well, which runs on the policy's layers.
+    # The policy scores each token once and trains on it once. An adapter critic does the same on the policy's layers.
     needed = trainer.state.num_input_tokens_seen * (4 if critic == "adapter" else 2)
     return {
         "seconds": statistics.median(seconds),
@@ -175,23 +175,23 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_row(name: str, arguments: list[str]) -> dict[str, Any]:
-    """A row, measured in a process of its own."""
+    """A row, measured in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, __file__, *arguments, "--row", name, "--result", str(result)]
         process = subprocess.run(command, capture_output=True, text=True)
         if result.is_file():
             return json.loads(result.read_text())
-        if process.returncode == -9:  # by the kernel
+        if process.returncode == -9:  # the kernel killed the process
             return {"error": OUT_OF_MEMORY}
         return {"error": (process.stderr.strip().splitlines() or ["no message"])[-1][:300]}
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The report as a table, with what it was measured on."""
+    """The report as a table, with the machine, the versions and the options."""
     options, turns = report["options"], report["turns"]
     lines = [
-        "| Trainer | seconds a rollout | padding | peak GiB | against | time, min / median / max | memory |",
+        "| Trainer | seconds per rollout | padding | peak GiB | compared with | time, min / median / max | memory |",
         "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
     for name in turns[0]:
@@ -214,10 +214,10 @@ def as_markdown(report: dict[str, Any]) -> str:
             cells[3:] = [ROWS[against][0], spread, f"{memory:.2f}"]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
-    memory = "the process, without what imports take"
+    memory = "of the process, without the memory of imports"
     if report["on_gpu"] or options["count_tensors"]:
-        memory = "tensors"
-    lora = {"all": "all linear layers", "language": "those of the language model, the vision tower is frozen"}
+        memory = "of tensors"
+    lora = {"all": "all linear layers", "language": "the language model's linear layers, with a frozen vision tower"}
     rows = options["micro_batch"] * options["accumulation"] * MINI_BATCHES
     lengths = lengths_of(rows, options["completion_length"], same=options["same_length"])
     lines += [
@@ -228,7 +228,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"{options['micro_batch']}; {options['rollouts'] - 1} rollouts timed, {len(turns)} turns; pictures of "
         f"{options['image_size']} x {options['image_size']} pixels; gradient checkpointing "
         f"{'on' if options['gradient_checkpointing'] else 'off'}; LoRA of {lora[options['lora_layers']]}. Peak memory "
-        f"is of {memory}.",
+        f"is the peak {memory}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -240,21 +240,21 @@ def parser() -> argparse.ArgumentParser:
         "--lora_layers",
         choices=("all", "language"),
         default="all",
-        help="linear layers that LoRA rows adapt; with those of the language model alone the vision tower is frozen",
+        help="linear layers that LoRA rows adapt; with the language model's layers alone, the vision tower is frozen",
     )
     parser.add_argument(
-        "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="by default on a GPU alone"
+        "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="by default only on a GPU"
     )
-    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="what to measure")
-    parser.add_argument("--turns", type=int, default=3, help="how often each row is measured, in turn with the others")
-    parser.add_argument("--rollouts", type=int, default=4, help="the first is not timed")
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="rows to measure")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each row, in turn with the other rows")
+    parser.add_argument("--rollouts", type=int, default=4, help="number of rollouts; the first is not timed")
     parser.add_argument("--micro_batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=8)
     parser.add_argument("--completion_length", type=int, default=2048, help="tokens of the longest response")
-    parser.add_argument("--image_size", type=int, default=448, help="pixels, a multiple of 28")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (GPU: bfloat16)")
-    parser.add_argument("--count_tensors", action="store_true", help="on a CPU, instead of the process's memory")
-    parser.add_argument("--same_length", action="store_true", help="all responses as long as the longest: no padding")
+    parser.add_argument("--image_size", type=int, default=448, help="width and height in pixels, a multiple of 28")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (GPU: bfloat16)")
+    parser.add_argument("--count_tensors", action="store_true", help="on a CPU: count tensors instead of the process")
+    parser.add_argument("--same_length", action="store_true", help="give all responses the longest length: no padding")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
     parser.add_argument("--row", choices=tuple(ROWS), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -262,7 +262,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def complete(options: argparse.Namespace) -> None:
-    """Fill in what depends on the machine."""
+    """Fill in the options that depend on the machine."""
     on_gpu = torch.cuda.is_available()
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     if options.gradient_checkpointing is None:
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             turn[name] = run_row(name, arguments)
             print(name, json.dumps(turn[name]), file=sys.stderr, flush=True)
         report["turns"].append(turn)
-        # After each turn: a long run that is cut short leaves what it found.
+        # Write after each turn, so that an interrupted run leaves its results.
         (options.out / "update_cost.json").write_text(json.dumps(report, indent=2) + "\n")
         (options.out / "update_cost.md").write_text(as_markdown(report))
     print(as_markdown(report))

@@ -33,7 +33,9 @@ BANNED = {
     "relative in front": re.compile(r"\b(?:of|for)\s+(?:which|whom|whose)\b|\bin\s+the\s+place\s+of\b", re.IGNORECASE),
 }
 # An indirect question reads well: "the error says what is wrong". So does an infinitive: "what to do next".
-_ASKS = r"(?:say|tell|know|ask|explain|decide|show|see|learn|find out)(?:s|es|ed|ing|n)?|said|told|knew|no matter"
+_ASKS = (
+    r"(?:say|tell|describe|know|ask|explain|decide|show|see|learn|find out)(?:s|es|ed|ing|n)?|said|told|knew|no matter"
+)
 INDIRECT_QUESTION = re.compile(rf"\b(?:{_ASKS})(?:\s+(?:you|us|me|it|them|exactly))?\s+$", re.IGNORECASE)
 INFINITIVE = re.compile(r"what\s+(?:to|if)$", re.IGNORECASE)
 

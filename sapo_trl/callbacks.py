@@ -1,4 +1,4 @@
-"""Callbacks that see rollouts: [`SegmentationCallback`] describes and records how responses were segmented."""
+"""Callbacks for rollouts. [`SegmentationCallback`] logs and records how responses are segmented."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .segments import Segments
 @dataclass
 class SegmentedRollout:
     """
-    A scored and segmented rollout of this process, before it is cut into micro-batches. `(B, T)` tensors are 0 or
-    arbitrary outside the segments.
+    A scored and segmented rollout of this process, before it is cut into micro-batches. Outside the segments, `(B, T)`
+    tensors are arbitrary.
 
     Args:
         segments ([`Segments`]): the partition.
@@ -34,18 +34,19 @@ class SegmentedRollout:
         prompt_ids (`torch.Tensor`): int64 `(B, P)`.
         prompt_mask (`torch.Tensor`): int64 `(B, P)`.
         logps (`torch.Tensor`): float32 `(B, T)`, log-probabilities under the policy that produced the rollout.
-        entropies (`torch.Tensor`): float32 `(B, T)`, of the same policy.
+        entropies (`torch.Tensor`): float32 `(B, T)`, entropies of the same policy.
         values (`torch.Tensor`): float32 `(B, T)`, values of the states before each token.
         token_rewards (`torch.Tensor`): float32 `(B, T)`.
-        advantages (`torch.Tensor`): float32 `(B, T)`, as the loss uses them.
+        advantages (`torch.Tensor`): float32 `(B, T)`, the advantages in the loss.
         returns (`torch.Tensor`): float32 `(B, T)`.
         rewards (`torch.Tensor`): float32 `(B,)`, NaN for a response that no reward function could score.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the completions.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): tokenizer of the completions.
         mode (`str`): `"train"` or `"eval"`.
         continuations ([`~sapo_trl.rollouts.ContinuationSampler`], *optional*):
-            samples what the policy makes of a response's prefix; `None` if the trainer did not generate it itself.
+            samples the policy's continuations of a response's prefix; `None` if the trainer did not generate the
+            rollout itself.
         completion_mask (`torch.Tensor`, *optional*):
-            int64 `(B, T)`, 1 where there is a token, whoever wrote it: what tools returned is in it and in no segment.
+            int64 `(B, T)`, 1 for every token. Tokens from tools have a 1, too, but belong to no segment.
         images (`list[list]`, *optional*): the images of each response's prompt.
     """
 
@@ -68,7 +69,7 @@ class SegmentedRollout:
 
 
 class RolloutCallback(TrainerCallback):
-    """A [`~transformers.TrainerCallback`] that [`SAPOTrainer`] also shows every rollout to, in evaluation too."""
+    """A [`~transformers.TrainerCallback`] that [`SAPOTrainer`] also calls with every rollout, also in evaluation."""
 
     def on_rollout(
         self,
@@ -83,11 +84,11 @@ class RolloutCallback(TrainerCallback):
 
         Args:
             args ([`SAPOConfig`]): settings of the run.
-            state ([`~transformers.TrainerState`]): where training stands.
-            control ([`~transformers.TrainerControl`]): to influence the training loop.
+            state ([`~transformers.TrainerState`]): state of the training.
+            control ([`~transformers.TrainerControl`]): influences the training loop.
             rollout ([`SegmentedRollout`]): this process's responses.
             metrics ([`MetricAccumulator`]):
-                what is added here appears in the next log. Every process must add the same names.
+                collects metrics for the next log entry. Every process must add the same names.
         """
 
     def on_policy_forward(
@@ -99,56 +100,56 @@ class RolloutCallback(TrainerCallback):
         log_ratios: torch.Tensor,
     ) -> None:
         """
-        Called in training with each micro-batch that the policy is run on, before the optimizer step. Not called for
-        TRL's own losses, which keep their log-probabilities to themselves, nor while only the critic learns.
+        Called in training after the policy's forward of each micro-batch, before the optimizer step. It is not called
+        while only the critic learns, nor for TRL's own losses, because they do not expose their log-probabilities.
 
         Args:
             args ([`SAPOConfig`]): settings of the run.
-            state ([`~transformers.TrainerState`]): where training stands.
-            control ([`~transformers.TrainerControl`]): to influence the training loop.
-            rows (`torch.Tensor`): int64 `(b,)`, the places of these responses in the latest rollout.
+            state ([`~transformers.TrainerState`]): state of the training.
+            control ([`~transformers.TrainerControl`]): influences the training loop.
+            rows (`torch.Tensor`): int64 `(b,)`, the indices of these responses in the latest rollout.
             log_ratios (`torch.Tensor`):
-                float32 `(b, T)`, each token's log-probability less that at rollout time; arbitrary outside the
-                segments.
+                float32 `(b, T)`, each token's log-probability minus its log-probability at rollout time; arbitrary
+                outside the segments.
         """
 
     def state_dict(self) -> dict[str, Any]:
         """
-        The callback's state on this process, for a checkpoint. A resumed run restores it and goes on as if
-        uninterrupted.
+        The callback's state on this process, for a checkpoint. A resumed run restores it and continues as if it had
+        never been interrupted.
 
         Returns:
-            `dict[str, Any]`: tensors, numbers, strings, images, lists and dictionaries of them.
+            `dict[str, Any]`: tensors, numbers, strings and images, or lists and dictionaries of them.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Restore what [`RolloutCallback.state_dict`] returned.
+        Restore a state from [`RolloutCallback.state_dict`].
 
         Args:
-            state (`dict[str, Any]`): several callbacks of one class get their states in the order of the callbacks.
+            state (`dict[str, Any]`): the state. Several callbacks of one class get their states in their own order.
         """
 
 
 class SegmentationCallback(RolloutCallback):
     """
-    Logs how responses are segmented, and on request records the segmented responses.
+    Logs how responses are segmented, and optionally records the segmented responses.
 
-    Logged with every rollout: `segments/count`, `segments/length` (and `segments/max_length`),
+    With every rollout it logs `segments/count`, `segments/length` (and `segments/max_length`),
     `segments/single_token_share`, `segments/entropy_at_cuts` and `segments/entropy_elsewhere`,
-    `segments/value_change_at_cuts` and `segments/value_change_elsewhere`. [`SAPOTrainer`] adds one of these callbacks
-    if it is given none.
+    `segments/value_change_at_cuts` and `segments/value_change_elsewhere`. [`SAPOTrainer`] adds this callback if you
+    give it none.
 
     Args:
         output_dir (`str` or `Path`, *optional*):
-            folder to write rollouts to, one file per rollout and process; by default nothing is written.
+            folder for rollouts, with one file per rollout and process; by default nothing is written.
         file_format (`str`, *optional*, defaults to `"parquet"`): `"parquet"` or `"json"` (one object per line).
         every (`int`, *optional*, defaults to `1`): write every `every`-th training rollout.
         max_responses (`int`, *optional*): write at most this many responses of a rollout.
         image_size (`int`, *optional*, defaults to `256`):
-            longer side, in pixels, to which prompts' images are shrunk before they are written, each once, into the
-            folder `images`; `None` writes none.
+            longer side of the written images, in pixels. Each image of a prompt is shrunk and written once, to the
+            folder `images`. `None` writes no images.
     """
 
     def __init__(
@@ -226,9 +227,10 @@ class SegmentationCallback(RolloutCallback):
         _write_rows(self.output_dir / f"segments_{name}", rows)
 
     def _save_image(self, image: Any) -> str:
-        """The name of an image's file, which is written if it is not there."""
+        """The name of an image's file. A missing file is written."""
         image = load_image(image)
-        # Of the pixels: to encode every response's image only to find it known would take a hundred times as long.
+        # Hash the pixels. To hash an encoded image, every response's image would have to be encoded first, which would
+        # take a hundred times as long.
         digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:24]
         path = self.output_dir / "images" / f"{digest}.png"
         if not path.exists():
@@ -240,7 +242,7 @@ class SegmentationCallback(RolloutCallback):
 
 
 class _RatioRecord:
-    """The latest log-ratios of a rollout's recorded responses, as they come in, and the file they go to."""
+    """Collects the latest log-ratios of a rollout's recorded responses, for their file."""
 
     def __init__(self, path: Path, mask: torch.Tensor):
         self.path, self.mask = path, mask
@@ -271,18 +273,18 @@ def segmented_responses(
     rollout: SegmentedRollout, step: int, max_responses: int | None = None
 ) -> list[dict[str, Any]]:
     """
-    One record per response, with a list entry per token of its segments.
+    One record per response. Its lists have one entry per token in a segment.
 
     Args:
         rollout ([`SegmentedRollout`]): the rollout.
-        step (`int`): optimizer step at which it was produced.
-        max_responses (`int`, *optional*): how many of its responses to return.
+        step (`int`): optimizer step of the rollout.
+        max_responses (`int`, *optional*): largest number of responses to return.
 
     Returns:
         `list[dict]`: `step`, `prompt`, `reward` (`None` if unscored) and the lists `tokens` (text), `special` (whether
-        it is a special token), `segment_ids`, `logps`, `entropies`, `values`, `advantages` and `returns`. Tokens of no
-        segment, such as what tools returned, are in `masked_tokens`, each with the number of tokens of segments before
-        it in `masked_positions`.
+        a token is special), `segment_ids`, `logps`, `entropies`, `values`, `advantages` and `returns`. Tokens outside
+        segments, such as tokens from tools, are in `masked_tokens`. For each of them, `masked_positions` has the
+        number of segment tokens before it.
     """
     per_token = {
         "segment_ids": rollout.segments.ids,
@@ -292,9 +294,9 @@ def segmented_responses(
         "advantages": rollout.advantages,
         "returns": rollout.returns,
     }
-    # One transfer per tensor instead of one per row.
+    # Transfer each tensor once, instead of once per row.
     columns = {name: tensor[:max_responses].tolist() for name, tensor in per_token.items()}
-    # Without the mask nothing but padding is known to be outside of segments.
+    # Without the mask, only padding is known to lie outside segments.
     present = rollout.segments.mask if rollout.completion_mask is None else rollout.completion_mask.bool()
     special = set(rollout.tokenizer.all_special_ids)
     rows = []
@@ -330,5 +332,5 @@ def segmented_responses(
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    # Of no tokens, `batch_decode` makes one empty text.
+    # For an empty list, `batch_decode` would return one empty text.
     return tokenizer.batch_decode([[token] for token in ids]) if ids else []

@@ -1,4 +1,4 @@
-"""What TRL's completions table (`log_completions=True`) shows of segments."""
+"""Columns with segments for TRL's completions table (`log_completions=True`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .foreign_text import visible
 
 
 CUT = "│"
-"""Stands between segments."""
+"""Separates segments."""
 
 
 def segment_columns(rollout: SegmentedRollout) -> dict[str, list]:
@@ -18,9 +18,9 @@ def segment_columns(rollout: SegmentedRollout) -> dict[str, list]:
         rollout ([`SegmentedRollout`]): the rollout.
 
     Returns:
-        `dict[str, list]`: `segments/text`, the text with [`CUT`] between segments, special tokens included, tokens
-        of no segment left out and invisible controls written out; `segments/advantages`, a list with the mean
-        advantage of each segment, to 4 decimals.
+        `dict[str, list]`: `segments/text`, the text with [`CUT`] between segments; `segments/advantages`, a list with
+        the mean advantage of each segment, to 4 decimals. The text includes special tokens, has names for invisible
+        controls, and omits tokens outside segments.
     """
     texts, advantages = [], []
     for ids, segment_ids, means, count in zip(
@@ -34,8 +34,8 @@ def segment_columns(rollout: SegmentedRollout) -> dict[str, list]:
         for token, segment in zip(ids, segment_ids, strict=True):
             if segment >= 0:
                 pieces[segment].append(token)
-        # Whole segments at once: of a single token a character may be a part only. Of none `batch_decode` makes one.
-        # What turns the writing direction in one segment would move the others, too.
+        # Decode whole segments, because a single token may be only a part of a character. For no segments
+        # `batch_decode` would return one text. A control of the writing direction would also move other segments.
         texts.append(CUT.join(map(visible, rollout.tokenizer.batch_decode(pieces) if pieces else [])))
         advantages.append([round(mean, 4) for mean in means[:count]])
     return {"segments/text": texts, "segments/advantages": advantages}

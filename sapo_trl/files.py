@@ -1,4 +1,4 @@
-"""Files that are complete or not there."""
+"""Writes files that are either complete or missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """
-    A path to write to instead of `path`, which takes its name once the block has ended.
+    A temporary path to write to. At the end of the block the file is renamed to `path`.
 
     The content is on the disk before the file is renamed, so not even a power cut leaves half a file.
 
@@ -21,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path (`Path`): the file to write or to replace.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)  # it may be a link, which would be written through
+    temporary.unlink(missing_ok=True)  # it may be a link, and writing would change the link's target
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The name too has to reach the disk. Some network file systems cannot promise that.
+    # The new name must reach the disk, too. Some network file systems cannot promise that.
     with suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -46,5 +46,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file. Numbers that are none (NaN, infinity) are an error."""
+    """Write a JSON file. NaN and infinity are an error."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

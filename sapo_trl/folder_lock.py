@@ -1,4 +1,4 @@
-"""A folder that belongs to one run at a time."""
+"""Locks a folder for one run at a time."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ logger = logging.getLogger(__name__)
 # Names with an underscore in front are not uploaded to the Hub with the folder.
 LOCK_NAME = "_lock"
 HOLDER_NAME = "_lock_holder.json"
-"""Says who holds the lock."""
+"""File that describes the holder of the lock."""
 
-# Error numbers of file systems without locks: some network file systems, or a lock daemon that does not run.
+# Error numbers without locks: some network file systems, or a lock daemon that does not run.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class FolderInUseError(ValueError):
-    """Another process uses a folder that is for one at a time."""
+    """Another process uses the folder, which only one process may use at a time."""
 
 
 @contextlib.contextmanager
 def locked(folder: str | Path, activity: str) -> Iterator[None]:
     """
-    Keep a folder to this process while the block runs. The block may lock the same folder again.
+    Reserve a folder for this process while the block runs. The block may lock the same folder again.
 
-    The operating system holds the lock and releases it when the process ends, also when it is killed: a dead run does
-    not block the next one. On a file system without locks there is a warning instead.
+    The operating system holds the lock. It releases the lock when the process ends or is killed, so a dead run does
+    not block the next run. On a file system without locks there is only a warning.
 
     Args:
-        folder (`str` or `Path`): the folder, created if it is not there.
-        activity (`str`): the use of the folder, for the error of a second process: `"trains"`.
+        folder (`str` or `Path`): the folder. It is created if necessary.
+        activity (`str`): the use of the folder, for the error in a second process, such as `"trains"`.
 
     Raises:
-        FolderInUseError: if another process has the folder; it says which.
+        FolderInUseError: if another process has the folder. The error names the process.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # One object for a path, so that the lock can be taken again. The soft lock that filelock falls back to is a plain
-    # file, which would outlive a killed process on another machine.
+    # Use one object per path, so that the block can take the lock again. Do not fall back to filelock's soft lock: it
+    # is a plain file and would outlive a killed process on another machine.
     lock = FileLock(folder.resolve() / LOCK_NAME, timeout=0, is_singleton=True, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -63,7 +63,7 @@ def locked(folder: str | Path, activity: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         logger.warning(
-            "The file system of %s has no locks (%s): make sure yourself that no other process uses this folder.",
+            "The file system of %s has no locks (%s). Make sure that no other process uses this folder.",
             folder,
             error,
         )
@@ -97,5 +97,5 @@ def _holder(folder: Path) -> str:
             f"process {holder['pid']} on {holder['host']} {holder['activity']} there since {holder['since']} "
             f"({HOLDER_NAME})"
         )
-    except (OSError, ValueError, KeyError, TypeError):  # in the moment between the lock and the note, or damaged
+    except (OSError, ValueError, KeyError, TypeError):  # the note is not written yet, or is damaged
         return "another process has locked it"

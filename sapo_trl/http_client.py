@@ -1,4 +1,4 @@
-"""HTTP, limited in time and size: JSON with one rule for repetitions, and single files."""
+"""HTTP with limits of time and size: JSON, with one rule for retries, and single files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from requests.adapters import HTTPAdapter
 logger = logging.getLogger(__name__)
 
 MAX_DELAY = 30.0
-"""Seconds between two attempts at most, also if the server asks for more."""
+"""Longest time between two attempts in seconds, even if the server asks for more."""
 MAX_ANSWER_BYTES = 16 * 2**20
-"""Of an answer, unless the caller expects more."""
+"""Largest size of an answer, unless the caller expects more."""
 
 _PIECE_BYTES = 2**16
 _ERROR_BYTES = 2000
 _PASSING = {408, 429}
-"""Refusals that a later attempt may not meet."""
+"""Refusals that may not occur again in a later attempt."""
 _NO_ENCODING = {"Accept-Encoding": "identity"}
 """For an answer that cannot grow when it is decoded."""
 _REDIRECTS = {301, 302, 303, 307, 308}
@@ -39,11 +39,12 @@ _SHOWN = 200
 
 class RequestRefusedError(RuntimeError):
     """
-    The server refused a request, or its answer cannot be read; asking again would change nothing.
+    The server refused a request, or its answer is unreadable. A repetition would change nothing.
 
     Args:
-        message (`str`): the event.
-        status (`int`, *optional*): of the answer; `None` for one that was accepted and cannot be read.
+        message (`str`): description of the error.
+        status (`int`, *optional*): status of the answer; `None` if the request was accepted, but the answer is
+            unreadable.
     """
 
     def __init__(self, message: str, status: int | None = None):
@@ -56,26 +57,27 @@ class AnswerTooLargeError(RequestRefusedError):
 
 
 class ServerLostError(RuntimeError):
-    """The server did not answer, again and again."""
+    """The server did not answer, even after retries."""
 
 
 class HTTPClient:
     """
-    Requests to one server, each repeated a bounded number of times.
+    Sends requests to one server, and repeats failed requests a limited number of times.
 
-    A request is repeated if it finds no server, if the connection breaks, if the whole answer is not there in time,
-    and for the statuses 408, 429 and from 500 on: after the seconds that the answer's `Retry-After` names, else after
-    1, 2, 4, … times `backoff` seconds, at most 30. Every failure is logged. Redirects are not followed: they would
-    carry the request, and the key, to another host. Safe to use from several threads.
+    A request has failed if there is no server, if the connection breaks, if the answer is not complete in time, or if
+    its status is 408, 429 or at least 500. It is repeated after the seconds in the answer's `Retry-After`, or
+    otherwise after 1, 2, 4, … times `backoff` seconds. Both are limited to 30 seconds. Every failure is logged.
+    Redirects are not followed: they would carry the request, and the key, to another host. Several threads may use one
+    client.
 
     Args:
-        base_url (`str`): such as `"http://localhost:8000"`.
+        base_url (`str`): address of the server, such as `"http://localhost:8000"`.
         timeout (`float`): seconds from the beginning of a request to the last byte of its answer.
-        retries (`int`): how often a failed request is repeated; 0 for never.
+        retries (`int`): largest number of repetitions of a failed request; 0 for none.
         backoff (`float`): seconds before the first repetition.
-        key (`str`, *optional*): sent as a bearer token.
+        key (`str`, *optional*): key to send as a bearer token.
         is_nearby (`bool`, *optional*, defaults to `False`):
-            whether the server is on this machine or beside it. Proxies from the environment are for the outside world.
+            whether the server is in the local network. Then proxies from the environment are ignored.
     """
 
     def __init__(
@@ -103,11 +105,11 @@ class HTTPClient:
         self._proxies = {"http": "", "https": ""} if is_nearby else {}
 
     def get(self, path: str, **kwargs: Any) -> Any:
-        """`GET`; see [`HTTPClient.request`]."""
+        """Send a `GET` request; see [`HTTPClient.request`]."""
         return self.request("GET", path, None, **kwargs)
 
     def post(self, path: str, payload: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """`POST` of a JSON object; see [`HTTPClient.request`]."""
+        """Send a `POST` request with a JSON object; see [`HTTPClient.request`]."""
         return self.request("POST", path, payload, **kwargs)
 
     def request(
@@ -123,17 +125,17 @@ class HTTPClient:
 
         Args:
             method (`str`): `"GET"` or `"POST"`.
-            path (`str`): begins with a slash.
-            payload (`dict`, *optional*): sent as JSON.
-            retries (`int`, *optional*): instead of the client's.
-            max_bytes (`int`, *optional*, defaults to 16 MiB): size of the answer at most.
+            path (`str`): path of the address, with a slash in front.
+            payload (`dict`, *optional*): JSON object to send.
+            retries (`int`, *optional*): replaces the client's `retries`.
+            max_bytes (`int`, *optional*, defaults to 16 MiB): largest size of the answer.
 
         Returns:
             The decoded JSON, or `None` for an empty answer.
 
         Raises:
-            [`ServerLostError`]: after the last repetition.
-            [`RequestRefusedError`]: for any other status but success, an answer that is too large, and one that is no
+            [`ServerLostError`]: if the last repetition fails, too.
+            [`RequestRefusedError`]: for any other status except success, and for an answer that is too large or not
                 JSON.
         """
         asked = f"{method} {self.base_url}{path}"
@@ -185,7 +187,7 @@ class HTTPClient:
         if status in _PASSING or status >= 500:
             raise _AttemptFailed(answer, _seconds(headers.get("Retry-After")))
         if status < 400:
-            answer += f" It points to {headers.get('Location')!r}, and redirects are not followed."
+            answer += f" It redirects to {headers.get('Location')!r}, but redirects are not followed."
         raise RequestRefusedError(f"{asked} was refused: {answer}", status)
 
 
@@ -283,7 +285,7 @@ class _Session(requests.Session):
 
 
 class _EndableAdapter(HTTPAdapter):
-    """Remembers its sockets, which `requests` and urllib3 keep to themselves."""
+    """An adapter that remembers its sockets. `requests` and urllib3 do not give access to them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,7 +312,7 @@ class _EndableAdapter(HTTPAdapter):
     def end(self) -> None:
         """End all reading and writing, from any thread."""
         for open_socket in list(self._sockets):
-            # A second handle, because a TLS socket is not to be shut down by a thread that does not read it.
+            # Use a second handle: a TLS socket must not be shut down by another thread than its reader.
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(open_socket.fileno())) as handle:
                 handle.shutdown(socket.SHUT_RDWR)
 
@@ -318,14 +320,14 @@ class _EndableAdapter(HTTPAdapter):
 @contextlib.contextmanager
 def _ended_at(deadline: float) -> Iterator[_EndableAdapter]:
     """
-    An adapter whose connections end at a time. The timeouts of `requests` are limits between two bytes: a server that
-    sends one now and then would be listened to for ever.
+    An adapter that ends its connections at a given time. The timeouts of `requests` only limit the time between two
+    bytes. A server that sends a byte now and then would never time out.
     """
     adapter, is_done = _EndableAdapter(), threading.Event()
 
     def watch() -> None:
         is_done.wait(deadline - time.monotonic())
-        while not is_done.wait(0.05):  # again, for a connection that is made too late
+        while not is_done.wait(0.05):  # again and again, because a connection may be made too late
             adapter.end()
 
     threading.Thread(target=watch, daemon=True).start()
@@ -336,9 +338,9 @@ def _ended_at(deadline: float) -> Iterator[_EndableAdapter]:
 
 
 def _read(raw: urllib3.HTTPResponse, max_bytes: int) -> bytes:
-    """A body, or a little more than its first `max_bytes`."""
+    """A response's body. A body over `max_bytes` is read a little beyond this limit."""
     pieces, size = [], 0
-    # Not `stream`, which reads the sizes of chunks without a limit.
+    # Do not use `stream`, because it reads the sizes of chunks without a limit.
     while size <= max_bytes and (piece := raw.read(_PIECE_BYTES, decode_content=False)):
         pieces.append(piece)
         size += len(piece)
@@ -346,7 +348,7 @@ def _read(raw: urllib3.HTTPResponse, max_bytes: int) -> bytes:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Of a `Retry-After` header, which is a number or a date; `None` for neither."""
+    """The seconds of a `Retry-After` header, which is a number or a date; `None` for anything else."""
     try:
         return None if retry_after is None else urllib3.Retry().parse_retry_after(retry_after)
     except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""JSON from files that may be old, broken or someone else's: every error names the file and its fault."""
+"""Reads JSON files that may be old, broken or from someone else. Every error names the file and its fault."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 @dataclass(frozen=True)
 class Each:
     """
-    A shape: a JSON object with any names.
+    A shape: a JSON object with arbitrary names.
 
     Args:
-        shape (`Shape`): of each value.
+        shape (`Shape`): shape of each value.
     """
 
     shape: Shape
@@ -41,13 +41,13 @@ def read_json(path: Path, shape: Shape = object) -> Any:
 
     Args:
         path (`Path`): the file.
-        shape (`Shape`, *optional*): the shape of its content; by default any.
+        shape (`Shape`, *optional*): the shape of its content; by default any shape.
 
     Returns:
         The decoded content.
 
     Raises:
-        ValueError: if it is no JSON, or has another shape.
+        ValueError: if the content is not JSON or has another shape.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -61,7 +61,7 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """
     Read a file with a JSON object on each line.
 
-    The last line may be cut, as a run leaves it that is killed while it writes.
+    The last line may be cut: a run may be killed while it writes.
 
     Args:
         path (`Path`): the file.
@@ -70,10 +70,10 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         `tuple[list[dict], list[str]]`: the objects, and a note if the last line was left out.
 
     Raises:
-        ValueError: if any other line is no JSON object.
+        ValueError: if any other line is not a JSON object.
     """
     entries = []
-    # Bytes: a cut may go through a character, and `str.splitlines` ends a line at characters that texts may hold.
+    # Split bytes, not text: a cut may go through a character, and `str.splitlines` also splits at characters in texts.
     *lines, last = path.read_bytes().split(b"\n")
     for number, line in enumerate([*lines, last], start=1):
         if not line.strip():
@@ -82,7 +82,7 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number > len(lines):
-                return entries, [f"{path}: the last line is cut, as by a run that was killed, and is left out."]
+                return entries, [f"{path}: the last line is cut, perhaps because the run was killed. It is left out."]
             raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
         check_shape(entry, dict, f"{path}, line {number}")
         entries.append(entry)
@@ -91,14 +91,16 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def check_shape(content: Any, shape: Shape, file: str, field: str = "") -> None:
     """
+    Check the shape of decoded JSON.
+
     Args:
         content (`Any`): decoded JSON.
         shape (`Shape`): its required shape.
-        file (`str`): for the error, where it is from.
-        field (`str`, *optional*): for the error, its place there.
+        file (`str`): the file's name, for the error.
+        field (`str`, *optional*): the field's place in the file, for the error.
 
     Raises:
-        ValueError: if it is something else, or lacks a name.
+        ValueError: if the content has another type, or lacks a name.
     """
     kinds = shape if isinstance(shape, type | tuple) else dict
     if not isinstance(content, kinds):

@@ -72,7 +72,7 @@ def _derived(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**base, **changes}
 
 
-# With `epsilon_high=None` the clip is symmetric, whatever `epsilon` is set to.
+# With `epsilon_high=None` the clip is symmetric for every value of `epsilon`.
 
 # The paper's equations and its Table 7, without the official script's additions.
 _SAPO = {

@@ -1,4 +1,4 @@
-"""Calls of users' reward functions: a failure for one completion costs no other its reward."""
+"""Calls users' reward functions. If a function fails for one completion, the others keep their rewards."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 logger = logging.getLogger(__name__)
 
-# So many completions in a row that run out of time, and the others are not tried any more.
+# After so many timeouts in a row, the remaining completions are not tried.
 MAX_TIMEOUTS_IN_A_ROW = 3
-# Seconds in which an event loop that works answers.
+# A working event loop answers within so many seconds.
 LOOP_ANSWERS_WITHIN = 1.0
-# Seconds between two looks at whether a loop is still there.
+# Seconds between two checks whether a loop is still alive.
 LOOP_CHECKED_EVERY = 0.1
 
 
 def checked_rewards(reward_funcs: Any, timeout: float | None = None) -> Any:
-    """[`checked_reward`] for all that TRL accepts as `reward_funcs`; reward models and their ids pass unchanged."""
+    """[`checked_reward`] for everything that TRL accepts as `reward_funcs`. Reward models and ids pass unchanged."""
     if isinstance(reward_funcs, list | tuple):
         return [checked_rewards(reward_func, timeout) for reward_func in reward_funcs]
     if reward_funcs is None or isinstance(reward_funcs, str | nn.Module):
@@ -40,26 +40,27 @@ def checked_rewards(reward_funcs: Any, timeout: float | None = None) -> Any:
 
 def checked_reward(reward_func: Callable, timeout: float | None = None) -> Callable:
     """
-    Wrap a reward function so that its failures are seen and survived.
+    Wrap a reward function so that its failures are logged and do not end the run.
 
     A call that raises, calls `sys.exit`, or takes longer than `timeout`, is repeated completion by completion. If it
     fails again for a completion, or returns NaN, the completion has no reward. Its reward is then `None`, which tells
-    TRL that the function does not apply. Errors are: failing for every completion, a wrong number of rewards,
-    an infinite reward.
+    TRL that the function does not apply. Three things are errors: a failure for every completion, a wrong number of
+    rewards, and an infinite reward.
 
-    Asynchronous functions run on an event loop of their own, which they share. A function may block that loop or end
-    it: the others then go on with a new loop. Completions are repeated all at once. A completion
-    that runs out of time then is repeated alone.
+    Asynchronous functions share a separate event loop. If a function blocks or ends this loop, the other functions
+    continue with a new loop. Completions are repeated all at once. A completion that then runs out of time is repeated
+    alone.
 
     Args:
         reward_func (`Callable`): synchronous or asynchronous TRL reward function.
         timeout (`float`, *optional*):
-            seconds until a call has returned all rewards; the work of a generator counts. With it synchronous
-            functions run in a thread. A thread that does not come back is left behind.
+            longest time until a call has returned all rewards, in seconds; the work of a generator counts. With a
+            timeout, synchronous functions run in a thread. A thread that does not return is abandoned.
 
     Returns:
         `Callable`:
-            the same, of the same kind and name. If completions fail it logs their share as `rewards/<name>/failed`.
+            the wrapped function, of the same kind and name. It logs the share of failed completions as
+            `rewards/<name>/failed`, if there are any.
     """
     name = get_callable_name(reward_func)
 
@@ -142,11 +143,11 @@ def checked_reward(reward_func: Callable, timeout: float | None = None) -> Calla
 
 
 class _WrongRewards(ValueError):
-    """A mistake in the function itself, which no repetition mends."""
+    """A mistake in the function itself. A repetition would not help."""
 
 
 def _checked(rewards: Any, name: str, completions: list) -> list[float | None]:
-    """Raise unless there is one reward for each completion, none of them infinite."""
+    """The rewards as a list. Raises unless there is one finite reward (or `None`) for each completion."""
     try:
         rewards = list(rewards)
         infinite = [reward is not None and math.isinf(reward) for reward in rewards]
@@ -164,7 +165,7 @@ def _checked(rewards: Any, name: str, completions: list) -> list[float | None]:
         index = infinite.index(True)
         raise _WrongRewards(
             f"Reward function `{name}` returned {float(rewards[index])} for completion {index} of {len(completions)}; "
-            "rewards must be finite. Return `None` where the function does not apply."
+            "rewards must be finite. Return `None` if the function does not apply."
         )
     return rewards
 
@@ -174,7 +175,7 @@ def _is_final(error: Exception, rows: list[dict[str, Any]]) -> bool:
 
 
 def _is_given_up(outcomes: list[Any]) -> bool:
-    """Whether the last calls were all out of time."""
+    """Whether the last calls all ran out of time."""
     last = outcomes[-MAX_TIMEOUTS_IN_A_ROW:]
     return len(last) == MAX_TIMEOUTS_IN_A_ROW and all(isinstance(outcome, TimeoutError) for outcome in last)
 
@@ -184,7 +185,7 @@ def _exited(error: BaseException) -> str:
 
 
 def _one_by_one(kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arguments of a call for each completion alone."""
+    """The arguments of separate calls, one for each completion."""
     number = len(kwargs["completions"])
     is_column = {name: isinstance(value, list) and len(value) == number for name, value in kwargs.items()}
     return [
@@ -193,7 +194,7 @@ def _one_by_one(kwargs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _separated(outcomes: list[Any]) -> tuple[list[float | None], dict[int, BaseException]]:
-    """Rewards, and failures by position, of calls for one completion each."""
+    """Rewards, and failures by position, from separate calls for the completions."""
     failures = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, BaseException)}
     wrong = next((failure for failure in failures.values() if isinstance(failure, _WrongRewards)), None)
     if wrong is not None:
@@ -211,7 +212,7 @@ def _within(timeout: float, function: Callable, kwargs: dict[str, Any]) -> Any:
         except BaseException as error:
             outcome["error"] = error
 
-    thread = threading.Thread(target=run, daemon=True)  # nobody waits for it, the interpreter's end included
+    thread = threading.Thread(target=run, daemon=True)  # nothing waits for a daemon, not even the interpreter's end
     thread.start()
     thread.join(timeout)
     if "error" in outcome:
@@ -226,19 +227,19 @@ def _late(timeout: float) -> str:
 
 
 class CallTimeoutError(TimeoutError):
-    """Not an error of the function itself."""
+    """Our limit was exceeded. A function's own `TimeoutError` has another type."""
 
 
 class LoopLostError(Exception):
-    """An event loop came to its end under a call: by the call's own fault, or by another one's."""
+    """An event loop ended during a call, because of this call or of another call."""
 
 
 class LoopBlockedError(LoopLostError, TimeoutError):
-    """It does not answer any more."""
+    """An event loop does not answer any more."""
 
 
 class _Loop:
-    """An event loop on a thread of its own, until a coroutine blocks it or ends it."""
+    """An event loop in a separate thread. It is used until a coroutine blocks or ends it."""
 
     def __init__(self):
         self.is_lost = False
@@ -247,7 +248,7 @@ class _Loop:
         self._loop, self._end = started.result()
 
     async def run(self, coroutine: Coroutine, timeout: float | None) -> Any:
-        """The coroutine's result, or [`CallTimeoutError`]. Only the coroutine knows whether it ends then."""
+        """The coroutine's result. Raises [`CallTimeoutError`] after the timeout; the coroutine may go on running."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         result = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
         while time.monotonic() < deadline:
@@ -257,13 +258,13 @@ class _Loop:
                 raise LoopLostError("it was cancelled, as by a task that stops its event loop or calls sys.exit")
             if result.done():
                 return result.result()
-            if was_lost:  # a call that begins while a loop ends would never return
+            if was_lost:  # otherwise a call that began while the loop ended would never return
                 raise LoopLostError("its event loop has ended")
         result.cancel()
         raise CallTimeoutError(_late(timeout))
 
     async def answers(self) -> bool:
-        """Whether no coroutine blocks it. If one does, nothing else is to begin on it."""
+        """Whether the loop is free. If a coroutine blocks it, the loop accepts no more work."""
         try:
             await self.run(asyncio.sleep(0), LOOP_ANSWERS_WITHIN)
         except (CallTimeoutError, LoopLostError):
@@ -271,7 +272,7 @@ class _Loop:
         return not self.is_lost
 
     def end(self) -> None:
-        """Begin nothing else, and end as soon as nothing blocks it."""
+        """Accept no more work, and end the loop as soon as nothing blocks it."""
         self.is_lost = True
         with contextlib.suppress(RuntimeError):  # it has ended already
             self._loop.call_soon_threadsafe(self._end.set)
@@ -284,7 +285,7 @@ class _Loop:
 
         try:
             asyncio.run(until_the_end())
-        # Of a task that a coroutine has started, or because a coroutine stopped the loop; all others are cancelled.
+        # From a task that a coroutine started, or because a coroutine stopped the loop. All other tasks are cancelled.
         except (SystemExit, KeyboardInterrupt, RuntimeError):
             pass
         finally:
@@ -295,7 +296,7 @@ _loop: _Loop | None = None
 
 
 async def _on_the_loop(coroutine: Coroutine, timeout: float | None) -> Any:
-    """The result of a coroutine on the loop of reward functions, or on a new loop if that one is lost."""
+    """The result of a coroutine on the reward functions' loop, or on a new loop if their loop is lost."""
     global _loop
     if _loop is None or _loop.is_lost:
         _loop = _Loop()
@@ -309,7 +310,7 @@ async def _on_the_loop(coroutine: Coroutine, timeout: float | None) -> Any:
 
 
 async def _alone(coroutine: Coroutine, timeout: float | None) -> Any:
-    """The result of a coroutine on a loop that nothing else runs on."""
+    """The result of a coroutine on a loop without any other work."""
     loop = _Loop()
     try:
         return await loop.run(coroutine, timeout)

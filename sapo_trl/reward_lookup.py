@@ -1,4 +1,4 @@
-"""Reward functions by the names that a run file gives them."""
+"""Finds reward functions by their names in a run file."""
 
 import functools
 import importlib
@@ -13,19 +13,19 @@ from . import rewards
 
 def find_reward(name: str, settings: Mapping[str, Any] | None = None) -> Callable[..., list[float | None]]:
     """
-    Find a reward function, and set it.
+    Find a reward function, and apply its settings.
 
     Args:
         name (`str`):
-            A name from `sapo_trl.rewards`, or an import path such as `my_package.my_reward`. The path may also be that
-            of what makes a reward function when it is called: a class, or a function such as TRL's
+            A name from `sapo_trl.rewards`, or an import path such as `my_package.my_reward`. The path may also lead to
+            a class, or to a function that returns a reward function, such as TRL's
             `trl.rewards.get_soft_overlong_punishment`.
         settings (`Mapping[str, Any]`, *optional*):
             Arguments by name.
 
     Returns:
-        `Callable`: the reward function. Raises `ValueError` if there is none of that name, or if it does not take, or
-        lacks, one of the settings; `ModuleNotFoundError` if there is no such module.
+        `Callable`: the reward function. Raises `ValueError` for an unknown name, an unknown setting or a missing
+        setting, and `ModuleNotFoundError` if the module does not exist.
     """
     found = _find(name)
     settings = dict(settings or {})
@@ -50,7 +50,7 @@ def _find(name: str) -> Callable:
     module_name, _, function_name = name.rpartition(".")
     if not module_name:
         raise ValueError(f"reward_funcs={name!r} is neither one of {rewards.__all__} nor an import path such as a.b.")
-    if os.getcwd() not in sys.path:  # a console script's path lacks the folder it is called in
+    if os.getcwd() not in sys.path:  # the path of a console script lacks the current folder
         sys.path.append(os.getcwd())
     module = importlib.import_module(module_name)
     if not hasattr(module, function_name):

@@ -1,4 +1,4 @@
-"""For responses from another engine than the one that is trained: how far the two differ, and the correction."""
+"""Difference between the sampler's log-probabilities and the trained model's, and the correction for it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def logp_difference(
     logps: torch.Tensor, sampling_logps: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    How far the sampler's log-probabilities are from the training model's, for the same weights and tokens.
+    Difference between the sampler's and the training model's log-probabilities, for the same weights and tokens.
 
     Args:
-        logps (`torch.Tensor`): float tensor of shape `(B, T)`, of the training model.
-        sampling_logps (`torch.Tensor`): the sampler's; NaN for tokens it gave none.
-        mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens that count.
+        logps (`torch.Tensor`): float tensor of shape `(B, T)`, the training model's log-probabilities.
+        sampling_logps (`torch.Tensor`): the sampler's log-probabilities; NaN if the sampler gave none for a token.
+        mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens to count.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: sum of the absolute differences and number of tokens, 0-dimensional.
@@ -39,16 +39,17 @@ def importance_correction(
     clip_max: float | None = 3.0,
 ) -> torch.Tensor:
     """
-    Ratio of the training model's to the sampler's probabilities, by which token losses are multiplied; as TRL computes
-    it for its own vLLM modes.
+    Ratio of the training model's probabilities to the sampler's. Token losses are multiplied by it. TRL computes the
+    same ratio for its own vLLM modes.
 
     Args:
-        logps (`torch.Tensor`): float tensor of shape `(B, T)`, of the training model.
-        sampling_logps (`torch.Tensor`): the sampler's; NaN, for which the ratio is 1, for tokens it gave none.
-        mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens that count.
+        logps (`torch.Tensor`): float tensor of shape `(B, T)`, the training model's log-probabilities.
+        sampling_logps (`torch.Tensor`):
+            the sampler's log-probabilities; NaN if the sampler gave none for a token. The token's ratio is then 1.
+        mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens to count.
         mode (`str`, *optional*, defaults to `"sequence_mask"`):
-            ratio of each `"token_…"` or of the `"sequence_…"`, clipped to the bounds (`"…_truncate"`) or set to 0
-            outside of them (`"…_mask"`).
+            `"token_…"` for a ratio per token, `"sequence_…"` for a ratio per sequence. The ratio is clipped to the
+            bounds (`"…_truncate"`), or set to 0 outside the bounds (`"…_mask"`).
         clip_min (`float`, *optional*): lower bound.
         clip_max (`float`, *optional*, defaults to `3.0`): upper bound.
 

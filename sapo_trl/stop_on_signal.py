@@ -14,17 +14,17 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 75
-"""What `sapo-trl train` returns then: "temporary failure" in sysexits.h, for a scheduler to start the run again."""
+"""Exit code of `sapo-trl train` after a signal. In sysexits.h it means "temporary failure": start the run again."""
 
 
 class StopOnSignal(TrainerCallback):
     """
-    On SIGTERM (what cluster schedulers send before they kill) saves a checkpoint after the current optimizer step and
-    ends training. Resume with `resume_from_checkpoint=True`. To be made in the main thread, in every process: it is
-    enough that one of them receives the signal.
+    On SIGTERM, saves a checkpoint after the current optimizer step and ends training. Cluster schedulers send this
+    signal before they kill a run. Resume with `resume_from_checkpoint=True`. Create the callback in the main thread of
+    every process. It is enough if one process receives the signal.
 
     Args:
-        signals (`tuple[int, ...]`, *optional*, defaults to `(signal.SIGTERM,)`): which signals to act on.
+        signals (`tuple[int, ...]`, *optional*, defaults to `(signal.SIGTERM,)`): signals to act on.
 
     Example:
 
@@ -45,13 +45,13 @@ class StopOnSignal(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._own is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: at once
+            raise KeyboardInterrupt  # a second Ctrl-C ends the run at once
         logger.warning("%s received: a checkpoint follows after this step.", signal.Signals(number).name)
         self.received = self._own = number
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:
-            # A signal reaches some processes before this step's end and others after it: all must stop at the same.
+            # A signal reaches some processes before this step's end and others after it. All must stop at one step.
             number = torch.tensor([self._own or 0], device=args.device)
             self.received = int(gather(number).max()) or None
         if self.received is not None:

@@ -231,7 +231,7 @@ def test_tables_of_text(ending, tmp_path):
     problem = rows.problem(0)
     assert (problem.answer, problem.images[0].getpixel((0, 0))) == ("48", (0, 0, 255))
     path.write_text(path.read_text().replace("a.png", "lost.png"))
-    with pytest.raises(ValueError, match="geo3k: row 0 .*`images` in row 0 of geo3k is neither an image file"):
+    with pytest.raises(ValueError, match="geo3k: row 0 .*`images` in row 0 of geo3k is neither an existing image"):
         load_rows(BENCHMARKS["geo3k"], str(path)).problem(0)
 
 
@@ -286,7 +286,7 @@ def test_disciplines_are_those_published():
             {"question": "q", "answer": "18"},
             r"`answer` in row 0 of gsm8k must end with `#### number`, got '18'",
         ),
-        ("wemath", wemath_row("1", "4steps_1"), r"`key` in row 0 of wemath must be such as .*, got '4steps_1'"),
+        ("wemath", wemath_row("1", "4steps_1"), r"`key` in row 0 of wemath must look like .*, got '4steps_1'"),
         ("wemath", wemath_row("1", "2steps_1", "45"), "must be a letter from A to H, got '45'"),
         ("mathvista", mathvista_row("1", "q", "x", "word"), r"`answer_type` in row 0 .*'float', 'list'\], got 'word'"),
         ("mathvista", mathvista_row("1", "q", "3", "text", choices=["1", "2"]), r"one of \['1', '2'\], got '3'"),
@@ -296,18 +296,18 @@ def test_disciplines_are_those_published():
             ROWS["scienceqa"][0] | {"answer": 3},
             r"`answer` in row 0 of scienceqa must lie in \[0, 3\), got 3",
         ),
-        ("mmmu", ROWS["mmmu"][0] | {"id": "val-1"}, "`id` in row 0 of mmmu must be such as .* got 'val-1'"),
+        ("mmmu", ROWS["mmmu"][0] | {"id": "val-1"}, "`id` in row 0 of mmmu must look like .* got 'val-1'"),
         ("mmmu", ROWS["mmmu"][0] | {"options": "A or B"}, "`options` in row 0 of mmmu must be a Python list"),
         ("mmmu", ROWS["mmmu"][0] | {"options": "__import__('os').getcwd()"}, "must be a Python list as text"),
         ("mmmu", ROWS["mmmu"][0] | {"answer": "E"}, "must be one of ABCD, got 'E'"),
-        ("mmmu", ROWS["mmmu"][0] | {"image_2": None}, "`image_2` in row 0 of mmmu is no image .* missing"),
+        ("mmmu", ROWS["mmmu"][0] | {"image_2": None}, "`image_2` in row 0 of mmmu is not a readable image: missing"),
         ("mmstar", ROWS["mmstar"][0] | {"answer": "AB"}, "must be one of ABCD, got 'AB'"),
         ("mmbench", mmbench_row(1, "C", "yes", "no"), "must be one of its options"),
         ("mmbench", mmbench_row(1, "D", "yes", "no", D="maybe"), "without a gap"),
         (
             "mmbench",
             mmbench_row(1, "A", "yes", image="241"),
-            "`image` in row 0 of mmbench is neither an image",
+            "`image` in row 0 of mmbench is neither an existing image",
         ),
         ("geo3k", ROWS["geo3k"][0] | {"images": []}, "has 1 image placeholders but 0 images"),
     ],
@@ -380,5 +380,5 @@ def test_mmbench_table_becomes_parquet(tmp_path):
     assert all(problem.images[0].getpixel((0, 0)) == (0, 0, 255) for problem in (first, rotated))
     lines[2][9] = "999"
     source.write_text("\n".join("\t".join(line) for line in lines) + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="`image` in row 1 .* names the row '999', which is not there"):
+    with pytest.raises(ValueError, match="`image` in row 1 .* names the row '999', which does not exist"):
         convert_tsv(source, target)

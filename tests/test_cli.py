@@ -224,7 +224,7 @@ def test_settings_that_a_reward_does_not_have(name, settings, message):
 
 def test_settings_of_rewards_that_are_not_used():
     for wrong in ({"numeric_reward": {}}, "rel_tol", ["accuracy_reward"]):
-        with pytest.raises(ValueError, match="`reward_settings` must be settings of functions that `reward_funcs`"):
+        with pytest.raises(ValueError, match="`reward_settings` must be settings of functions in `reward_funcs`"):
             TrainArguments(reward_settings=wrong)
     given = TrainArguments(reward_funcs=["numeric_reward"], reward_settings='{"numeric_reward": {"rel_tol": 0.1}}')
     assert given.reward_settings == {"numeric_reward": {"rel_tol": 0.1}}

@@ -419,7 +419,7 @@ class TestNames:
     @pytest.mark.parametrize("name", ["completion", "completions", "prompts", "completion_ids", "log_metric"])
     def test_that_trl_uses_itself(self, name):
         rows = Dataset.from_dict({"prompt": ["x"], name: ["y"]})
-        with pytest.raises(ValueError, match=rf"columns \['{name}'\], names that TRL uses itself. Rename or remove"):
+        with pytest.raises(ValueError, match=rf"columns \['{name}'\], but TRL reserves these names. Rename or remove"):
             clean_prompts(rows)
         rows = rows.rename_column("prompt", "problem")
         (only,) = clean_prompts(rows, own_columns(rows.column_names, {"answer": name}))[0]

@@ -313,7 +313,7 @@ class TestSettings:
             ({"dataset_format": "geometry"}, "none of .*Did you mean `geometry3k`"),
             ({"columns": "question"}, "`columns` must name columns.*got 'question'"),
             ({"columns": {"question": "q"}}, r"`columns` names a column for \['question'\]"),
-            ({"columns": {"problem": "q"}, "dataset_format": "math"}, "Either `dataset_format` or `columns`"),
+            ({"columns": {"problem": "q"}, "dataset_format": "math"}, "`dataset_format` and `columns` both describe"),
             ({"min_pixels": 900, "max_pixels": 800}, "must not exceed"),
             ({"max_prompt_length": 0}, "`max_prompt_length` must be at least 1"),
             ({"record_every": 0}, "`record_every` must be at least 1"),

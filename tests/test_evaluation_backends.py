@@ -159,7 +159,7 @@ def test_models_without_a_chat_template_continue_text(text_folder, tmp_path):
 
 
 def test_a_text_model_gets_no_images(text_folder):
-    with pytest.raises(ValueError, match="there are images in a prompt, and `model` is a text model"):
+    with pytest.raises(ValueError, match="a prompt has images, but `model` is a text model"):
         backend(text_folder).generate([drawn_request(make_problems(1)[0])])
 
 

@@ -161,7 +161,7 @@ def test_what_is_no_verdict_in_the_file_is_passed_over(endpoint, tmp_path, line)
 @pytest.mark.parametrize("answer", ["[]", "3", '{"choices": []}', '{"choices": [{"message": {"content": [1]}}]}'])
 def test_an_endpoint_of_another_kind(endpoint, tmp_path, monkeypatch, answer):
     monkeypatch.setattr(endpoint, "whole", answer)
-    with pytest.raises(JudgeError, match="answers like no chat endpoint"):
+    with pytest.raises(JudgeError, match="does not answer like a chat endpoint"):
         judge(endpoint, tmp_path).verdicts([(problem(), "right")])
 
 

@@ -104,7 +104,7 @@ def test_benchmarks_are_chosen_by_name_and_path(tmp_path):
     assert chosen_benchmarks(["drawn", f"text={tmp_path}"], TOYS) == {"drawn": None, "text": str(tmp_path)}
     with pytest.raises(ValueError, match="'drwan' is none of drawn, text. Did you mean `drawn`?"):
         chosen_benchmarks(["drwan"], TOYS)
-    with pytest.raises(ValueError, match="'drawn' is there twice"):
+    with pytest.raises(ValueError, match="'drawn' occurs twice"):
         chosen_benchmarks(["drawn", "drawn"], TOYS)
     with pytest.raises(ValueError, match="names the path '/none/there'"):
         chosen_benchmarks(["drawn=/none/there"], TOYS)
@@ -135,7 +135,7 @@ def test_rows_that_belong_and_the_limit(rows):
     found = load_rows(odd, str(rows / "text.jsonl"), limit=2)
     assert (found.numbers, found.belonging) == ([0, 2], 3)
     assert found.problem(2).id == "q2"
-    with pytest.raises(ValueError, match="has 6 rows, none of which belongs"):
+    with pytest.raises(ValueError, match="none of the 6 rows of .* belongs"):
         load_rows(replace(TEXT, keep=lambda row: False), str(rows / "text.jsonl"))
 
 
@@ -195,7 +195,7 @@ def test_pictures_beside_a_table_of_text(tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "pics" / "a.PNG")
     assert load_rows(BENCHMARKS["geo3k"], str(tmp_path / "rows.jsonl")).fingerprint != found.fingerprint
     (tmp_path / "pics" / "a.PNG").unlink()
-    with pytest.raises(ValueError, match="`images` in row 0 of geo3k is neither an image file that is there nor"):
+    with pytest.raises(ValueError, match="`images` in row 0 of geo3k is neither an existing image file nor"):
         found.problem(0)
 
 
@@ -360,7 +360,7 @@ def test_a_finished_run_needs_no_model(finished, model_folder, rows, tmp_path, m
 
     monkeypatch.setattr("sapo_trl.evaluation.run.make_backend", refuse)
     code, printed = evaluate(model_folder, rows, folder)
-    assert code == 0 and "all 34 are there" in printed
+    assert code == 0 and "all 34 exist already" in printed
     assert {path: path.read_bytes() for path in (folder / "generations").iterdir()} == before
 
 
@@ -479,7 +479,7 @@ def test_generations_without_their_problem_and_problems_without_json(finished, t
     assert "problems: drawn 'drawn-0' has no JSON" in capsys.readouterr().err
     problems[problems["id"] != "q3"].to_parquet(path)
     assert main(arguments, TOYS, Console(file=io.StringIO())) == 2
-    assert "has generations of text 'q3', but the problem is not" in capsys.readouterr().err
+    assert "has generations of text 'q3', but its folder `problems` lacks the problem" in capsys.readouterr().err
 
 
 def test_only_its_own_leftovers_are_removed(finished, tmp_path):

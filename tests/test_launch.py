@@ -94,7 +94,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_all_processes(workplace):
 @pytest.mark.parametrize(
     ("launch_file", "settings", "message"),
     [
-        ("one_process.yaml", {}, "2 processes were asked for, but accelerate has started 1"),
+        ("one_process.yaml", {}, "2 processes were requested, but accelerate has started 1"),
         ("two_processes.yaml", {"top_percent": 200}, "top_percent"),
     ],
 )

@@ -249,7 +249,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     with pytest.raises(SystemExit, match="2"):
         main(["--output-dir", str(tmp_path)])
-    assert "run exists and is not of an earlier run: name another --output-dir" in capsys.readouterr().err
+    assert "run exists and is not from an earlier run: name another --output-dir" in capsys.readouterr().err
     (tmp_path / "questions").mkdir()
     (tmp_path / "questions" / "test.jsonl").touch()
     (tmp_path / "model").mkdir()

@@ -256,7 +256,7 @@ class TestReport:
         study, results, _ = planted
         table = comparisons(study, results)[0].table.set_index("arm")
         found = {arm: verdict(row) for arm, row in table.iterrows()}
-        assert found == {"sapo": "", "better": "better", "equal": "not told apart", "sapo_random": "worse"}
+        assert found == {"sapo": "", "better": "better", "equal": "not significant", "sapo_random": "worse"}
         assert table.loc["better", "difference"] == pytest.approx(0.1, abs=0.02)
 
     def test_the_report_says_so(self, planted):
@@ -265,7 +265,7 @@ class TestReport:
         lines = {line.split("**")[1]: line for line in text.splitlines() if line.startswith("- **")}
         assert "`better` on short" in lines["Better than `sapo`"] and "`better` on long" in lines["Better than `sapo`"]
         assert "`sapo_random` on short" in lines["Worse than `sapo`"]
-        assert "`equal` on short" in lines["Not told apart from `sapo`"]
+        assert "`equal` on short" in lines["Not significantly different from `sapo`"]
         assert "missing" not in text
         # Each experiment has its own seeds' runs.
         rows = [line for line in text.splitlines() if line.startswith("| ") and "responses" not in line]
@@ -276,7 +276,7 @@ class TestReport:
         ("exact", "control", "explained", "verdict"),
         [
             ("better", "equal", 0.3, "`short` qualifies"),
-            ("equal", "sapo", 0.3, "does not qualify** (accuracy of `equal` minus that of `sapo`)"),
+            ("equal", "sapo", 0.3, "does not qualify** (accuracy of `equal` minus accuracy of `sapo`)"),
             ("better", "equal", 0.0, "does not qualify** (explained variance of Monte-Carlo values by the critic of"),
             ("sapo_random", "sapo", 0.3, "does not qualify** (accuracy of `sapo_random` minus"),
             ("better", "equal", None, "does not qualify** (some of its runs are missing)"),
@@ -407,7 +407,7 @@ class TestReport:
         write_report(study, replace(results, runs=runs), tmp_path / "report.md", tmp_path / "figures")
         text = (tmp_path / "report.md").read_text()
         assert "**Diverged**, counted as accuracy 0: `equal` (seed 0, short)." in text
-        assert "**Not tested, for want of seeds**: `better` on short (" in text
+        assert "**Not tested, because there are too few seeds**: `better` on short (" in text
 
     def test_nothing_to_report(self, tmp_path):
         with pytest.raises(ValueError, match="6 of 6 tuning runs are not finished"):

@@ -339,7 +339,7 @@ class TestPrompts:
     def test_that_the_server_reads_otherwise_are_an_error(self, family, server, tmp_path):
         serve(server, family)
         server.image_token_id, server.pads_per_image = family.processing_class.image_token_id, 7
-        with pytest.raises(SamplerError, match="another prompt than the one that is trained on"):
+        with pytest.raises(SamplerError, match="another prompt than the trained prompt"):
             trainer_on(family, tmp_path, connect(server, tmp_path)).train()
 
     @VISION_FAMILY
@@ -451,7 +451,7 @@ class TestFaults:
         monkeypatch.setattr(
             server, "respond", lambda path, body: answer if path == "/v1/completions" else respond(path, body)
         )
-        with pytest.raises(SamplerError, match="/v1/completions was answered otherwise than by vLLM 0.31"):
+        with pytest.raises(SamplerError, match="The answer of /v1/completions is not in vLLM 0.31.s form"):
             rollout(prompts_of(family)[:1], trainer)
 
     def test_an_answer_that_is_too_large_for_its_tokens(self, family, server, tmp_path, monkeypatch):

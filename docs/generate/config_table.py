@@ -41,7 +41,7 @@ def own_fields(config: type) -> dict[str, Field]:
 
 def described(docstring: str) -> dict[str, dict[str, str]]:
     """
-    What a docstring says about each parameter.
+    The text of a docstring on each parameter.
 
     Args:
         docstring (`str`): with `> Parameters that control …` above each group of parameters.
@@ -91,8 +91,8 @@ def _default(setting: Field) -> Any:
 
 
 def _code(value: Any) -> str:
-    """A value as YAML has it, in backticks."""
-    if isinstance(value, str):  # not escaped: `\\s` would not be what is set
+    """A value in YAML's form, in backticks."""
+    if isinstance(value, str):  # not escaped, because `\\s` would be another value
         return f'`"{value}"`'
     return f"`{json.dumps(getattr(value, 'value', value))}`"
 

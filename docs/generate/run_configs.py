@@ -28,8 +28,8 @@ class Model:
     A model of the paper.
 
     Args:
-        name (`str`): as in the files' names.
-        id (`str`): on the hub.
+        name (`str`): name in the files' names.
+        id (`str`): id on the hub.
         notes (`tuple[str, ...]`): comments on it.
     """
 
@@ -44,7 +44,7 @@ class Data:
     Training data with its instruction and rewards.
 
     Args:
-        name (`str`): as in the files' names.
+        name (`str`): name in the files' names.
         settings (`dict`): settings of [`~sapo_trl.cli.train.TrainArguments`] and of rewards.
         notes (`tuple[str, ...]`): comments on it.
     """
@@ -63,8 +63,8 @@ class Hardware:
         processes (`int`): GPUs.
         gpu_memory_gib (`float`): memory of each.
         accelerate (`str`): file in `trainer_configs/accelerate/`.
-        sharding (`str`): what that file does, in the planner's words.
-        settings (`dict`): settings that go with it.
+        sharding (`str`): the file's sharding, in the planner's words.
+        settings (`dict`): settings for this hardware.
     """
 
     processes: int
@@ -80,13 +80,13 @@ class Run:
     One file.
 
     Args:
-        model ([`Model`]): what is trained.
-        data ([`Data`]): what it is trained on.
+        model ([`Model`]): the model to train.
+        data ([`Data`]): the training data.
         preset (`str`): algorithm, see [`~sapo_trl.presets.PRESETS`].
-        hardware ([`Hardware`]): where.
+        hardware ([`Hardware`]): the hardware.
         micro_batch (`int`): responses in one forward on one GPU.
         suffix (`str`): end of the file's name.
-        changes (`dict`): settings in which it departs from the preset.
+        changes (`dict`): settings that differ from the preset.
         extra (`dict`): further settings.
         prompts (`int`): prompts per rollout.
         notes (`tuple[str, ...]`): comments on it.
@@ -154,7 +154,7 @@ _SFT_NOTES = (
 DEEPSEEKMATH = Model("deepseekmath_7b", "realtreetune/deepseekmath-7b-sft-GSM8K", _SFT_NOTES)
 RHO = Model("rho_1.1b", "realtreetune/rho-1b-sft-MATH", _SFT_NOTES)
 
-# What EasyR1 publishes for Geometry3K; the paper names none.
+# EasyR1's published limits for Geometry3K. The paper names none.
 _PIXELS = {"min_pixels": 262_144, "max_pixels": 4_194_304}
 GEO3K = Data(
     "geo3k",
@@ -208,7 +208,7 @@ MATH = Data(
 
 
 def _colocated_vllm(share: float, **more: Any) -> dict[str, Any]:
-    # A long image prompt may take more than the paper's 1024 tokens: vLLM refuses what does not fit.
+    # A long image prompt may have more than the paper's 1024 tokens, and vLLM refuses a prompt that does not fit.
     return {
         "use_vllm": True,
         "vllm_mode": "colocate",
@@ -322,7 +322,7 @@ def yaml_text(run: Run) -> str:
         f"# sharding: {hardware.sharding}",
         f"# gpu_memory_gib: {hardware.gpu_memory_gib:g}",
         "#",
-        "# Written from docs/generate/run_configs.py. How to launch it, and what it needs: docs/scaling.md.",
+        "# Written from docs/generate/run_configs.py. Launching and hardware: docs/scaling.md.",
         *(f"# {note}" for note in run.notes),
         "",
         "# Model",

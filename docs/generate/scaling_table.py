@@ -38,7 +38,7 @@ _TOO_MUCH = (
     ("geo3k_qwen2.5_vl_7b_sapo", {"processes": 1, "sharding": "none", "accumulation": 32}),
     ("math_rho_1.1b_sapo", {"gpu_memory_gib": 24.0}),
 )
-"""File, and what is changed about its machine."""
+"""File, and changes of its machine."""
 
 
 def setup_of(name: str, folder: Path = FOLDER) -> Setup:

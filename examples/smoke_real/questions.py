@@ -1,4 +1,8 @@
-"""Questions from packages, as JSONL files in the form of GSM8K: `question`, and an `answer` that ends in `#### 42`."""
+"""
+Writes questions from packages to JSONL files in the form of GSM8K.
+
+A row has a `question`, and an `answer` that ends in `#### 42`.
+"""
 
 import json
 import random
@@ -8,12 +12,12 @@ from pathlib import Path
 from typing import TypedDict
 
 
-# Each answer is an integer: `#### ` and a number is what GSM8K's scorers read.
+# GSM8K's scorers read a number after `#### `. Every answer here is an integer.
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
 class Row(TypedDict):
-    """A line of a file."""
+    """One line of a file."""
 
     question: str
     answer: str
@@ -22,23 +26,22 @@ class Row(TypedDict):
 
 def write_questions(folder: str | Path, train: int = 256, test: int = 16, seed: int = 0) -> Path:
     """
-    Write `train.jsonl` (sums) and `test.jsonl` (as many sums, word problems and competition problems).
+    Write `train.jsonl` (sums) and `test.jsonl` (equally many sums, word problems and competition problems).
 
     Args:
         folder (`str` or `Path`):
-            Where to.
+            Folder for the two files.
         train (`int`, *optional*, defaults to `256`):
-            Questions to train on.
+            Number of training questions.
         test (`int`, *optional*, defaults to `16`):
-            Held-out questions of each source, at most 79.
+            Number of held-out questions of each source, at most 79.
         seed (`int`, *optional*, defaults to `0`):
-            Of the questions that are generated, and of the choice among the others.
+            Seed of the generated questions, and of the choice of competition problems.
 
     Returns:
-        `Path`: The folder, which `datasets` loads with the splits `train` and `test`. No question of one is in the
-        other.
+        `Path`: The folder. `datasets` loads it with the splits `train` and `test`, which share no question.
     """
-    sums = _distinct(_sums(2 * (train + test), seed))  # twice as many: the small ones repeat
+    sums = _distinct(_sums(2 * (train + test), seed))  # twice as many, because sums of small numbers repeat
     held_out, kept = sums[:test], sums[test : test + train]
     competition = list(_competition())
     if test > len(competition) or len(kept) < train:
@@ -56,7 +59,7 @@ def write_questions(folder: str | Path, train: int = 256, test: int = 16, seed: 
 
 def _sums(count: int, seed: int) -> Iterator[Row]:
     """`4 + 17 =` and `62 - 9 =`, made by reasoning-gym."""
-    # Both packages are imported where they are used: this one takes seconds and the other reads 70 MB.
+    # Both packages are imported only when they are used: this one takes seconds, and the other reads 70 MB.
     import reasoning_gym
 
     for item in reasoning_gym.create_dataset(
@@ -76,7 +79,7 @@ def _word_problems(count: int, seed: int) -> Iterator[Row]:
 
 
 def _competition() -> Iterator[Row]:
-    """The problems of CHAMP whose answer is an integer, with the steps of their solution."""
+    """The problems of CHAMP with an integer answer, and the steps of their solution."""
     import champ_dataset
 
     for problem in champ_dataset.load("v0").problems.values():

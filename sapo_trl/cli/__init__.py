@@ -1,4 +1,4 @@
-"""The `sapo-trl` command. Each subcommand parses its own arguments, and is imported when it is called."""
+"""The `sapo-trl` command. A subcommand is imported only when it is called, and parses its own arguments."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import yaml
 from ..names import nearest_name
 
 
-# Module with a `main(argv)`, and a line of help.
+# Each command's module, which has a `main(argv)`, and a line of help.
 COMMANDS = {
     "demo": (".demo", "train a tiny vision-language model on a CPU and show what it learned"),
     "train": (".train_command", "train a model; settings from a YAML file (--config) and the command line"),
-    "eval": ("..evaluation.command", "evaluate a model on benchmarks, and table the results beside the paper's"),
-    "view": ("..viewer.command", "write a page to look at a run's responses, token by token"),
-    "analyze": ("..analysis.command", "ask the recordings of a finished run what its segments do"),
+    "eval": ("..evaluation.command", "evaluate a model on benchmarks, and compare the results with the paper's"),
+    "view": ("..viewer.command", "write a page that shows a run's responses, token by token"),
+    "analyze": ("..analysis.command", "analyze the segments of a finished run from its recordings"),
     "study": ("..study.command", "compare algorithms: several seeds, equal budgets and tuning, one report"),
-    "plan": ("..planner.command", "compute the GPU memory that a training needs, and what would make it fit"),
+    "plan": ("..planner.command", "compute the GPU memory of a training, and changes that make it fit"),
     "presets": (".presets", "list the algorithms, or show the settings of one"),
-    "env": (".environment", "print versions and devices, for a report of a problem"),
+    "env": (".environment", "print versions and devices, for a bug report"),
 }
 
 USAGE = "usage: sapo-trl COMMAND [ARGUMENTS]"
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv (`Sequence[str]`, *optional*):
-            Arguments after the program's name. Defaults to those of the process.
+            Arguments after the program's name. Defaults to the arguments of the process.
 
     Returns:
-        `int`: Exit code: 0; 1 if what was asked for failed or came out wrong; 2 for wrong arguments; 75 if training
-        was stopped by a signal and left a checkpoint; 130 if something else was interrupted.
+        `int`: Exit code. 0: success. 1: the command failed, or its result is negative. 2: wrong arguments. 75: a
+        signal stopped training, and there is a checkpoint. 130: the user interrupted another command.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = nearest_name(argv[0], COMMANDS)
         print(f"{USAGE}\nsapo-trl: error: {argv[0]!r} is no command.{near}", file=sys.stderr)
         return 2
-    # TRL's own defaults use names that transformers has renamed: nothing that a user of this command could change.
+    # TRL's own defaults use old names of transformers. A user of this command cannot change that.
     warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
     module = importlib.import_module(COMMANDS[argv[0]][0], package=__name__)
     try:
         return module.main(argv[1:])
-    except yaml.YAMLError as error:  # of any file that a command reads
+    except yaml.YAMLError as error:  # in any file that a command reads
         print(f"sapo-trl {argv[0]}: error: --config: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -64,4 +64,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _help() -> str:
     lines = [USAGE, "", "Segment-Aligned Policy Optimization (arXiv 2605.01327) for TRL.", ""]
     lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join([*lines, "", "sapo-trl COMMAND --help says more."])
+    return "\n".join([*lines, "", "sapo-trl COMMAND --help explains a command."])

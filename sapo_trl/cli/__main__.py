@@ -1,4 +1,4 @@
-"""`python -m sapo_trl.cli`: the `sapo-trl` command without its script."""
+"""`python -m sapo_trl.cli` runs the `sapo-trl` command without its script."""
 
 import sys
 

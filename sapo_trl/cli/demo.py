@@ -14,10 +14,10 @@ def main(argv: Sequence[str]) -> int:
         description="Train a tiny vision-language model on a CPU and show what it learned.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="where the results go")
-    parser.add_argument("--rollouts", type=_positive, default=14, help="rollouts of 256 responses to train on")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="folder for the results")
+    parser.add_argument("--rollouts", type=_positive, default=14, help="training rollouts, each of 256 responses")
     parser.add_argument("--problems", type=_positive, default=1024, help="test problems for each measured accuracy")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     arguments = parser.parse_args(list(argv))
     from .demo_run import run_demo
 

@@ -1,4 +1,8 @@
-"""The demo: warm start, accuracy, SAPO, accuracy; the result in a table and two pictures."""
+"""
+The demo: a warm start, training with SAPO, and the accuracy before and after it.
+
+The results are a table and two pictures.
+"""
 
 import json
 import os
@@ -39,7 +43,7 @@ from ..trainer import SAPOTrainer
 
 RESPONSES_PER_ROLLOUT = 256
 WARM_START_STEPS = 450
-"""About how many steps the warm start takes, for its progress bar."""
+"""Approximate number of warm-start steps, for the progress bar."""
 
 
 def demo_config(output_dir: str | Path, rollouts: int = 14, seed: int = 0) -> SAPOConfig:
@@ -83,26 +87,26 @@ def run_demo(
         output_dir (`str` or `Path`, *optional*, defaults to `"outputs/demo"`):
             Folder for `results.json`, `learning_curve.png`, `response.png` and the trained model.
         rollouts (`int`, *optional*, defaults to `14`):
-            Rollouts of 256 responses to train on.
+            Number of training rollouts, each of 256 responses.
         problems (`int`, *optional*, defaults to `1024`):
-            Test problems for each measured accuracy: one set before training, and another after it.
+            Test problems for each measured accuracy. Other problems are used after training than before it.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of everything.
+            Seed of all random numbers.
         cache_dir (`str` or `Path`, *optional*):
-            Where finished warm starts are kept. Defaults to [`~sapo_trl.embedded.default_cache_dir`].
+            Folder of finished warm starts. Defaults to [`~sapo_trl.embedded.default_cache_dir`].
         warm_start_config ([`~sapo_trl.embedded.WarmStartConfig`], *optional*):
-            Settings of the warm start. By default the usual ones, with `seed`.
+            Settings of the warm start. By default the default settings, with `seed`.
         console ([`~rich.console.Console`], *optional*):
-            Where to print.
+            Console to print to.
 
     Returns:
-        `int`: 0 if training raised the accuracy by more than chance explains (the 95 % intervals before and after do
-        not overlap), else 1.
+        `int`: 0 if training raised the accuracy significantly (the 95 % intervals before and after do not overlap),
+        otherwise 1.
     """
     started = time.perf_counter()
     if "OMP_NUM_THREADS" not in os.environ:
-        # For so small a model a second thread gains a quarter, but where another process wants its core the two wait
-        # for each other in busy loops: measured, seventeen times slower.
+        # A second thread makes so small a model a quarter faster. But if another process uses the second core, the
+        # threads wait for each other in busy loops. This was measured to be seventeen times slower.
         torch.set_num_threads(1)
     console = console or Console()
     output_dir = Path(output_dir)
@@ -125,7 +129,7 @@ def run_demo(
                 on_progress=lambda news: report(news.step, _describe(news)),
             )
         model, processor = AutoModelForImageTextToText.from_pretrained(folder), load_processor(folder)
-        # Two disjoint sets of test problems; training draws from the other split.
+        # These are two disjoint sets of test problems. Training draws from the other split.
         test = make_problems(2 * problems, split="test", seed=seed)
         with stages.stage("Accuracy before", 2 * problems) as report:
             before, greedy_before = _measure(model, processor, test.select(range(problems)), seed, report)
@@ -147,7 +151,7 @@ def run_demo(
         after_problems = test.select(range(problems, 2 * problems))
         with stages.stage("Accuracy after", 2 * problems) as report:
             after, greedy_after = _measure(model, processor, after_problems, seed, report)
-        # Copies of one problem, because the trainer shuffles.
+        # The trainer shuffles, so all problems are copies of one problem.
         trainer.evaluate(to_prompts(after_problems.select([0] * config.per_device_eval_batch_size)))
         response = segmented_responses(example.rollout, trainer.state.global_step)[0]
 
@@ -200,7 +204,7 @@ class LastRollout(RolloutCallback):
 
 
 class Stages:
-    """One progress bar per stage, and the seconds that each took. Where there is no terminal, a line now and then."""
+    """A progress bar and the elapsed seconds of each stage. Without a terminal, a line is printed now and then."""
 
     SECONDS_PER_LINE = 10.0
 
@@ -216,7 +220,7 @@ class Stages:
 
         def report(completed: int, news: str = "") -> None:
             nonlocal last_line
-            # The warm start's length is only known afterwards: its bar may have to wait at the end.
+            # The warm start's length is known only afterwards. Its bar may have to wait at the end.
             self.progress.update(task, completed=min(completed, total), news=news)
             now = time.perf_counter()
             if not console.is_terminal and now - last_line > self.SECONDS_PER_LINE:
@@ -229,12 +233,12 @@ class Stages:
 
 
 def training_accuracy(log_history: list[dict[str, float]]) -> list[float]:
-    """Accuracy of each training rollout, from what the trainer logged."""
+    """Accuracy of each training rollout, from the trainer's log."""
     return [entry["rewards/accuracy_reward/mean"] for entry in log_history if "rewards/accuracy_reward/mean" in entry]
 
 
 def colour_segments(response: dict) -> Text:
-    """A response for the terminal: each segment on a background of its own, and a line between two segments."""
+    """A response for the terminal, with a background colour for each segment and a line between two segments."""
     text = Text()
     previous = 0
     for token, segment in zip(response["tokens"], response["segment_ids"], strict=True):
@@ -274,7 +278,7 @@ def _percent(evaluation: Evaluation) -> str:
 def _measure(
     model: PreTrainedModel, processor: ProcessorMixin, problems: Dataset, seed: int, report: Callable[..., None]
 ) -> tuple[Evaluation, Evaluation]:
-    """Sampled, which is what training raises, and greedy."""
+    """Accuracy with sampling, which training raises, and with greedy decoding."""
     sampled = evaluate(model, processor, problems, seed=seed, on_progress=report)
     greedy = evaluate(
         model, processor, problems, temperature=0.0, on_progress=lambda done: report(len(problems) + done)

@@ -1,4 +1,4 @@
-"""What a training would do, shown without training."""
+"""`--dry_run`: shows the settings of a training, its batches and a sampled response, without training."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class _FirstRollout(RolloutCallback):
 
 def show_dry_run(trainer: SAPOTrainer, console: Console | None = None) -> None:
     """
-    Print the settings that are not the defaults, what they make of batches and steps, and a response to one of the
-    prompts, sampled now and cut into its segments.
+    Print three things: all settings that differ from the defaults, the resulting numbers of responses and steps, and
+    a response to one of the prompts, sampled now and cut into its segments.
 
     Args:
-        trainer ([`SAPOTrainer`]): ready to train; it does not.
-        console ([`~rich.console.Console`], *optional*): where to print. Defaults to the terminal.
+        trainer ([`SAPOTrainer`]): a trainer that is ready to train. It is not trained.
+        console ([`~rich.console.Console`], *optional*): console to print to. Defaults to the terminal.
     """
     console = console or Console()
     example = _FirstRollout()
@@ -72,7 +72,7 @@ def show_dry_run(trainer: SAPOTrainer, console: Console | None = None) -> None:
 
 
 def changed_settings(args: SAPOConfig) -> dict[str, object]:
-    """Settings with another value than [`SAPOConfig`]'s default, as plain values."""
+    """Settings that differ from the defaults of [`SAPOConfig`], as plain values."""
     changed = {}
     for field in fields(args):
         if not field.init:
@@ -82,7 +82,7 @@ def changed_settings(args: SAPOConfig) -> dict[str, object]:
             default = field.default_factory()
         value = getattr(args, field.name)
         value = value.value if isinstance(value, Enum) else value
-        # Where the default is none, transformers puts empty lists and objects of its own.
+        # Transformers replaces some defaults of `None` by empty lists or by objects of its own.
         filled_in = default is None and (value == [] or type(value).__module__ != "builtins")
         if value != default and not filled_in:
             changed[field.name] = value
@@ -90,7 +90,7 @@ def changed_settings(args: SAPOConfig) -> dict[str, object]:
 
 
 def batch_arithmetic(trainer: SAPOTrainer) -> dict[str, int | str]:
-    """What the settings make of responses, prompts and steps."""
+    """Numbers of responses, prompts and steps that follow from the settings."""
     args, processes = trainer.args, trainer.accelerator.num_processes
     responses = args.generation_batch_size
     steps_per_rollout = args.steps_per_generation // args.gradient_accumulation_steps
@@ -117,7 +117,7 @@ def batch_arithmetic(trainer: SAPOTrainer) -> dict[str, int | str]:
 
 @contextlib.contextmanager
 def _whole_groups(trainer: SAPOTrainer) -> Iterator[None]:
-    """An evaluation's batch as large as all responses to one prompt, or a multiple: TRL compares them."""
+    """Make an evaluation's batch a multiple of the responses to one prompt, because TRL compares these responses."""
     before = trainer.args.per_device_eval_batch_size
     if before * trainer.args.world_size % trainer.num_generations_eval:
         trainer.args.per_device_eval_batch_size = trainer.num_generations_eval
@@ -128,7 +128,7 @@ def _whole_groups(trainer: SAPOTrainer) -> Iterator[None]:
 
 
 def _some_prompts(trainer: SAPOTrainer) -> Dataset:
-    """As many prompts as an evaluation's batch takes, the first ones."""
+    """The first prompts, as many as fill an evaluation's batch."""
     responses = trainer.args.per_device_eval_batch_size * trainer.args.world_size
     dataset, number = trainer.train_dataset, responses // trainer.num_generations_eval
     if isinstance(dataset, IterableDataset):

@@ -1,4 +1,4 @@
-"""`sapo-trl env`: what a report of a problem should say about the machine."""
+"""`sapo-trl env`: information on the machine for a bug report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .. import __version__
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print this package's version, and what TRL prints for its own reports."""
+    """Print this package's version and the output of `trl env`."""
     argparse.ArgumentParser(prog="sapo-trl env", description="Print versions and devices.").parse_args(list(argv))
     from trl.scripts.env import print_env
 

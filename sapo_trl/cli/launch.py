@@ -1,4 +1,4 @@
-"""Starts a run's processes through accelerate, hands signals on to them, and tells how they ended."""
+"""Starts a run's processes through accelerate, passes signals on to them, and returns their exit code."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ..stop_on_signal import EXIT_CODE
 
 
 PROCESSES_VARIABLE = "SAPO_TRL_NUM_PROCESSES"
-"""Environment variable in which the launched processes find how many they should be."""
+"""Environment variable with the requested number of processes. The launched processes compare it with their number."""
 
 
 def launch(options: Sequence[str], command: Sequence[str]) -> int:
     """
-    Run a command of this package in the processes that `accelerate launch` starts.
+    Run a command of this package in processes started by `accelerate launch`.
 
     Args:
-        options (`Sequence[str]`): of `accelerate launch`.
+        options (`Sequence[str]`): options of `accelerate launch`.
         command (`Sequence[str]`): the arguments of `sapo-trl`.
 
     Returns:
-        `int`: exit code of the command: that of the first process that failed, or 0.
+        `int`: the exit code of the first failed process, or 0.
     """
     arguments = launch_command_parser().parse_args([*options, "-m", "sapo_trl.cli", *command])
     if (processes := _requested_processes(arguments)) is not None:
         os.environ[PROCESSES_VARIABLE] = str(processes)
-    # An option of torch's launcher, to which accelerate hands it: SIGINT and SIGTERM are ours, see below.
+    # Accelerate passes this option to torch's launcher. We handle SIGINT and SIGTERM ourselves, see below.
     arguments.signals_to_handle = "SIGHUP,SIGQUIT"
     try:
         with _signals_handed_on():
@@ -47,22 +47,22 @@ def launch(options: Sequence[str], command: Sequence[str]) -> int:
     else:
         return 0
     if code != EXIT_CODE:
-        print(f"sapo-trl: a process ended with exit code {code}; what it printed says why.", file=sys.stderr)
+        print(f"sapo-trl: a process ended with exit code {code}. Its output tells why.", file=sys.stderr)
     return code if code > 0 else 1
 
 
 def check_launched(processes: int) -> None:
     """
-    Raise `ValueError` if there are fewer processes than were asked for: some launchers start one and say nothing.
+    Raise `ValueError` if fewer processes run than requested. Some launchers start only one process, without a message.
 
     Args:
-        processes (`int`): how many there are.
+        processes (`int`): the number of running processes.
     """
     requested = os.environ.get(PROCESSES_VARIABLE)
     if requested is not None and int(requested) != processes:
         raise ValueError(
-            f"{requested} processes were asked for, but accelerate has started {processes}. On CPUs it starts several "
-            "only with `distributed_type: MULTI_GPU` and `use_cpu: true` in --accelerate_config."
+            f"{requested} processes were requested, but accelerate has started {processes}. On CPUs it starts several "
+            "processes only with `distributed_type: MULTI_GPU` and `use_cpu: true` in --accelerate_config."
         )
 
 
@@ -77,15 +77,15 @@ def _requested_processes(arguments) -> int | None:
 @contextlib.contextmanager
 def _signals_handed_on() -> Iterator[None]:
     """
-    SIGINT and SIGTERM go to the launched processes, which end their step and save; the launcher waits for them.
+    Pass SIGINT and SIGTERM on to the launched processes. They finish their step and save, and the launcher waits.
 
-    torch's launcher would kill them 30 s after a signal, in the middle of a step or of a checkpoint.
+    Torch's launcher would kill the processes 30 s after a signal, in the middle of a step or of a checkpoint.
     """
 
     def hand_on(number: int, _) -> None:
         for process in psutil.Process().children():
             with contextlib.suppress(ProcessLookupError):
-                # The terminal has sent Ctrl-C to those of its own group; a second one would end them at once.
+                # The terminal sends Ctrl-C to all processes of its own group. A second SIGINT would end them at once.
                 if number != signal.SIGINT or os.getpgid(process.pid) != os.getpgrp():
                     os.kill(process.pid, number)
 

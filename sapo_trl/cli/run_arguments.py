@@ -1,4 +1,4 @@
-"""The arguments of `sapo-trl train`: a YAML file, a preset instead of its algorithm, and single settings."""
+"""The arguments of `sapo-trl train`: a YAML file, a preset that replaces the file's algorithm, and single settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..settings import first_sentence
 PROGRAM = "sapo-trl train"
 HELP_WIDTH = 110
 
-# The settings that most runs set. `--help_all` has the others, some 200 of TRL and transformers among them.
+# The most used settings. `--help_all` shows all others, including some 200 settings of TRL and transformers.
 MOST_USED = {
     "algorithm": (
         "segmentation",
@@ -79,13 +79,13 @@ MOST_USED = {
 @dataclass(frozen=True)
 class RunRequest:
     """
-    What the command line asks for.
+    The parsed command line.
 
     Args:
-        settings (`tuple`): instances of the data classes, in their order; none if processes are to be launched.
+        settings (`tuple`): instances of the data classes, in their order; empty if processes will be launched.
         dry_run (`bool`): whether to stop before training.
         launch (`list[str]`): arguments of `accelerate launch`; empty to run in this process.
-        arguments (`list[str]`): the command line without these, for the processes that are launched.
+        arguments (`list[str]`): all other arguments, for the launched processes.
     """
 
     settings: tuple[Any, ...]
@@ -96,16 +96,16 @@ class RunRequest:
 
 def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -> RunRequest:
     """
-    Parse a command line. What is wrong with it ends the program with exit code 2 and a message.
+    Parse a command line. A mistake ends the program with a message and exit code 2.
 
-    Single settings come before the preset, the preset before the file. A preset given on the command line replaces
-    the file's algorithm: every setting that any preset decides is the preset's, or the default. A preset that the file
-    names is what the file's own settings change.
+    Single settings override the preset, and the preset of the command line overrides the file. It replaces the file's
+    whole algorithm: a setting that occurs in any preset has this preset's value, or the default. If the file itself
+    names a preset, the file's own settings override its preset.
 
     Args:
         argv (`Sequence[str]`): arguments, with `--config FILE`, `--preset NAME`, `--dry_run`, `--accelerate_config`.
-        dataclasses (`type`): what the settings belong to.
-        program (`str`, *optional*, defaults to `"sapo-trl train"`): what messages begin with.
+        dataclasses (`type`): the classes of the settings.
+        program (`str`, *optional*, defaults to `"sapo-trl train"`): the program's name in messages.
 
     Returns:
         [`RunRequest`]
@@ -123,7 +123,7 @@ def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -
         rest, launch = _launch_arguments(rest, known, options.accelerate_config)
         parser.set_defaults_with_config(**settings)
         parsed = () if launch else parser.parse_args_into_dataclasses(args=rest)
-    except ValueError as error:  # of the data classes' own checks, too
+    except ValueError as error:  # also from the data classes' own checks
         _fail(parser, str(error))
     arguments = ["--config", str(options.config)] if options.config else []
     arguments += ["--preset", options.preset] if options.preset else []
@@ -135,15 +135,17 @@ def _own_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     group = options.add_argument_group("the run")
     group.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file of settings, a `preset`, `env` variables"
+        "--config", type=Path, metavar="FILE", help="YAML file with settings, a `preset` and `env` variables"
     )
-    group.add_argument("--preset", metavar="NAME", help="use this algorithm instead of the file's: `sapo-trl presets`")
-    group.add_argument("--dry_run", action="store_true", help="load everything, show what would be done, and stop")
+    group.add_argument(
+        "--preset", metavar="NAME", help="use this algorithm instead of the file's (list: `sapo-trl presets`)"
+    )
+    group.add_argument("--dry_run", action="store_true", help="load everything, show the planned run, and stop")
     group.add_argument(
         "--accelerate_config",
         metavar="FILE",
-        help="launch processes as this file of accelerate's says (a path, or a name of TRL's such as zero2); options "
-        "of `accelerate launch` such as --num_processes do so, too",
+        help="launch processes with this config file of accelerate (a path, or one of TRL's names such as zero2); "
+        "options of `accelerate launch` such as --num_processes launch processes, too",
     )
     group.add_argument("-h", "--help", action="store_true", help="show the most used settings and exit")
     group.add_argument(
@@ -160,7 +162,7 @@ def _file_settings(path: Path | None, known: set[str], parser: TrlParser) -> dic
     except (OSError, yaml.YAMLError) as error:
         _fail(parser, f"--config: {error}")
     if not isinstance(settings, dict):
-        _fail(parser, f"--config: {str(path)!r} must hold settings with their names, got {type(settings).__name__}.")
+        _fail(parser, f"--config: {str(path)!r} must map names to settings, got {type(settings).__name__}.")
     for name, value in (settings.pop("env", None) or {}).items():
         os.environ[name] = str(value)
     for name in settings:
@@ -181,7 +183,10 @@ def _with_preset(settings: dict[str, Any], preset: str | None) -> dict[str, Any]
 def _launch_arguments(
     rest: Sequence[str], known: set[str], accelerate_config: str | None
 ) -> tuple[list[str], list[str]]:
-    """Apart: arguments that are settings, and those of `accelerate launch`, which the launched processes lack."""
+    """
+    Two lists: arguments that are settings, and arguments of `accelerate launch`. The launched processes get only the
+    settings.
+    """
     of_accelerate = set(vars(launch_command_parser().parse_args(["script"])))
     settings: list[str] = []
     launch = [] if accelerate_config is None else ["--accelerate_config", accelerate_config]
@@ -201,10 +206,10 @@ def _launch_arguments(
 
 def short_help(*dataclasses: type) -> str:
     """
-    Help on the settings that most runs set: a line or two each.
+    Help on the most used settings, with a line or two for each setting.
 
     Args:
-        dataclasses (`type`): the classes of the settings, which run files mix. All fields of the first are shown.
+        dataclasses (`type`): the classes of the settings. All fields of the first class are shown.
     """
     by_name = {field.name: field for kind in dataclasses for field in fields(kind) if field.init}
     sections = {"data and rewards": [field.name for field in fields(dataclasses[0]) if field.init], **MOST_USED}
@@ -224,7 +229,7 @@ def short_help(*dataclasses: type) -> str:
 
 
 def _described(setting: Field) -> str:
-    """The first sentence on a setting, and its default."""
+    """The first sentence of a setting's help, and its default."""
     text = first_sentence(setting.metadata.get("help", "").replace("%%", "%"))
     default = setting.default if setting.default_factory is MISSING else setting.default_factory()
     return text if default in (MISSING, None) else f"{text} (default: {getattr(default, 'value', default)})"

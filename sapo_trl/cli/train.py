@@ -47,7 +47,7 @@ from .run_arguments import RunRequest, parse_run
 
 
 EMBEDDED = "embedded"
-"""As a model or a data set: the task that needs no download."""
+"""Name of the embedded task, as a model or a data set. It needs no download."""
 
 
 @help_from_docstring
@@ -125,7 +125,7 @@ class TrainArguments:
     record_every: PositiveInt | None = None
 
     def __post_init__(self):
-        # Every mistake that can be seen without data shows at once.
+        # Find every mistake that can be found without data.
         check_settings(self)
         self.columns = _from_command_line(self.columns)
         if self.columns is not None and not isinstance(self.columns, dict):
@@ -140,11 +140,11 @@ class TrainArguments:
                 f"{nearest_name(self.dataset_format, FORMATS)}"
             )
         if self.dataset_format is not None and self.columns:
-            raise ValueError("Either `dataset_format` or `columns` says what a row is made of; set one of them.")
+            raise ValueError("`dataset_format` and `columns` both describe the columns of a row: set only one.")
         self.reward_settings = _from_command_line(self.reward_settings) or {}
         if not isinstance(self.reward_settings, dict) or set(self.reward_settings) - set(self.reward_funcs):
             raise ValueError(
-                "`reward_settings` must be settings of functions that `reward_funcs` names, such as "
+                "`reward_settings` must be settings of functions in `reward_funcs`, such as "
                 f"{{numeric_reward: {{rel_tol: 0.01}}}}; `reward_funcs` are {self.reward_funcs}, got "
                 f"{self.reward_settings!r}."
             )
@@ -159,8 +159,10 @@ class TrainArguments:
 
 def main(argv: Sequence[str]) -> int:
     """
-    Train with the settings of a file and of the command line, and save. Returns the exit code: 0; 2 if settings, data
-    or a reward function are not what they should be; 75 if a signal ended training with a checkpoint.
+    Train with the settings of a file and of the command line, and save the model.
+
+    Returns the exit code: 0; 2 if settings, data or a reward function are wrong; 75 if a signal stopped training, and
+    there is a checkpoint.
     """
     request = parse_run(argv, TrainArguments, SAPOConfig, ModelConfig)
     if request.launch:
@@ -172,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     with contextlib.ExitStack() as stack:
         if training_args.should_save and not request.dry_run:
-            # From before the newest checkpoint is looked for until the model is saved.
+            # Hold the lock from the search for the newest checkpoint until the model is saved.
             try:
                 stack.enter_context(locked(training_args.output_dir, "trains"))
                 finish_publication(training_args.output_dir)
@@ -191,7 +193,7 @@ def _train(request: RunRequest) -> int:
             raise ValueError("`critic: adapter` lives beside the policy's adapter: set `use_peft: true`.")
         reward_funcs, model, processing_class, loaded = _load(arguments, training_args, model_args)
         train_dataset = loaded[0][0]
-        if not request.dry_run:  # which says so among other things
+        if not request.dry_run:  # a dry run prints this error with its other results
             check_size(train_dataset, training_args.generation_batch_size, training_args.num_generations)
     except (ValueError, OSError, ImportError) as error:
         print(f"sapo-trl train: error: {error}", file=sys.stderr)
@@ -217,7 +219,7 @@ def _train(request: RunRequest) -> int:
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except (ValueError, OSError) as error:  # settings that do not fit this model, or files that it lacks
+    except (ValueError, OSError) as error:  # settings that do not fit this model, or missing files
         print(f"sapo-trl train: error: {error}", file=sys.stderr)
         return 2
     if request.dry_run:
@@ -227,7 +229,7 @@ def _train(request: RunRequest) -> int:
     trainer.add_callback(stop)
     show_progress(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if training_args.should_save and reports and arguments.streaming:  # only now they have been read
+    if training_args.should_save and reports and arguments.streaming:  # a stream's rows have been read only now
         rich.print(*reports, sep="\n")
         save_reports(reports, Path(training_args.output_dir) / "data_report.json")
     if stop.received is not None:
@@ -248,8 +250,8 @@ def _train(request: RunRequest) -> int:
 def _load(
     arguments: TrainArguments, training_args: SAPOConfig, model_args: ModelConfig
 ) -> tuple[list[Callable], str, PreTrainedTokenizerBase | ProcessorMixin, list[tuple]]:
-    """The reward functions, the model's folder or name, its processor, and [`load_prompts`] of each split."""
-    # What needs no model first, so that a mistake shows at once.
+    """The reward functions, the model's folder or name, its processor, and each split's [`load_prompts`]."""
+    # Load everything that needs no model first, so that a mistake shows at once.
     reward_funcs = [find_reward(name, arguments.reward_settings.get(name)) for name in arguments.reward_funcs]
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -267,19 +269,19 @@ def _load(
     splits = [arguments.dataset_train_split]
     if training_args.eval_strategy != "no":
         splits.append(arguments.dataset_test_split)
-    with training_args.main_process_first(desc="preparing data"):  # the others read what it has cached
+    with training_args.main_process_first(desc="preparing data"):  # the other processes read its cache
         loaded = [load_prompts(arguments, split, training_args.seed, processing_class) for split in splits]
     return reward_funcs, model, processing_class, loaded
 
 
 def _hub_id(arguments: TrainArguments) -> str | None:
-    """What the model card may link to: a data set of the hub, not a path of this machine."""
+    """The data set's hub id for the model card; `None` for a path of this machine."""
     local = arguments.dataset_name == EMBEDDED or Path(arguments.dataset_name).exists()
     return None if local else arguments.dataset_name
 
 
 def _from_command_line(value: Any) -> Any:
-    """A value that YAML gives as it is, and the command line as JSON; the text itself if it is none."""
+    """A structured value. YAML gives it as it is; the command line gives JSON. Any other text stays a text."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -289,15 +291,15 @@ def _from_command_line(value: Any) -> Any:
 
 
 def _checkpoint(training_args: SAPOConfig) -> str | None:
-    """What to resume from: `True` is the newest complete checkpoint, or a fresh start where there is none yet."""
+    """The checkpoint to resume from. `True` means the newest complete checkpoint, or a fresh start without any."""
     wanted = training_args.resume_from_checkpoint
     if str(wanted).lower() in ("none", "false"):
         return None
     if str(wanted).lower() != "true":
         if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
             raise ValueError(
-                f"resume_from_checkpoint={str(wanted)!r} is no checkpoint, which is a folder with a "
-                f"{TRAINER_STATE_NAME}; `True` takes the newest in {training_args.output_dir!r}."
+                f"resume_from_checkpoint={str(wanted)!r} is no checkpoint: a checkpoint is a folder with a "
+                f"{TRAINER_STATE_NAME}. `True` takes the newest checkpoint in {training_args.output_dir!r}."
             )
         check_checkpoint(wanted)
         return wanted
@@ -318,21 +320,21 @@ def load_prompts(
     processor: PreTrainedTokenizerBase | ProcessorMixin | None = None,
 ) -> tuple[Dataset | IterableDataset, CleaningReport | None]:
     """
-    Load one split as TRL trains on it.
+    Load one split in the form that TRL trains on.
 
     Args:
         arguments ([`TrainArguments`]):
-            What to load.
+            The settings of the data.
         split (`str`):
             Split, or a slice of it.
         seed (`int`, *optional*, defaults to `0`):
-            Of the embedded data set.
+            Seed of the embedded data set.
         processor (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
-            The model's; `max_prompt_length` needs it.
+            The model's processor. `max_prompt_length` needs it.
 
     Returns:
-        `tuple[Dataset | IterableDataset, CleaningReport | None]`: the prompts, and what became of the rows; `None` for
-        the embedded data set. Raises `ValueError` if the split or a column is missing, or no row can be used.
+        `tuple[Dataset | IterableDataset, CleaningReport | None]`: the prompts, and the report on their cleaning; the
+        embedded data set has no report. Raises `ValueError` if the split or a column is missing, or no row is usable.
     """
     if arguments.dataset_name == EMBEDDED:
         n = arguments.embedded_problems if split == "train" else 512
@@ -358,7 +360,7 @@ def load_prompts(
 
 
 def _data_format(arguments: TrainArguments, rows: Dataset | IterableDataset) -> DataFormat | None:
-    """What a row is made of, by what the user says, else by the hub id, else by the columns."""
+    """The format of the rows: the user's choice, otherwise from the hub id, otherwise from the columns."""
     if arguments.dataset_format is not None:
         return FORMATS[arguments.dataset_format]
     columns = rows.column_names or []

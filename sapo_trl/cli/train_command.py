@@ -1,4 +1,4 @@
-"""`sapo-trl train`: its help is read from a file, because the settings behind it take seconds to import."""
+"""`sapo-trl train`. Its help is read from a file, because importing the settings takes seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 HELP = Path(__file__).with_name("train_help.txt")
-"""Written by `python -m docs.generate.config_table`, and compared with the settings by a test."""
+"""`python -m docs.generate.config_table` writes this file, and a test compares it with the settings."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""From rows as they are to prompts that can be trained on, in one pass: convert, check, resize, count."""
+"""Turns raw rows into prompts for training, in one pass: convert, check, resize, count."""
 
 import hashlib
 import io
@@ -26,8 +26,8 @@ from .templates import template_text
 
 Processing = PreTrainedTokenizerBase | ProcessorMixin
 
-# Columns that carry what the pass found from the rows to the report. The report cannot be filled on the way: `map`
-# reads what it has done before from its cache.
+# These columns carry the findings of the pass from the rows to the report. `map` may read rows from its cache without
+# calling the function, so the function cannot fill the report itself.
 _NOTES = Features(
     {
         "_row": Value("int64"),
@@ -54,45 +54,48 @@ def clean_prompts(
     name: str = "data",
 ) -> tuple[Dataset | IterableDataset, CleaningReport]:
     """
-    Convert a data set to TRL's columns and leave out rows that cannot be trained on: without question or answer, with
-    pictures that are missing, unreadable, empty, huge or narrow, or that are not as many as their places in the text,
-    with a video or a sound, with the model's own placeholder written out in the text, with too long a prompt, and rows
-    that repeat an earlier one (same prompt, pictures and answer).
+    Convert a data set to TRL's columns and leave out unusable rows.
+
+    A row is unusable if it has no question or no answer; if a picture is missing, unreadable, empty, huge or narrow;
+    if the number of pictures differs from the number of their places in the text; if it has a video or a sound; if its
+    text contains the model's own placeholder; if its prompt is too long; or if it repeats an earlier row (same prompt,
+    pictures and answer).
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows as loaded. Its features must be known.
         data_format ([`~sapo_trl.data.question.DataFormat`], *optional*):
-            How a row is read. `None` for a data set that has a column `prompt`, which stays as it is, except that
-            pictures which its messages name move to the column `images`.
+            How a row is read. `None` for a data set with a column `prompt`. This column stays unchanged, but pictures
+            in its messages move to the column `images`.
         prompt_template (`str`, *optional*, defaults to `"none"`):
             Name or text, see [`~sapo_trl.data.templates.template_text`].
         conversational (`bool`, *optional*, defaults to `True`):
             `False` for prompts of plain text; for data sets without pictures.
         limits ([`~sapo_trl.data.images.ImageLimits`], *optional*):
-            Pixels that a picture may have; it is resized to them.
+            Smallest and largest number of pixels. Pictures outside these limits are resized to them.
         folders (`Sequence[Path]`, *optional*):
-            Where relative paths of pictures are looked up.
+            Folders to search for pictures with a relative path.
         processor (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
-            Counts the tokens of a prompt, those of its pictures included, and knows the model's placeholders.
+            Counts the tokens of a prompt, image tokens included, and knows the model's placeholders.
         max_prompt_length (`int`, *optional*):
-            Tokens that a prompt may have. Needs `processor`.
+            Largest number of tokens in a prompt. Needs `processor`.
         allow_remote_images (`bool`, *optional*, defaults to `False`):
-            Fetch pictures whose path is an address (`http:` or `https:`). By default they count as missing, so that
+            Fetch pictures from addresses (`http:` or `https:`). By default such pictures count as missing, so that
             rows cannot make this machine send requests.
         strict (`bool`, *optional*, defaults to `False`):
-            An error where rows would be left out: after the pass, or at the first of them in a stream.
+            Raise an error instead of leaving rows out. The error comes after the pass; in a stream, at the first bad
+            row.
         name (`str`, *optional*, defaults to `"data"`):
-            What to call the data set in the report and in errors.
+            Name of the data set in the report and in errors.
 
     Returns:
-        `tuple[Dataset | IterableDataset, CleaningReport]`: `prompt`, `images` if there are pictures, `answer`, and the
-        columns that the prompt did not replace, other pictures excepted. The report of a stream counts as it is read,
-        and starts anew with each pass.
+        `tuple[Dataset | IterableDataset, CleaningReport]`: The data set has the columns `prompt`, `answer`, `images`
+        if there are pictures, and all columns that the prompt did not replace, except other pictures. The report of a
+        stream counts rows as they are read, and starts anew with each pass.
 
     Raises:
-        ValueError: if a column is missing or has a name that TRL uses itself, no row is left, or a row would be left
-            out and `strict` is set.
+        ValueError: if a column is missing or has a name that TRL reserves, if no row is left, or, with `strict`, if a
+            row is unusable.
     """
     if dataset.features is None:
         raise ValueError(f"The features of {name!r} must be known; `IterableDataset.cast` tells a stream its own.")
@@ -109,7 +112,8 @@ def clean_prompts(
             raise ValueError(f"`conversational=False` is for text; {name!r} has pictures, in {pictures!r}.")
     made = _made_features(data_format, features, pictures, conversational)
     dataset, of_media = undecoded(dataset)
-    # A picture that nobody has checked must not be there to be decoded; under these two names TRL would look for some.
+    # Unchecked pictures are removed, so that nothing can decode them. TRL would also look for pictures in the columns
+    # `image` and `images`.
     removed = {*of_media, *{"image", "images", *OTHER_MEDIA} & set(features)}
     removed |= set(data_format.consumed if data_format else ())
     stays = {column: feature for column, feature in features.items() if column not in removed | set(made)}
@@ -138,7 +142,7 @@ def clean_prompts(
         passed = dataset.map(prepare, **settings).filter(sieve, input_columns=list(_NOTES))
         return passed.remove_columns(list(_NOTES)), report
 
-    # Files next to the data, or on the network, may have changed since, which `map`'s cache would not notice.
+    # Files next to the data or on the network may have changed. `map`'s cache would not notice this.
     fresh = {"load_from_cache_file": False} if folders or allow_remote_images else {}
     mapped = dataset.map(prepare, **settings, **fresh, writer_batch_size=100, desc=f"Preparing {name}")
     sieve = _Sieve(report, strict=False)
@@ -158,7 +162,7 @@ def clean_prompts(
 
 @dataclass(frozen=True)
 class _Preparation:
-    """What is done to a row: an object, not a closure, so that `map` can tell whether it has done the same before."""
+    """Prepares one row. It is an object and not a closure, so that `map` can recognize it in its cache."""
 
     data_format: DataFormat | None
     pictures: str | None
@@ -172,7 +176,7 @@ class _Preparation:
     max_prompt_length: int | None
     allow_remote_images: bool
     version: int = 2
-    """To be raised when this package does something else to a row: `map`'s cache knows settings, not code."""
+    """Raise this number if the preparation changes: `map`'s cache compares settings, not code."""
 
     def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         try:
@@ -209,7 +213,7 @@ class _Preparation:
         return question_prompt(self.data_format.read(row), self.template, self.conversational)
 
     def _given(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns of a data set in TRL's form, its pictures in `images` alone."""
+        """The columns of a row in TRL's form, with all its pictures in `images`."""
         prompt, answer = row["prompt"], row.get("answer", "unknown")
         columns = {"prompt": prompt, "answer": answer}
         if self.pictures is not None:
@@ -224,7 +228,7 @@ class _Preparation:
 
 
 class _Sieve:
-    """Which rows of one pass stay. Fills the report."""
+    """Decides which rows of one pass stay, and fills the report."""
 
     def __init__(self, report: CleaningReport, strict: bool):
         self.report = report
@@ -249,11 +253,11 @@ class _Sieve:
 
 def count_tokens(processor: Processing, prompt: str | list[dict[str, Any]], images: Sequence[Image.Image] = ()) -> int:
     """
-    Tokens of a prompt as the trainer encodes it, a picture's included.
+    Number of tokens of a prompt, image tokens included. The prompt is encoded as in the trainer.
 
     Args:
         processor (`PreTrainedTokenizerBase` or `ProcessorMixin`):
-            The model's.
+            The model's processor.
         prompt (`str` or `list[dict]`):
             Text, or messages.
         images (`Sequence[PIL.Image.Image]`, *optional*):
@@ -268,7 +272,7 @@ def count_tokens(processor: Processing, prompt: str | list[dict[str, Any]], imag
 
 
 def _check_places(prompt: str | list[dict[str, Any]], images: list[Any] | None) -> None:
-    """By TRL's own rule, where TRL would put pictures into a prompt."""
+    """Check the number of places for pictures, with the function with which TRL puts pictures into a prompt."""
     if images is None or (not images and isinstance(prompt, str)):
         return
     if isinstance(prompt, str):
@@ -292,13 +296,13 @@ def _text_of(prompt: str | list[dict[str, Any]] | None) -> str:
 def _made_features(
     data_format: DataFormat | None, found: Mapping[str, Any], pictures: str | None, conversational: bool
 ) -> dict[str, Any]:
-    """Features of the columns that the pass makes, rather than leaves."""
+    """Features of the columns that the pass creates."""
     made: dict[str, Any] = {}
     given_blocks = data_format is None and holds_blocks(found["prompt"])
     if given_blocks:
         made["prompt"] = List(Json())  # of messages
     if data_format is not None:
-        # JSON, for an image block has no `text`.
+        # JSON, because an image block has no `text`.
         content = Value("string") if pictures is None else List(Json())
         made["prompt"] = List({"role": Value("string"), "content": content}) if conversational else Value("string")
         made["answer"] = Value("string")

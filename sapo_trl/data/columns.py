@@ -1,4 +1,4 @@
-"""Any data set, by the names of its columns."""
+"""The format of any data set, given the names of its columns."""
 
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -8,19 +8,19 @@ from .question import DataFormat, Question, as_list, text_cell, with_placeholder
 
 
 ROLES = ("problem", "answer", "images")
-"""What a column can be named for; pictures are optional."""
+"""The roles that a column can have; pictures are optional."""
 
 
 def own_columns(found: Collection[str], names: Mapping[str, str] | None = None) -> DataFormat:
     """
-    The format of a data set whose columns are named.
+    The format of a data set with named columns.
 
     Args:
         found (`Collection[str]`):
             Columns of the data set.
         names (`Mapping[str, str]`, *optional*):
-            From `"problem"`, `"answer"` and `"images"` to columns. A role that is not named is taken by the column of
-            its own name; pictures also by a column `image`.
+            Maps `"problem"`, `"answer"` and `"images"` to columns. By default a role has the column of its own name;
+            pictures may also be in a column `image`.
 
     Returns:
         [`DataFormat`]. Raises `ValueError` if a column does not exist.
@@ -32,21 +32,21 @@ def own_columns(found: Collection[str], names: Mapping[str, str] | None = None) 
     missing = [f"{role!r} ({name!r})" for role, name in chosen.items() if name is not None and name not in found]
     if missing:
         raise ValueError(
-            f"No column for {' and '.join(missing)}: the data set has the columns {sorted(found)}. Name yours, such "
-            "as `columns: {problem: question, answer: final, images: figure}`; or set `dataset_format`, if the data "
-            "set is a copy of one that is known. A column `prompt` in TRL's form needs neither."
+            f"No column for {' and '.join(missing)}: the data set has the columns {sorted(found)}. Name yours, for "
+            "example `columns: {problem: question, answer: final, images: figure}`; or set `dataset_format`, if the "
+            "data set is a copy of a known data set. A data set with a column `prompt` in TRL's form needs neither."
         )
     columns = tuple(name for name in chosen.values() if name is not None)
     return DataFormat(
         columns=columns,
         read=partial(_read, chosen=chosen),
-        consumed=tuple(name for name in columns if name != "answer"),  # that one is written anew
+        consumed=tuple(name for name in columns if name != "answer"),  # the pass overwrites `answer`
         images=chosen["images"],
     )
 
 
 def check_roles(names: Mapping[str, str]) -> None:
-    """Raises `ValueError` if a column is named for something that a question does not have."""
+    """Raises `ValueError` for an unknown role."""
     unknown = sorted(set(names) - set(ROLES))
     if unknown:
         raise ValueError(f"`columns` names a column for {unknown}; it can name one for each of {list(ROLES)}.")

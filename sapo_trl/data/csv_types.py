@@ -1,4 +1,8 @@
-"""Types of a CSV file's columns, so that no cell changes: pandas makes 7 of `007`, and nothing of `NA` and `None`."""
+"""
+Types of a CSV file's columns that keep every cell's text.
+
+By default, pandas reads `007` as 7, and `NA` and `None` as missing.
+"""
 
 import math
 import re
@@ -9,25 +13,25 @@ import pandas as pd
 from datasets import Features, Value
 
 
-# Numbers that are the same text when they are written out again.
+# Whole numbers that give the same text when they are written again.
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,14}")
 _ROWS_AT_ONCE = 50_000
 
 
 def csv_options(files: Iterable[str], sep: str = ",") -> dict[str, Any]:
     """
-    How `load_dataset` has to read tables.
+    Options for `load_dataset` to read tables.
 
     Args:
         files (`Iterable[str]`): tables with the same columns.
-        sep (`str`, *optional*, defaults to `","`): what separates their cells.
+        sep (`str`, *optional*, defaults to `","`): separator of the cells.
 
     Returns:
-        `dict`: arguments of [`~datasets.load_dataset`]: a column is numbers (or `True` and `False`) if each of its
-        cells is one and is still the same text after it has been read; text otherwise. Only an empty cell is missing.
+        `dict`: arguments of [`~datasets.load_dataset`]. A column has numbers (or `True` and `False`) if reading and
+        writing its cells gives the same texts; otherwise it has texts. Only an empty cell is missing.
 
     Raises:
-        ValueError: if a file is no table.
+        ValueError: if a file is not a table.
     """
     kinds: dict[str, set[str]] = {}
     for file in files:
@@ -35,7 +39,7 @@ def csv_options(files: Iterable[str], sep: str = ",") -> dict[str, Any]:
             for cells in pd.read_csv(file, sep=sep, dtype=str, keep_default_na=False, chunksize=_ROWS_AT_ONCE):
                 for column in cells:
                     kinds[column] = kinds.get(column, {"int64", "float64", "bool"}) & _kinds(cells[column].unique())
-        except ValueError as error:  # of pandas, among them those for an empty file and for rows of unequal length
+        except ValueError as error:  # pandas raises it also for an empty file and for rows of unequal length
             raise ValueError(f"{file!r} is no table of cells between {sep!r}: {error}") from error
     features = {
         str(column): Value(next((kind for kind in ("int64", "bool", "float64") if kind in possible), "string"))
@@ -45,7 +49,7 @@ def csv_options(files: Iterable[str], sep: str = ",") -> dict[str, Any]:
 
 
 def _kinds(cells: Iterable[str]) -> set[str]:
-    """What a column may be, by some of its cells. Only floats and texts can be missing."""
+    """The types that fit some cells of a column. Only columns of floats or texts can have missing cells."""
     cells = set(cells)
     filled = cells - {""}
     if not filled:

@@ -1,4 +1,4 @@
-"""The data sets that are known, by name."""
+"""The formats of the known data sets, by name."""
 
 from .geometry3k import GEOMETRY3K
 from .gsm8k import GSM8K

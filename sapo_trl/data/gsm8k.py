@@ -10,7 +10,7 @@ from .question import BadRow, DataFormat, Question, text_cell
 
 
 def final_number(solution: str) -> str:
-    """What follows the last `####`, without commas. Raises [`BadRow`] if there is none."""
+    """The text after the last `####`, without commas. Raises [`BadRow`] if there is no `####`."""
     _, mark, answer = solution.rpartition("####")
     if not mark:
         raise BadRow("empty answer", f"no #### in the solution {solution[-80:]!r}")
@@ -18,7 +18,7 @@ def final_number(solution: str) -> str:
 
 
 def read(row: Mapping[str, Any]) -> Question:
-    """The worked solution goes: under the name `answer` it would be taken for the answer."""
+    """The question of a row. It has the final number as answer, not the worked solution in the column `answer`."""
     return Question(text_cell(row, "question"), final_number(text_cell(row, "answer")))
 
 

@@ -1,10 +1,10 @@
 r"""
-MATH (Hendrycks et al., arXiv 2103.03874): competition problems whose answer is the last `\boxed{}` of `solution`.
+MATH (Hendrycks et al., arXiv 2103.03874): competition problems. The answer is the last `\boxed{}` of `solution`.
 
 MATH itself has 7,500 train and 5,000 test rows. The split of 12,000 and 500 was made for PRM800K (Lightman et al.,
-arXiv 2305.20050): 4,500 test rows went to training, the other 500 are "MATH500". Its files are `math_splits/*.jsonl`
-of https://github.com/openai/prm800k, with the columns `problem`, `solution`, `answer`, `subject`, `level` and
-`unique_id`. Of the hub ids below, the first one has both splits, the second one the test split alone.
+arXiv 2305.20050): 4,500 test rows went to training, and the other 500 are "MATH500". Its files are
+`math_splits/*.jsonl` of https://github.com/openai/prm800k, with the columns `problem`, `solution`, `answer`,
+`subject`, `level` and `unique_id`. The first hub id below has both splits, the second has only the test split.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from .question import BadRow, DataFormat, Question, text_cell
 
 def boxed_answer(solution: str) -> str:
     r"""
-    The answer of a MATH solution: its last box, which a few write as `\fbox{3}` or, without braces, `\boxed 3`.
+    The answer of a MATH solution: its last box. A few solutions write it as `\fbox{3}` or, without braces, `\boxed 3`.
 
     Args:
         solution (`str`): worked solution.
@@ -33,7 +33,7 @@ def boxed_answer(solution: str) -> str:
 
 
 def read(row: Mapping[str, Any]) -> Question:
-    """The column `answer`, where there is one, is what PRM800K made of the same box; it is not used."""
+    """The question of a row. A column `answer` is PRM800K's version of the same box, and is not used."""
     return Question(text_cell(row, "problem"), boxed_answer(text_cell(row, "solution")))
 
 

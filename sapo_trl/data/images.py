@@ -1,4 +1,4 @@
-"""Pictures of a data set: checked before they are decoded, brought to RGB, resized to limits in pixels."""
+"""Pictures of a data set: checked before they are decoded, converted to RGB, resized to limits in pixels."""
 
 import base64
 import binascii
@@ -17,17 +17,20 @@ from .question import BadRow
 from .remote import fetch
 
 
-# Pillow finds the format by content. It would also run Ghostscript on PostScript, and has decoders that few test.
+# Pillow detects the format from the content. Unrestricted, it would also run Ghostscript on PostScript, and decoders
+# that few people test.
 FILE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 MAX_SOURCE_PIXELS = 89_478_485
-"""Width times height that is still decoded: a quarter of a GiB, where Pillow starts to warn of decompression bombs."""
+"""
+Largest width times height. Such a picture takes a quarter of a GiB. Above it, Pillow warns of decompression bombs.
+"""
 
 MAX_FILE_BYTES = 8 * MAX_SOURCE_PIXELS
-"""A file of 16-bit RGBA without compression has no more. A larger one is not read."""
+"""Size of the largest picture as uncompressed 16-bit RGBA. A larger file is not read."""
 
 MAX_ASPECT_RATIO = 200
-"""Long side by short side. Qwen's image processors refuse what is narrower, in the middle of a training."""
+"""Long side divided by short side. Qwen's image processors would stop the training at a narrower picture."""
 
 _ORIENTATION = 0x0112  # EXIF
 
@@ -35,11 +38,11 @@ _ORIENTATION = 0x0112  # EXIF
 @dataclass(frozen=True)
 class ImageLimits:
     """
-    How many pixels a picture may have. Geometry3K recipes publish 262,144 (512²) to 4,194,304 (2048²).
+    Limits for the number of pixels. Published Geometry3K recipes use 262,144 (512²) to 4,194,304 (2048²).
 
     Args:
-        min_pixels (`int`, *optional*): smaller pictures are enlarged to it.
-        max_pixels (`int`, *optional*): larger pictures are reduced to it; at least 200.
+        min_pixels (`int`, *optional*): smaller pictures are enlarged to this number.
+        max_pixels (`int`, *optional*): larger pictures are reduced to this number; at least 200.
     """
 
     min_pixels: int | None = None
@@ -48,16 +51,18 @@ class ImageLimits:
     def __post_init__(self):
         if self.min_pixels is not None and self.min_pixels < 1:
             raise ValueError(f"`min_pixels` must be at least 1, got {self.min_pixels}.")
-        if self.max_pixels is not None and self.max_pixels < MAX_ASPECT_RATIO:  # the narrowest one has a pixel across
+        if self.max_pixels is not None and self.max_pixels < MAX_ASPECT_RATIO:  # a picture of 1 × 200 must still fit
             raise ValueError(f"`max_pixels` must be at least {MAX_ASPECT_RATIO}, got {self.max_pixels}.")
         if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
             raise ValueError(f"`min_pixels` ({self.min_pixels}) must not exceed `max_pixels` ({self.max_pixels}).")
 
     def fit(self, width: int, height: int) -> tuple[int, int]:
         """
-        The size for a picture of `width` by `height`: its own if that is within the limits, else the nearest one of
-        the same shape. Whole pixels are rounded towards the inside of the limits, and the long side is cut to
-        `MAX_ASPECT_RATIO` times the short one where rounding would make a narrow picture too narrow.
+        The new size for a picture of `width` by `height`.
+
+        A picture within the limits keeps its size. Otherwise the result is the nearest size with the same aspect
+        ratio. Rounding to whole pixels stays within the limits. If it makes a narrow picture too narrow, the long side
+        is cut to `MAX_ASPECT_RATIO` times the short side.
         """
         pixels = width * height
         if self.max_pixels is not None and pixels > self.max_pixels:
@@ -70,7 +75,7 @@ class ImageLimits:
         return min(width, MAX_ASPECT_RATIO * height), min(height, MAX_ASPECT_RATIO * width)
 
     def resized(self, image: Image.Image) -> Image.Image:
-        """An RGB image in the size that [`fit`] gives; itself if that is its own."""
+        """An RGB image resized by [`fit`]; the same object if the size does not change."""
         size = self.fit(*image.size)
         # Bicubic, as Qwen's processors do.
         return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
@@ -78,12 +83,12 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class FittedImage:
-    """A picture that can be trained on: RGB, upright, within the limits."""
+    """A picture ready for training: RGB, upright, within the limits."""
 
     source: bytes
-    """The file it came from; PNG of a PIL image."""
+    """The original file; for a PIL image, a PNG of it."""
     data: bytes
-    """The file to train on: the source, if there was nothing to change, else PNG."""
+    """The file to train on: the source if nothing changed, otherwise a PNG."""
     before: tuple[int, int]
     """Width and height, upright."""
     after: tuple[int, int]
@@ -91,14 +96,14 @@ class FittedImage:
 
 def rgb_image(value: Any, folders: Sequence[Path] = ()) -> Image.Image:
     """
-    Read and check one picture: as [`fit_image`], without limits and in memory.
+    Read and check one picture as [`fit_image`] does, but without resizing it.
 
     Args:
         value (`Any`), folders (`Sequence[Path]`, *optional*):
             As for [`fit_image`].
 
     Returns:
-        `PIL.Image.Image`: RGB and upright, white where it was transparent. Raises [`BadRow`].
+        `PIL.Image.Image`: RGB and upright, with white for transparent areas. Raises [`BadRow`].
     """
     return _decoded(value, folders)[2]
 
@@ -111,14 +116,14 @@ def fit_image(
 
     Args:
         value (`Any`):
-            An undecoded picture of [`~datasets.Dataset`] (a dictionary of `bytes` and `path`; the bytes may be base64
-            text, as JSON has them), a path, a `file:` or `data:` URI, an address, a file's bytes or a PIL image.
+            An undecoded picture of [`~datasets.Dataset`] (a dictionary with `bytes` and `path`; from JSON, the bytes
+            may be base64 text), a path, a `file:` or `data:` URI, an address, a file's bytes or a PIL image.
         limits ([`ImageLimits`], *optional*):
-            Its limits; none by default.
+            Limits for its number of pixels; no limits by default.
         folders (`Sequence[Path]`, *optional*):
-            Where relative paths are looked up.
+            Folders to search for a relative path.
         allow_remote (`bool`, *optional*, defaults to `False`):
-            Whether an address (`http:` or `https:`) is fetched. Otherwise the picture counts as missing.
+            Fetch an address (`http:` or `https:`). Otherwise a picture with an address counts as missing.
 
     Returns:
         [`FittedImage`]. Raises [`BadRow`] for a picture that is missing, unreadable, huge or narrow.
@@ -131,12 +136,15 @@ def fit_image(
 def _decoded(
     value: Any, folders: Sequence[Path], allow_remote: bool = False
 ) -> tuple[bytes, Image.Image, Image.Image]:
-    """A picture's file, the picture in it, and the same as upright RGB: the very same object if it is that already."""
+    """
+    A picture's file, the decoded picture, and the picture as upright RGB. The latter two are the same object if the
+    picture is upright RGB already.
+    """
     if isinstance(value, Image.Image):
         _check_size(*value.size)
         try:
             value = _png(_rgb(value))
-        except Exception as error:  # it may be open, but not read yet
+        except Exception as error:  # the image may be open, but not read yet
             raise BadRow("unreadable image", f"{type(error).__name__}: {error}") from error
     source = _read(value, folders, allow_remote)
     if not source:
@@ -147,7 +155,7 @@ def _decoded(
         raise BadRow("huge image", str(error)) from error
     except UnidentifiedImageError as error:
         raise BadRow("unreadable image", f"none of {', '.join(FILE_FORMATS)}, or without width or height") from error
-    except Exception as error:  # what a decoder raises on a file made to break it is anyone's guess
+    except Exception as error:  # a decoder may raise anything on a file that was made to break it
         raise BadRow("unreadable image", f"{type(error).__name__}: {error}") from error
     _check_size(*image.size)
     try:
@@ -158,7 +166,7 @@ def _decoded(
 
 
 def _read(value: Any, folders: Sequence[Path], allow_remote: bool) -> bytes:
-    """The bytes of a picture's file, wherever they are."""
+    """The bytes of a picture's file."""
     if isinstance(value, Mapping):
         if value.get("bytes") is not None:
             data = value["bytes"]
@@ -180,7 +188,7 @@ def _read(value: Any, folders: Sequence[Path], allow_remote: bool) -> bytes:
 
 def _read_file(path: str, folders: Sequence[Path]) -> bytes:
     for candidate in (Path(path), *(folder / path for folder in folders)):
-        # `os.path.isfile`, because `Path.is_file` raises for a name that is too long, such as a whole file in base64.
+        # `Path.is_file` raises for a name that is too long, such as a whole file in base64. `os.path.isfile` does not.
         if path and candidate.is_absolute() and os.path.isfile(candidate):
             try:
                 size = candidate.stat().st_size
@@ -193,10 +201,10 @@ def _read_file(path: str, folders: Sequence[Path]) -> bytes:
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes that a base64 text stands for, line breaks left out. Raises [`BadRow`] for another text."""
+    """The bytes of a base64 text, which may have line breaks. Raises [`BadRow`] for any other text."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:  # the latter for letters that are not ASCII
+    except (binascii.Error, ValueError) as error:  # `ValueError` for characters that are not ASCII
         raise BadRow("unreadable image", f"{_start(text)} is no base64: {error}") from error
 
 
@@ -224,11 +232,11 @@ def _rgb(image: Image.Image) -> Image.Image:
     """The image itself if it is upright RGB."""
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # 16 bits of grey, which `convert` would cut off at 255
+    if image.mode.startswith("I;16"):  # 16 bits of grey; `convert` would cut values off at 255
         image = image.point(lambda value: value * (1 / 256)).convert("L")
     elif image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode!r} does not say which number is white")
-    if image.has_transparency_data:  # else what is transparent turns black, as does the ink on it
+    if image.has_transparency_data:  # `convert("RGB")` makes transparent areas black, like the ink on them
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         paper.alpha_composite(image)
@@ -237,7 +245,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _png(image: Image.Image) -> bytes:
-    """Written fast rather than small: files live in a cache."""
+    """A PNG file with fast, weak compression: the files live in a cache."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

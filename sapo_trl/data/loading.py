@@ -15,7 +15,7 @@ from .csv_types import csv_options
 
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
-"""From the ending of a file with rows to what reads it. Nothing among them runs code from the data, or unpickles."""
+"""The reader for each file ending. No reader runs code from the data, and none unpickles."""
 
 _IMAGE_FOLDER = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -28,23 +28,23 @@ def load_rows(
 
     Args:
         name (`str`):
-            A hub id; a file (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`), whose rows are the split `"train"`; or a
-            folder: of such files, with their split in their names, or of pictures with a `metadata.jsonl` or `.csv`
-            (an ImageFolder).
+            A hub id, a file or a folder. The rows of a file (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`) are the
+            split `"train"`. A folder has either such files, with their split in their names, or pictures with a
+            `metadata.jsonl` or `.csv` (an ImageFolder).
         config (`str`, *optional*):
-            Configuration, of a data set that has several.
+            Configuration, if the data set has several.
         split (`str`, *optional*, defaults to `"train"`):
-            A split, or a slice of one such as `"train[:90%]"`.
+            A split, or a slice of a split such as `"train[:90%]"`.
         streaming (`bool`, *optional*, defaults to `False`):
-            Rows one by one, as they are read, instead of all at once. Slices cannot be streamed.
+            Read rows one by one instead of all at once. Slices cannot be streamed.
 
     Returns:
-        `tuple[Dataset | IterableDataset, tuple[Path, ...]]`: the rows, and the folders where the paths in them start;
-        none for a hub id.
+        `tuple[Dataset | IterableDataset, tuple[Path, ...]]`: the rows, and the folders to which paths in the rows are
+        relative. A hub id has no such folders.
 
     Raises:
         FileNotFoundError: if a path does not exist.
-        ValueError: if a file is of another kind or without rows, or there is no such split.
+        ValueError: if a file has another ending or no rows, or if the split does not exist.
     """
     path = Path(name).expanduser()
     arguments: dict[str, Any] = {"path": name, "name": config}
@@ -59,12 +59,12 @@ def load_rows(
         suffix = Counter(table.suffix for table in tables).most_common(1)[0][0] if tables else ""
         is_csv = BUILDERS.get(suffix) == "csv"
         is_image_folder = beside_pictures and any(table.name in _IMAGE_FOLDER for table in tables)
-        # Of a `metadata.csv`, `imagefolder` takes `NA` for nothing and `007` for 7.
+        # In a `metadata.csv`, `imagefolder` reads `NA` as missing and `007` as 7. So the file is read as a table.
         is_picture_table = is_image_folder and is_csv
         if is_image_folder and not is_csv:
             arguments = {"path": "imagefolder", "data_dir": str(path)}
         elif tables and (beside_pictures or is_csv) and not _names_its_files(path):
-            # Where there are more pictures than tables, `load_dataset` would take them for the rows.
+            # If there are more pictures than tables, `load_dataset` would take the pictures for the rows.
             base = str(path.resolve())
             files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[suffix])
             arguments = file_arguments({str(key): list(value) for key, value in files.items()})
@@ -76,13 +76,13 @@ def load_rows(
         raise ValueError(f"The slice {split!r} cannot be streamed; stream {base_split!r}, or set `streaming: false`.")
     try:
         dataset = load_dataset(**arguments, streaming=streaming)
-    except StopIteration as error:  # how `datasets` ends where it finds no row to begin with
+    except StopIteration as error:  # `datasets` raises it for a file without rows
         raise ValueError(
-            f"`dataset_name={name!r}` has a file without rows in it. Name a file, or a folder of nothing but rows and "
+            f"`dataset_name={name!r}` has a file without rows in it. Name a file, or a folder with only rows and "
             "pictures."
         ) from error
     if streaming and base_split in dataset and dataset[base_split].features is None:
-        # A stream of CSV finds its columns in its first rows, for which `datasets` has no public method.
+        # A stream of CSV learns its columns from its first rows. `datasets` has no public method for this.
         dataset[base_split] = dataset[base_split]._resolve_features()
     if base_split not in dataset:
         raise ValueError(
@@ -98,10 +98,10 @@ def file_arguments(files: dict[str, list[str]]) -> dict[str, Any]:
     Arguments of [`~datasets.load_dataset`] for files with rows.
 
     Args:
-        files (`dict[str, list[str]]`): paths by split, all of one kind.
+        files (`dict[str, list[str]]`): paths by split, all with the same ending.
 
     Returns:
-        `dict`. Raises `ValueError` for files of another kind than those of `BUILDERS`.
+        `dict`. Raises `ValueError` for a file ending that is not in `BUILDERS`.
     """
     paths = [path for of_split in files.values() for path in of_split]
     suffix = Path(paths[0]).suffix
@@ -112,11 +112,11 @@ def file_arguments(files: dict[str, list[str]]) -> dict[str, Any]:
 
 def undecoded(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, list[str]]:
     """
-    A data set that gives its pictures, videos and sounds as files, and the names of its columns with such media, at
-    whatever depth.
+    The data set with its pictures, videos and sounds as undecoded files, and the names of all columns that hold such
+    media at any depth.
 
-    `datasets` would hand any file to any of Pillow's decoders, before anybody can look at its header, and fetch a file
-    whose path is an address.
+    `datasets` would pass any file to any of Pillow's decoders before its header can be checked. It would also fetch
+    every address.
     """
     columns = {name: _as_files(feature) for name, feature in dataset.features.items()}
     changed = {name: feature for name, feature in columns.items() if feature != dataset.features[name]}
@@ -137,19 +137,19 @@ def _holds_media(feature: Any) -> bool:
 def _as_files(feature: Any) -> Any:
     if isinstance(feature, Mapping):
         return {name: _as_files(part) for name, part in feature.items()}
-    if getattr(feature, "feature", None) is not None:  # a list of one of the three kinds
+    if getattr(feature, "feature", None) is not None:  # a list, of any of `datasets`' three kinds
         return replace(feature, feature=_as_files(feature.feature))
     return replace(feature, decode=False) if _is_media(feature) else feature
 
 
 def _picture_names(columns: Collection[str]) -> dict[str, str]:
-    """New names of columns with paths of pictures, as `imagefolder` gives them: `file_name` becomes `image`."""
+    """New names for columns with paths of pictures, as in `imagefolder`: `file_name` becomes `image`."""
     found = {column: re.fullmatch(r"(?:(.+)_)?file_name(s?)", column) for column in columns}
     return {column: match[1] or f"image{match[2]}" for column, match in found.items() if match}
 
 
 def _names_its_files(folder: Path) -> bool:
-    """Whether it is a clone of a hub data set whose card says which files are which split."""
+    """Whether the folder is a clone of a hub data set with a card that maps files to splits."""
     card = folder / "README.md"
     return card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8"), re.MULTILINE) is not None
 

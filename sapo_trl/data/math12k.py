@@ -1,6 +1,6 @@
 """
-[`hiyouga/math12k`](https://huggingface.co/datasets/hiyouga/math12k): MATH with its answers apart from the solutions,
-12,000 train and 500 test rows of `problem` and `answer`.
+[`hiyouga/math12k`](https://huggingface.co/datasets/hiyouga/math12k): MATH with short answers instead of solutions,
+12,000 train and 500 test rows with `problem` and `answer`.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from .question import DataFormat, Question, text_cell
 
 
 def read(row: Mapping[str, Any]) -> Question:
-    """Nothing to take apart."""
+    """The question of a row."""
     return Question(text_cell(row, "problem"), text_cell(row, "answer"))
 
 

@@ -1,8 +1,8 @@
 """
-Messages that a data set already has, made safe: chat templates and processors fetch and open whatever a block names.
+Makes the messages of a data set safe.
 
-Every picture that a block names is taken out, to go the way of the column `images`. Blocks of text and places for
-pictures are all that is left.
+Chat templates and processors fetch and open every file or address in a block. So every picture is moved from its block
+to the column `images`, where it is checked. Only blocks of text and places for pictures remain.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from .question import BadRow
 
 
 OTHER_MEDIA = ("video", "videos", "audio", "audios")
-"""Names of columns, and beginnings of types of blocks, with media that nothing here reads."""
+"""Column names, and prefixes of block types, for media that this package does not read."""
 
 _SOURCES = ("image", "image_url", "url", "path", "base64")
 
 
 def holds_blocks(prompt: Any) -> bool:
-    """Whether messages of a column may be made of blocks, by the column's feature."""
+    """Whether the messages of a column with this feature may have blocks as content."""
     if isinstance(prompt, Value):
         return False
     message = prompt.feature if isinstance(prompt, List) else prompt
@@ -34,14 +34,14 @@ def take_images(messages: Any, images: list[Any]) -> tuple[list[dict[str, Any]],
 
     Args:
         messages (`Any`):
-            A prompt: a list of mappings with `role` and `content`, which is text or a list of blocks.
+            A prompt: a list of mappings with `role` and `content`. The content is text or a list of blocks.
         images (`list`):
-            Pictures of the row's own column, for the places that name none.
+            Pictures of the row's own column, for blocks that name no picture.
 
     Returns:
-        `tuple[list[dict], list]`: the messages with nothing but blocks of text and `{"type": "image"}`; and all
-        pictures in the order of their places, undecoded. Raises [`BadRow`] for any other block, and if there are not
-        as many places as pictures in the column.
+        `tuple[list[dict], list]`: the messages, with only blocks of text and `{"type": "image"}`; and all pictures in
+        the order of their places, undecoded. Raises [`BadRow`] for any other block, and if the blocks need more
+        pictures than the column has.
     """
     if not isinstance(messages, list | tuple) or not all(
         isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages
@@ -65,7 +65,7 @@ def take_images(messages: Any, images: list[Any]) -> tuple[list[dict[str, Any]],
         plain.append(message)
     if any(image is None for image in found):
         raise BadRow("image count", f"the messages have more places for pictures than the row has: {len(images)}")
-    if found:  # else TRL would put places for all of them in front of the first user's message that is text
+    if found:  # otherwise TRL would add places for all pictures to the first user message that is plain text
         plain = [_as_blocks(message) for message in plain]
     return plain, found + list(own)
 
@@ -76,7 +76,7 @@ def _as_blocks(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(block: Any) -> tuple[dict[str, str], Any]:
-    """A block with nothing but its text, or its place; and the picture that it names, if it names one."""
+    """A block reduced to its text or to a place for a picture; and the picture that the block names, if any."""
     given = _filled(block) if isinstance(block, Mapping) else {}
     kind = given.pop("type", None)
     if kind == "text" and given.keys() <= {"text"} and isinstance(text := given.get("text", ""), str):
@@ -89,14 +89,14 @@ def _plain(block: Any) -> tuple[dict[str, str], Any]:
 
 
 def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without empty keys: columns of a table give each block the keys of all others."""
+    """The mapping without empty values. In a table, each block has the keys of all other blocks."""
     filled = {key: _filled(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     return {key: value for key, value in filled.items() if value not in (None, "", {})}
 
 
 def _source(given: Mapping[str, Any]) -> Any:
     (name, source), *_ = given.items() or [(None, None)]
-    if name == "image_url" and isinstance(source, Mapping):  # OpenAI's form, where `detail` may stand beside `url`
+    if name == "image_url" and isinstance(source, Mapping):  # OpenAI's form: `url`, and optionally `detail`
         source = source.get("url")
     if name is not None and source is None:
         raise BadRow("missing image", f"`{name}` names no picture")

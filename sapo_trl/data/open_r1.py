@@ -1,7 +1,7 @@
 r"""
 [`lmms-lab/multimodal-open-r1-8k-verified`](https://huggingface.co/datasets/lmms-lab/multimodal-open-r1-8k-verified):
 about 7,690 train rows of mixed visual mathematics, with `image`, `problem`, `solution`, `original_question` and
-`original_answer`. `solution` is `<think>…</think> <answer>…</answer>`.
+`original_answer`. A `solution` has the form `<think>…</think> <answer>…</answer>`.
 """
 
 import re
@@ -14,8 +14,8 @@ from .question import BadRow, DataFormat, Question, as_list, text_cell, with_pla
 
 def tagged_answer(solution: str) -> str:
     r"""
-    What the last `<answer>` tags enclose, without `$…$` or `\boxed{…}` around all of it: accuracy rewards take LaTeX
-    without either. Raises [`BadRow`] if there are no tags.
+    The text inside the last `<answer>` tags. A `$…$` or `\boxed{…}` around the whole text is removed, because accuracy
+    rewards take LaTeX without either. Raises [`BadRow`] if there are no tags.
     """
     found = re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL)
     if not found:
@@ -28,7 +28,7 @@ def tagged_answer(solution: str) -> str:
 
 
 def read(row: Mapping[str, Any]) -> Question:
-    """One picture a row, which the text does not mention."""
+    """The question of a row. It has one picture, without a place for it in the text."""
     images = as_list(row["image"])
     return Question(
         with_placeholders(text_cell(row, "problem"), images), tagged_answer(text_cell(row, "solution")), images

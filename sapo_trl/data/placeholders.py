@@ -1,24 +1,28 @@
-"""Placeholders: the texts that a processor turns into tokens which stand for pieces of pictures, videos or sounds."""
+"""
+Placeholders.
+
+A processor turns these texts into tokens that stand for pieces of pictures, videos or sounds.
+"""
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 _NAMES = ("image_token", "boi_token", "video_token", "audio_token")
-# Qwen's, for data that is cleaned without a processor.
+# Qwen's placeholders, for data that is cleaned without a processor.
 _USUAL = ("<|image_pad|>", "<|video_pad|>")
 
 
 def placeholders(processor: PreTrainedTokenizerBase | ProcessorMixin | None) -> tuple[str, ...]:
     """
-    Texts that a question must not contain: their tokens would have no features to stand for.
+    The placeholders of a model. A question must not contain them, because their tokens would have no image features.
 
     Args:
         processor (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
-            The model's.
+            The model's processor or tokenizer.
 
     Returns:
-        `tuple[str, ...]`: Those of the model; none for a tokenizer, whose model reads only text. Without a processor
-        Qwen's.
+        `tuple[str, ...]`: The processor's placeholders. Empty for a tokenizer, because its model reads only text.
+        Without a processor, Qwen's placeholders.
     """
     if processor is None:
         return _USUAL

@@ -1,4 +1,4 @@
-"""From questions to the columns that TRL trains on."""
+"""Turns questions into the columns that TRL trains on."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,15 +16,15 @@ def question_prompt(question: Question, template: str, conversational: bool = Tr
     """
     Args:
         question ([`~sapo_trl.data.question.Question`]):
-            What is asked.
+            The question.
         template (`str`):
             Text with `{problem}`.
         conversational (`bool`, *optional*, defaults to `True`):
-            `False` for a prompt of plain text, which models without a chat template need. Without pictures only.
+            `False` for a plain-text prompt, for models without a chat template. It is ignored with pictures.
 
     Returns:
-        `dict`: `prompt`, `answer`, and `images` if the data set has pictures. The prompt is one user message; where
-        there are pictures its content is blocks, an image block where each `<image>` was.
+        `dict`: `prompt`, `answer`, and `images` if the data set has pictures. The prompt is one user message. With
+        pictures its content is a list of blocks, with an image block for each `<image>`.
 
     Raises [`BadRow`] if the question or the answer is empty, or the placeholders do not match the pictures.
     """
@@ -58,11 +58,10 @@ def geometry_prompt(row: Mapping[str, Any], prompt_template: str = "none") -> di
         row (`Mapping`):
             `images` (`list` of PIL images), `problem` (text with one `<image>` for each of them) and `answer` (text).
         prompt_template (`str`, *optional*, defaults to `"none"`):
-            Name or text, see [`~sapo_trl.data.templates.template_text`]: models may have to be told to end with a
-            `\boxed{}`.
+            Name or text, see [`~sapo_trl.data.templates.template_text`]. The prompt may have to ask for a `\boxed{}`.
 
     Returns:
-        `dict`: `prompt` (one user message, with an image block where `<image>` was), `images` and `answer`.
+        `dict`: `prompt` (one user message, with an image block for each `<image>`), `images` and `answer`.
         Raises `ValueError` if a column is missing or empty, or the placeholders do not match the images.
     """
     check_columns(row, GEOMETRY3K.columns)
@@ -73,12 +72,12 @@ def to_prompts(
     dataset: Dataset | IterableDataset, prompt_template: str = "none", dataset_format: str = "geometry3k"
 ) -> Dataset | IterableDataset:
     """
-    Convert a whole data set that is known to be sound: its first bad row is an error, and decoded pictures stay as
-    they are. [`~sapo_trl.data.clean_prompts`] also cleans and resizes, and reads files.
+    Convert a whole data set that has no bad rows. The first bad row is an error, and decoded pictures stay unchanged.
+    [`~sapo_trl.data.clean_prompts`] also cleans and resizes, and reads files.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Data set with the columns of its format; those that the prompt does not replace stay.
+            Data set with the columns of its format. Columns that the prompt does not replace stay.
         prompt_template (`str`, *optional*, defaults to `"none"`):
             Name or text, see [`~sapo_trl.data.templates.template_text`].
         dataset_format (`str`, *optional*, defaults to `"geometry3k"`):
@@ -90,13 +89,16 @@ def to_prompts(
         check_columns(row, data_format.columns)
         return _check_decoded(question_prompt(data_format.read(row), template))
 
-    if dataset.column_names is not None:  # an iterable data set may not know them before it is read
+    if dataset.column_names is not None:  # an iterable data set may not know its columns before it is read
         check_columns(dataset.column_names, data_format.columns)
     return dataset.map(convert, remove_columns=list(data_format.consumed))
 
 
 def _check_decoded(columns: dict[str, Any]) -> dict[str, Any]:
-    """The columns themselves. Raises `ValueError` for files and paths: a processor fails on them, or fetches them."""
+    """
+    The columns, unchanged. Raises `ValueError` for pictures that are files or paths, because a processor would fail on
+    them or fetch them.
+    """
     files = [image for image in columns.get("images") or () if not isinstance(image, Image)]
     if files:
         raise ValueError(
@@ -106,7 +108,7 @@ def _check_decoded(columns: dict[str, Any]) -> dict[str, Any]:
     return columns
 
 
-# What TRL passes to reward functions itself; a column of the same name collides with it, or is lost.
+# TRL passes these arguments to reward functions itself. A column of the same name collides with it, or is lost.
 _TRL_ARGUMENTS = (
     "prompts",
     "completions",
@@ -117,26 +119,26 @@ _TRL_ARGUMENTS = (
     "log_metric",
     "environments",
 )
-# With pictures, TRL tells by any of these columns whether prompts are messages.
+# With pictures, TRL takes any of these columns as a sign that prompts are messages.
 _CONVERSATIONS = ("messages", "chosen", "rejected")
 
 
 def check_names(columns: Iterable[str], has_images: bool) -> None:
-    """Raises `ValueError` if a column that stays beside the prompt has a name that TRL uses for something else."""
+    """Raises `ValueError` if one of the columns kept beside the prompt has a name that TRL reserves."""
     taken = {*_TRL_ARGUMENTS, *(_CONVERSATIONS if has_images else ())}
     wrong = [name for name in columns if name in taken]
     if wrong:
         raise ValueError(
-            f"The data set has columns {wrong}, names that TRL uses itself. Rename or remove them, or name them in "
+            f"The data set has columns {wrong}, but TRL reserves these names. Rename or remove them, or name them in "
             "`columns` if they are the question or the answer."
         )
 
 
 def check_columns(found: Iterable[str], needed: tuple[str, ...]) -> None:
-    """Raises `ValueError` if one is missing."""
+    """Raises `ValueError` if a column is missing."""
     missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(
-            f"Missing columns {missing}: the data set's format needs {list(needed)}, found {sorted(found)}. Columns "
-            "with other names can be named in `columns`."
+            f"Missing columns {missing}: the data set's format needs {list(needed)}, found {sorted(found)}. If your "
+            "columns have other names, give these names in `columns`."
         )

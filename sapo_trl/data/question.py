@@ -1,4 +1,4 @@
-"""What a data set is to this package: its columns, and how one row becomes a question."""
+"""The format of a data set: its columns, and a function that turns a row into a question."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Where a picture belongs in a question's text."""
+"""Marks the place of a picture in a question's text."""
 
 
 class BadRow(ValueError):
@@ -17,8 +17,8 @@ class BadRow(ValueError):
     A row that cannot be trained on.
 
     Args:
-        reason (`str`): what rows with the same fault are counted under, such as `"empty answer"`.
-        detail (`str`): what is wrong with this one.
+        reason (`str`): the kind of fault, such as `"empty answer"`. The report counts rows by it.
+        detail (`str`): the fault of this row.
     """
 
     def __init__(self, reason: str, detail: str):
@@ -32,48 +32,48 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Question:
-    """One row, read."""
+    """The question of one row."""
 
     text: str
-    """With one [`IMAGE_PLACEHOLDER`] for each picture."""
+    """The question's text, with one [`IMAGE_PLACEHOLDER`] for each picture."""
     answer: str
-    """The right answer, as a reward reads it."""
+    """The right answer, in the form that a reward reads."""
     images: list[Any] | None = None
-    """Undecoded pictures, as [`~sapo_trl.data.images.fit_image`] takes them; `None` in a data set without pictures."""
+    """Undecoded pictures, for [`~sapo_trl.data.images.fit_image`]; `None` in a data set without pictures."""
 
 
 @dataclass(frozen=True)
 class DataFormat:
-    """The columns of a data set, and a function."""
+    """The columns of a data set, and a function that reads a row."""
 
     columns: tuple[str, ...]
-    """Columns that must be there."""
+    """Required columns."""
     read: Callable[[Mapping[str, Any]], Question]
-    """From a row. May raise [`BadRow`]."""
+    """Turns a row into a question. May raise [`BadRow`]."""
     consumed: tuple[str, ...]
-    """Columns that the prompt takes the place of; the others stay for reward functions."""
+    """Columns that the prompt replaces. The others stay for reward functions."""
     images: str | None = None
     """The column with pictures."""
     hub_ids: tuple[str, ...] = ()
-    """Data sets on the hub that have this format."""
+    """Data sets on the hub with this format."""
     config: str | None = None
-    """Configuration of those data sets, where they have several."""
+    """Configuration to load, if these data sets have several."""
 
 
 def as_list(images: Any) -> list[Any]:
-    """A column that holds one picture, several or none (`None`) a row, as a list."""
+    """The pictures of a row as a list. A cell holds one picture, several, or none (`None`)."""
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
 def with_placeholders(text: str, images: list[Any]) -> str:
-    """A text that says nothing about where its pictures belong, with all of them in front."""
+    """The text with places for its pictures. A text without any place gets all places in front."""
     return text if IMAGE_PLACEHOLDER in text else IMAGE_PLACEHOLDER * len(images) + text
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: `None`, NaN, spaces, or an empty list or mapping."""
+    """Whether a cell is empty: `None`, NaN, spaces, or an empty list or mapping."""
     match value:
         case float():
             return math.isnan(value)
@@ -86,15 +86,15 @@ def is_missing(value: Any) -> bool:
 
 def text_cell(row: Mapping[str, Any], column: str) -> str:
     """
-    A cell as the text that its file had.
+    The text of a cell, as in its file.
 
     Args:
         row (`Mapping`): a row.
         column (`str`): the cell's column.
 
     Returns:
-        `str`: Empty for a missing cell (`None`, NaN, an empty list). A list of one is its item. Raises [`BadRow`] for
-        a cell whose text cannot be known: several items, a mapping, bytes, or a number that a float has rounded.
+        `str`: Empty for a missing cell (`None`, NaN, an empty list). A list with one item gives this item. Raises
+        [`BadRow`] if the cell's text is ambiguous: several items, a mapping, bytes, or a number rounded by a float.
     """
     value = row[column]
     while isinstance(value, list | tuple) and len(value) == 1:
@@ -104,9 +104,9 @@ def text_cell(row: Mapping[str, Any], column: str) -> str:
     match value:
         case str() | bool() | int() | Decimal():
             return str(value)
-        # Whole numbers of a CSV are read as floats where a cell of their column is empty, and JSON's beyond 64 bits.
+        # Whole numbers are read as floats in two cases: a CSV column with an empty cell, and JSON beyond 64 bits.
         case float() if abs(value) < 2**53:
             return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
-        case datetime() if value.time() == time():  # `datasets` reads "2020-02-29" in JSON as a time, 0:00 of that day
+        case datetime() if value.time() == time():  # `datasets` reads the JSON text "2020-02-29" as 0:00 of this day
             return str(value.date())
     raise BadRow("unreadable text", f"`{column}` is neither one text nor one exact number: {repr(value)[:200]}")

@@ -1,4 +1,4 @@
-"""Pictures on the network, for data sets whose user has allowed it."""
+"""Fetches pictures from the network, if the user allows it."""
 
 from ..http_client import AnswerTooLargeError, RequestRefusedError, ServerLostError, download
 from .question import BadRow

@@ -1,4 +1,4 @@
-"""What became of the rows of a data set."""
+"""The report on a data set's cleaning: rows kept, rows left out, pictures resized."""
 
 import json
 from collections.abc import Iterable
@@ -20,14 +20,14 @@ class CleaningReport:
     Counts of one pass over a data set. `print` of [rich](https://rich.readthedocs.io) shows it as a table.
 
     Args:
-        name (`str`): what the rows are, such as `"train"`.
-        rows (`int`): rows read.
-        bad (`dict[str, list[int]]`): from a reason to the numbers of the rows that were left out for it, from 0.
-        examples (`dict[str, str]`): from a reason to what is wrong with the first of these rows.
-        images (`int`): pictures of the rows that were kept.
-        resized (`int`): how many of them were resized.
+        name (`str`): name of the rows, such as `"train"`.
+        rows (`int`): number of rows read.
+        bad (`dict[str, list[int]]`): for each reason, the numbers of the rows left out, counted from 0.
+        examples (`dict[str, str]`): for each reason, the fault of its first row.
+        images (`int`): number of pictures in the kept rows.
+        resized (`int`): number of resized pictures.
         largest_before (`tuple[int, int]`): width and height of the picture with most pixels before resizing.
-        largest_after (`tuple[int, int]`): the same afterwards.
+        largest_after (`tuple[int, int]`): width and height of the picture with most pixels after resizing.
     """
 
     name: str = "data"
@@ -41,11 +41,11 @@ class CleaningReport:
 
     @property
     def kept(self) -> int:
-        """Rows that are trained on."""
+        """Number of rows kept for training."""
         return self.rows - sum(map(len, self.bad.values()))
 
     def add_good(self, sizes: Iterable[Iterable[int]]) -> None:
-        """Count a row that is kept; `sizes` are width and height before and after, four numbers a picture."""
+        """Count a kept row. `sizes` has four numbers per picture: width and height before and after resizing."""
         self.rows += 1
         for width, height, new_width, new_height in sizes:
             self.images += 1
@@ -64,11 +64,11 @@ class CleaningReport:
         vars(self).update(vars(CleaningReport(self.name)))
 
     def summary(self) -> str:
-        """The bad rows in one line, each reason with the rows it fits."""
+        """The bad rows in one line: each reason with its rows."""
         return "; ".join(f"{reason}: {_numbers(rows)}" for reason, rows in self.bad.items()) or "none"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
+        """All fields, for JSON."""
         return {**vars(self), "kept": self.kept}
 
     def __rich__(self) -> Table:

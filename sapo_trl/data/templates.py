@@ -1,11 +1,11 @@
 r"""
-Prompt templates: what stands around a question.
+Prompt templates: the text around a question.
 
-A template is text with `{problem}` where the question goes. `think_boxed` is, to the letter, the prompt of the
-Geometry3K recipes of EasyR1, verl and the paper's official code, where it follows the question after a space.
-`math_task` is what VinePPO's checkpoints (`realtreetune/…`) were tuned on. The other texts are proposed here: they ask
-for the forms that `segmentation="step"` and SRPO's role patterns look for. The benchmarks' prompts are made of these
-texts: a model is evaluated with the very words that it was trained with.
+A template is a text with `{problem}`, which the question replaces. `think_boxed` is, to the letter, the prompt of the
+Geometry3K recipes of EasyR1, verl and the paper's official code. There it follows the question after a space.
+`math_task` is the prompt of VinePPO's checkpoints (`realtreetune/…`). The other texts are our own. They ask for the
+forms that `segmentation="step"` and SRPO's role patterns look for. The benchmarks use the same texts, so a model is
+evaluated with the words of its training.
 """
 
 from ..names import nearest_name
@@ -17,7 +17,7 @@ THINK = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
     + _THINK_TAGS
 )
-"""What asks for thinking; a sentence that says what goes into the box follows."""
+"""Asks for thinking. A sentence about the box's content must follow."""
 
 TEMPLATES: dict[str, str] = {
     "none": "{problem}",
@@ -42,11 +42,11 @@ def template_text(template: str) -> str:
     """
     Args:
         template (`str`):
-            A name from [`TEMPLATES`], or text of your own: with `{problem}`, which the question takes the place of, or
-            without, to follow the question after a space.
+            A name from [`TEMPLATES`], or a text of your own. The question replaces `{problem}` in the text. A text
+            without `{problem}` follows the question after a space.
 
     Returns:
-        `str`: Text with `{problem}`. Raises `ValueError` for a single word that is no name.
+        `str`: Text with `{problem}`. Raises `ValueError` for a single word that is not a name.
     """
     if template in TEMPLATES:
         return TEMPLATES[template]

@@ -1,4 +1,4 @@
-"""What a benchmark is: its rows, how one becomes a problem, how answers score, and what scores add up to."""
+"""A benchmark: its rows, and functions that turn a row into a problem, score an answer and add up scores."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Problem:
-    """One question, as a model is asked it and as a scorer reads it."""
+    """One question, with its prompt for the model and its answer for the scorer."""
 
     id: str
     """Unique within the benchmark, and the same each time the rows are read."""
     prompt: list[dict[str, Any]]
-    """Messages as TRL and chat templates have them, `{"type": "image"}` blocks where the images belong."""
+    """Messages in the form of TRL and chat templates, with an `{"type": "image"}` block for each image."""
     answer: str
-    """The right answer, as the scorer reads it."""
+    """The right answer, in the scorer's form."""
     images: list[Image.Image] = field(default_factory=list)
     fields: dict[str, Any] = field(default_factory=dict)
-    """What scoring, grouping and tables need beside the answer (choices, variant, topic, ...); JSON values only."""
+    """Further values for scoring, grouping and tables (choices, variant, topic, ...); JSON values only."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a scorer found in one generation."""
+    """The score of one generation."""
 
     correct: float
-    """From 0.0 to 1.0; 0.0 and 1.0 alone where a benchmark gives no part marks."""
+    """From 0.0 to 1.0. Only 0.0 or 1.0 if the benchmark gives no partial marks."""
     extracted: str | None
-    """The answer that was read off the generation, `None` if there is none."""
+    """The answer extracted from the generation; `None` if there is none."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A problem's score without its prompt: what aggregation reads."""
+    """A problem's score without its prompt, for aggregation."""
 
     id: str
     correct: float
@@ -45,15 +45,15 @@ class Result:
 
 Aggregate = Callable[[Sequence[Sequence[Result]]], dict[str, float]]
 """
-From groups of results, one generation of each problem, to metrics from 0.0 to 1.0 by name.
+A function from groups of results, with one generation of each problem, to metrics from 0.0 to 1.0 by name.
 
-A group is what belongs together (the variants of one question); a group may occur several times, as it does when
-groups are drawn for a bootstrap interval, so an aggregate never puts results together by anything but their group.
+A group holds results that belong together, such as the variants of one question. A group may occur several times,
+because a bootstrap interval draws groups. So an aggregate must combine results only by their group.
 """
 
 
 def mean_accuracy(groups: Sequence[Sequence[Result]]) -> dict[str, float]:
-    """The mean of all results, as `accuracy`."""
+    """The mean over all results, as `accuracy`."""
     scores = [result.correct for group in groups for result in group]
     return {"accuracy": sum(scores) / len(scores)}
 
@@ -63,25 +63,28 @@ class Benchmark:
     """A benchmark, as data and three functions."""
 
     name: str
-    """As on the command line: `geo3k`."""
+    """Name on the command line: `geo3k`."""
     title: str
-    """As in tables: `Geo3K`."""
+    """Title in tables: `Geo3K`."""
     dataset: str
-    """Hub id of its rows; a local path with the same columns may be read instead."""
+    """Hub id of its rows. A local path with the same columns can be read instead."""
     split: str
     to_problem: Callable[[Mapping[str, Any], int], Problem]
-    """From a row and its number. Pictures in a row are files: [`~sapo_trl.evaluation.benchmarks.rows.to_image`]."""
+    """
+    Takes a row and its number. Pictures in the row are files:
+    [`~sapo_trl.evaluation.benchmarks.rows.to_image`] reads them.
+    """
     score: Callable[[Problem, str], Score]
-    """From a problem and the text of a generation. Rules only: no model, no network."""
+    """Takes a problem and the text of a generation. It uses only rules: no model, no network."""
     config: str | None = None
     """Configuration of the data set on the hub."""
     aggregate: Aggregate = mean_accuracy
     headline: str = "accuracy"
-    """The metric of `aggregate` that stands in tables."""
+    """The metric of `aggregate` for tables."""
     group_of: Callable[[Problem], str] = lambda problem: problem.id
     keep: Callable[[Mapping[str, Any]], bool] = lambda row: True
-    """Whether a row belongs to the benchmark, where a split holds more (text-only rows, other settings)."""
+    """Whether a row belongs to the benchmark. A split may have other rows, too (text-only rows, other settings)."""
     right_answer: Callable[[Problem], str] = lambda problem: problem.answer
-    """What a right response has in its box. Each row is tried with it before anything is generated."""
+    """The content of a right response's box. Each row is tried with it before anything is generated."""
     scoring_note: str = ""
-    """How the rules differ from the benchmark's own scorer, for the docs and below tables."""
+    """Differences between the rules and the benchmark's own scorer, for the docs and below tables."""

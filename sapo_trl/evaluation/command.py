@@ -1,4 +1,4 @@
-"""`sapo-trl eval`: benchmarks from a command line, and `sapo-trl eval table`: runs side by side."""
+"""`sapo-trl eval` evaluates a model on benchmarks, and `sapo-trl eval table` compares runs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ def main(
 
     Args:
         argv (`Sequence[str]`): arguments after `eval`.
-        benchmarks (`Mapping[str, Benchmark]`, *optional*): by name. Defaults to those of this package.
-        console ([`~rich.console.Console`], *optional*): where to print. Defaults to the terminal.
+        benchmarks (`Mapping[str, Benchmark]`, *optional*): by name. Defaults to this package's benchmarks.
+        console ([`~rich.console.Console`], *optional*): console to print to. Defaults to the terminal.
 
     Returns:
-        `int`: 0; 1 if the judge or the harness failed; 2 for settings, rows or a folder that do not fit; 130 if
-        interrupted.
+        `int`: 0; 1 if the judge or the harness failed; 2 for wrong settings, rows or folders; 130 if interrupted.
     """
     console = console or Console()
     if argv[:1] == ["table"]:
@@ -53,9 +52,9 @@ def main(
 
 def _table_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} table", description="Put finished runs into one table, beside the paper's rows."
+        prog=f"{PROGRAM} table", description="Put finished runs into one table, together with the paper's rows."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of `sapo-trl eval`")
     parser.add_argument("--format", choices=("terminal", "markdown", "latex", "json"), default="terminal")
-    parser.add_argument("--output_dir", type=Path, help="also write table.md, table.tex and table.json there")
+    parser.add_argument("--output_dir", type=Path, help="folder for table.md, table.tex and table.json, too")
     return parser

@@ -1,4 +1,4 @@
-"""lmms-eval's tasks in the place of ours: its command line, and its results in our table."""
+"""Runs lmms-eval's tasks instead of ours: its command line, and its results for our table."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Task:
     A task of lmms-eval (0.7.3).
 
     Args:
-        name (`str`): as its `--tasks` takes it.
-        metric (`str`): with its filter, as in its results.
-        scale (`float`, *optional*, defaults to `1.0`): what a perfect score is.
-        headline (`str`, *optional*, defaults to `"accuracy"`): what the metric is, in our words.
-        asks_judge (`bool`, *optional*, defaults to `False`): whether it scores by a GPT model, set up as its docs say.
+        name (`str`): name for its `--tasks`.
+        metric (`str`): name of the metric in its results, with the filter.
+        scale (`float`, *optional*, defaults to `1.0`): the perfect score.
+        headline (`str`, *optional*, defaults to `"accuracy"`): our name of the metric.
+        asks_judge (`bool`, *optional*, defaults to `False`): whether a GPT model scores (set up as in its docs).
     """
 
     name: str
@@ -49,21 +49,21 @@ TASKS = {
     "gsm8k": Task("gsm8k_cot_zeroshot", "exact_match,flexible-extract"),
 }
 """
-Its task for each of our benchmarks. Not there: Geo3K, of which it has another data set (four choices, a letter as
-answer), and MATH500, which it scores by a GPT model only.
+lmms-eval's task for each of our benchmarks. Two are missing. For Geo3K lmms-eval has another data set (four choices, a
+letter as answer). It scores MATH500 only with a GPT model.
 """
 
 MODELS = {"transformers": ("qwen2_5_vl", "pretrained"), "vllm": ("vllm", "model")}
-"""By backend: its kind of model, and what it calls the name of the weights."""
+"""By backend: lmms-eval's kind of model, and its argument for the name of the weights."""
 
 
 class HarnessError(RuntimeError):
-    """lmms-eval has failed, or left no results."""
+    """lmms-eval failed, or left no results."""
 
 
 def harness_command(arguments: EvalArguments, names: Sequence[str], output: Path) -> list[str]:
     """
-    The command line, as a list: it never passes through a shell.
+    The command line as a list, because it never passes through a shell.
 
     Args:
         arguments ([`EvalArguments`]): model, sampling, `harness_python`.
@@ -71,12 +71,12 @@ def harness_command(arguments: EvalArguments, names: Sequence[str], output: Path
         output (`Path`): folder for its results.
 
     Raises:
-        ValueError: for what it cannot do.
+        ValueError: for benchmarks and settings that lmms-eval does not support.
     """
     if not arguments.harness_python:
         raise ValueError(
-            "harness='lmms-eval' needs `harness_python`, the Python of an environment with lmms-eval: it pins other "
-            "versions than this package."
+            "harness='lmms-eval' needs `harness_python`, the Python of a separate environment with lmms-eval: it pins "
+            "other versions than this package."
         )
     missing = [name for name in names if name not in TASKS]
     if missing:
@@ -119,10 +119,10 @@ def run_harness(arguments: EvalArguments, names: Sequence[str]) -> dict[str, dic
         names (`Sequence[str]`): our names of the benchmarks.
 
     Returns:
-        `dict[str, dict]`: by benchmark, as [`~sapo_trl.evaluation.results.run_results`] gives.
+        `dict[str, dict]`: by benchmark, in the form of [`~sapo_trl.evaluation.results.run_results`].
 
     Raises:
-        HarnessError: if it fails.
+        HarnessError: if lmms-eval fails.
     """
     output = arguments.run_folder / RESULTS_FOLDER
     command = harness_command(arguments, names, output)
@@ -142,14 +142,14 @@ def run_harness(arguments: EvalArguments, names: Sequence[str]) -> dict[str, dic
 
 def read_harness_results(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """
-    Benchmarks from the content of its `*_results.json`.
+    Read benchmarks from the content of lmms-eval's `*_results.json`.
 
     Args:
-        content (`Mapping`): the file's.
+        content (`Mapping`): content of the file.
         names (`Sequence[str]`): our names of the benchmarks.
 
     Raises:
-        HarnessError: if a metric is not there or is no number.
+        HarnessError: if a metric is missing or not a number.
     """
     benchmarks = {}
     for name in names:
@@ -159,10 +159,10 @@ def read_harness_results(content: Mapping[str, Any], names: Sequence[str]) -> di
         if value is None:
             raise HarnessError(
                 f"lmms-eval's results have no number for {task.metric!r} of {task.name!r}, but "
-                f"{metrics.get(task.metric)!r}. Metrics there: {sorted(metrics)}."
+                f"{metrics.get(task.metric)!r}. The results have the metrics {sorted(metrics)}."
             )
         metric, _, kept = task.metric.partition(",")
-        error = _number(metrics.get(f"{metric}_stderr,{kept}"))  # "N/A" where it computes none
+        error = _number(metrics.get(f"{metric}_stderr,{kept}"))  # "N/A" if lmms-eval computes no error
         margin = None if error is None else NORMAL_95 * error
         samples = content.get("n-samples", {}).get(task.name, {})
         effective = int(samples.get("effective", 0))
@@ -192,7 +192,7 @@ def _scorer(task: Task, version: str | None) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """A number, also one that is written as a percentage, as We-Math's scores are; `None` for anything else."""
+    """A number, or a percentage as text, such as We-Math's scores; `None` for anything else."""
     try:
         if isinstance(value, str) and value.endswith("%"):
             return float(value.removesuffix("%")) / 100

@@ -1,4 +1,4 @@
-"""Progress of something long: a bar with the time left in a terminal, a line now and then elsewhere."""
+"""Shows progress: in a terminal as a bar with the time left, elsewhere as a line now and then."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LINE_SECONDS = 30.0
 
 class Steps:
     """
-    Counts steps, as a context manager.
+    A context manager that counts steps.
 
     Args:
-        console ([`~rich.console.Console`]): where to show them.
-        name (`str`): what the steps are of.
-        total (`int`): how many there are.
-        done (`int`, *optional*, defaults to `0`): how many were done before; the time left does not rest on them.
+        console ([`~rich.console.Console`]): console for the progress.
+        name (`str`): name of the stage.
+        total (`int`): number of all steps.
+        done (`int`, *optional*, defaults to `0`): number of earlier steps. The time left is estimated without them.
     """
 
     def __init__(self, console: Console, name: str, total: int, done: int = 0):
@@ -56,7 +56,7 @@ class Steps:
             self._line()
 
     def advance(self, steps: int = 1) -> None:
-        """Count some more."""
+        """Count more steps."""
         self.done += steps
         if self.bar is not None:
             self.bar.advance(self.task, steps)

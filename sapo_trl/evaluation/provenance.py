@@ -1,4 +1,4 @@
-"""What a run was made with: weights, versions, commit."""
+"""Provenance of a run: weights, versions, commit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PIECES, _PIECE = 64, 1 << 16
 
 
 def environment() -> dict[str, Any]:
-    """Versions of what decides results, and this package's commit where it lies in a repository."""
+    """Versions of all packages that decide results, and this package's commit if it lies in a repository."""
     result = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
     )
@@ -33,16 +33,16 @@ def environment() -> dict[str, Any]:
 
 def weights_fingerprint(model: str, revision: str | None = None, config: str = "config.json") -> str | None:
     """
-    What tells a model's weights from others under the same name.
+    A fingerprint that distinguishes a model's weights from other weights under the same name.
 
     Args:
         model (`str`): folder or hub id of a model or an adapter.
-        revision (`str`, *optional*): of a hub id.
+        revision (`str`, *optional*): revision of a hub id.
         config (`str`, *optional*, defaults to `"config.json"`): name of its configuration file.
 
     Returns:
-        `str`: of a folder a hash of its weights' sizes and of pieces all over them (4 MB a file: reading 15 GB takes
-        minutes, and training changes more than one tensor); of a hub id the commit.
+        `str`: For a hub id, the commit. For a folder, a hash of the weights' sizes and of pieces from each file, 4 MB
+        in total per file. Reading 15 GB would take minutes, and training changes more than one tensor.
     """
     if not os.path.isdir(model):
         return extract_commit_hash(cached_file(model, config, revision=revision), None)

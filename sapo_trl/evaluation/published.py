@@ -1,4 +1,4 @@
-"""The paper's numbers (https://huggingface.co/papers/2605.01327), to stand beside ours."""
+"""The paper's numbers (https://huggingface.co/papers/2605.01327), for comparison with ours."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ METRICS = {
     "math500": "accuracy",
 }
 """
-What is compared, in our words. The paper names the benchmarks and one generation at temperature 0.6, top-p 0.95; that
-its DynaMath is the worst case and its We-Math the strict score follows from the size of its numbers.
+The compared metrics, in our words. The paper names the benchmarks and one generation at temperature 0.6, top-p 0.95.
+The size of its numbers tells that its DynaMath is the worst case and its We-Math the strict score.
 """
 
 MAIN: dict[str, dict[str, tuple[float, ...]]] = {
@@ -52,13 +52,13 @@ MAIN_AVERAGES = {
     "3B": {"Qwen2.5-VL-3B": 30.15, "GRPO": 37.97, "PPO": 31.19, "VC-PPO": 35.24, "SAPO": 40.23},
     "7B": {"Qwen2.5-VL-7B": 37.94, "GRPO": 45.96, "PPO": 42.39, "VC-PPO": 44.20, "SAPO": 46.90},
 }
-"""The column of averages as printed."""
+"""The printed column of averages."""
 
 GENERAL_AVERAGES = {"7B": {"Qwen2.5-VL-7B": 71.24, "GRPO": 71.26, "PPO": 71.08, "SAPO": 72.36}}
-"""Over [`GENERAL_COLUMNS`]. For text alone (GSM8K, MATH500) we know the paper's differences, not its values."""
+"""Averages over [`GENERAL_COLUMNS`]. For text (GSM8K, MATH500) we know only the paper's differences."""
 
 
 def size_of(model: str) -> str | None:
-    """The paper's size that a model's name tells (`Qwen2.5-VL-3B-Instruct`: `"3B"`); `None` if it tells none."""
+    """The size in a model's name, if the paper has this size (`Qwen2.5-VL-3B-Instruct`: `"3B"`); otherwise `None`."""
     match = re.search(r"(?<![\w.])([37])b(?![a-z0-9])", model, flags=re.IGNORECASE)
     return f"{match[1]}B" if match else None

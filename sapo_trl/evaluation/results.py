@@ -1,4 +1,4 @@
-"""From scores to a run's results."""
+"""Computes a run's results from its scores."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def run_results(
     """
     The metrics of each benchmark of a run.
 
-    A problem counts if it has all of its `n` generations: with others, means and worst cases would be of something
-    else.
+    A problem counts only if it has all of its `n` generations. Otherwise means and worst cases would mix different
+    numbers of generations.
 
     Args:
         benchmarks (`Mapping[str, Benchmark]`): by name.
-        sizes (`Mapping[str, int]`): how many problems each has, without `limit`.
+        sizes (`Mapping[str, int]`): number of problems of each benchmark, without `limit`.
         n (`int`): generations of each problem.
-        store ([`GenerationStore`]): what was generated.
+        store ([`GenerationStore`]): the stored generations.
         scores (`Sequence[Mapping]`): rows of `scoring.SCORES`.
 
     Returns:
-        `dict[str, dict]`: by benchmark; those without a single complete problem are missing.
+        `dict[str, dict]`: by benchmark. A benchmark without a complete problem is missing.
     """
     problems: dict[str, dict[int, Any]] = defaultdict(dict)
     for row in store.problems():

@@ -17,7 +17,7 @@ from ..data.loading import BUILDERS, file_arguments, undecoded
 from .benchmark import Benchmark, Problem
 
 
-# Columns in which data sets have the names of their rows.
+# Columns with names of rows.
 _ID_COLUMNS = ("id", "pid", "unique_id", "sample_index", "index", "ID")
 _FAULTS_SHOWN = 5
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -29,14 +29,14 @@ class Rows:
     The rows of a benchmark.
 
     Args:
-        benchmark ([`Benchmark`]): what they are of.
+        benchmark ([`Benchmark`]): the benchmark.
         dataset ([`~datasets.Dataset`]): all rows of its split.
-        numbers (`list[int]`): those that belong to the benchmark, up to the limit.
-        belonging (`int`): how many belong to it without the limit.
-        fingerprint (`str`): of the content of `numbers`, whatever file they come from.
+        numbers (`list[int]`): numbers of the rows that belong to the benchmark, up to the limit.
+        belonging (`int`): how many rows belong to it without the limit.
+        fingerprint (`str`): fingerprint of the content of these rows. It does not depend on their file.
         source (`str`): hub id or path.
-        limits ([`~sapo_trl.data.images.ImageLimits`]): pixels that images are scaled to.
-        folder (`Path`, *optional*): where paths of images start, of rows in local files.
+        limits ([`~sapo_trl.data.images.ImageLimits`]): limits for the images' number of pixels.
+        folder (`Path`, *optional*): folder to which paths of images are relative, for local files.
     """
 
     benchmark: Benchmark
@@ -49,12 +49,12 @@ class Rows:
     folder: Path | None = None
 
     def problem(self, number: int) -> Problem:
-        """The problem in a row. Raises `ValueError` with the row's number and id if it cannot be made."""
+        """The problem of a row. Raises `ValueError` with the row's number and id for a bad row."""
         row = self.dataset[number]
         try:
             problem = self.benchmark.to_problem(_with_files(row, self.folder), number)
             images = [self.limits.resized(image) for image in problem.images]
-        except Exception as error:  # of any kind: rows come from files that nobody here has written
+        except Exception as error:  # rows from foreign files may raise any kind of error
             raise ValueError(
                 f"{self.benchmark.name}: row {number} of {self.source!r}{_named(row)} is no problem of this benchmark "
                 f"({type(error).__name__}: {error})."
@@ -63,14 +63,14 @@ class Rows:
 
     def check(self, numbers: Iterable[int], advance: Callable[[], None] = lambda: None) -> None:
         """
-        Read rows, images included, and have each scored with its own answer.
+        Read rows with their images, and score each row's own answer.
 
         Args:
-            numbers (`Iterable[int]`): of the rows.
-            advance (`Callable`, *optional*): called after each.
+            numbers (`Iterable[int]`): numbers of the rows.
+            advance (`Callable`, *optional*): called after each row.
 
         Raises:
-            ValueError: with all rows that are no problem, or whose answer the scorer does not take for right.
+            ValueError: with all bad rows. A row is bad if it is not a problem, or if the scorer rejects its answer.
         """
         faults = []
         for number in numbers:
@@ -85,20 +85,20 @@ class Rows:
             more = f" And {len(faults) - _FAULTS_SHOWN} more." if len(faults) > _FAULTS_SHOWN else ""
             raise ValueError(
                 f"{self.benchmark.name} has rows that cannot be used: {len(faults)}. Nothing was generated. Mend "
-                f"them, or leave them out of a local copy. {' '.join(faults[:_FAULTS_SHOWN])}{more}"
+                f"these rows, or leave them out of a local copy. {' '.join(faults[:_FAULTS_SHOWN])}{more}"
             )
 
     def _fault(self, problem: Problem) -> str | None:
-        """Why the problem's own answer does not count as right; `None` if it does."""
+        """The reason why the problem's own answer does not count as right; `None` if it counts."""
         name, answer = f"{self.benchmark.name}: the problem {problem.id!r} of {self.source!r}", problem.answer
         if not answer.strip():
             return f"{name} has no answer, got {answer!r}."
         right = self.benchmark.right_answer(problem)
         try:
             score = self.benchmark.score(problem, rf"\boxed{{{right}}}")
-        except Exception as error:  # a scorer that cannot read its gold must say so now
+        except Exception as error:  # a scorer that cannot read its gold must fail before the generation
             return f"{name} has the answer {answer!r}, which cannot be scored ({type(error).__name__}: {error})."
-        return None if score.correct == 1.0 else f"{name} has the answer {answer!r}, for which {right!r} is not right."
+        return None if score.correct == 1.0 else f"{name} has the answer {answer!r}, but {right!r} scores as wrong."
 
 
 def load_rows(
@@ -114,13 +114,13 @@ def load_rows(
 
     Args:
         benchmark ([`Benchmark`]): the benchmark.
-        path (`str`, *optional*): folder or file in the place of its data set.
-        limit (`int`, *optional*): take the first that belong to it.
-        min_pixels (`int`, *optional*): smaller images are enlarged.
-        max_pixels (`int`, *optional*): larger images are scaled down.
+        path (`str`, *optional*): folder or file to read instead of its data set.
+        limit (`int`, *optional*): read only the first rows of the benchmark, at most this number.
+        min_pixels (`int`, *optional*): smaller images are enlarged to this number.
+        max_pixels (`int`, *optional*): larger images are scaled down to this number.
 
     Returns:
-        [`Rows`]. Raises `ValueError` if there are none.
+        [`Rows`]. Raises `ValueError` if there are no rows.
     """
     limits = ImageLimits(min_pixels, max_pixels)
     dataset, _ = undecoded(_load(benchmark, path))
@@ -139,7 +139,7 @@ def load_rows(
             numbers.append(start)
             digest.update(json.dumps(_hashable(_with_files(row, folder)), sort_keys=True).encode())
     if not numbers:
-        raise ValueError(f"{benchmark.name}: {source!r} has {len(dataset)} rows, none of which belongs to it.")
+        raise ValueError(f"{benchmark.name}: none of the {len(dataset)} rows of {source!r} belongs to it.")
     return Rows(benchmark, dataset, numbers, belonging, digest.hexdigest(), source, limits, folder)
 
 
@@ -152,7 +152,7 @@ def _load(benchmark: Benchmark, path: str | None) -> Dataset:
             )
         return load_dataset(**file_arguments({"train": [path]}), split="train")
     source = path or benchmark.dataset
-    # Which configurations a data set has is known of the published one; a folder has its files.
+    # Only the published data set has configurations. A folder has only files.
     config = None if path else benchmark.config
     if path is not None:
         splits = get_dataset_split_names(path)
@@ -163,12 +163,12 @@ def _load(benchmark: Benchmark, path: str | None) -> Dataset:
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    """A row's own name for an error; nothing if it has none."""
+    """A row's own name for an error; empty if it has none."""
     return next((f" ({column} {row[column]!r})" for column in _ID_COLUMNS if column in row), "")
 
 
 def _with_files(value: Any, folder: Path | None) -> Any:
-    """A row with paths of pictures in `folder` as `datasets` has them: tables in text hold nothing but the path."""
+    """A row with its paths of pictures in `folder` in `datasets`' form. Text tables hold only the path."""
     if isinstance(value, Mapping) and value.keys() != {"bytes", "path"}:
         return {key: _with_files(entry, folder) for key, entry in value.items()}
     if isinstance(value, list):
@@ -181,7 +181,7 @@ def _with_files(value: Any, folder: Path | None) -> Any:
 
 
 def _hashable(value: Any) -> Any:
-    """A row's content as JSON values: images and other bytes by their hash, not by where they lie."""
+    """A row's content as JSON values. Images and other bytes are replaced by their hash, without their path."""
     if isinstance(value, Mapping):
         if value.keys() == {"bytes", "path"}:
             content = value["bytes"]

@@ -1,4 +1,4 @@
-"""One run: generate what is missing, score everything, write results."""
+"""One run: generate the missing answers, score all answers, write results."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ _RECORD = {
     "benchmarks": Each({"source": str, "asked": int, "belonging": int, "fingerprint": str}),
     "environments": list,
 }
-"""What is read of an `eval.json`."""
+"""Required fields of an `eval.json`."""
 
 
 def run_evaluation(
     arguments: EvalArguments, benchmarks: Mapping[str, Benchmark], console: Console | None = None
 ) -> dict[str, Any]:
     """
-    Evaluate a model, or continue where an evaluation was cut off.
+    Evaluate a model, or continue an interrupted evaluation.
 
     Args:
         arguments ([`EvalArguments`]): model, benchmarks, sampling.
-        benchmarks (`Mapping[str, Benchmark]`): the benchmarks there are, by name.
-        console ([`~rich.console.Console`], *optional*): where to show progress.
+        benchmarks (`Mapping[str, Benchmark]`): all known benchmarks, by name.
+        console ([`~rich.console.Console`], *optional*): console for the progress.
 
     Returns:
-        `dict`: what `results.json` holds.
+        `dict`: the content of `results.json`.
 
     Raises:
-        ValueError: for settings, rows or a run folder that do not fit.
-        [`~sapo_trl.evaluation.judge.JudgeError`]: if the judge cannot be asked; everything else is kept.
+        ValueError: for wrong settings, rows or run folders.
+        [`~sapo_trl.evaluation.judge.JudgeError`]: if the judge cannot be used. Everything else is kept.
     """
     console = console or Console()
     folder = arguments.run_folder
@@ -108,7 +108,7 @@ def _generate_missing(
         for generation in range(arguments.n)
     )
     if done == total:
-        console.print(f"Generations: all {total} are there.", highlight=False)
+        console.print(f"Generations: all {total} exist already.", highlight=False)
         return
     backend = make_backend(located)
     with Steps(console, "Generating", total, done) as steps:
@@ -118,7 +118,7 @@ def _generate_missing(
 
 
 def _check_rows(rows: Mapping[str, Rows], n: int, store: GenerationStore, console: Console) -> None:
-    """Every row that is still to be asked is read before the first is: a bad one must not cost hours of generation."""
+    """Check every unanswered row before the first generation, so that a bad row does not cost hours."""
     pending = {
         name: [
             row
@@ -134,10 +134,10 @@ def _check_rows(rows: Mapping[str, Rows], n: int, store: GenerationStore, consol
 
 def _generate(rows: Rows, arguments: EvalArguments, backend: Backend, store: GenerationStore, steps: Steps) -> None:
     """
-    All generations of a benchmark, batch by batch, each stored before the next begins.
+    Make all generations of a benchmark, batch by batch. Each batch is stored before the next begins.
 
-    Batches are cut from the list of all, those that are stored included: a run that is continued makes the batches
-    of a run that is not interrupted, and so the same texts to the last digit of a logit.
+    Batches are cut from the list of all generations, including stored ones. A continued run therefore has the same
+    batches as an uninterrupted run, and so the same texts, to the last digit of a logit.
     """
     name = rows.benchmark.name
     everything = [(row, generation) for row in rows.numbers for generation in range(arguments.n)]
@@ -169,7 +169,7 @@ def _score(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark], consol
     record = read_json(folder / EVAL_NAME, _RECORD)
     unknown = [name for name in record["benchmarks"] if name not in benchmarks]
     if unknown:
-        raise ValueError(f"{str(folder / EVAL_NAME)!r} has benchmarks that are not known here: {', '.join(unknown)}.")
+        raise ValueError(f"{str(folder / EVAL_NAME)!r} has unknown benchmarks: {', '.join(unknown)}.")
     known = {name: benchmarks[name] for name in record["benchmarks"]}
     judge = Judge(arguments, folder) if arguments.judge_url else None
     store = GenerationStore(folder)
@@ -187,7 +187,7 @@ def _score(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark], consol
 
 
 def results_record(model: str, name: str, settings_line: str, benchmarks: Mapping[str, Any]) -> dict[str, Any]:
-    """What `results.json` holds."""
+    """The content of `results.json`."""
     return {"name": name, "model": model, "settings_line": settings_line, "benchmarks": dict(benchmarks)}
 
 
@@ -198,7 +198,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def _record(arguments: EvalArguments, located: EvalArguments, rows: Mapping[str, Rows]) -> dict[str, Any]:
-    """What `eval.json` holds: everything that decides the generations, and what else explains the scores."""
+    """The content of `eval.json`: everything that decides the generations or explains the scores."""
     weights = {"model": weights_fingerprint(located.model, arguments.revision)}
     if arguments.adapter:
         weights["adapter"] = weights_fingerprint(arguments.adapter, config="adapter_config.json")
@@ -227,29 +227,29 @@ def _record(arguments: EvalArguments, located: EvalArguments, rows: Mapping[str,
 
 def _check_same_run(folder: Path, record: dict[str, Any]) -> None:
     """
-    Compare with what the folder holds, and add to `record` what that has besides.
+    Compare `record` with the folder's `eval.json`, and add the file's other benchmarks and environments to `record`.
 
     Raises:
-        ValueError: with the setting that differs.
+        ValueError: with the different setting.
     """
     path = folder / EVAL_NAME
     if not path.is_file():
         return
     before = read_json(path, _RECORD)
     there = f"{str(folder)!r} holds a run"
-    remedy = "Take its settings to continue it, or another `output_dir`."
+    remedy = "Use its settings to continue it, or choose another `output_dir`."
     for name, value in record["settings"].items():
         if before["settings"].get(name) != value:
             raise ValueError(f"{there} with {name}={before['settings'].get(name)!r}, not {value!r}. {remedy}")
     for part, fingerprint in record["weights"].items():
         if before["weights"].get(part) != fingerprint:
-            raise ValueError(f"{there} of other weights under the same `{part}`: it was changed since. {remedy}")
+            raise ValueError(f"{there} with other weights under the same `{part}`, which has changed since. {remedy}")
     for name, entry in record["benchmarks"].items():
         known = before["benchmarks"].get(name)
         if known is not None and known["fingerprint"] != entry["fingerprint"]:
             raise ValueError(
                 f"{there} on other rows of {name!r} ({known['source']!r}, {known['asked']} problems; now "
-                f"{entry['source']!r}, {entry['asked']}). {remedy}"
+                f"{entry['source']!r}, {entry['asked']} problems). {remedy}"
             )
     record["benchmarks"] = before["benchmarks"] | record["benchmarks"]
     if before["environments"][-1:] == record["environments"]:

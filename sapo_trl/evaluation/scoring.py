@@ -1,4 +1,4 @@
-"""Scores of stored generations: a pass of its own, to be repeated whenever the rules or the judge change."""
+"""Scores stored generations. This is a separate pass, which can be repeated if the rules or the judge change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCORES = pa.schema(
         "generation": pa.int64(),
         "correct": pa.float64(),
         "extracted": pa.string(),
-        "rules": pa.float64(),  # what the rules said, where a judge decided
+        "rules": pa.float64(),  # the score of the rules, also if a judge decided
         "scorer": pa.string(),
         "error": pa.string(),
     }
@@ -43,13 +43,13 @@ def score_run(
     judge_when: str = "wrong",
 ) -> list[dict[str, Any]]:
     """
-    Score everything that is stored, and store the scores beside.
+    Score all stored generations, and store the scores in the same folder.
 
     Args:
         folder (`Path`): the run folder.
         store ([`GenerationStore`]): its generations.
-        benchmarks (`Mapping[str, Benchmark]`): by name; generations of others are left alone.
-        console ([`~rich.console.Console`]): where to show progress.
+        benchmarks (`Mapping[str, Benchmark]`): by name. Generations of other benchmarks are not scored.
+        console ([`~rich.console.Console`]): console for the progress.
         judge ([`Judge`], *optional*): decides after the rules.
         judge_when (`str`): `"wrong"` or `"all"`, see [`EvalArguments`].
 
@@ -61,8 +61,8 @@ def score_run(
     for row in generations:
         if (row["benchmark"], row["row"]) not in problems:
             raise ValueError(
-                f"{str(folder)!r} has generations of {row['benchmark']} {row['id']!r}, but the problem is not in its "
-                "folder problems: a file was lost there."
+                f"{str(folder)!r} has generations of {row['benchmark']} {row['id']!r}, but its folder `problems` "
+                "lacks the problem. A file was lost there."
             )
     scores = []
     with Steps(console, "Scoring", len(generations)) as steps:
@@ -85,7 +85,7 @@ def score_run(
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
-    """The scores of a run folder: rows of [`SCORES`]; none if nothing has been scored."""
+    """The scores of a run folder: rows of [`SCORES`]. Empty if nothing has been scored."""
     path = folder / SCORES_NAME
     return read_table(path, SCORES).to_pylist() if path.is_file() else []
 
@@ -94,7 +94,7 @@ def _score(benchmark: Benchmark, problem: Problem, row: dict[str, Any]) -> dict[
     entry = {name: row[name] for name in ("benchmark", "row", "id", "generation")}
     try:
         score = benchmark.score(problem, row["text"])
-    except Exception as error:  # of any kind: what a model writes must not end the pass over all others
+    except Exception as error:  # a text that raises any kind of error must not end the scoring of other texts
         return entry | {
             "correct": 0.0,
             "extracted": None,
@@ -114,7 +114,7 @@ def _score(benchmark: Benchmark, problem: Problem, row: dict[str, Any]) -> dict[
 def _judge(
     judge: Judge, samples: Sequence[tuple[int, Problem, str]], scores: list[dict[str, Any]], console: Console
 ) -> None:
-    """Put the judge's verdicts in the place of the rules' scores; where it gives none, the rules' stay."""
+    """Replace the rules' scores by the judge's verdicts. Without a verdict, the rules' score stays."""
     with Steps(console, f"Asking {judge.name}", len(samples)) as steps:
         verdicts = judge.verdicts([(problem, text) for _, problem, text in samples], steps.advance)
     for (index, _, _), verdict in zip(samples, verdicts, strict=True):

@@ -39,7 +39,7 @@ IDENTITY = (
     "max_pixels",
     "harness",
 )
-"""Settings that decide what is generated: a run folder holds generations of one value of each."""
+"""Settings that decide the generations. A run folder holds generations with one value of each setting."""
 
 
 @help_from_docstring
@@ -199,7 +199,7 @@ class EvalArguments:
         return Path("outputs") / ("eval-" + re.sub(r"[^\w.-]+", "-", self.model_name))
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is generated."""
+        """The settings that decide the generations."""
         settings = asdict(self)
         return {name: settings[name] for name in IDENTITY}
 
@@ -209,14 +209,14 @@ def chosen_benchmarks(entries: Iterable[str], known: Iterable[str]) -> dict[str,
     Names and local paths of `benchmarks`.
 
     Args:
-        entries (`Iterable[str]`): each `NAME` or `NAME=PATH`.
-        known (`Iterable[str]`): the names there are.
+        entries (`Iterable[str]`): entries `NAME` or `NAME=PATH`.
+        known (`Iterable[str]`): all known names.
 
     Returns:
         `dict[str, str | None]`: path by name, `None` for the published data set.
 
     Raises:
-        ValueError: for no name, an unknown one, one that occurs twice, or a path that does not exist.
+        ValueError: for an empty list, an unknown name, a repeated name, or a path that does not exist.
     """
     known = list(known)
     chosen: dict[str, str | None] = {}
@@ -225,9 +225,9 @@ def chosen_benchmarks(entries: Iterable[str], known: Iterable[str]) -> dict[str,
         if name not in known:
             raise ValueError(f"benchmarks: {name!r} is none of {', '.join(known)}.{nearest_name(name, known)}")
         if name in chosen:
-            raise ValueError(f"benchmarks: {name!r} is there twice.")
+            raise ValueError(f"benchmarks: {name!r} occurs twice.")
         if has_path and not os.path.exists(path):
-            raise ValueError(f"benchmarks: {entry!r} names the path {path!r}, where there is nothing.")
+            raise ValueError(f"benchmarks: {entry!r} names the path {path!r}, which does not exist.")
         chosen[name] = path if has_path else None
     if not chosen:
         raise ValueError(f"`benchmarks` is empty: name some of {', '.join(known)}.")

@@ -1,4 +1,4 @@
-"""What repeated generations tell: avg@k, pass@k, a benchmark's own metrics, each with its bootstrap interval."""
+"""Metrics with bootstrap intervals: avg@k and pass@k of repeated generations, and a benchmark's own metrics."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ RESAMPLES = 1000
 
 def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
     """
-    Probability that at least one of `k` generations is right, estimated without bias from `n`.
+    Probability that at least one of `k` generations is right: the unbiased estimate from `n` generations.
 
-    It is `1 - C(n - c, k) / C(n, k)` of `c` right ones (https://huggingface.co/papers/2107.03374), computed by
-    logarithms, since the binomials are too large.
+    With `c` right generations it is `1 - C(n - c, k) / C(n, k)` (https://huggingface.co/papers/2107.03374). It is
+    computed with logarithms, because the binomials are too large.
 
     Args:
-        correct (`np.ndarray`): `c`, each in `0..n`.
-        n (`int`): generations.
+        correct (`np.ndarray`): numbers `c` of right generations, each in `0..n`.
+        n (`int`): number of generations.
         k (`int`): in `1..n`.
 
     Returns:
@@ -34,26 +34,26 @@ def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
         raise ValueError(f"`k` must lie between 1 and n={n}, got {k}.")
     wrong = n - np.asarray(correct, dtype=np.float64)
     enough = wrong >= k
-    # log C(n - c, k) - log C(n, k); k! cancels. Where fewer than k are wrong the first is C = 0.
+    # log C(n - c, k) - log C(n, k); k! cancels. If fewer than k generations are wrong, the first binomial is 0.
     kept = np.where(enough, wrong, k)
     log_ratio = gammaln(kept + 1) - gammaln(kept - k + 1) - gammaln(n + 1) + gammaln(n - k + 1)
-    # At least 0: of equal binomials the logarithms may differ in the last digit.
+    # Clip at 0, because the logarithms of equal binomials may differ in the last digit.
     return np.where(enough, np.clip(-np.expm1(log_ratio), 0.0, 1.0), 1.0)
 
 
 def pass_counts(n: int) -> list[int]:
-    """The `k` of pass@k that are reported: powers of two up to `n`, and `n`."""
+    """The reported `k` of pass@k: powers of two up to `n`, and `n`."""
     return sorted({2**power for power in range(n.bit_length())} | {n}) if n > 0 else []
 
 
 def repeated_metrics(groups: Sequence[Sequence[Sequence[float]]], seed: int = 0) -> dict[str, Interval]:
     """
-    avg@n and pass@k, with intervals over groups: problems of a group are drawn together.
+    avg@n and pass@k, with intervals over groups. The bootstrap draws all problems of a group together.
 
     Args:
         groups (`Sequence[Sequence[Sequence[float]]]`):
-            for each group and each of its problems the scores of its `n` generations, each in [0, 1].
-        seed (`int`, *optional*, defaults to `0`): of the resampling.
+            scores of the `n` generations of each problem of each group, each score in [0, 1].
+        seed (`int`, *optional*, defaults to `0`): seed of the resampling.
 
     Returns:
         `dict[str, Interval]`: `avg@n`, and `pass@k` for some `k` if `n` is more than 1. For pass@k a generation is
@@ -77,22 +77,21 @@ def benchmark_metrics(
     generations: Sequence[Sequence[Sequence[Result]]], aggregate: Aggregate, seed: int = 0
 ) -> dict[str, Interval]:
     """
-    A benchmark's metrics: those of each generation, averaged, with intervals over groups.
+    A benchmark's metrics, averaged over generations, with intervals over groups.
 
-    A metric that is no mean, such as the worst case over variants, is computed as the benchmark defines it, from one
-    generation of each problem; the average is over repetitions of the whole benchmark.
+    A metric such as the worst case over variants is not a mean. It is computed as the benchmark defines it, from one
+    generation of each problem. Then it is averaged over repetitions of the whole benchmark.
 
     Args:
         generations (`Sequence[Sequence[Sequence[Result]]]`):
-            for each generation and each group the results of the group's problems. All generations have the same
-            groups.
-        aggregate (`Aggregate`): the benchmark's.
-        seed (`int`, *optional*, defaults to `0`): of the resampling.
+            results of the problems of each group, for each generation. All generations have the same groups.
+        aggregate (`Aggregate`): the benchmark's aggregation.
+        seed (`int`, *optional*, defaults to `0`): seed of the resampling.
 
     Returns:
-        `dict[str, Interval]`: by the names that `aggregate` gives.
+        `dict[str, Interval]`: metrics by the names from `aggregate`.
     """
-    if aggregate is mean_accuracy:  # the same, by matrices
+    if aggregate is mean_accuracy:  # the same result, computed faster with matrices
         scores = [
             [[result.correct for result in repeated] for repeated in zip(*group, strict=True)]
             for group in zip(*generations, strict=True)
@@ -109,7 +108,7 @@ def benchmark_metrics(
     resampled = [averaged(rng.integers(size, size=size)) for _ in range(RESAMPLES)]
     intervals = {}
     for name, value in values.items():
-        # A resample may lack what a metric is about (a category that few questions have).
+        # A resample may lack all questions of a metric, such as a rare category.
         drawn = np.array([metrics.get(name, np.nan) for metrics in resampled])
         intervals[name] = Interval(value, *map(float, percentile_interval(drawn, CONFIDENCE)))
     return intervals

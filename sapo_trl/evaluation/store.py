@@ -1,4 +1,4 @@
-"""A run folder's generations: parquet files that are complete or not there, with no row lost or double."""
+"""Stores a run's generations in parquet files. A file is complete or missing, and no row is lost or repeated."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ GENERATIONS = pa.schema(
 )
 
 MERGE_AT = 64
-"""Files of one batch each that become one file, so that a long run has no thousands of them."""
+"""Number of one-batch files that are merged into one file. Otherwise a long run would have thousands of files."""
 THUMBNAIL_SIDE = 384
-"""Pixels of the longer side of the pictures that are kept for the page."""
+"""Pixels of the longer side of the page's pictures."""
 
 _PART = re.compile(r"part-(\d{6})-(\d{6})\.parquet")
 _UNFINISHED = re.compile(rf"\.{_PART.pattern}\.\d+")
@@ -52,15 +52,15 @@ _UNFINISHED = re.compile(rf"\.{_PART.pattern}\.\d+")
 
 class PartFiles:
     """
-    Rows in a folder of parquet files that only ever grows.
+    Rows in a folder of parquet files. Rows are only ever added.
 
-    `append` writes a file under another name, flushes it to the disk and renames it, so a process that is killed
-    leaves the rows of whole calls. Files are merged now and then; a merged file has the numbers of its parts in its
-    name, and parts that a merged file covers, left by a kill in between, do not count.
+    `append` writes a file under another name, flushes it to the disk and renames it. So a killed process leaves the
+    rows of whole calls. Files are merged now and then. The name of a merged file has the numbers of its parts. If a
+    kill leaves parts that a merged file covers, these parts do not count.
 
     Args:
-        folder (`Path`): made if it does not exist.
-        schema (`pa.Schema`): of the rows.
+        folder (`Path`): the folder. It is created if necessary.
+        schema (`pa.Schema`): schema of the rows.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema):
@@ -77,11 +77,11 @@ class PartFiles:
         self._write(number, number, pa.Table.from_pylist(list(rows), self.schema))
         singles = [part for part in self._parts() if part[0] == part[1]]
         if len(singles) >= MERGE_AT:
-            # Not the merged files again: a long run would write its beginning over and over.
+            # Do not merge the merged files again, or a long run would write its beginning over and over.
             self._merge(singles)
 
     def merge(self) -> None:
-        """Make one file of all."""
+        """Merge all files into one."""
         self._merge(self._parts())
 
     def _merge(self, parts: Sequence[tuple[int, int, Path]]) -> None:
@@ -90,26 +90,26 @@ class PartFiles:
             self.tidy()
 
     def tidy(self) -> None:
-        """Remove what a killed process has left: covered parts and unfinished files."""
+        """Remove the remains of a killed process: covered parts and unfinished files."""
         valid = {path for _, _, path in self._parts()}
         for path in self.folder.iterdir():
-            # No other hidden files: a folder from someone else may be a link to a place where there are some.
+            # Remove no other hidden files: the folder may come from someone else and link to another place.
             if path not in valid and (_PART.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)):
                 path.unlink()
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
-        """All rows, in the order in which they were added. Raises `ValueError` for a file that is damaged."""
+        """All rows, in the order of their addition. Raises `ValueError` for a damaged file."""
         tables = [self._read(path, columns) for _, _, path in self._parts()]
         return pa.concat_tables(tables) if tables else self.schema.empty_table().select(columns or self.schema.names)
 
     def _parts(self) -> list[tuple[int, int, Path]]:
-        """First number, last number and path of the files that count, in order."""
+        """First number, last number and path of the valid files, in order."""
         found = []
         for path in self.folder.iterdir():
             match = _PART.fullmatch(path.name)
             if match:
                 found.append((int(match[1]), int(match[2]), path))
-        # Wider before narrower, so that a part comes behind what covers it.
+        # Sort wide parts before narrow ones, so that a part comes after its merged file.
         found.sort(key=lambda part: (part[0], -part[1]))
         parts: list[tuple[int, int, Path]] = []
         for part in found:
@@ -126,7 +126,7 @@ class PartFiles:
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """The columns of `schema` of a parquet file. Raises `ValueError` if it is damaged, or has others."""
+    """The columns of `schema` from a parquet file. Raises `ValueError` if the file is damaged or has other columns."""
     try:
         return pq.read_table(path, columns=schema.names).select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, LookupError) as error:
@@ -135,10 +135,10 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 class GenerationStore:
     """
-    The problems that were asked and what was generated, in a run folder.
+    The problems and generations in a run folder.
 
-    Problems are kept as the model and the scorer saw them, with small pictures, so that scores, tables and pages need
-    neither the data set nor the model again.
+    Problems are stored with the model's prompt, the scorer's fields and small pictures. So scores, tables and pages
+    need neither the data set nor the model again.
 
     Args:
         folder (`Path`): the run folder.
@@ -162,11 +162,11 @@ class GenerationStore:
 
         Args:
             benchmark (`str`): name of the benchmark.
-            problems (`Iterable[tuple[int, Problem]]`): row number and problem of each that occurs in the batch.
+            problems (`Iterable[tuple[int, Problem]]`): row number and problem of each problem in the batch.
             generations (`Sequence[dict]`): rows of [`GENERATIONS`], without `benchmark`.
 
         Raises:
-            ValueError: if two rows of the benchmark have one id.
+            ValueError: if two rows of the benchmark have the same id.
         """
         new: dict[str, dict[str, Any]] = {}
         for row, problem in problems:
@@ -175,14 +175,14 @@ class GenerationStore:
                 new[problem.id] = _problem_row(benchmark, row, problem)
             elif known != row:
                 raise ValueError(f"{benchmark}: rows {known} and {row} have the same id {problem.id!r}.")
-        # The problems first: one without generations does no harm, generations without theirs would.
+        # Store the problems first. A problem without generations does no harm, but a generation needs its problem.
         self.problem_files.append(list(new.values()))
         self._row_of.update({(benchmark, problem_id): entry["row"] for problem_id, entry in new.items()})
         self.generation_files.append([{"benchmark": benchmark, **generation} for generation in generations])
         self.done.update((benchmark, entry["row"], entry["generation"]) for entry in generations)
 
     def merge(self) -> None:
-        """Make one file of each kind."""
+        """Merge all files of problems into one, and all files of generations."""
         self.problem_files.merge()
         self.generation_files.merge()
 
@@ -198,7 +198,7 @@ class GenerationStore:
 
 
 def stored_problem(row: dict[str, Any]) -> Problem:
-    """A problem from its row of [`PROBLEMS`], without its images. Raises `ValueError` if it holds no JSON."""
+    """A problem from its row of [`PROBLEMS`], without its images. Raises `ValueError` if the row has no JSON."""
     try:
         prompt, fields = json.loads(row["prompt"]), json.loads(row["fields"])
     except (TypeError, ValueError, RecursionError) as error:

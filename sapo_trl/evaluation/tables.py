@@ -1,4 +1,4 @@
-"""Runs side by side with the paper's rows: Markdown, LaTeX, JSON and a terminal's table."""
+"""Tables of runs together with the paper's rows, for Markdown, LaTeX, JSON and a terminal."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ _RESULTS = {
         }
     ),
 }
-"""What tables need of a `results.json`."""
+"""Fields of a `results.json` for tables."""
 
 PART = "†"
-"""Marks numbers of a part of a benchmark (`limit`, or a run that is not finished)."""
+"""Marks numbers from a part of a benchmark (`limit`, or an unfinished run)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Cell:
         value (`float`): the number.
         low (`float`, *optional*): lower end of its 95 % interval.
         high (`float`, *optional*): upper end.
-        mark (`str`, *optional*): [`PART`] for a number of a part of the benchmark.
+        mark (`str`, *optional*): [`PART`] for a number from a part of the benchmark.
     """
 
     value: float
@@ -88,7 +88,7 @@ class Cell:
 
     @property
     def interval(self) -> str:
-        """Its ends as text; empty if there is none."""
+        """The interval as text; empty without an interval."""
         return "" if self.low is None or self.high is None else f"{self.low:.1f} to {self.high:.1f}"
 
 
@@ -99,7 +99,7 @@ class Row:
 
     Args:
         name (`str`): the run's model, or the paper's algorithm.
-        scorer (`str`): who decided what is right.
+        scorer (`str`): name of the scorer.
         cells (`list[Cell | None]`): one for each column.
     """
 
@@ -114,10 +114,10 @@ class ResultTable:
     A table of the paper's layout.
 
     Args:
-        title (`str`): above it.
-        columns (`list[str]`): titles of the benchmarks, `Avg` last where there is an average.
-        rows (`list[Row]`): the paper's first, then the runs.
-        notes (`list[str]`): below it.
+        title (`str`): title above the table.
+        columns (`list[str]`): titles of the benchmarks, and `Avg` if there is an average.
+        rows (`list[Row]`): the paper's rows first, then the runs.
+        notes (`list[str]`): notes below the table.
     """
 
     title: str
@@ -127,7 +127,7 @@ class ResultTable:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """The table as texts; what is missing is empty."""
+        """The table as texts. A missing number is empty."""
         lines = [
             [row.name, row.scorer, *["" if cell is None else str(cell) for cell in row.cells]] for row in self.rows
         ]
@@ -136,13 +136,13 @@ class ResultTable:
 
 def make_tables(runs: Sequence[Mapping[str, Any]]) -> list[ResultTable]:
     """
-    Tables of runs.
+    Make the tables of some runs.
 
     Args:
         runs (`Sequence[Mapping]`): contents of `results.json` files.
 
     Returns:
-        `list[ResultTable]`: multi-modal reasoning, general, text, others; those in which a run has a number.
+        `list[ResultTable]`: multi-modal reasoning, general, text, others. A table without a run's number is left out.
     """
     sizes = sorted({size for run in runs if (size := size_of(run["model"]))}) or list(MAIN)
     layouts = {
@@ -175,7 +175,7 @@ def as_markdown(tables: Sequence[ResultTable]) -> str:
 
 
 def as_latex(tables: Sequence[ResultTable]) -> str:
-    """`tabular`s in the style of booktabs."""
+    """Tables as LaTeX `tabular`s in the style of booktabs."""
     texts = []
     for table in tables:
         layout = "ll" + "r" * len(table.columns)
@@ -186,12 +186,12 @@ def as_latex(tables: Sequence[ResultTable]) -> str:
 
 
 def as_json(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
-    """The same as JSON values, with numbers unrounded."""
+    """Tables as JSON values, with unrounded numbers."""
     return [asdict(table) for table in tables]
 
 
 def as_rich(table: ResultTable) -> RichTable:
-    """For a terminal, with each interval below its number."""
+    """A table for a terminal, with each interval below its number."""
     shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for index, name in enumerate(["", "scored by", *table.columns]):
         shown.add_column(Text(name), justify="left" if index < 2 else "right", overflow="fold")
@@ -216,11 +216,11 @@ def write_tables(folder: Path, tables: Sequence[ResultTable]) -> list[Path]:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """A run folder's results. Raises `ValueError` if there are none, or the file is old or damaged."""
+    """A run folder's results. Raises `ValueError` if the file is missing, old or damaged."""
     path = folder / RESULTS_NAME
     if not path.is_file():
         raise ValueError(
-            f"{str(folder)!r} has no {RESULTS_NAME}: it is no run folder of `sapo-trl eval`, or unfinished."
+            f"{str(folder)!r} has no {RESULTS_NAME}: it is not a run folder of `sapo-trl eval`, or is unfinished."
         )
     results = read_json(path, _RESULTS)
     for name, entry in results["benchmarks"].items():
@@ -237,7 +237,7 @@ def _run_row(run: Mapping[str, Any], names: Sequence[str], has_average: bool) ->
         mark = PART if any(cell.mark for cell in cells if cell) else ""
         cells.append(Cell(sum(cell.value for cell in cells) / len(cells), mark=mark) if whole else None)
     scorers = {scorer for name in names for scorer in run["benchmarks"].get(name, {}).get("scorers", ())}
-    # The rules speak first, a judge after them.
+    # The rules decide first, and a judge after them.
     ordered = sorted(scorers, key=lambda scorer: (scorer != "rules", scorer))
     return Row(visible(run["name"]), visible(", then ".join(ordered)), cells)
 
@@ -283,14 +283,14 @@ def _column_title(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _notes(runs: Sequence[Mapping[str, Any]], names: Sequence[str], has_published: bool) -> list[str]:
-    notes = ["Percentages; in parentheses 95 % bootstrap intervals over problems, or over what belongs together."]
+    notes = ["Percentages, with 95 % bootstrap intervals over problems or groups of problems in parentheses."]
     found = {name: run["benchmarks"][name] for run in runs for name in names if name in run["benchmarks"]}
     metrics = "; ".join(f"{entry['title']} {_metric(entry)}" for entry in found.values())
     notes.append(f"Metrics: {metrics}.")
     if has_published:
         metrics = "; ".join(f"{TITLES[name]} {METRICS[name]}" for name in names)
         notes.append(
-            f"The paper's rows are single runs without intervals, by a scorer that it does not name: {metrics}."
+            f"The paper's rows are single runs without intervals. It does not name its scorer. Metrics: {metrics}."
         )
     for run in runs:
         for name in names:

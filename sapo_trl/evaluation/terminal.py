@@ -1,4 +1,4 @@
-"""An evaluation from the terminal: run it, print its tables, and turn each failure into one line and an exit code."""
+"""Runs an evaluation from the terminal and prints its tables. A failure becomes one line and an exit code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .tables import ResultTable, as_json, as_latex, as_markdown, as_rich, make_t
 
 def evaluate(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark] | None, console: Console) -> int:
     """
-    Evaluate, score and write tables. Returns the exit code, as `sapo-trl eval` does.
+    Evaluate, score and write tables. Returns the exit code of `sapo-trl eval`.
 
     Args:
         arguments ([`EvalArguments`]): the settings.
         benchmarks (`Mapping[str, Benchmark]`, *optional*): by name. Defaults to the benchmarks of this package.
-        console ([`~rich.console.Console`]): where to print.
+        console ([`~rich.console.Console`]): console to print to.
     """
     try:
         if benchmarks is None:
@@ -39,9 +39,9 @@ def evaluate(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark] | Non
     except (JudgeError, HarnessError) as error:
         return _failed(error, 1)
     except torch.OutOfMemoryError as error:
-        return _failed(f"{error} A smaller `batch_size` continues the run.", 1)
+        return _failed(f"{error} You can continue the run with a smaller `batch_size`.", 1)
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. What is generated stays; the same command continues.")
+        Console(stderr=True).print("Stopped. All generations are saved; the same command continues the run.")
         return 130
     _show(make_tables([results]), console)
     folder = arguments.run_folder
@@ -57,8 +57,8 @@ def show_runs(runs: Sequence[Path], format: str, output_dir: Path | None, consol
     Args:
         runs (`Sequence[Path]`): folders of `sapo-trl eval`.
         format (`str`): `"terminal"`, `"markdown"`, `"latex"` or `"json"`.
-        output_dir (`Path`, *optional*): folder to write the tables to, too.
-        console ([`~rich.console.Console`]): where to print.
+        output_dir (`Path`, *optional*): folder in which the tables are also written.
+        console ([`~rich.console.Console`]): console to print to.
     """
     try:
         tables = make_tables([read_results(folder) for folder in runs])
@@ -81,7 +81,7 @@ def _run_harness(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark]) 
     chosen = chosen_benchmarks(arguments.benchmarks, benchmarks)
     local = [name for name, path in chosen.items() if path]
     if local:
-        raise ValueError(f"benchmarks: harness='lmms-eval' reads its own data, no paths ({', '.join(local)}).")
+        raise ValueError(f"benchmarks: harness='lmms-eval' reads its own data, not paths ({', '.join(local)}).")
     found = run_harness(arguments, list(chosen))
     for name, entry in found.items():
         entry["title"] = benchmarks[name].title

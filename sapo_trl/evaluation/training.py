@@ -1,4 +1,4 @@
-"""Benchmarks while training: as `eval_dataset` and reward function of a TRL trainer."""
+"""Benchmarks during training, as `eval_dataset` and reward function of a TRL trainer."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .rows import load_rows
 
 def benchmark_dataset(benchmark: Benchmark, path: str | None = None, **limits: int | None) -> Dataset:
     """
-    A benchmark as TRL's trainers evaluate it.
+    A benchmark as a data set for TRL's trainers.
 
     Args:
-        benchmark ([`Benchmark`]): such as `BENCHMARKS["geo3k"]`.
-        path (`str`, *optional*): folder or file in the place of its data set.
+        benchmark ([`Benchmark`]): the benchmark, such as `BENCHMARKS["geo3k"]`.
+        path (`str`, *optional*): folder or file to read instead of its data set.
         **limits (`int`, *optional*): `limit`, `min_pixels`, `max_pixels` of [`~sapo_trl.evaluation.rows.load_rows`].
 
     Returns:
-        [`~datasets.Dataset`]: columns `prompt` (messages), `answer`, `images` (unless no problem has any), and
-        `benchmark`, `problem_id` and `fields` (JSON), which [`benchmark_reward`] reads.
+        [`~datasets.Dataset`]: The columns are `prompt` (messages), `answer`, and `images` if any problem has an image.
+        [`benchmark_reward`] reads the further columns `benchmark`, `problem_id` and `fields` (JSON).
     """
     rows = load_rows(benchmark, path, **limits)
     features = {
-        # JSON, as TRL has it: image blocks have no text, and text blocks no image.
+        # JSON, as in TRL: image blocks have no text, and text blocks have no image.
         "prompt": List({"role": Value("string"), "content": List(Json())}),
         "images": List(Image()),
         "answer": Value("string"),
@@ -52,21 +52,21 @@ def benchmark_dataset(benchmark: Benchmark, path: str | None = None, **limits: i
         input_columns="number",
         remove_columns="number",
         features=Features(features),
-        load_from_cache_file=False,  # a cached copy would be found by the numbers alone
+        load_from_cache_file=False,  # the cache's key would consist of the numbers only
     )
     return dataset if any(map(len, dataset.with_format("arrow")["images"])) else dataset.remove_columns("images")
 
 
 def benchmark_reward(benchmark: Benchmark) -> Callable[..., list[float | None]]:
     """
-    A reward function that scores completions as the benchmark does.
+    A reward function with the benchmark's scorer.
 
     Args:
         benchmark ([`Benchmark`]): the benchmark.
 
     Returns:
-        `Callable`: takes `completions` and the columns of [`benchmark_dataset`]; returns a score in [0, 1] for each
-        completion, and `None`, which TRL leaves out, where the row is of another benchmark.
+        `Callable`: takes `completions` and the columns of [`benchmark_dataset`]. It returns a score in [0, 1] for each
+        completion, or `None` for a row of another benchmark. TRL leaves `None` out.
     """
 
     def reward(
@@ -77,7 +77,7 @@ def benchmark_reward(benchmark: Benchmark) -> Callable[..., list[float | None]]:
         fields: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
-        if benchmark is None:  # a data set with no row of any benchmark
+        if benchmark is None:  # no row of the data set belongs to a benchmark
             return [None] * len(completions)
         return [
             scorer(Problem(identity, [], gold, fields=of_problem), completion_text(completion)).correct
@@ -89,11 +89,11 @@ def benchmark_reward(benchmark: Benchmark) -> Callable[..., list[float | None]]:
         ]
 
     scorer, own_name = benchmark.score, benchmark.name
-    reward.__name__ = f"{own_name}_score"  # what TRL logs it as
+    reward.__name__ = f"{own_name}_score"  # the name in TRL's log
     return reward
 
 
 def _with_blocks(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose content is a list: in one column all contents have one type."""
+    """The message with a list as content, because all contents in a column must have the same type."""
     content = message["content"]
     return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}

@@ -1,4 +1,4 @@
-"""Responses from a sampler outside of the trainer's process."""
+"""Responses from a sampler outside the trainer's process."""
 
 from .vllm_server import SamplerError, SamplerLostError, VLLMServerRollout, train_with_checkpoint
 

@@ -1,9 +1,9 @@
 """
-The sampling settings that a model brings along in its `generation_config`.
+The sampling settings in a model's own `generation_config`.
 
-transformers' `generate` takes every setting from there that its caller leaves open. Many settings reshape the
-distribution of the next token or cut responses. A policy gradient holds for the distribution that the responses come
-from, so training must sample from the distribution that the model's forward gives.
+If the caller leaves a setting open, transformers' `generate` takes it from there. Many of these settings change the
+distribution of the next token, or cut responses. But the policy gradient assumes that responses are sampled from the
+policy itself. So training must sample from the distribution of the model's forward.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 
-# Settings that neither change the distribution nor cut a response: special tokens, the computation, and the settings
-# of beam search and of assistant models, which do nothing alone. `max_new_tokens` overrides `max_length`.
+# Settings that neither change the distribution nor cut a response: special tokens and details of the computation.
+# Settings of beam search and of assistant models do nothing alone. `max_new_tokens` overrides `max_length`.
 _HARMLESS = frozenset(
     {
         *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "max_length"),
@@ -29,7 +29,7 @@ _HARMLESS = frozenset(
     }
 )
 
-# Settings that do nothing when they are 1.
+# Settings without effect at the value 1.
 _FACTORS = frozenset(
     {
         *("temperature", "top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty", "guidance_scale"),
@@ -40,15 +40,15 @@ _FACTORS = frozenset(
 
 def shaping_settings(settings: Mapping[str, Any], temperature: float = 1.0) -> dict[str, Any]:
     """
-    The settings with which `generate` does not simply sample from the policy.
+    The settings that keep `generate` from sampling simply from the policy.
 
     Args:
         settings (`Mapping[str, Any]`): settings of [`~transformers.GenerationConfig`].
-        temperature (`float`, *optional*, defaults to `1.0`): that the policy's log-probabilities are taken at.
+        temperature (`float`, *optional*, defaults to `1.0`): temperature of the policy's log-probabilities.
 
     Returns:
-        `dict[str, Any]`: the settings that change the distribution of tokens or cut responses; `max_new_tokens` is
-        not among them.
+        `dict[str, Any]`: the settings that change the distribution of tokens or cut responses, except
+        `max_new_tokens`.
     """
     return {name: value for name, value in settings.items() if _shapes(name, value, temperature)}
 
@@ -67,11 +67,11 @@ def _shapes(name: str, value: Any, temperature: float) -> bool:
 
 def left_to_the_model(model: PreTrainedModel, generation_config: GenerationConfig) -> dict[str, Any]:
     """
-    The settings of a model's `generation_config` that would reach the sampler and change what it samples.
+    The settings of a model's `generation_config` that would reach the sampler and change its distribution.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model, perhaps with adapters.
-        generation_config ([`~transformers.GenerationConfig`]): what `generate` is called with.
+        generation_config ([`~transformers.GenerationConfig`]): the argument of `generate`.
     """
     own = getattr(model, "generation_config", None)
     if own is None:
@@ -85,7 +85,7 @@ def own_settings_ignored(model: PreTrainedModel) -> Iterator[None]:
     """
     Let `generate` take only special tokens and settings of the computation from a model's `generation_config`.
 
-    The model has its settings back afterwards, and is saved with them.
+    Afterwards the model gets its settings back, so that it is saved with them.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model, perhaps with adapters.
@@ -98,7 +98,7 @@ def own_settings_ignored(model: PreTrainedModel) -> Iterator[None]:
     neutral = copy.deepcopy(own)
     for name in _known_settings():
         setattr(neutral, name, None)
-    neutral.top_k = 0  # where nobody says how many, `generate` would take 50
+    neutral.top_k = 0  # without a value, `generate` would take 50
     model.generation_config = neutral
     try:
         yield
@@ -107,5 +107,5 @@ def own_settings_ignored(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _known_settings() -> set[str]:
-    """Settings of transformers that are not harmless, new ones included. A model's own extra settings stay."""
+    """All settings of transformers that are not harmless, including new ones. A model's own extra settings stay."""
     return {name for name in vars(GenerationConfig()) if not name.startswith("_")} - _HARMLESS

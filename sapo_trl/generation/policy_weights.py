@@ -1,4 +1,4 @@
-"""The policy's weights as a folder that a sampler can load: without the critic, adapters merged."""
+"""Writes the policy's weights to a folder for a sampler, without the critic and with merged adapters."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ _COMPLETE_FOLDER = re.compile(r"policy-step-\d+-[0-9a-f]{8}")
 
 def save_policy(trainer: Any, weights_dir: Path, name: str) -> None:
     """
-    Write the policy's weights to `weights_dir / name`, which appears when it is complete.
+    Write the policy's weights to `weights_dir / name`. The folder appears only when it is complete.
 
-    To be called by all processes, since sharded weights are gathered; the main process writes. The critic is never
-    among them: a separate or shared one is no part of the policy's module, and an adapter critic is left out.
+    All processes must call this function, because sharded weights are gathered. The main process writes. The critic is
+    never written: a separate or shared critic is not part of the policy's module, and an adapter critic is left out.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]): its model is written, in the dtype that it is trained in.
-        weights_dir (`Path`): made if it is not there.
+        trainer ([`~trl.GRPOTrainer`]): the trainer. Its model is written in its training dtype.
+        weights_dir (`Path`): the parent folder. It is created if necessary.
         name (`str`): `policy-step-<step>-<eight hexadecimal digits>`.
 
     Raises:
-        `ValueError`: if adapters cannot be merged: of a quantized or sharded base model, or not a weight difference.
+        `ValueError`: if adapters cannot be merged. This holds for a quantized or sharded base model, and for adapters
+            that are not a difference of weights.
     """
     accelerator = trainer.accelerator
     policy = accelerator.unwrap_model(trainer.model)
@@ -44,14 +45,14 @@ def save_policy(trainer: Any, weights_dir: Path, name: str) -> None:
             with _merged(policy) as state:
                 _write(policy.get_base_model(), state, weights_dir, name)
         return
-    # `model_wrapped` is what was prepared: DeepSpeed's engine, for one, gathers what it has sharded.
+    # `model_wrapped` is the prepared model. DeepSpeed's engine, for example, gathers its sharded weights.
     state = accelerator.get_state_dict(trainer.model_wrapped)
     if accelerator.is_main_process:
         _write(policy, state, weights_dir, name)
 
 
 def remove_others(weights_dir: Path, name: str) -> None:
-    """Remove the weights of earlier steps, of earlier runs too."""
+    """Remove the weights of earlier steps and of earlier runs."""
     for folder in weights_dir.iterdir():
         if folder.name != name and _COMPLETE_FOLDER.fullmatch(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
@@ -59,10 +60,10 @@ def remove_others(weights_dir: Path, name: str) -> None:
 
 def _write(model: Any, state: dict[str, torch.Tensor], weights_dir: Path, name: str) -> None:
     staging = weights_dir / INCOMPLETE_FOLDER
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that died
+    shutil.rmtree(staging, ignore_errors=True)  # left by a process that died
     staging.mkdir(parents=True)
-    # As a checkpoint of the model would be: some architectures are saved under other names than they have in memory,
-    # and those are the ones that samplers know.
+    # Save like a checkpoint. In checkpoints the weights of some architectures have other names than in memory, and
+    # samplers expect the names of checkpoints.
     model.save_pretrained(staging, state_dict=state)
     os.rename(staging, weights_dir / name)
 
@@ -89,10 +90,10 @@ def _check_mergeable(policy: PeftModel, accelerator: Any) -> None:
 @contextlib.contextmanager
 def _merged(policy: PeftModel) -> Iterator[dict[str, torch.Tensor]]:
     """
-    The base model's state with the policy's adapter in it, under the base model's names.
+    The base model's state with the policy's adapter merged in, under the base model's names.
 
-    Afterwards the base model's weights are what they were, bit for bit: subtracting an adapter again leaves rounding
-    errors, which over a run of many steps would add up in weights that are frozen.
+    Afterwards the base model's weights are restored from copies, bit for bit. Subtracting the adapter again would
+    leave rounding errors, which would add up in the frozen weights over a run of many steps.
     """
     layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
     before = [
@@ -100,7 +101,7 @@ def _merged(policy: PeftModel) -> Iterator[dict[str, torch.Tensor]]:
         for layer in layers
         for parameter in layer.get_base_layer().parameters(recurse=False)
     ]
-    # Only what is active: beside the policy's adapter there may be the critic's.
+    # Merge only active adapters: the critic may have an adapter, too.
     policy.base_model.merge_adapter(adapter_names=list(policy.active_adapters))
     try:
         yield _base_state(policy)

@@ -1,7 +1,8 @@
 """
 Responses from a plain vLLM server, on this machine or another, without NCCL.
 
-The weights travel through a folder that trainer and server both see; prompts and responses travel as token ids.
+Weights are passed through a folder that both the trainer and the server can read. Prompts and responses are sent as
+token ids.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .policy_weights import remove_others, save_policy
 logger = logging.getLogger(__name__)
 
 MAX_CONCURRENT_REQUESTS = 64
-"""Prompts of one process that the server works on at a time; it batches them as it likes."""
+"""Largest number of prompts that one process sends at a time. The server decides how to batch them."""
 
 _HOW_TO_START = (
     "Start one with\n\n    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model <the policy> "
@@ -40,21 +41,21 @@ _HOW_TO_START = (
 )
 
 TOKEN_BYTES = 1024
-"""Of an answer for each token that it may have: ids, log-probabilities, and the text that goes with them."""
+"""Largest size of an answer per token: ids, log-probabilities and text."""
 
 T = TypeVar("T")
 
 
 class SamplerError(RuntimeError):
-    """The sampler answered, and refused or contradicted what it was asked."""
+    """The sampler refused a request, or its answer contradicts the request."""
 
 
 class SamplerLostError(SamplerError):
-    """The sampler did not answer, again and again."""
+    """The sampler did not answer, even after retries."""
 
 
 class _SamplerClient(HTTPClient):
-    """The client, with the sampler's errors."""
+    """An HTTP client that raises the sampler's errors."""
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -67,21 +68,21 @@ class _SamplerClient(HTTPClient):
 
 @contextmanager
 def _answer_to(path: str) -> Iterator[None]:
-    """Takes an answer apart: whatever is not found where vLLM has it is a [`SamplerError`]."""
+    """A context for reading an answer. If a part of it is missing, it raises a [`SamplerError`]."""
     try:
         yield
     except (LookupError, TypeError, ValueError) as error:
         raise SamplerError(
-            f"{path} was answered otherwise than by vLLM 0.31 ({type(error).__name__}: {error}); is it a vLLM server?"
+            f"The answer of {path} is not in vLLM 0.31's form ({type(error).__name__}: {error}). Is it a vLLM server?"
         ) from error
 
 
 @dataclass
 class _Request:
     """
-    A prompt and how many responses to it are wanted.
+    A prompt and the number of responses to it.
 
-    `collapsed_ids` are the prompt's ids with one placeholder for each image, as the server takes them.
+    `collapsed_ids` are the prompt's ids with one placeholder for each image. The server expects this form.
     """
 
     prompt_ids: list[int]
@@ -92,7 +93,7 @@ class _Request:
 
 @dataclass
 class _Answer:
-    """Responses to one prompt. `complete` is whether the server got to finish them."""
+    """Responses to one prompt. `complete` is `False` if the server could not finish a response."""
 
     completion_ids: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float | None]] = field(default_factory=list)
@@ -103,38 +104,38 @@ class VLLMServerRollout:
     """
     A `rollout_func` for [`SAPOTrainer`] and [`~trl.GRPOTrainer`] that samples from a vLLM server.
 
-    Before the first rollout and after every optimizer step, the policy (never the critic) is written to a folder and
-    the server told to load it. The server names the weights it has, so that responses of one that was restarted in
-    between are noticed, thrown away and sampled again. Equal prompts that follow one another are sent once, with the
-    number of responses.
+    Before the first rollout and after every optimizer step, the policy (never the critic) is written to a folder, and
+    the server is told to load it. The server reports the name of its weights. If it was restarted in between, the name
+    differs, and its responses are discarded and sampled again. Consecutive equal prompts are sent once, together with
+    the number of responses.
 
-    Prompts with images go as token ids too; the server expands the image placeholders itself, and its prompt must
-    then equal the trainer's, token for token.
+    Prompts with images are also sent as token ids. The server expands the image placeholders itself. The expanded
+    prompt must equal the trainer's prompt, token for token.
 
-    With several processes each sends its own prompts. The main process alone writes and loads weights, while the
-    others wait, and all of them fail if one does.
+    With several processes, each process sends its own prompts. Only the main process writes and loads weights, while
+    the other processes wait. If one process fails, all fail.
 
     Args:
-        base_url (`str`): of the server, such as `"http://localhost:8000"`.
+        base_url (`str`): address of the server, such as `"http://localhost:8000"`.
         weights_dir (`str` or `Path`):
-            Where the policy's weights are written: a folder for this run alone, that the server sees under the same
-            path. Holds one copy of the policy, two while a new one is being written.
+            Folder for the policy's weights. Only this run may use it, and the server must see it under the same path.
+            It holds one copy of the policy, or two while a new copy is written.
         timeout (`float`, *optional*, defaults to 600):
             Seconds from the beginning of one request to the end of its answer.
         retries (`int`, *optional*, defaults to 5):
-            How often a request that failed is repeated, after 1, 2, 4, … times `backoff` seconds or those that the
-            server names, at most 30.
+            Largest number of repetitions of a failed request. They follow after 1, 2, 4, … times `backoff` seconds, or
+            after the seconds that the server names, at most 30.
         backoff (`float`, *optional*, defaults to 1):
             Seconds before the first repetition.
         start_timeout (`float`, *optional*, defaults to 0):
             Seconds to wait for a server that is still starting.
         seeded (`bool`, *optional*, defaults to `True`):
-            Whether each prompt's sampling is seeded, from `args.seed`, the step and the prompt's place, so that a run
-            can be repeated and resumed. Servers sample somewhat slower with seeds.
+            Seed each prompt's sampling from `args.seed`, the step and the prompt's position, so that a run can be
+            repeated and resumed. Seeds make servers sample somewhat slower.
 
     Raises:
-        [`SamplerLostError`]: if no server answers at `base_url`, or none does any more during a rollout.
-        [`SamplerError`]: if the server lacks what is needed, or refuses a request.
+        [`SamplerLostError`]: if no server answers at `base_url`, or the server stops answering during a rollout.
+        [`SamplerError`]: if the server lacks a required feature, or refuses a request.
 
     Example:
 
@@ -157,7 +158,7 @@ class VLLMServerRollout:
         seeded: bool = True,
     ):
         self.client = _SamplerClient(base_url, timeout, retries, backoff, is_nearby=True)
-        # Absolute, because the server has a working directory of its own.
+        # The path must be absolute, because the server has another working directory.
         self.weights_dir = Path(weights_dir).resolve()
         self.seeded = seeded
         self.weights: str | None = None
@@ -172,12 +173,12 @@ class VLLMServerRollout:
 
         Args:
             prompts (`list`): conversations (with PIL images in their content blocks, if any) or texts.
-            trainer ([`~trl.GRPOTrainer`]): whose policy, processing class and settings to use.
+            trainer ([`~trl.GRPOTrainer`]): the trainer with the policy, the processing class and the settings.
 
         Returns:
-            `dict` with lists of as many rows: `prompt_ids` (`list[list[int]]`, with expanded image placeholders),
-            `completion_ids` (`list[list[int]]`), `logprobs` (`list[list[float]]`, the sampler's, one per completion
-            token; `None` in the place of NaN).
+            `dict` of lists with one entry per prompt: `prompt_ids` (`list[list[int]]`, with expanded image
+            placeholders), `completion_ids` (`list[list[int]]`), `logprobs` (`list[list[float]]`, the sampler's
+            log-probabilities, one per completion token, with `None` instead of NaN).
         """
         _check_supported(trainer)
         accelerator = trainer.accelerator
@@ -197,8 +198,8 @@ class VLLMServerRollout:
                     "logprobs": [logps for answer in answers for logps in answer.logprobs],
                 }
             logger.warning(
-                "The vLLM server at %s lost the policy's weights or gave up requests during a rollout, as one that "
-                "was restarted does: it gets the weights once more, and the rollout is repeated.",
+                "The vLLM server at %s lost the policy's weights or gave up requests during a rollout. Perhaps it was "
+                "restarted. It gets the weights once more, and the rollout is repeated.",
                 self.client.base_url,
             )
         raise SamplerLostError(
@@ -223,7 +224,7 @@ class VLLMServerRollout:
                 time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
 
     def _check_server(self) -> str:
-        """The name of the server's model, after a look at what the server can do."""
+        """Check that the server has all required features. Returns the name of its model."""
         try:
             self.client.get("/weight_info")
         except SamplerLostError:
@@ -235,25 +236,26 @@ class VLLMServerRollout:
             ) from error
         with _answer_to("/v1/models"):
             model = self.client.get("/v1/models")["data"][0]["id"]
-        # Of the distribution that is sampled from, cut down to its most probable token, that token has probability 1.
+        # With so small a `top_p` only the most probable token is left, so the sampling distribution gives it
+        # probability 1.
         probe = {"model": model, "prompt": [0], "max_tokens": 1, "logprobs": 0, "temperature": 1.0, "top_p": 1e-6}
         with _answer_to("/v1/completions"):
             logprob = float(self.client.post("/v1/completions", probe)["choices"][0]["logprobs"]["token_logprobs"][0])
         if abs(logprob) > 1e-4:
             raise SamplerError(
                 f"The server at {self.client.base_url} returns log-probabilities from before temperature and "
-                "truncation; the importance correction needs those of the distribution that it samples from. Start "
-                "it with `--logprobs-mode processed_logprobs`."
+                "truncation. The importance correction needs log-probabilities of the sampling distribution. Start "
+                "the server with `--logprobs-mode processed_logprobs`."
             )
         return model
 
     def _has_weights(self) -> bool:
-        # A server that was restarted has the weights it started with, and calls them otherwise.
+        # A restarted server has its initial weights, under another name.
         with _answer_to("/weight_info"):
             return self.client.get("/weight_info")["weight_version"] == self.weights
 
     def _sync_weights(self, trainer: Any) -> None:
-        """Give the server the policy as it is now, unless it has it."""
+        """Give the server the current policy, unless the server has it already."""
         accelerator = trainer.accelerator
         weights_of = (id(trainer), trainer.state.global_step)
         if self._weights_of != weights_of:
@@ -268,8 +270,8 @@ class VLLMServerRollout:
             return
         folder = self.weights_dir / self.weights
         self.client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-        # What was computed with other weights: keys and values of prompts, and embeddings of images. Of the latter
-        # vLLM 0.31 forgets only the tensors when it loads weights, and dies of a picture that it thinks it knows.
+        # Reset the results of the old weights: keys and values of prompts, and embeddings of images. When vLLM 0.31
+        # loads weights, it forgets only the embeddings' tensors. It would then crash at the next known picture.
         self._reset_prefix_cache()
         self.client.post("/reset_encoder_cache")
         self.client.post("/update_weight_version", {"new_version": self.weights})
@@ -283,17 +285,17 @@ class VLLMServerRollout:
             time.sleep(self.client.backoff * 2**attempt)
         raise SamplerError(
             f"The vLLM server at {self.client.base_url} is busy and keeps its prefix cache, which belongs to older "
-            "weights. Does another run use it? A server can serve one run at a time."
+            "weights. Does another run use the server? A server can serve only one run at a time."
         )
 
     def _respond_to_all(self, requests: list[_Request], sampling: list[dict[str, Any]]) -> tuple[list[_Answer], bool]:
-        """This process's responses, and whether they are all there and by the right weights."""
+        """This process's responses, and whether all are complete and come from the right weights."""
         with ThreadPoolExecutor(max_workers=min(MAX_CONCURRENT_REQUESTS, len(requests))) as executor:
             futures = [executor.submit(self._respond, *pair) for pair in zip(requests, sampling, strict=True)]
             try:
                 answers = [future.result() for future in futures]
             except SamplerError:
-                # Each of those still waiting would be repeated as often in vain.
+                # Every waiting request would also be repeated in vain.
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
         return answers, all(answer.complete for answer in answers) and self._has_weights()
@@ -312,14 +314,14 @@ class VLLMServerRollout:
 
     def _read_choices(self, request: _Request, choices: list[dict[str, Any]]) -> _Answer:
         if len(choices) != request.n:
-            raise SamplerError(f"The vLLM server returned {len(choices)} responses where {request.n} were asked for.")
+            raise SamplerError(f"The vLLM server returned {len(choices)} responses, but {request.n} were requested.")
         answer = _Answer()
         for choice in sorted(choices, key=lambda choice: choice["index"]):
             logprobs = choice["logprobs"]
             logprobs = [t["logprob"] for t in logprobs["content"]] if request.images else logprobs["token_logprobs"]
             if not all(isinstance(token, int) for token in choice["token_ids"]):
                 raise TypeError(f"`token_ids` must be integers, got {choice['token_ids'][:5]!r}")
-            # A server that is stopped returns what it had.
+            # A stopped server returns incomplete responses.
             answer.complete &= choice["finish_reason"] in ("stop", "length") and len(choice["token_ids"]) > 0
             if len(logprobs) != len(choice["token_ids"]):
                 raise SamplerError(
@@ -347,22 +349,22 @@ class VLLMServerRollout:
         except SamplerError as error:
             raise SamplerError(
                 f"{error}\nPrompts with images need a server that was started with `--enable-scale-out`, and a model "
-                "that takes images."
+                "for images."
             ) from error
         if answer["prompt_token_ids"] != request.prompt_ids:
             raise SamplerError(
-                f"The vLLM server makes {len(answer['prompt_token_ids'])} tokens of a prompt with "
-                f"{len(request.images)} image(s) of which the trainer makes {len(request.prompt_ids)}, or other ones: "
-                "it would answer another prompt than the one that is trained on. Its image processor has other "
-                "settings (such as the numbers of pixels allowed), or it places this model's images in another way. "
-                "Start it from the folder of the trainer's model and processor."
+                f"A prompt with {len(request.images)} image(s) has {len(answer['prompt_token_ids'])} tokens in the "
+                f"vLLM server and {len(request.prompt_ids)} in the trainer, or the tokens differ. The server would "
+                "answer another prompt than the trained prompt. Its image processor has other settings (such as the "
+                "limits of pixels), or it places this model's images in another way. Start the server from the folder "
+                "of the trainer's model and processor."
             )
         return answer["choices"]
 
     # -------------------------------------------------------------------------------------------- the settings
 
     def _sampling(self, args: Any, end_token_ids: list[int], n: int, seed: int) -> dict[str, Any]:
-        """Every parameter is named, so that none is filled in from the server's copy of the model."""
+        """The sampling parameters. All are given, so that the server takes none from its copy of the model."""
         sampling = {
             "temperature": args.temperature,
             "top_p": args.top_p,
@@ -377,7 +379,7 @@ class VLLMServerRollout:
         return {**sampling, **(args.generation_kwargs or {}), "n": n, "logprobs": 0}
 
     def _seeds(self, trainer: Any, mode: str, count: int) -> list[int]:
-        """As many seeds, which depend on the run's seed and on the moment, but on nothing that went before."""
+        """`count` seeds. They depend on the run's seed, the step and the call, but not on earlier sampling."""
         moment, calls = self._calls
         step = trainer.state.global_step
         # There may be several rollouts between two optimizer steps.
@@ -392,18 +394,18 @@ def train_with_checkpoint(trainer: Any, **kwargs: Any) -> Any:
     """
     Train, and save a checkpoint if the vLLM server is lost.
 
-    The policy and the optimizers are then as the last optimizer step left them, so that nothing but the rollout that
-    failed is to be repeated.
+    The checkpoint has the policy and the optimizers after the last optimizer step. Only the failed rollout must be
+    repeated.
 
     Args:
-        trainer ([`~sapo_trl.SAPOTrainer`]): whose `rollout_func` is a [`VLLMServerRollout`].
-        kwargs: of `trainer.train`.
+        trainer ([`~sapo_trl.SAPOTrainer`]): a trainer with a [`VLLMServerRollout`] as `rollout_func`.
+        kwargs: arguments of `trainer.train`.
 
     Returns:
-        What `trainer.train` returns.
+        The result of `trainer.train`.
 
     Raises:
-        [`SamplerLostError`]: which says where the checkpoint is.
+        [`SamplerLostError`]: its message names the checkpoint.
     """
     try:
         return trainer.train(**kwargs)
@@ -423,24 +425,24 @@ def _check_supported(trainer: Any) -> None:
         if getattr(trainer, name, None):
             raise ValueError(
                 f"`VLLMServerRollout` samples one response to each prompt and cannot be combined with `{name}`, which "
-                "asks for more during a rollout."
+                "needs several responses in one rollout."
             )
 
 
 def _on_all(accelerator: Any, work: Callable[[], tuple[T, bool]]) -> tuple[T, bool]:
     """
-    Do a part of the work on each process, and wait until all have done theirs.
+    Do work on each process, and wait until all processes have finished.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): of the processes.
-        work (`Callable`): returns a result of this process and whether it is good.
+        accelerator ([`~accelerate.Accelerator`]): the accelerator of the processes.
+        work (`Callable`): returns this process's result, and whether the result is good.
 
     Returns:
-        `tuple`: this process's result, and whether all processes' are good.
+        `tuple`: this process's result, and whether the results of all processes are good.
 
     Raises:
-        This process's error if there was one, else a [`SamplerError`] of the same kind as another process's. Without
-        it, that process would leave the others waiting for ever.
+        This process's error, if it has one. Otherwise, if another process has an error, a [`SamplerError`] of the same
+        kind. Without it, this process would wait for the other process for ever.
     """
     result, good, error = None, False, None
     try:
@@ -462,7 +464,7 @@ def _on_all(accelerator: Any, work: Callable[[], tuple[T, bool]]) -> tuple[T, bo
 
 
 def _requests(prompts: list[Any], trainer: Any) -> list[_Request]:
-    """One request for each run of equal prompts, tokenized as TRL does."""
+    """One request for each run of equal prompts. Prompts are tokenized as in TRL."""
     runs = [(prompt, len(list(repeats))) for prompt, repeats in itertools.groupby(prompts)]
     counts = [count for _, count in runs]
     prompt_ids, images = _tokenize([prompt for prompt, _ in runs], trainer)
@@ -499,7 +501,7 @@ def _images_of(prompt: list[dict[str, Any]]) -> list[Image.Image]:
 
 
 def _collapsed(prompt_ids: list[int], images: int, processing_class: Any) -> list[int]:
-    """The ids with one placeholder in the place of each run of them."""
+    """The ids with each run of placeholders replaced by one placeholder."""
     placeholder = getattr(processing_class, "image_token_id", None)
     collapsed = []
     for token in prompt_ids:
@@ -507,14 +509,14 @@ def _collapsed(prompt_ids: list[int], images: int, processing_class: Any) -> lis
             collapsed.append(token)
     if placeholder is None or collapsed.count(placeholder) != images:
         raise SamplerError(
-            f"A prompt with {images} image(s) has {collapsed.count(placeholder)} run(s) of image placeholders; a vLLM "
-            "server can only be sent one run for each image. Generate without a vLLM server."
+            f"A prompt with {images} image(s) has {collapsed.count(placeholder)} run(s) of image placeholders, but a "
+            "vLLM server takes exactly one run for each image. Generate without a vLLM server."
         )
     return collapsed
 
 
 def _data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    # As the trainer's image processor does it: vLLM would lay what is transparent on white.
+    # Convert like the trainer's image processor. vLLM would make transparent areas white.
     image.convert("RGB").save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

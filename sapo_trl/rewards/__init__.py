@@ -1,4 +1,4 @@
-"""Verifiable rewards, in the form that TRL's trainers call."""
+"""Verifiable rewards for TRL's trainers."""
 
 from .accuracy import accuracy_reward
 from .choices import multiple_choice_reward
@@ -7,7 +7,7 @@ from .geo3k import geo3k_reward
 from .numbers import numeric_reward
 
 
-# Reward functions alone: `sapo-trl train` takes these names.
+# Only reward functions: `sapo-trl train` accepts these names.
 __all__ = [
     "accuracy_reward",
     "format_reward",

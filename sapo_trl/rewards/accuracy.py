@@ -15,24 +15,24 @@ def accuracy_reward(
     **kwargs,
 ) -> list[float | None]:
     r"""
-    1.0 for each completion whose last `\boxed{}` equals the answer as mathematics, else 0.0.
+    1.0 for each completion with a last `\boxed{}` that equals the answer as mathematics, else 0.0.
 
     Args:
         completions (`list`):
             Completions, each a string or a list of messages.
         answer (`list`):
-            Right answers, the column that the data set has under this name: LaTeX such as `6 \sqrt { 3 }`, bare, in
-            `$` or in a box; plain text; or numbers. A row with `None` has no answer to compare with.
+            Right answers, from the data set's column of this name. An answer is LaTeX such as `6 \sqrt { 3 }` (bare,
+            in `$` or in a box), plain text, or a number. A row with `None` has no answer to compare with.
         log_metric (`Callable`, *optional*):
-            The trainer's. Logs the shares of answers that could not be parsed and that ran out of time, as
-            `rewards/accuracy_reward/unparsed` and `rewards/accuracy_reward/timed_out`.
+            The trainer's function for logging. It gets the share of unparsed answers
+            (`rewards/accuracy_reward/unparsed`) and of comparisons out of time (`rewards/accuracy_reward/timed_out`).
         **kwargs:
             The trainer's other columns, unused.
 
     Returns:
         `list[float | None]`:
-            One reward a completion. A completion without a box scores 0.0. `None`, TRL's "does not apply", for a row
-            without an answer.
+            One reward per completion. A completion without a box scores 0.0. A row without an answer has `None`, which
+            means "does not apply" to TRL.
 
     Example:
 
@@ -55,7 +55,7 @@ def score_boxes(
     """[`accuracy_reward`] for a reward function with another name in the log."""
     if len(completions) != len(answers):
         raise ValueError(
-            f"{len(completions)} completions came with {len(answers)} values of `answer`; one each needed."
+            f"{len(completions)} completions came with {len(answers)} values of `answer`; one each is needed."
         )
     rewards: list[float | None] = [None if gold is None else 0.0 for gold in answers]
     boxes = [sole_answer(answer_part(completion_text(completion))) for completion in completions]

@@ -1,8 +1,8 @@
 r"""
-Which letter a text in words announces as its answer, in English and in the commonest sentences of other languages.
+Finds the letter that a text announces as its answer, in English and in the commonest sentences of other languages.
 
-A letter is announced by the words in front of it ("the answer is B") or behind it ("B is correct"). It does not count
-in a question, beside a negation or a doubt, or together with another letter. The last of several announcements counts.
+The words before a letter ("the answer is B") or after it ("B is correct") announce it. An announcement does not count
+in a question, with a negation or a doubt, or together with another letter. The last of several announcements counts.
 """
 
 import re
@@ -13,11 +13,11 @@ from itertools import pairwise
 from .polarity import clause_before, is_condemned, is_doubted, is_negated
 
 
-# Of a long text the last letters are looked at, each with so many characters around it.
+# In a long text only the last letters are read, each with so many characters around it.
 _MAX_MENTIONS = 200
 _MAX_WORDS = 160
 
-# No part of a word, a product or a formula: neither `AB` nor `A's`, `B = 3`, `A^2`, `C(n)`, `B-flat`.
+# A letter that is not part of a word, a product or a formula such as `AB`, `A's`, `B = 3`, `A^2`, `C(n)`, `B-flat`.
 _LETTER = re.compile(
     r"(?<![A-Za-z0-9À-ɏ_^\\'])(?<![^A-Za-z][A-Za-z0-9)] = )(?<![^A-Za-z][A-Za-z0-9)] =)(?<![^A-Za-z][A-Za-z0-9)]=)"
     r"(?P<open>[\[({\"'“‘「『【《]{0,3})[ \t]?(?<![A-Za-z0-9À-ɏ_^\\])(?P<letter>[A-Za-z0-9])"
@@ -25,7 +25,7 @@ _LETTER = re.compile(
     r"(?P<close>[ \t]?[\])}\"'”’」』】》]{1,3})?"
 )
 _QUOTES = " \t\"'“‘”’"
-# "A triangle": a word follows, so this is the article, or "I". In front of these words it is not.
+# "A triangle": a word follows, so this is the article, or the pronoun "I". Before the words below it is a letter.
 _ARTICLES = ("A", "I")
 _WORD_FOLLOWS = re.compile(
     r"[ \t]+(?!(?:because|since|as|and|or|with|which|for|by|based|from|not|is|are|isn't|instead|oder|und|ou|et|o|y|e"
@@ -33,7 +33,7 @@ _WORD_FOLLOWS = re.compile(
 )
 # `B.` may be a label; "e.g." and decimals end no sentence.
 _SENTENCE = re.compile(r"[^.!?\n]*(?:\.(?!\s|\Z)[^.!?\n]*)*(?:[.!?]+|\n|\Z)")
-# A line that ends with these goes on in the next: "Answer:\n\nB".
+# A line with such an end continues in the next line: "Answer:\n\nB".
 _GOES_ON = re.compile(r"(:|=|\bis|\banswer|答案|选|選)[ \t]*\n\s*", re.IGNORECASE)
 
 _LINK = r"(?:(?:\b(?:is|are|be|equals|was|were)(?:n't)?\b|'s\b|[:=]|\s-+|[-=]>|[→⇒])[\s,]*)+"
@@ -55,7 +55,7 @@ _WHO = (
 
 @dataclass(frozen=True)
 class _Cue:
-    """Words in front of a letter that announce it, some of them only if it is in brackets."""
+    """Words before a letter that announce it. Some announce it only if it is in brackets."""
 
     pattern: re.Pattern
     needs_brackets: bool = False
@@ -136,7 +136,7 @@ _CORRECTION = re.compile(
 
 @dataclass(frozen=True)
 class Announcement:
-    """The letter that a text announces, if any; not settled where other signs may still tell."""
+    """The letter that a text announces, if any. If it is not settled, other signs may decide."""
 
     letter: str | None
     is_settled: bool
@@ -204,7 +204,7 @@ def _decided(
             chosen, letter = i, None if mention.is_alternative else mention.letter
     if chosen >= 0:
         start = mentions[chosen].end
-        # What follows another letter speaks of that one.
+        # The text after the next letter is about that letter.
         end = mentions[chosen + 1].end if chosen + 1 < len(mentions) else len(text)
         end = min(end, start + _MAX_WORDS)
         if _RETRACTION.search(text, start, end) or has_correction(text, start, end):
@@ -226,7 +226,7 @@ def _is_announced(mention: _Mention, in_front: Sequence[_Cue], behind: re.Patter
 
 
 def _mentions(sentence: re.Match, letters: Sequence[str]) -> Iterator[_Mention]:
-    """The letters in a sentence; a question announces nothing."""
+    """The letters in a sentence. A question has none, because it announces nothing."""
     text = sentence[0]
     if text.rstrip().endswith("?"):
         return
@@ -259,7 +259,7 @@ def _in_brackets(match: re.Match) -> bool:
 
 
 def _has_alternative(one: re.Match, other: re.Match) -> bool:
-    """Whether the letter that follows is named as a second answer: `A or B`, `(A) 3 (B) 4`."""
+    """Whether the next letter is a second answer: `A or B`, `(A) 3 (B) 4`."""
     text = one.string
     if one["letter"].upper() == other["letter"].upper():
         return False

@@ -1,10 +1,10 @@
 r"""
-Reward for the right letter of a multiple choice question, and how the letter is read off a response.
+Reward for the right letter of a multiple choice question, and the rules that read a letter from a response.
 
-A box is what prompts ask for, so it counts before the text around it. Without one, the surest of these signs decides:
-an announcement ("the answer is B"), a line that is a letter or starts with a marked one ("B. 12 cm"), the text of an
-option as what the last line says ("It is a circle"). Anything less is no answer: a letter is never guessed, and a
-letter that is negated, doubted, or one of several is not chosen.
+Prompts ask for a box, so a box has priority over the text around it. Without a box, the surest of these signs decides:
+an announcement ("the answer is B"), a line that is a letter or starts with a marked letter ("B. 12 cm"), an option's
+text in the last line ("It is a circle"). Nothing else is an answer: a letter is never guessed, and a letter that is
+negated, doubted, or one of several is not chosen.
 """
 
 import re
@@ -21,7 +21,7 @@ from .polarity import is_condemned
 
 DEFAULT_LETTERS = string.ascii_uppercase[:10]
 
-# The answer stands at an end: of a longer response the middle is not searched for words.
+# The answer stands at the beginning or the end. The middle of a longer response is not searched for words.
 _MAX_CHARACTERS = 4_000
 
 _TAG = re.compile(r"</?[a-zA-Z][a-zA-Z_ ]{1,20}>")
@@ -33,7 +33,7 @@ _LABEL = re.compile(
     r"|(?=,?\s+(?:because|since|not)\b),?)\s*"
 )
 _OTHER_LABEL = re.compile(r"[(\[]([A-Z])[)\]]|(?<![A-Za-z0-9])([A-Z])[.):](?=\s|\Z)")
-# Behind a label: a second letter, or a verb that speaks of the option instead of its text.
+# After a label: a second letter, or a verb about the option instead of the option's text.
 _NO_TEXT = re.compile(
     r"\s*(?:(?:,|/|&|\+|;|and\b|or\b)\s*)*[(\[]?[A-Z](?![A-Za-z0-9'])(?!\s+[a-z])"
     r"|\s*(?:(?:is|are|was|isn't|cannot|can't|can|could|would|may|might|must|should|will|won't|does|doesn't|has|had"
@@ -55,8 +55,8 @@ def extract_choice(text: str, letters: Sequence[str], options: Sequence[str] | N
         letters (`Sequence[str]`):
             Letters (or digits) that may be chosen, in upper case: `"ABCD"`.
         options (`Sequence[str]`, *optional*):
-            What each of the letters stands for. A box or a last line with the text of one option chooses it; so does
-            a box with its number, written differently.
+            The option of each letter. A box or a last line with the text of one option chooses this option. So does a
+            box with the option's number in another notation.
 
     Returns:
         `str` or `None`: One of `letters`, or `None` if the response chooses none of them.
@@ -79,7 +79,7 @@ def extract_choice(text: str, letters: Sequence[str], options: Sequence[str] | N
     if (box is None and "\\boxed" in text) or (box and len(box) > _MAX_CHARACTERS):
         return None
     chosen = _in_box(box, letters, texts) if box else None
-    # Where options are not known, a formula is no choice but a step of the solution.
+    # Without known options, a formula is not a choice, but a step of the solution.
     if not box or (chosen is None and not texts and _is_formula(box)):
         return _in_words(text, letters, texts)
     return chosen
@@ -100,12 +100,14 @@ def multiple_choice_reward(
         answer (`list[str | None]`):
             Right letters: `B`, or `(B)`. A row with `None` has no answer to compare with.
         choices (`list`, *optional*):
-            Options of each question, first that of `A`. Without them the letters `A` to `J` may be chosen.
+            Options of each question, beginning with the option `A`. Without options, the letters `A` to `J` may be
+            chosen.
         **kwargs:
             The trainer's other columns, unused.
 
     Returns:
-        `list[float | None]`: One reward a completion; `None`, TRL's "does not apply", for a row without an answer.
+        `list[float | None]`: One reward per completion. A row without an answer has `None`, which means "does not
+        apply" to TRL.
 
     Example:
 
@@ -143,7 +145,7 @@ def letters_of(options: Sequence[str]) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Text for comparison: lower case, without formatting, outer punctuation and spaces that change nothing."""
+    """Text for comparison: lower case, without formatting, outer punctuation and redundant spaces."""
     return comparable(text).casefold()
 
 

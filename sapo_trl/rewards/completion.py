@@ -1,4 +1,4 @@
-"""What a reward reads off a completion: its text, and its boxed answer."""
+"""Reads the text of a completion and its boxed answer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 
-# Braces, and pairs of a backslash and what it escapes: `\{` groups nothing.
+# Braces, and escaped characters with their backslash: `\{` groups nothing.
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # Without a brace a box holds a number, a command or a single letter; anything else is prose about boxes.
 _BOX = re.compile(
@@ -18,17 +18,17 @@ _THINKING = re.compile(r"<(?P<closes>/?)think(?:ing)?\s*>", re.IGNORECASE)
 _JOINED = re.compile(r"(?:[\s$.]*(?:,|/|&|\||\b(?:and|or|not)\b|\\(?:lor|vee|mid)\b))+[\s$]*")
 
 Completion = str | Sequence[Mapping]
-"""Plain text, or the messages of a conversation (the trainer passes what the prompts were)."""
+"""Plain text, or the messages of a conversation, in the form of the trainer's prompts."""
 
 
 def completion_text(completion: Completion) -> str:
-    """Text of a completion; of a conversation, the text of its last message."""
+    """Text of a completion. For a conversation it is the text of the last message."""
     if isinstance(completion, str):
         return completion
     content = completion[-1]["content"] if completion else ""
     if isinstance(content, str):
         return content
-    # `None` beside tool calls, or a list of blocks as vision-language models have it.
+    # The content is `None` with tool calls, or a list of blocks for vision-language models.
     return "".join(block.get("text", "") for block in content or ())
 
 
@@ -36,8 +36,7 @@ def answer_part(text: str) -> str:
     r"""
     The part of a response that may hold the answer: the text after the last `</think>`, or `</thinking>`.
 
-    The whole text where the response has no thinking, and the empty string where its thinking never ends, because the
-    response was cut off.
+    Without thinking it is the whole text. If the thinking never ends, because the response was cut off, it is empty.
 
     Example:
 
@@ -56,11 +55,11 @@ def answer_part(text: str) -> str:
 
 def last_boxed(text: str) -> str | None:
     r"""
-    Content of the last `\boxed{...}`, its braces balanced; `None` if there is none.
+    Content of the last `\boxed{...}` with balanced braces; `None` if there is none.
 
-    Of nested boxes the outer one counts, and an empty box counts only where there is no other. A last box that is
-    never closed is no answer, and an earlier one does not stand in for it: the response was cut off while it gave its
-    answer. `\boxed 4`, without braces, holds the rest of its line, up to a `$`.
+    Of nested boxes the outer box counts, and an empty box counts only if there is no other box. If the last box is
+    never closed, the response was cut off while it gave its answer. Then there is no answer, and no earlier box
+    replaces it. `\boxed 4`, without braces, holds the rest of its line, up to a `$`.
     """
     boxes = _boxes(text)
     return boxes[-1].content if boxes else None
@@ -114,7 +113,7 @@ def _boxes(text: str) -> list[_Box]:
 
 
 def _ends_of_groups(text: str) -> dict[int, int]:
-    """Where each group that is closed begins, behind its brace, and where it ends."""
+    """The end of each closed group, by the group's beginning after its brace."""
     ends, begins = {}, []
     for match in _BRACE.finditer(text):
         if match[0] == "{":

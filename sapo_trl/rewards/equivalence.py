@@ -1,4 +1,4 @@
-"""Whether two answers are the same as mathematics."""
+"""Decides whether two answers are equal as mathematics."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .worker_pool import WorkerPool
 
 
 MAX_LENGTH = 2000
-"""Characters of an answer. A longer one counts as unparsed: no answer is meant, and no parser is tried on it."""
+"""Largest number of characters in an answer. A longer text is not meant as an answer, and is not parsed."""
 
-# Past some length Python refuses to read an integer, and no answer is meant.
+# Python refuses to read very long integers. Such an integer is not meant as an answer.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})")
 _WORDS = re.compile(r"(?:\\(?:text|textbf|textit|mathrm|mathbf)\{([A-Za-z ]+)\}|([A-Za-z ]+))")
 
-# A decimal with fewer places stands for itself alone.
+# A decimal with few places stands only for itself, not for a rounded number.
 _FEW_PLACES = re.compile(r"[+-]?[0-9]*\.?[0-9]{0,5}")
 
 
 class Verdict(StrEnum):
-    """What became of an answer."""
+    """The result of a comparison."""
 
     EQUAL = "equal"
     DIFFERENT = "different"
     UNPARSED = "unparsed"
-    """Not equal as text, and one of the two, answer or gold, is empty, too long, or has no reading or several."""
+    """The texts differ, and the answer or the gold is empty, too long, or has no reading or several."""
     TIMED_OUT = "timed_out"
-    """The comparison took more time than it may, or killed its process."""
+    """The comparison took too long, or killed its process."""
 
 
 _pool = WorkerPool()
@@ -52,10 +52,10 @@ def is_equivalent(answer: str | int | float, gold: str | int | float) -> bool:
 
     Args:
         answer (`str`): LaTeX or plain text, with or without `$` or a box.
-        gold (`str`, `int` or `float`): the right answer, likewise.
+        gold (`str`, `int` or `float`): the right answer, in one of the same forms.
 
     Returns:
-        `bool`: `False` also where [`are_equivalent`] says `UNPARSED` or `TIMED_OUT`.
+        `bool`: `False` also if [`are_equivalent`] says `UNPARSED` or `TIMED_OUT`.
 
     Example:
 
@@ -73,24 +73,24 @@ def are_equivalent(answers: Sequence[str | int | float], golds: Sequence[str | i
     """
     Compare answers with gold answers, pair by pair, several pairs at a time.
 
-    Equal texts, words and plain numbers are decided here. All others are sent to worker processes, each comparison
-    with a hard limit of time and memory, see [`configure_scoring`]. Repeated pairs are compared once. Works from any
-    thread, in an event loop (which waits), and in forked processes.
+    Equal texts, words and plain numbers are compared in this process. All other pairs are sent to worker processes,
+    with hard limits of time and memory for each comparison, see [`configure_scoring`]. Repeated pairs are compared
+    once. The function works in any thread, in an event loop (which waits), and in forked processes.
 
     Args:
         answers (`Sequence[str]`): LaTeX or plain text, with or without `$` or a box.
-        golds (`Sequence[str | int | float]`): the right answers, as many.
+        golds (`Sequence[str | int | float]`): the right answers, one for each answer.
 
     Returns:
-        `list[Verdict]`: one a pair.
+        `list[Verdict]`: one per pair.
 
     Raises:
-        ValueError: if the numbers of answers and golds differ, or one is a number that is not finite.
-        TypeError: if one is neither text nor number.
+        ValueError: if the numbers of answers and golds differ, or a number is not finite.
+        TypeError: if an answer or a gold is neither text nor number.
         RuntimeError: if no worker process can be started.
     """
     if len(answers) != len(golds):
-        raise ValueError(f"{len(answers)} answers came with {len(golds)} gold answers; one each needed.")
+        raise ValueError(f"{len(answers)} answers came with {len(golds)} gold answers; one each is needed.")
     pairs = [
         (_readable(answer, as_latex), _readable(gold, gold_as_latex))
         for answer, gold in zip(answers, golds, strict=True)
@@ -109,18 +109,18 @@ def are_equivalent(answers: Sequence[str | int | float], golds: Sequence[str | i
 
 
 def scoring_counts() -> dict[Verdict, int]:
-    """How many answers got which verdict in this process so far."""
+    """The number of answers with each verdict in this process so far."""
     with _counts_lock:
         return {verdict: _counts[verdict] for verdict in Verdict}
 
 
 def configure_scoring(num_workers: int = 2, timeout: float = 5.0, memory_bytes: int = 2 << 30) -> None:
     """
-    Set how answers are compared in this process from now on, and forget what was compared before.
+    Change the limits of comparisons in this process, and forget earlier comparisons.
 
     Args:
         num_workers (`int`, *optional*, defaults to `2`):
-            Most worker processes at a time, some 30 MB each.
+            Largest number of worker processes, some 30 MB each.
         timeout (`float`, *optional*, defaults to `5.0`):
             Seconds of computing for one comparison.
         memory_bytes (`int`, *optional*, defaults to `2 << 30`):
@@ -166,7 +166,7 @@ def _unwrapped(words: re.Match) -> str:
     return (words[1] or words[2]).strip()
 
 
-# Responses to one prompt repeat each other. Timeouts are kept too: what hung once would hang again.
+# Responses to one prompt repeat each other. Timeouts are cached, too: the same comparison would hang again.
 @lru_cache(maxsize=16_384)
 def _compared(answer: str, gold: str) -> Verdict:
     verdict = _pool.compare(answer, gold)
@@ -178,7 +178,7 @@ def _close_pool() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # Locks may be held by threads that the child does not have.
+    # The child does not have the parent's other threads, and these threads may hold locks.
     global _pool, _counts_lock
     _pool.forget()
     _pool = WorkerPool(_pool.num_workers, _pool.timeout, _pool.memory_bytes)

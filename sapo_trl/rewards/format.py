@@ -1,11 +1,11 @@
-r"""Rewards for the shape of a response: they read tags, announcements and boxes, never whether the answer is right."""
+r"""Rewards for the form of a response. They check tags, announcements and boxes, but not the answer."""
 
 import re
 
 from .completion import Completion, completion_text
 
 
-# What `segmentation="step"` cuts at.
+# `segmentation="step"` cuts at these announcements.
 _STEP = re.compile(r"Step\s*(\d+)\s*[:.]")
 
 
@@ -13,8 +13,8 @@ def format_reward(completions: list[Completion], **kwargs) -> list[float]:
     r"""
     1.0 for each completion that thinks between `<think>` and `</think>` and then gives a `\boxed{}`, else 0.0.
 
-    The rule is the official recipe's, `<think>.*</think>.*\\boxed\{.*\}.*` on the whole text, without the spaces at
-    both ends.
+    The rule comes from the official recipe: `<think>.*</think>.*\\boxed\{.*\}.*` must match the whole text, without
+    the spaces at both ends.
 
     Args:
         completions (`list`):
@@ -37,10 +37,10 @@ def format_reward(completions: list[Completion], **kwargs) -> list[float]:
 def step_format_reward(completions: list[Completion], **kwargs) -> list[float]:
     r"""
     1.0 for each completion that announces its steps as `Step 1:`, `Step 2:`, ..., and boxes an answer in or after the
-    last one, else 0.0.
+    last step, else 0.0.
 
-    Announcements are what `segmentation="step"` cuts at, wherever they stand. They count up from 1 without a gap or a
-    repetition, so the number of segments is the number of steps.
+    `segmentation="step"` cuts at the same announcements, anywhere in the text. They must count up from 1 without a gap
+    or a repetition. The number of segments then equals the number of steps.
 
     Args:
         completions (`list`):
@@ -64,8 +64,8 @@ def role_format_reward(completions: list[Completion], **kwargs) -> list[float]:
     r"""
     1.0 for each completion of the form `<perception>...</perception><think>...</think>...\boxed{...}`, else 0.0.
 
-    Each tag stands there once, both spans have text, and only space comes before the first and between the two. Then
-    SRPO's role-aware weights (`sapo_trl.role_aware`) find both roles.
+    Each tag must occur once, and both spans must have text. Before the first span and between the spans there may be
+    only spaces. SRPO's role-aware weights (`sapo_trl.role_aware`) find both roles in this form.
 
     Args:
         completions (`list`):
@@ -91,13 +91,13 @@ def role_format_reward(completions: list[Completion], **kwargs) -> list[float]:
 
 
 def _thinks_then_boxes(text: str) -> bool:
-    # As a regular expression, four `.*` in a row take minutes on a response made of tags.
+    # A regular expression with four `.*` would take minutes on a response made of tags.
     return text.startswith("<think>") and _has_in_order(text, "<think>", "</think>", "\\boxed{", "}")
 
 
 def _counts_steps_then_boxes(text: str) -> bool:
     steps = list(_STEP.finditer(text))
-    # Leading zeros and all: numbers are compared as they are written.
+    # Compare the numbers as texts, so that leading zeros count as wrong.
     in_order = [step[1] for step in steps] == [str(number) for number in range(1, len(steps) + 1)]
     return bool(steps) and in_order and _has_in_order(text[steps[-1].end() :], "\\boxed{", "}")
 

@@ -15,17 +15,17 @@ class Geo3KReward:
     r"""
     0.9 for a right answer and 0.1 for the form, as one reward function.
 
-    Right is an answer by the rules of [`accuracy_reward`]. The official code compares by other rules, mathruler's, and
-    also takes an answer out of the thinking.
+    The rules of [`accuracy_reward`] decide whether an answer is right. The official code uses mathruler's rules
+    instead, and also accepts an answer from the thinking.
 
-    The official code also takes something away for length, which its paper does not mention: 0.001 for each token
-    beyond nine tenths of the longest response allowed, and 0.3 more from one token below that length on, together at
-    most 0.5. This is off by default.
+    The official code also has a length penalty, which its paper does not mention. It is 0.001 for each token beyond
+    nine tenths of the longest allowed response, and 0.3 more from one token below that length on, together at most
+    0.5. The penalty is off by default.
 
     Args:
         penalized_length (`int`, *optional*):
-            With it the length penalty is on: the longest response allowed in tokens, the trainer's
-            `max_completion_length`; the official script's is 2048.
+            Length of the longest allowed response in tokens: the trainer's `max_completion_length`, or 2048 in the
+            official script. If it is set, the length penalty is on.
 
     Example:
 
@@ -39,7 +39,7 @@ class Geo3KReward:
     ```
     """
 
-    __name__ = "geo3k_reward"  # in the log
+    __name__ = "geo3k_reward"  # the name in the log
 
     penalized_length: int | None = None
 
@@ -56,7 +56,7 @@ class Geo3KReward:
         **kwargs,
     ) -> list[float | None]:
         """
-        Score completions, see [`~sapo_trl.rewards.accuracy_reward`]; `completion_ids` only matter with the penalty.
+        Score completions, see [`~sapo_trl.rewards.accuracy_reward`]. Only the penalty uses `completion_ids`.
         """
         accuracies = score_boxes(self.__name__, completions, answer, log_metric)
         forms = format_reward(completions)

@@ -1,8 +1,8 @@
 """
-The program of a worker process: judges answers, one JSON line in, one out.
+The program of a worker process, which judges answers. It reads one JSON line per request and writes one as reply.
 
-It is run by its path, gets the judge's folder as an argument, and imports nothing else of this package. So it starts
-in a quarter of a second and loads no torch. See `worker_pool.py` for the other end.
+It is run by its path, gets the judge's folder as an argument, and imports nothing else from this package. So it starts
+in a quarter of a second and does not load torch. The parent's side is in `worker_pool.py`.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-# A fresh process now and then, so that nothing that piles up ever meets the limit of memory.
+# The process ends after so many comparisons, so that growing memory never reaches the limit.
 MAX_COMPARISONS = 10_000
 
 
 def load_judge(folder: Path) -> Callable[[str, str], str]:
-    """The function `judge` of the package in a folder, without the packages around it."""
+    """The function `judge` of the package in a folder, loaded without its parent packages."""
     spec = importlib.util.spec_from_file_location(
         "answer_judge", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -35,11 +35,12 @@ def load_judge(folder: Path) -> Callable[[str, str], str]:
 @contextlib.contextmanager
 def kept_in_check(seconds: float) -> Iterator[None]:
     """
-    Have the kernel end this process, computing in C or not, when it has computed for so long or its parent is gone.
+    Let the kernel end this process if it computes for too long or its parent dies, even while it computes in C.
 
-    Time is the process's own, not the clock's: how busy the machine is must not decide what is right. The parent's
-    death closes the other end of the input, which raises SIGIO, deadly on Linux. A request would raise it too, but
-    none comes before the reply. Between requests, and elsewhere, the process ends with its input.
+    The limit is processor time, not the clock's time, so that a busy machine does not make right answers wrong. The
+    parent's death closes the other end of the input. This raises SIGIO, which ends the process on Linux. A request
+    would raise it too, but no request comes before the reply. Between requests, and on other systems, the process ends
+    with its input.
     """
     flags = fcntl.fcntl(0, fcntl.F_GETFL)
     fcntl.fcntl(0, fcntl.F_SETFL, flags | os.O_ASYNC)
@@ -50,8 +51,8 @@ def kept_in_check(seconds: float) -> Iterator[None]:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Make what needs more a `MemoryError`, and no crash a core file."""
-    if sys.platform != "darwin":  # which refuses this limit
+    """Limit the process's memory, so that it raises `MemoryError` beyond the limit. Switch core files off."""
+    if sys.platform != "darwin":  # macOS refuses this limit
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         soft = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -70,7 +71,7 @@ def main(seconds: float, memory_bytes: int, folder: Path) -> None:
     except BaseException as error:
         print(json.dumps(f"{type(error).__name__}: {error}"), file=replies, flush=True)
         raise
-    # What a hostile answer makes C libraries complain about is nobody's business.
+    # Discard all other output: hostile answers may make C libraries print messages.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -79,7 +80,7 @@ def main(seconds: float, memory_bytes: int, folder: Path) -> None:
         with kept_in_check(seconds):
             try:
                 verdict = judge(*json.loads(request))
-            except Exception:  # an answer that breaks the judge is not right, and the next one is judged
+            except Exception:  # an answer that breaks the judge is wrong, and the next answer is judged
                 verdict = "unparsed"
         print(json.dumps(verdict), file=replies, flush=True)
 

@@ -1,4 +1,4 @@
-r"""Answers without their looks: the characters of other keyboards, and LaTeX and Markdown that only change a font."""
+r"""Removes formatting from answers: typographic characters, and LaTeX and Markdown that only change a font."""
 
 import re
 import unicodedata
@@ -59,7 +59,7 @@ def without_fonts(text: str, edge: str = "") -> str:
 
 
 def unformatted(text: str) -> str:
-    """A text in plain characters, without fonts, LaTeX's and Markdown's; what is struck out is left out."""
+    """A text in plain characters, without the formatting of LaTeX and Markdown, and without struck-out parts."""
     text = _UNDERLINED.sub(r"\2", STRUCK.sub("", text))
     text = _MARKDOWN.sub("", without_fonts(plain_characters(text)))
     for pattern, sign in _SIGNS:
@@ -68,7 +68,7 @@ def unformatted(text: str) -> str:
 
 
 def comparable(text: str) -> str:
-    """A text without formatting, outer punctuation, and spaces that change nothing."""
+    """A text without formatting, outer punctuation and redundant spaces."""
     return " ".join(unformatted(text).split()).strip(" .,:;!?\"'")
 
 

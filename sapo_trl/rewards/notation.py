@@ -1,4 +1,4 @@
-r"""Answers in one notation: out of `$`, boxes and formatting, with LaTeX for typographic characters."""
+r"""Brings answers into one notation: without `$`, boxes and formatting, with LaTeX for typographic characters."""
 
 import math
 import numbers
@@ -123,15 +123,15 @@ _SPACE = re.compile(r" *([{}()\[\],+\-*/^_=<>&|]) *| +(?=\\)")
 
 def as_latex(value: str | int | float) -> str:
     r"""
-    An answer without its wrapping: delimiters, a box around all of it, formatting, typographic characters.
+    An answer without its wrapping: delimiters, a box around the whole answer, formatting, typographic characters.
 
     Args:
         value (`str`, `int` or `float`):
             LaTeX, bare or in `$...$`, `\(...\)`, `\boxed{...}`; plain text; or a number.
 
     Raises:
-        TypeError: if it is none of these.
-        ValueError: if it is a number that is not finite.
+        TypeError: if the value has another type.
+        ValueError: if the value is a number that is not finite.
 
     Example:
 
@@ -170,14 +170,14 @@ def as_latex(value: str | int | float) -> str:
 
 
 def gold_as_latex(value: str | int | float) -> str:
-    """[`as_latex`] of a gold answer, which may also stand in a box in the midst of a solution."""
+    """[`as_latex`] of a gold answer. It may also stand in a box inside a solution."""
     if isinstance(value, str) and "\\boxed" in value:
         value = last_boxed(value) or value
     return as_latex(value)
 
 
 def _is_only(box: str, text: str) -> bool:
-    r"""Whether the text is nothing but the box with this content."""
+    r"""Whether the text is only the box with this content."""
     return re.fullmatch(r"\\(?:f?boxed)\s*\{?\s*" + re.escape(box) + r"\s*\}?[\s.,]*", text) is not None
 
 
@@ -202,7 +202,7 @@ def _root(match: re.Match) -> str:
 
 
 def without_spaces(latex: str) -> str:
-    r"""The same LaTeX without spaces that mean nothing: `6 \sqrt { 3 }` as `6\sqrt{3}`."""
+    r"""The same LaTeX without redundant spaces: `6 \sqrt { 3 }` as `6\sqrt{3}`."""
     return _SPACE.sub(r"\1", latex)
 
 

@@ -1,8 +1,8 @@
 r"""
-Reward for a number that is close enough, and whether two answers are such numbers.
+Reward for a number that is close enough to the answer.
 
-This is for golds that are measured or rounded; exact mathematics is
-[`~sapo_trl.rewards.equivalence.is_equivalent`]. [`~sapo_trl.rewards.quantities`] says which texts are numbers.
+It is for measured or rounded golds. Exact mathematics is compared by
+[`~sapo_trl.rewards.equivalence.is_equivalent`]. [`~sapo_trl.rewards.quantities`] decides which texts are numbers.
 """
 
 import math
@@ -16,19 +16,19 @@ from .quantities import Quantity, read_quantity
 from .units import scale_between
 
 
-_MAX_CHARACTERS = 200  # of a list
+_MAX_CHARACTERS = 200  # in a list
 _LIST = re.compile(r"\\?\[(.*)\\?\]|\\?\{(.*)\\?\}|\\?\((.*)\\?\)|(.*)", re.DOTALL)
-# More digits than any finite float has before and behind its point.
+# More digits than any finite float has before and after its point.
 _EXACT = Context(prec=1100)
 
 
 def read_number(text: str) -> float | None:
     r"""
-    The number that an answer is; a percentage without its sign, so that 75% is 75.
+    The number in an answer. A percentage is read without its sign, so that 75% is 75.
 
     Args:
         text (`str`):
-            The answer alone, such as what stands in a box.
+            The answer alone, such as the content of a box.
 
     Returns:
         `float` or `None`: Always finite; `None` if the answer is not one number.
@@ -47,7 +47,7 @@ def read_number(text: str) -> float | None:
 
 
 def read_numbers(text: str) -> list[float] | None:
-    """The numbers of a list such as `[2007, 2008]`, in its order; `None` if anything else is in it."""
+    """The numbers of a list such as `[2007, 2008]`, in its order; `None` if the list has anything else."""
     if len(text) > _MAX_CHARACTERS:
         return None
     inner = next(group for group in _LIST.fullmatch(text.strip(" $")).groups() if group is not None)
@@ -59,23 +59,23 @@ def is_close(
     answer: str, gold: str, *, rel_tol: float = 1e-9, abs_tol: float = 0.0, precision: int | None = None
 ) -> bool:
     """
-    Whether two answers are numbers that are close.
+    Whether two answers are numbers close to each other.
 
     A percentage may be written as a fraction of 1: both 75 and 0.75 are close to 75%. Up to 1% only the fraction
     counts, since 0.75 may be 0.75% or 75%. Where both have a unit, 0.05 m is 5 cm, and 5 m is not.
 
     Args:
         answer (`str`):
-            What was answered.
+            The answer.
         gold (`str`):
             The right answer.
         rel_tol (`float`, *optional*, defaults to `1e-9`):
-            Difference that is allowed, as a share of the larger number.
+            Largest difference, as a share of the larger number.
         abs_tol (`float`, *optional*, defaults to `0.0`):
-            Difference that is allowed whatever the numbers are.
+            Largest absolute difference. A smaller difference is always accepted.
         precision (`int`, *optional*):
-            Decimals that count: both numbers are rounded to so many and must then be equal. A 5 behind them may be
-            rounded up, as at school, or to the even digit, as Python does. The tolerances are not used.
+            Number of decimals: both numbers are rounded to them and must then be equal. A 5 after the last decimal may
+            be rounded up, as at school, or to the even digit, as in Python. The tolerances are not used.
     """
     quantity, right = read_quantity(answer), read_quantity(gold)
     if quantity is None or right is None:
@@ -99,15 +99,15 @@ def numeric_reward(
     **kwargs,
 ) -> list[float | None]:
     r"""
-    1.0 for each completion whose last `\boxed{}` is a number close to the answer, else 0.0.
+    1.0 for each completion with a number close to the answer in its last `\boxed{}`, else 0.0.
 
     Args:
         completions (`list`):
             Completions, each a string or a list of messages.
         answer (`list`):
-            Right answers, each a number as [`read_number`] reads it. A row with `None` has no answer to compare with.
+            Right answers. [`read_number`] must be able to read each. A row with `None` has no answer to compare with.
         precision (`list[int]`, *optional*):
-            Decimals that count, for each answer; `None` for the tolerances.
+            Number of decimals for each answer; `None` uses the tolerances.
         rel_tol (`float`, *optional*, defaults to `1e-4`), abs_tol (`float`, *optional*, defaults to `0.0`):
             As for [`is_close`].
         **kwargs:
@@ -115,8 +115,8 @@ def numeric_reward(
 
     Returns:
         `list[float | None]`:
-            One reward a completion. A completion without a box scores 0.0. `None`, TRL's "does not apply", for a row
-            without an answer.
+            One reward per completion. A completion without a box scores 0.0. A row without an answer has `None`, which
+            means "does not apply" to TRL.
 
     Example:
 
@@ -147,7 +147,7 @@ def numeric_reward(
 
 
 def _readings(quantity: Quantity, right: Quantity) -> list[tuple[float, float]]:
-    """The pairs of numbers that may be compared."""
+    """The pairs of numbers to compare."""
     percentage = next((x for x in (quantity, right) if x.is_percent), None)
     is_alike = quantity.is_percent == right.is_percent
     pairs = [(quantity.value, right.value)] if is_alike or abs(percentage.value) > 1 else []

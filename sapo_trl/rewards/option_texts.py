@@ -1,4 +1,4 @@
-r"""Which option a text states, by the words or the number of the option."""
+r"""Finds the option that a text states, by the words or the number of the option."""
 
 import math
 import re
@@ -35,7 +35,7 @@ _RETRACTION = re.compile(r"\b(?:wait|oops|hmm|scratch\s+that|on\s+second\s+thoug
 
 
 def option_with_text(text: str, options: Mapping[str, str]) -> str | None:
-    """The option that a text is, but for formatting, spaces and, where that leaves no choice, the case of letters."""
+    """The option that equals a text, apart from formatting, spaces and, if only one option is left, letter case."""
     wanted = _key(text)
     if not wanted:
         return None
@@ -48,7 +48,7 @@ def option_with_text(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def option_with_number(text: str, options: Mapping[str, str]) -> str | None:
-    """The only option with the number of a text, which may lack the unit: 5 is 5 cm, but 5 m is not, nor is 12% 12."""
+    """The only option with a text's number. The unit may be missing: 5 is 5 cm, but 5 m is not 5 cm, nor 12% 12."""
     number = read_quantity(text)
     if number is None:
         return None
@@ -57,7 +57,7 @@ def option_with_number(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def stated_option(line: str, options: Mapping[str, str]) -> str | None:
-    """The only option that a line states: as all of a sentence, at its start ("Yes, ..."), or as its predicate."""
+    """The only option that a line states: as a whole sentence, at its start ("Yes, ..."), or as its predicate."""
     line = comparable(line).casefold()
     texts = {letter: comparable(option).casefold() for letter, option in options.items()}
     texts = {letter: text for letter, text in texts.items() if text}

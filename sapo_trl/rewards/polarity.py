@@ -1,4 +1,4 @@
-"""Whether the words around a letter or an option take it back, in English and a few words of other languages."""
+"""Detects words around a letter or an option that negate or doubt it, in English and partly other languages."""
 
 import re
 
@@ -36,17 +36,17 @@ _CONDEMNED = re.compile(
 
 
 def clause_before(text: str) -> str:
-    """The end of a text from its last comma or conjunction on: what came before has a verdict of its own."""
+    """The end of a text, after its last comma or conjunction. Negations before it belong to another clause."""
     return text[max((match.end() for match in _CLAUSE.finditer(text)), default=0) :]
 
 
 def is_negated(clause: str) -> bool:
-    """Whether a clause denies: `I would not pick`, `the wrong answer is`, `不选`."""
+    """Whether a clause has a negation: `I would not pick`, `the wrong answer is`, `不选`."""
     return _NEGATION.search(clause) is not None
 
 
 def is_doubted(clause: str) -> bool:
-    """Whether a clause leaves open: `maybe`, `if the answer is`, `it could be`."""
+    """Whether a clause has a doubt: `maybe`, `if the answer is`, `it could be`."""
     return _DOUBT.search(clause) is not None
 
 

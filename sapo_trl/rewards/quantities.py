@@ -1,8 +1,8 @@
 r"""
-Reading a number with its unit out of an answer, in LaTeX or plain text.
+Reads a number with its unit from an answer, in LaTeX or plain text.
 
-Read are decimals with thousands separators, fractions, mixed numbers, powers, percent, roots, multiples of π, words
-such as *million*, and the units of a list. A text with two readings is not read: `1/2\pi`, `5m`, `12 - 13`.
+It reads decimals with thousands separators, fractions, mixed numbers, powers, percent, roots, multiples of π, words
+such as *million*, and the units of a list. It does not read a text with two readings: `1/2\pi`, `5m`, `12 - 13`.
 """
 
 import math
@@ -44,7 +44,7 @@ _COMPARISON = re.compile(
     r"[<>≤≥≠≮≯⩽⩾≦≧±∓∈]|!=|=!|\\(?:n?leq?|leqslant|n?geq?|geqslant|lt|gt|neq?|not|pm|mp|in)(?![a-zA-Z])"
 )
 _EQUALS = re.compile("[=≈]")
-# Of an equation: `x`, `AB`, `f(2)`, `m\angle A`. No digits and roots, since 12 is not the value of x in `2x = 12`.
+# A name in an equation: `x`, `AB`, `f(2)`, `m\angle A`. It has no digits and roots: in `2x = 12`, x is not 12.
 _NAME = re.compile(
     r"(?=.*[^\W\d_])(?!\s*-|\s*\|\s*[a-vxy]\s*\|\s*\Z|.*\b(?:not|no|never)\b|.*\\(?:sqrt|frac))"
     r"(?:[^\W\d]|[\s'′|{}+:∠△-]|\\[a-zA-Z]+|(?<=[_{])[0-9]|\([^()]*\))++"
@@ -97,7 +97,7 @@ _PER_MILLE = re.compile(r"\s*‰")
 
 @dataclass(frozen=True)
 class Quantity:
-    """A finite number with the unit behind it, in one way of writing. 75% has the value 75 and is a percentage."""
+    """A finite number with its unit, in one notation. 75% has the value 75 and is a percentage."""
 
     value: float
     unit: str = ""
@@ -106,12 +106,12 @@ class Quantity:
 
 def read_quantity(text: str) -> Quantity | None:
     r"""
-    The one quantity that an answer is, or `None`.
+    The quantity of an answer, or `None` if the answer is not exactly one quantity.
 
     Args:
         text (`str`):
-            The answer alone, such as the content of a box. Of an equation, `x = 5 \text{ cm}`, the last side counts;
-            the others must be names or equal numbers.
+            The answer alone, such as the content of a box. For an equation, `x = 5 \text{ cm}`, the last side counts.
+            The other sides must be names or equal numbers.
 
     Example:
 
@@ -195,11 +195,11 @@ def _without_outer_brackets(text: str) -> str:
 
 
 class _NotANumber(Exception):
-    """The text is no number, or has two readings."""
+    """The text is not a number, or has two readings."""
 
 
 class _Reader:
-    """Recursive descent; each method reads from `position` on and leaves it behind what was read."""
+    """A recursive-descent parser. Each method reads from `position` on, and moves it to the end of its part."""
 
     def __init__(self, text: str):
         self.text = text
@@ -208,7 +208,7 @@ class _Reader:
         self.has_symbol = False
 
     def sum(self, may_be_plain: bool = True) -> float:
-        """`12 - 13` and `12+` are rather ranges than sums, so plain numbers must be allowed to be added."""
+        """Read a sum. `12 - 13` and `12+` may be ranges, so plain numbers are added only with `may_be_plain`."""
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             raise _NotANumber
@@ -286,7 +286,7 @@ class _Reader:
         return math.copysign(abs(value) ** (1 / degree), value) if degree != 2 else math.sqrt(value)
 
     def _argument(self, bare: re.Pattern | None) -> float:
-        """Of a command or a power: a group, π, or a number that needs no braces (any, without a pattern for it)."""
+        """The argument of a command or a power: a group, π, or a number without braces (in the form `bare`)."""
         if self._next() in ("(", "{"):
             return self._group()
         symbol = _SYMBOL.match(self.text, self.position)

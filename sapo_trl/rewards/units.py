@@ -1,4 +1,4 @@
-"""The unit that a text behind a number is, of a closed list: no other word and no unknown passes for one."""
+"""Reads the unit after a number. The list of units is closed, so no other word can count as a unit."""
 
 import re
 
@@ -39,15 +39,15 @@ _WITH_POWER = re.compile(r"(.*?[^\d^+-])(?:\^?([+-]?[1-4]))?", re.DOTALL)
 
 def read_unit(text: str) -> str | None:
     r"""
-    A unit in one way of writing, or `None` if the text is no unit that is known.
+    A unit in one notation, or `None` if the text is not a known unit.
 
     Args:
         text (`str`):
-            All that follows a number, including the spaces: a single letter that touches its number is no unit, since
-            `5m` may be five times `m`.
+            The text after a number, including the spaces. A single letter directly after its number is not a unit,
+            because `5m` may be five times `m`.
 
     Returns:
-        `str` or `None`: The empty string for no unit at all.
+        `str` or `None`: The empty string for an empty text.
 
     Example:
 
@@ -80,8 +80,8 @@ def read_unit(text: str) -> str | None:
 
 def scale_between(unit: str, other: str) -> float | None:
     """
-    How many of another unit a unit is: 100 for `m` and `cm`. 1 if one of them is missing or of unknown size, `None`
-    if they measure different things.
+    The size of a unit in another unit: 100 for `m` and `cm`. 1 if a unit is missing or has no known size. `None` if
+    the two units measure different things.
     """
     if {unit, other} == {"° C", "° F"}:
         return None
@@ -96,7 +96,7 @@ def _judged(unit: str) -> Unit | None:
 
 
 def _without_brackets(text: str) -> str | None:
-    """Brackets only group here; `None` if they do not pair."""
+    """The text with its brackets resolved, because they only group here; `None` if they are not balanced."""
     for pair in ("{}", "()", "[]"):
         depth = 0
         for character in text:
@@ -136,7 +136,7 @@ def _singulars(word: str) -> tuple[str, ...]:
 
 
 def _in_order(names: list[str], is_last: bool) -> bool:
-    """Whether words that need a unit have one: `12 square` and `12 cubed` are no quantities."""
+    """Whether words that need a unit have one: `12 square` and `12 cubed` are not quantities."""
     units = [i for i, name in enumerate(names) if name not in _IN_FRONT | _POWERS | _BEHIND]
     if not names:
         return True

@@ -1,4 +1,4 @@
-"""Processes that compare answers, each with a limit of time and memory that no answer can get around."""
+"""Worker processes that compare answers. No answer can exceed their limits of time and memory."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _JUDGE = Path(__file__).with_name("judge")
 # Importing from a slow network disk takes a while.
 _SECONDS_TO_START = 120
 
-# A worker limits its computing time itself, which lasts longer by the clock on a busy machine. After so many seconds
-# more it is not computing but stuck.
+# A worker limits its own computing time. On a busy machine this takes longer by the clock. If it needs so many seconds
+# more, it is stuck.
 _PATIENCE = 60
 
 
 class WorkerPool:
     """
-    A few worker processes, each started when there is work for it and replaced when it dies.
+    A few worker processes. A process is started when there is work for it, and replaced when it dies.
 
-    Any number of threads may use it at once. After a fork the child needs a pool of its own and calls [`forget`] on
-    this one.
+    Any number of threads may use the pool at once. After a fork the child needs its own pool and calls [`forget`] on
+    this pool.
 
     Args:
         num_workers (`int`, *optional*, defaults to `2`):
-            Most processes at a time, some 30 MB each.
+            Largest number of processes, some 30 MB each.
         timeout (`float`, *optional*, defaults to `5.0`):
-            Seconds of computing for one comparison. A worker that needs more is killed; so is one that is silent for
-            a minute longer by the clock.
+            Seconds of computing for one comparison. A worker that needs more is killed. A worker that does not reply
+            within another minute is also killed.
         memory_bytes (`int`, *optional*, defaults to `2 << 30`):
             Address space of a worker.
     """
@@ -51,13 +51,13 @@ class WorkerPool:
         self.timeout = timeout
         self.memory_bytes = memory_bytes
         self._workers = [Worker(timeout, memory_bytes) for _ in range(num_workers)]
-        # Last in, first out: a single thread keeps one process busy and starts no second.
+        # Last in, first out: a single thread uses only one process and never starts another.
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         for worker in self._workers:
             self._idle.put(worker)
 
     def compare(self, answer: str, gold: str) -> str | None:
-        """[`Worker.compare`] by the next worker that is free."""
+        """Compare with the next free worker, see [`Worker.compare`]."""
         worker = self._idle.get()
         try:
             return worker.compare(answer, gold)
@@ -65,22 +65,22 @@ class WorkerPool:
             self._idle.put(worker)
 
     def processes(self) -> list[int]:
-        """Ids of the processes that were started and not yet seen dead."""
+        """Ids of the started processes that are not known to be dead."""
         return [worker.process.pid for worker in self._workers if worker.process is not None]
 
     def close(self) -> None:
-        """End all processes. Threads that still compare start new ones, which end with this process."""
+        """End all processes. Threads that still compare start new processes, which end with this process."""
         for worker in self._workers:
             worker.kill()
 
     def forget(self) -> None:
-        """In a forked child: let go of the parent's processes, which would outlive the parent otherwise."""
+        """In a forked child: close the pipes to the parent's processes. Otherwise they would outlive the parent."""
         for worker in self._workers:
             worker.forget()
 
 
 class Worker:
-    """One worker process, or the place for one."""
+    """One worker process. It may not have been started yet."""
 
     def __init__(self, timeout: float, memory_bytes: int):
         self.timeout = timeout
@@ -89,14 +89,14 @@ class Worker:
 
     def compare(self, answer: str, gold: str) -> str | None:
         """
-        What `judge` says, or `None` if it ran out of time or killed its process.
+        The verdict of `judge`, or `None` if it ran out of time or killed its process.
 
         Raises:
             RuntimeError: if no worker process can be started.
         """
         request = json.dumps([answer, gold]).encode() + b"\n"  # ASCII, lone surrogates included
         try:
-            # A process can also die between or during comparisons for reasons of its own: once more with another.
+            # A process can also die for reasons unrelated to the answer. So try a second time with another process.
             for _ in range(2):
                 process = self._running()
                 try:
@@ -113,13 +113,13 @@ class Worker:
         except TimeoutError:
             self.stop()
         except BaseException:
-            # Interrupted, with a reply to come that the next question must not get.
+            # The thread was interrupted. The pending reply must not become the reply to the next request.
             self.stop()
             raise
         return None
 
     def kill(self) -> None:
-        """Kill the process. Any thread may: the one that waits for a reply sees the end of the output."""
+        """Kill the process. Any thread may call this: a thread that waits for a reply sees the end of the output."""
         process = self.process
         if process is not None:
             process.kill()
@@ -132,10 +132,10 @@ class Worker:
             _end(process)
 
     def forget(self) -> None:
-        """Close the pipes to a process that belongs to another."""
+        """Close the pipes to a process that belongs to another process."""
         process, self.process = self.process, None
         if process is not None:
-            process.returncode = 0  # not ours to wait for
+            process.returncode = 0  # only its parent may wait for it
             process.stdin.close()
             process.stdout.close()
 
@@ -147,9 +147,9 @@ class Worker:
         return self.process
 
     def _started(self) -> subprocess.Popen:
-        # A program of its own, not `multiprocessing`: that would import the user's main module once more, or fork a
-        # process that has threads and a GPU. -P keeps this folder, with its `format.py`, off the import path. In a
-        # process group of its own it is spared Ctrl-C: it ends when its input does.
+        # Run a separate program. `multiprocessing` would import the user's main module once more, or fork a process
+        # that has threads and a GPU. -P keeps this folder, with its `format.py`, off the import path. In its own
+        # process group the program does not receive Ctrl-C; it ends with its input.
         process = subprocess.Popen(
             [sys.executable, "-P", str(_PROGRAM), str(self.timeout), str(self.memory_bytes), str(_JUDGE)],
             stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The parts of the report that look into the runs: the papers' figures, drawn from the runs' recordings."""
+"""The report's analyses of single runs: the papers' figures, drawn from the runs' recordings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_analyses(study: StudyConfig, results: StudyResults, figures_dir: Path,
         study ([`StudyConfig`]): the study.
         results ([`StudyResults`]): its finished runs.
         figures_dir (`Path`): folder for the figures and their data.
-        link (`str`): that folder as the report links to it.
+        link (`str`): path of this folder in the report's links.
 
     Returns:
         `list[str]`: Markdown sections; a section without recordings is left out.
@@ -57,9 +57,9 @@ def _critics(results: StudyResults, experiment: Experiment, figures_dir: Path, l
     if not drawn:
         return ""
     return (
-        "## Are segment critics steadier?\n\nThe paper's Fig. 6. Losses of different algorithms are of different "
-        "targets (of segments or of tokens) and do not compare; explained variances do. That of Monte-Carlo values is "
-        "measured on recorded seeds only, and their own noise counts against it.\n\n"
+        "## Are segment critics steadier?\n\nThe paper's Fig. 6. Value losses of different algorithms have different "
+        "targets (segments or tokens) and cannot be compared. Explained variances can be compared. The explained "
+        "variance of Monte-Carlo values is measured on recorded seeds only. The noise of these values lowers it.\n\n"
         f"![Value loss and explained variance]({link}/critic.png)\n"
     )
 
@@ -69,8 +69,8 @@ def _entropy(results: StudyResults, experiment: Experiment, figures_dir: Path, l
     if not _curves(results, experiment, figures_dir / "entropy.png", columns):
         return ""
     return (
-        "## Does entropy collapse more slowly, do responses get longer?\n\nThe paper's Fig. 7. (The task's responses "
-        f"have one right length.)\n\n![Entropy and response length]({link}/entropy.png)\n"
+        "## Does entropy collapse more slowly, and do responses get longer?\n\nThe paper's Fig. 7. (In this task all "
+        f"right responses have the same length.)\n\n![Entropy and response length]({link}/entropy.png)\n"
     )
 
 
@@ -95,9 +95,9 @@ def _ratios(results: StudyResults, experiment: Experiment, arm: str, figures_dir
     plot_ratio_bias(figures_dir / "ratio_bias.png", logged)
     share = (logged["bias"] / logged["bound"])[logged["bound"] > 0]
     return (
-        "## How far is a segment's geometric-mean ratio from its tokens' mean ratio?\n\nThe paper's App. D, on the "
-        f"updates of a run of `{arm}`: the bias is {logged['bias'].mean():.2g} on average, at most "
-        f"{logged['bias'].max():.2g} in a logged mean; it uses {share.mean():.0%} of its bound.\n\n"
+        "## How far is a segment's geometric-mean ratio from its tokens' mean ratio?\n\nThe paper's App. D, for the "
+        f"updates of one run of `{arm}`. The bias is {logged['bias'].mean():.2g} on average, and at most "
+        f"{logged['bias'].max():.2g} in a logged mean. It reaches {share.mean():.0%} of its bound.\n\n"
         f"![Bias and bound]({link}/ratio_bias.png)\n"
     )
 
@@ -107,7 +107,7 @@ def _gradients(results: StudyResults, figures_dir: Path, link: str) -> str:
     if runs.empty:
         return ""
     columns = ["noise_to_signal", "noise_to_signal_error", "trace", "squared_mean", "steps"]
-    # One run of each: errors are of that run.
+    # The table has one run per arm. Its errors come from this run.
     table = runs.sort_values("seed").groupby(["task", "arm"], sort=False)[columns].first().reset_index()
     table["setting"] = table["arm"] if table["task"].nunique() == 1 else table["arm"] + ", " + table["task"]
     plot_gradient_noise(figures_dir / "gradient_variance.png", table)
@@ -116,9 +116,10 @@ def _gradients(results: StudyResults, figures_dir: Path, link: str) -> str:
         shown[name] = shown[name].map("{:.3g}".format)
     return (
         "## Which granularity has the noisier gradient?\n\nThe paper's App. C, measured at the warm-started policy, "
-        "which does not move; learned critics learn in the first half and go on learning. Noise to signal is the "
-        "trace of the covariance of one optimizer step's gradient over its squared mean; it does not depend on the "
-        f"loss's scale.\n\n{markdown_table(shown)}\n\n![Noise to signal]({link}/gradient_variance.png)\n"
+        "which does not change. In the first half only learned critics are trained; they go on learning during the "
+        "measurement. `noise_to_signal` is the trace of the covariance of one optimizer step's gradient, divided by "
+        "the squared mean gradient. It does not depend on the loss's scale.\n\n"
+        f"{markdown_table(shown)}\n\n![Noise to signal]({link}/gradient_variance.png)\n"
     )
 
 
@@ -154,8 +155,8 @@ def _lift(run: pd.Series, figures_dir: Path, link: str) -> str:
     plot_lift(figures_dir / "lift.png", pd.concat(points, ignore_index=True), "Lift of value jumps by entropy")
     return (
         f"## Do values jump where entropy is high?\n\nThe paper's Fig. 3, from a run of `{run['arm']}` (seed "
-        f"{run['seed']}); the definitions are in docs/analysis.md. A Lift of 1 is no relation; Monte-Carlo values "
-        "are known at the borders of segments only, and their noise pulls the curve towards 1.\n\n"
+        f"{run['seed']}). The definitions are in docs/analysis.md. A Lift of 1 means no relation. Monte-Carlo values "
+        "are known only at the borders of segments, and their noise pulls the curve towards 1.\n\n"
         f"{markdown_table(pd.DataFrame(tests))}\n\n![Lift]({link}/lift.png)\n"
     )
 
@@ -173,8 +174,8 @@ def _borders(run: pd.Series, figures_dir: Path, link: str) -> str:
         plot_borders(figures_dir / f"borders_{kind}.png", table, "borders between steps" if kind == "steps" else kind)
         precision, recall = (table.set_index("measure").loc[name] for name in ("precision", "recall"))
         lines.append(
-            f"{precision['value']:.0%} of the cuts are right behind {what} (as many random cuts: "
-            f"{precision['chance']:.0%}), and {recall['value']:.0%} of these places have a cut (random: "
+            f"{precision['value']:.0%} of the cuts come directly after {what} (of as many random cuts: "
+            f"{precision['chance']:.0%}). {recall['value']:.0%} of these places have a cut (with random cuts: "
             f"{recall['chance']:.0%}).\n\n![Cuts on {kind}]({link}/borders_{kind}.png)\n"
         )
     return f"## Do the cuts of `{run['arm']}` fall on true borders?\n\n" + "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The runs of a study. Each has a folder of its own, and all its settings in its name."""
+"""The runs of a study. Each run has a folder, and the folder's name identifies all its settings."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ RESULT_NAME = "result.json"
 CELL_NAME = "cell.json"
 _COSTS = ("seconds", "cpu_seconds", "completions", "optimizer_steps", "rollout_tokens", "sampled_tokens")
 _RESULT = {"measure": str, "environment": dict, **dict.fromkeys(_COSTS, NUMBER)}
-"""What every `result.json` holds."""
+"""Required fields of every `result.json`."""
 _ACCURACY = dict.fromkeys(("accuracy", "greedy_accuracy"), NUMBER)
-"""What it also holds where the accuracy was measured."""
+"""Further required fields if the accuracy was measured."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class Cell:
 
     @property
     def policy(self) -> WarmStartConfig:
-        """The policy that it starts from."""
+        """The initial policy."""
         return WarmStartConfig(task=self.task, size=self.model, **self.warm_start)
 
     @property
     def fingerprint(self) -> str:
         """
-        Fingerprint of the run's settings, the preset's among them, and of its initial policy. After a change of its
-        settings a study reruns the affected runs. This package's other code is not part of the fingerprint: the report
-        names the commits of its runs.
+        Fingerprint of the run's settings, including its preset's settings, and of its initial policy. If settings
+        change, the study repeats the affected runs. Other code of this package is not part of the fingerprint. For
+        this reason the report names the commits of its runs.
         """
         content = asdict(self)
         content["preset"] = preset_settings(self.arm.preset)
@@ -81,7 +81,7 @@ class Cell:
         content["policy"] = fingerprint(self.policy)
         for name in ("arm_name", "task_name"):  # names do not change the run
             del content[name]
-        for name in ("tuned_as", "lora_rank"):  # the first does not change the run, the second is the cell's own
+        for name in ("tuned_as", "lora_rank"):  # `tuned_as` does not change the run, and the cell has its own rank
             del content["arm"][name]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
@@ -92,7 +92,7 @@ class Cell:
 
     @property
     def unmarked_name(self) -> str:
-        """The same without the fingerprint."""
+        """The name without the fingerprint."""
         kind = self.split if self.measure == "accuracy" else "gradients"
         return f"{kind}-{self.task_name}-{self.arm_name}-seed{self.seed}-lr{self.learning_rate:g}"
 
@@ -122,7 +122,7 @@ def tuning_cells(study: StudyConfig) -> list[Cell]:
 
 def comparison_cells(study: StudyConfig, learning_rates: dict[str, float]) -> list[Cell]:
     """
-    The runs of the comparisons, seed by seed, so that a study that is stopped early has some of every arm.
+    The runs of the comparisons, seed by seed. A study that is stopped early then has some runs of every arm.
 
     Args:
         study ([`StudyConfig`]): the study.
@@ -145,12 +145,12 @@ def comparison_cells(study: StudyConfig, learning_rates: dict[str, float]) -> li
 
 def result_of(folder: Path) -> dict[str, Any] | None:
     """
-    The result of a finished run; `None` while it is not finished. Raises `ValueError` for a file of another version.
+    The result of a finished run; `None` if the run is not finished. Raises `ValueError` for a file of another version.
     """
     path = folder / RESULT_NAME
     try:
         result = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):  # not JSON: after a power cut
+    except (FileNotFoundError, ValueError, RecursionError):  # a power cut may leave a damaged file
         return None
     check_shape(result, _RESULT, str(path))
     if result["measure"] == "accuracy":

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     Run `sapo-trl study`.
 
     Args:
-        argv (`Sequence[str]`): the arguments behind `study`.
+        argv (`Sequence[str]`): the arguments after `study`.
 
     Returns:
         `int`: 0; 1 if a run failed; 2 if the study or its folder is invalid; 130 if interrupted.
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run the missing runs of a study, then write its report")
-    report = commands.add_parser("report", help="write the report of the runs that are finished")
+    report = commands.add_parser("report", help="write the report of the finished runs")
     for command in (run, report):
         command.add_argument("--config", type=Path, required=True, help="YAML file of the study")
         command.add_argument("--output-dir", type=Path, help="folder of the runs (default: outputs/study-NAME)")

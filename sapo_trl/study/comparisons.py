@@ -23,7 +23,7 @@ class Comparison:
     One experiment's arms on one of its tasks.
 
     Args:
-        name (`str`): of the experiment.
+        name (`str`): name of the experiment.
         experiment ([`Experiment`]): the experiment.
         task (`str`): the task.
         table (`pd.DataFrame`):
@@ -40,10 +40,10 @@ class Comparison:
 
 def comparisons(study: StudyConfig, results: StudyResults) -> list[Comparison]:
     """
-    Every comparison of a study that has finished runs.
+    Every comparison of a study with finished runs.
 
-    P-values are adjusted for the number of all comparisons of the study. A comparison that is in several experiments
-    counts once.
+    P-values are adjusted for the number of all comparisons of the study. A comparison in several experiments counts
+    once.
 
     Args:
         study ([`StudyConfig`]): the study.
@@ -71,15 +71,15 @@ def comparisons(study: StudyConfig, results: StudyResults) -> list[Comparison]:
 
 def verdict(row: pd.Series) -> str:
     """
-    The verdict on a comparison's arm: `"better"`, `"worse"`, `"not told apart"`, `"not tested"` (a single pair of
-    runs, or differences that are all the same), or `""` where there is nothing to compare with.
+    The verdict on a comparison's arm: `"better"`, `"worse"`, `"not significant"`, `"not tested"` (a single pair of
+    runs, or equal differences in all pairs), or `""` if there is no run to compare with.
     """
     if math.isnan(row["difference"]):
         return ""
     if math.isnan(row["p_adjusted"]):
         return "not tested"
     if row["p_adjusted"] >= SIGNIFICANCE:
-        return "not told apart"
+        return "not significant"
     return "better" if row["difference"] > 0 else "worse"
 
 

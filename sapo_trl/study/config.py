@@ -84,17 +84,17 @@ class Arm:
 @dataclass(frozen=True)
 class Experiment:
     """
-    Arms that are run on tasks with seeds.
+    Runs of some arms on some tasks with some seeds.
 
     Args:
         tasks (`list[str]`): names of tasks.
         arms (`list[str]`): names of arms.
-        seeds (`list[int]`): seeds of the runs; they decide on the order of problems and on the sampling.
-        question (`str`, *optional*): the question that it answers, for the report.
+        seeds (`list[int]`): seeds of the runs. A seed decides the order of problems and the sampling.
+        question (`str`, *optional*): the experiment's question, for the report.
         measure (`str`, *optional*, defaults to `"accuracy"`):
             `"accuracy"`: accuracy after training. `"gradient_variance"`: variance of gradients at the warm-started
             policy, which does not change while a learned critic learns.
-        axis (`dict[str, float]`, *optional*): arms that differ by a number, with that number: drawn as a curve.
+        axis (`dict[str, float]`, *optional*): a number for each arm, if arms differ by a number. Drawn as a curve.
         axis_label (`str`, *optional*): name of the number.
     """
 
@@ -152,7 +152,7 @@ class Tuning:
     The choice of settings: the same grid for every arm, on problems and seeds that no comparison uses.
 
     Args:
-        learning_rate (`list[float]`): the grid. The critic's is in the arms' settings.
+        learning_rate (`list[float]`): the grid. The critic's learning rate is in the arms' settings.
         seeds (`list[int]`): seeds of the tuning runs; none may be a seed of an experiment.
         task (`str`): the task of the tuning runs.
     """

@@ -1,4 +1,4 @@
-"""The study's figures, each with its data beside it; told apart by line style and marker, not by colour alone."""
+"""The study's figures, each with its data in a CSV file. Arms differ by line style and marker, not only by colour."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .statistics import mean_interval
 _GRID = 40
 """Number of points on the common axis for runs with unequal steps."""
 MOST_BANDS = 7
-"""Largest number of arms in a panel with bands; with more arms, bands cannot be told apart and are left out."""
+"""Largest number of arms in a panel with bands. The bands of more arms would be indistinguishable."""
 
 
 def styles(names: Sequence[str]) -> dict[str, dict]:
@@ -52,7 +52,7 @@ def training_curves(
     tables = [pd.DataFrame(columns=["arm", "seed", x, *columns.values()])]
     for _, run in results.runs_of(task, arms, seeds).iterrows():
         metrics = metrics_of(run)
-        if metrics.empty:  # of a run that failed at once
+        if metrics.empty:  # the run failed at once
             continue
         window = max(len(metrics) // 20, 1)
         grid = np.linspace(0, metrics[x].iloc[-1], _GRID)
@@ -71,8 +71,8 @@ def training_curves(
 
 def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Sequence[str], title: str) -> None:
     """
-    One panel per column of [`training_curves`]: the mean over seeds, and its bootstrap band where there are several
-    seeds and so few arms that bands can be told apart.
+    Draw one panel per column of [`training_curves`]: the mean over seeds with its bootstrap band. A single seed has no
+    band, and a panel with too many arms has none.
     """
     columns = [name for name in curves.columns if name not in ("arm", "seed", x)]
     figure = new_figure(5.2 * len(columns) + 1.8, 4.0)
@@ -83,7 +83,7 @@ def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Se
             of_arm = curves[curves["arm"] == arm].dropna(subset=[column])
             if of_arm.empty:
                 continue
-            # Runs of an arm differ in length on the time axis: the mean ends with the shortest run.
+            # On the time axis, runs of an arm differ in length. The mean ends with the shortest run.
             end = of_arm.groupby("seed")[x].max().min()
             grid = np.linspace(of_arm.groupby("seed")[x].min().max(), end, _GRID)
             rows = np.stack([np.interp(grid, run[x], run[column]) for _, run in of_arm.groupby("seed")])
@@ -104,7 +104,7 @@ def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Se
 
 def plot_differences(path: Path, data: pd.DataFrame, x: str, baseline: str) -> None:
     """
-    Differences of arms to the baseline over a dial of the task, with Student's 95 % intervals.
+    Draw the differences of arms to the baseline over a dial of the task, with Student's 95 % intervals.
 
     Args:
         path (`Path`): PNG to write.
@@ -131,7 +131,7 @@ def plot_differences(path: Path, data: pd.DataFrame, x: str, baseline: str) -> N
 
 def plot_axis(path: Path, data: pd.DataFrame, x: str) -> None:
     """
-    Accuracy over a number that arms differ by: every run, and the means with their bootstrap intervals.
+    Draw the accuracy over a number that varies between arms: every run, and the means with their bootstrap intervals.
 
     Args:
         path (`Path`): PNG to write.
@@ -156,7 +156,7 @@ def plot_axis(path: Path, data: pd.DataFrame, x: str) -> None:
 
 def plot_accuracies(path: Path, runs: pd.DataFrame, arms: Sequence[str], title: str) -> None:
     """
-    Every run as a point, the mean of each arm and its bootstrap interval beside it.
+    Draw every run as a point, with the mean of each arm and its bootstrap interval beside it.
 
     Args:
         path (`Path`): PNG to write.

@@ -1,4 +1,4 @@
-"""Whether a study's task can tell algorithms apart: tested before the comparisons are interpreted."""
+"""Tests whether a study's task can tell algorithms apart. Only then can its comparisons be interpreted."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _control_tests(wanted: Qualification, results: StudyResults) -> dict[str, Di
     for control in wanted.controls:
         scores = results.scores(wanted.task, control, wanted.seeds)
         if exact.keys() & scores.keys():
-            tests[f"accuracy of `{wanted.exact}` minus that of `{control}`"] = paired_difference(exact, scores)
+            tests[f"accuracy of `{wanted.exact}` minus accuracy of `{control}`"] = paired_difference(exact, scores)
     return tests
 
 
@@ -79,7 +79,7 @@ def _holds(test: Difference, level: float) -> bool:
 def _failed(tests: QualificationTests, level: float) -> list[str]:
     """The failed tests, by the tested quantity."""
     failed = [name for name, test in tests.controls.items() if not _holds(test, level)]
-    # If one critic does not learn values, the critic is at fault; if none does, the task is.
+    # If one critic does not learn values, the fault lies with the critic. If no critic does, it lies with the task.
     if tests.critics and not any(_holds(test, level) for test in tests.critics.values()):
         failed += tests.critics
     return failed
@@ -88,7 +88,7 @@ def _failed(tests: QualificationTests, level: float) -> list[str]:
 def _table(tests: QualificationTests, level: float) -> str:
     rows = [
         {
-            "has to be above zero": name,
+            "must be above zero": name,
             "seeds": test.pairs,
             "mean": f"{test.interval.value:+.3f}",
             "95 % (Student)": "" if math.isnan(test.t_low) else f"[{test.t_low:+.3f}, {test.t_high:+.3f}]",
@@ -113,14 +113,14 @@ def write_qualification(study: StudyConfig, results: StudyResults) -> str:
     if len(tests.controls) < len(wanted.controls) or len(tests.critics) < len(wanted.critics):
         failed = failed or ["some of its runs are missing"]
     if failed:
-        verdict = f"**`{wanted.task}` does not qualify** ({'; '.join(failed)}): read what follows with that in mind."
+        verdict = f"**`{wanted.task}` does not qualify** ({'; '.join(failed)}): be careful with the comparisons below."
     else:
-        verdict = f"`{wanted.task}` qualifies: what follows can tell algorithms apart."
+        verdict = f"`{wanted.task}` qualifies: the comparisons below can tell algorithms apart."
     note = f"\n{wanted.note.strip()}\n" if wanted.note.strip() else ""
     return (
-        "## Can this task tell algorithms apart?\n\nA comparison of credit assignment means something only where "
-        "exact credit helps, against every control, and values can be learned, by one critic at least. "
-        f"{verdict}\n\n{_table(tests, level)}\n\n`p` is of a t-test, which decides, at {level:.2g}"
-        + (f" ({SIGNIFICANCE:.2g} over {wanted.looks} looks)" if wanted.looks > 1 else "")
-        + f"; *ranks* are Wilcoxon's, which single broken runs do not sway.\n{note}"
+        "## Can this task tell algorithms apart?\n\nTwo conditions must hold before the task can compare methods of "
+        "credit assignment. Exact credit must beat every control, and at least one critic must learn the values. "
+        f"{verdict}\n\n{_table(tests, level)}\n\nThe t-test's `p` decides, at level {level:.2g}"
+        + (f" ({SIGNIFICANCE:.2g} divided by {wanted.looks} looks)" if wanted.looks > 1 else "")
+        + f". `p (ranks)` comes from Wilcoxon's test, on which a single broken run has little influence.\n{note}"
     )

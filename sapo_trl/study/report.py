@@ -1,4 +1,4 @@
-"""The study's report, written from its finished runs: tables, figures, and their limits."""
+"""The study's report on its finished runs: tables, figures, and their limits."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def write_report(study: StudyConfig, results: StudyResults, path: str | Path, fi
 
 
 def _verdicts(study: StudyConfig, found: list[Comparison], results: StudyResults) -> str:
-    lines = ["## What held, what did not, what could not be told\n"]
+    lines = ["## Verdicts\n"]
     if results.missing:
         lines.append(f"**This study is not finished: {len(results.missing)} runs are missing.**\n")
     groups = {
         "better": f"Better than `{study.baseline}`",
         "worse": f"Worse than `{study.baseline}`",
-        "not told apart": f"Not told apart from `{study.baseline}`",
-        "not tested": "Not tested, for want of seeds",
+        "not significant": f"Not significantly different from `{study.baseline}`",
+        "not tested": "Not tested, because there are too few seeds",
     }
     for kind, title in groups.items():
         entries = {}  # experiments may share runs: each comparison once
@@ -81,30 +81,32 @@ def _verdicts(study: StudyConfig, found: list[Comparison], results: StudyResults
 def _how(study: StudyConfig, results: StudyResults) -> str:
     budget, rates = study.budget, study.tuning.learning_rate
     critic = study.settings.get("critic_learning_rate")
-    multiples = [f"`{name}` {arm.samples} times as many" for name, arm in study.arms.items() if arm.samples > 1]
+    multiples = [f"`{name}` has {arm.samples} times as many" for name, arm in study.arms.items() if arm.samples > 1]
     missing = f"; {len(results.missing)} are missing" if results.missing else ""
     lines = [
         "## How it was measured\n",
-        f"- Every run: {budget.rollouts} rollouts of {budget.responses} responses"
+        f"- Each run has {budget.rollouts} rollouts of {budget.responses} responses"
         + (f" ({', '.join(multiples)})" if multiples else "")
-        + f", {budget.mini_batches} optimizer steps each; then {budget.test_problems} test problems, sampled at "
-        "temperature 1 and decoded greedily. No test problem was used to choose anything.",
-        f"- Tuning: the learning rate, {len(rates)} values ({', '.join(f'{rate:g}' for rate in rates)}), "
-        f"{len(study.tuning.seeds)} seed(s) each, on `{study.tuning.task}` and a split of its own; the same for every "
-        "arm that is tuned. Variants of an algorithm take its learning rate."
+        + f", with {budget.mini_batches} optimizer steps per rollout. The final policy solves {budget.test_problems} "
+        "test problems, once sampled at temperature 1 and once decoded greedily. No test problem was used to choose "
+        "any setting.",
+        f"- The learning rate was tuned over {len(rates)} values ({', '.join(f'{rate:g}' for rate in rates)}) with "
+        f"{len(study.tuning.seeds)} seed(s) each, on a separate split of `{study.tuning.task}`, in the same way for "
+        "every tuned arm. A variant of an algorithm takes the algorithm's learning rate."
         + (f" A learned critic's learning rate is {critic:g} everywhere and was not tuned." if critic else ""),
-        f"- {len(results.runs)} runs are compared{missing}; all that finished are in the tables and in `runs.csv`, "
-        "tuning runs in `tuning.csv`.",
-        "- All runs of a task start from one warm-started policy and are measured on the same test problems: "
-        "intervals are about the randomness of reinforcement learning, not about other policies or problems. Runs of "
-        "one seed see the same problems in the same order; groups see fewer of them, in another order.",
-        f"- *Difference*: mean over seeds of the accuracy minus that of `{study.baseline}` with the same seed, with "
-        "Student's 95 % interval. `p`: paired t-test, adjusted for all comparisons of the study (Benjamini–Hochberg). "
-        f"*Better* or *worse* is p < {SIGNIFICANCE}; all else is *not told apart*, which is not the same as equal. "
-        "Brackets behind a mean are bootstrap intervals over seeds, too narrow for so few of them; so are the bands "
-        f"of curves, which figures of more than {MOST_BANDS} arms leave out.",
-        "- *Sampled tokens* are those of rollouts and of all continuations, *rollout tokens* the former alone; "
-        "*CPU seconds* are those of training on one core, evaluation and analyses aside.\n",
+        f"- {len(results.runs)} runs are compared{missing}. All finished runs are in the tables and in `runs.csv`. "
+        "Tuning runs are in `tuning.csv`.",
+        "- All runs of a task start from the same warm-started policy and are measured on the same test problems. The "
+        "intervals therefore describe the randomness of reinforcement learning, not the variation between policies or "
+        "problems. Runs with the same seed see the same problems in the same order. Algorithms with groups see fewer "
+        "problems, in another order.",
+        f"- *Difference* is the accuracy minus the accuracy of `{study.baseline}` with the same seed, averaged over "
+        "seeds, with Student's 95 % interval. `p` comes from a paired t-test and is adjusted for all comparisons of "
+        f"the study (Benjamini–Hochberg). *Better* and *worse* mean p < {SIGNIFICANCE}. *Not significant* does not "
+        "mean equal. Brackets after a mean are bootstrap intervals over seeds, which are too narrow for so few seeds. "
+        f"The bands of curves are too narrow, too; figures with more than {MOST_BANDS} arms have no bands.",
+        "- *Rollout tokens* are the tokens of all rollouts. *Sampled tokens* also include all continuations. *CPU "
+        "seconds* are the training time on one core, without evaluation and analyses.\n",
     ]
     return "\n".join(lines)
 
@@ -127,7 +129,7 @@ def _experiment(
         lines.append(f"\n![Accuracy of every run]({link}/{stem}.png)\n")
         on_axis = runs[runs["arm"].isin(experiment.axis)]
         if not on_axis.empty:
-            label = experiment.axis_label or "number that the arms differ by"
+            label = experiment.axis_label or "number that varies between the arms"
             on_axis = on_axis[["arm", "seed", "accuracy"]].assign(**{label: on_axis["arm"].map(experiment.axis)})
             plot_axis(figures_dir / f"{stem}_axis.png", on_axis, label)
             lines.append(f"![Accuracy over the {label}]({link}/{stem}_axis.png)\n")
@@ -209,7 +211,7 @@ def _across_tasks(
 
 
 def _scores(results: StudyResults, tasks: list[str], arm: str, seeds: list[int]) -> dict[str, list[float]] | None:
-    """Scores of an arm on every task; `None` while some are missing, because a mean over tasks needs all."""
+    """Scores of an arm on every task; `None` while some are missing, because a mean over tasks needs all tasks."""
     scores = {task: list(results.scores(task, arm, seeds).values()) for task in tasks}
     return scores if all(len(row) == len(seeds) for row in scores.values()) else None
 
@@ -224,7 +226,8 @@ def _tuning(study: StudyConfig, results: StudyResults) -> str:
         rows.append(row | {f"{rate:g}": f"{accuracy:.3f}" for rate, accuracy in accuracies.items()})
     hours = results.tuning["seconds"].sum() / 3600
     return (
-        f"## Tuning\n\nMean accuracy on the tuning split; {len(results.tuning)} runs, {hours:.1f} hours of runs.\n\n"
+        f"## Tuning\n\nMean accuracy on the tuning split, from {len(results.tuning)} runs of {hours:.1f} hours in "
+        "total.\n\n"
         f"{markdown_table(pd.DataFrame(rows))}\n"
     )
 
@@ -238,7 +241,7 @@ def _environment(results: StudyResults) -> str:
         lines.append(f"- {escape_markdown(str(name))}: {escape_markdown(', '.join(values))}")
         mixed += [name] if len(values) > 1 else []
     if mixed:
-        lines.append(f"\n**The runs were not all computed with the same {', '.join(mixed)}.**\n")
+        lines.append(f"\n**The runs differ in: {', '.join(mixed)}.**\n")
     hours = results.runs["seconds"].sum() / 3600
     lines.append(f"- hours of compared runs, with their evaluation and recordings: {hours:.1f}")
     return "\n".join(lines) + "\n"

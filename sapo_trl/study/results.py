@@ -43,22 +43,22 @@ class StudyResults:
         self, task: str, arm: str, seeds: Collection[int] | None = None, column: str = "accuracy"
     ) -> dict[int, Any]:
         """
-        A result of each seed's run of an arm on a task.
+        One result of an arm's run on a task, for each seed.
 
         Args:
             task (`str`): the task.
             arm (`str`): the arm.
-            seeds (`Collection[int]`, *optional*): seeds of an experiment; by default all that have run.
+            seeds (`Collection[int]`, *optional*): seeds of an experiment; by default all seeds with a finished run.
             column (`str`, *optional*, defaults to `"accuracy"`): column to read.
 
         Returns:
-            `dict[int, Any]`: by seed; empty if none has run.
+            `dict[int, Any]`: by seed; empty without a finished run.
         """
         chosen = self.runs_of(task, [arm], seeds)
         return {} if chosen.empty else dict(zip(chosen["seed"], chosen[column], strict=True))
 
     def runs_of(self, task: str, arms: Collection[str], seeds: Collection[int] | None = None) -> pd.DataFrame:
-        """The finished runs of some arms on a task whose accuracy was measured."""
+        """The finished runs of some arms on a task, if their accuracy was measured."""
         runs = self.runs
         is_chosen = (runs["task"] == task) & runs["arm"].isin(arms) & (runs["measure"] == "accuracy")
         return runs[is_chosen & (True if seeds is None else runs["seed"].isin(seeds))]

@@ -1,4 +1,4 @@
-"""Runs one cell of a study, in a process of its own."""
+"""Runs one cell of a study in a separate process."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
     except (FloatingPointError, RuntimeError) as error:
         if not isinstance(error, FloatingPointError) and _SAMPLING_FAILED not in str(error):
             raise
-        # A policy that has diverged is a finding, not a mistake: it solves nothing.
+        # A diverged policy is a result of the study, not an error. Its accuracy is 0.
         cpu_seconds = clock.read(metrics.rows)
         failed, measured = str(error), {"accuracy": 0.0, "greedy_accuracy": 0.0}
     result = {
@@ -135,7 +135,7 @@ def cell_config(cell: Cell, output_dir: Path) -> SAPOConfig:
     if cell.measure == "gradient_variance":
         settings["max_grad_norm"] = 0.0
         if {"critic": "separate", **preset_settings(cell.arm.preset), **settings}["critic"] in LEARNED_CRITICS:
-            # First only the critic learns, without gradients of the policy. The measurement then has a trained critic.
+            # At first only the critic learns, without gradients of the policy. The measurement has a trained critic.
             settings["critic_warmup_steps"] = budget.rollouts * budget.mini_batches // 2
     return SAPOConfig.from_preset(
         cell.arm.preset,
@@ -224,13 +224,13 @@ def _recorders(cell: Cell, args: SAPOConfig, folder: Path) -> list[TrainerCallba
 
 
 class _TrainingClock:
-    """CPU seconds of training: on a machine with other work they say more than wall time."""
+    """CPU seconds of training. If the machine has other work, they are more reliable than wall time."""
 
     def __init__(self) -> None:
         self.cpu, self.wall = time.process_time(), time.perf_counter()
 
     def read(self, rows: list[dict[str, float]]) -> float:
-        """CPU seconds without the costs of recordings, which are known in wall time."""
+        """CPU seconds without the time of recordings. Only the wall time of recordings is known."""
         cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
         return cpu * (1 - sum(row.get("time/value_diagnostics", 0.0) for row in rows) / wall)
 
@@ -291,7 +291,7 @@ def run_cell_process(folder: Path, cache_dir: str | Path, log: Path, alive: Conn
 
 
 def be_quiet_and_small() -> None:
-    """No bars and warnings of libraries, one thread."""
+    """Turn off the libraries' progress bars and warnings, and use one thread."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Runs a study's cells, a few at a time, each in a process of its own; finished ones are never run again."""
+"""Runs a study's cells, a few at a time, each in a separate process. Finished cells are never run again."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run_study(
 
 def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, console: Console) -> None:
     tuning = tuning_cells(study)
-    # The tuned settings change no count and (nearly) no time.
+    # The tuned settings do not change the number of runs, and hardly change their time.
     guess = dict.fromkeys([cell.arm_name for cell in tuning], study.tuning.learning_rate[0])
     expected = [*tuning, *comparison_cells(study, guess)]
     _check_settings(expected, cells_dir)
@@ -105,8 +105,8 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
 
 def unused_runs(cells: list[Cell], cells_dir: Path) -> list[str]:
     """
-    Names of the finished runs that differ from these cells only in the fingerprint. A study that runs them again
-    should not seem to have lost them.
+    Names of the finished runs that differ from these cells only in the fingerprint. The study will run these cells
+    again, and the user should know that the old runs are not lost.
     """
     names = {cell.name for cell in cells}
     like = {cell.unmarked_name for cell in cells}
@@ -121,8 +121,8 @@ def _say_what_is_unused(cells: list[Cell], cells_dir: Path, console: Console) ->
     unused = unused_runs(cells, cells_dir)
     if unused:
         console.print(
-            f"{len(unused)} finished runs in {cells_dir} are not used and not touched, such as {unused[0]}: they are "
-            "of other settings, of another version of the task's code, or of other versions of its libraries.",
+            f"{len(unused)} finished runs in {cells_dir} are not used and not touched, for example {unused[0]}. They "
+            "were made with other settings, another version of the task's code, or other versions of its libraries.",
             soft_wrap=True,
             markup=False,
             highlight=False,
@@ -130,7 +130,7 @@ def _say_what_is_unused(cells: list[Cell], cells_dir: Path, console: Console) ->
 
 
 def _process_context() -> ForkServerContext:
-    """Processes that start with everything imported: the imports take as long as a quarter of a run."""
+    """A context for processes with all modules imported already. The imports take as long as a quarter of a run."""
     # Several cells share the machine: with more than one thread each, they wait for one another.
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     context = multiprocessing.get_context("forkserver")
@@ -139,7 +139,7 @@ def _process_context() -> ForkServerContext:
 
 
 def _check_settings(cells: list[Cell], folder: Path) -> None:
-    """Every arm's settings, before hours are spent on others."""
+    """Check every arm's settings before hours are spent on other arms."""
     for cell in {(cell.arm_name, cell.task_name, cell.measure): cell for cell in cells}.values():
         try:
             cell_config(cell, folder)
@@ -161,7 +161,7 @@ def _make_warm_starts(
 
 
 class _Progress:
-    """A bar over all cells, with the time left at the speed so far; lines where no bar can be drawn."""
+    """A progress bar over all cells, with the estimated time left. Without a terminal, lines are printed instead."""
 
     def __init__(self, progress: Progress, total: int, jobs: int, cells_dir: Path):
         self.progress = progress

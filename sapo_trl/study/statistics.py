@@ -23,8 +23,8 @@ class Difference:
         interval ([`Interval`]): the mean difference with its bootstrap interval.
         t_low (`float`): lower end of Student's interval; NaN with one pair, or with equal differences.
         t_high (`float`): its upper end.
-        p_value (`float`): of the two-sided paired t-test; NaN with one pair, or with equal differences that are not 0.
-        rank_p_value (`float`): of Wilcoxon's signed ranks, where a broken run weighs no more than others.
+        p_value (`float`): two-sided paired t-test; NaN with one pair, or with equal differences that are not 0.
+        rank_p_value (`float`): Wilcoxon's signed-rank test, in which a broken run has no more weight than others.
         pairs (`int`): number of pairs.
     """
 
@@ -63,7 +63,7 @@ def paired_difference(
 
     Args:
         scores (`Mapping[int, float]`): score of each seed.
-        baseline (`Mapping[int, float]`): the other algorithm's; seeds that only one of them has are left out.
+        baseline (`Mapping[int, float]`): scores of the other algorithm. Seeds without both scores are left out.
         confidence (`float`, *optional*, defaults to `0.95`): in (0, 1).
         seed (`int`, *optional*, defaults to `0`): of the resampling.
 
@@ -134,7 +134,7 @@ def probability_of_improvement(
 
     Args:
         scores (`Mapping[str, Sequence[float]]`): scores of each task's seeds.
-        baseline (`Mapping[str, Sequence[float]]`): the other algorithm's; tasks that one of them lacks are left out.
+        baseline (`Mapping[str, Sequence[float]]`): scores of the other algorithm. Tasks without both are left out.
         confidence (`float`, *optional*, defaults to `0.95`): in (0, 1).
         seed (`int`, *optional*, defaults to `0`): of the resampling, which draws seeds within each task.
 

@@ -1,4 +1,4 @@
-"""Chooses each arm's learning rate from the tuning runs: the same grid, problems and rule for all."""
+"""Chooses each arm's learning rate from the tuning runs, with the same grid, problems and rule for all arms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .cells import Cell
 
 def chosen_learning_rates(results: Iterable[tuple[Cell, dict]]) -> dict[str, float]:
     """
-    The learning rate of each arm with the best mean accuracy; among equally good rates the smallest.
+    Each arm's learning rate with the best mean accuracy. Among equally good rates the smallest is chosen.
 
     Args:
         results (`Iterable[tuple[Cell, dict]]`): the tuning cells with their results.

@@ -1,4 +1,4 @@
-"""What answers: transformers or vLLM, imported when they are chosen."""
+"""The backends for generation, transformers and vLLM. Each is imported only when it is chosen."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..settings import EvalArguments
 
 
 BATCH_SIZES = {"transformers": 16, "vllm": 256}
-"""Generations at a time, unless `batch_size` says otherwise."""
+"""Default of `batch_size`: number of generations at a time."""
 ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class Request:
     """
-    A prompt to continue once.
+    A request for one generation.
 
     Args:
-        prompt (`list[dict]`): messages, with `{"type": "image"}` blocks where the images belong.
-        seed (`int`): of this generation's sampling, in [0, 2**63).
+        prompt (`list[dict]`): messages, with a block `{"type": "image"}` for each image.
+        seed (`int`): seed of this generation's sampling, in [0, 2**63).
         images (`list` of PIL images): one for each image block.
     """
 
@@ -37,11 +37,11 @@ class Request:
 @dataclass(frozen=True)
 class Generation:
     """
-    What a model wrote.
+    A model's response.
 
     Args:
-        text (`str`): without special tokens.
-        tokens (`int`): their number, the end token included.
+        text (`str`): the text without special tokens.
+        tokens (`int`): number of tokens, including the end token.
         finish_reason (`str`): `"stop"`, or `"length"` if it was cut off.
     """
 
@@ -51,19 +51,19 @@ class Generation:
 
 
 class Backend(Protocol):
-    """Continues prompts."""
+    """An engine that continues prompts."""
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """One generation for each request, in their order. The randomness of each comes from its seed alone."""
+        """One generation for each request, in their order. Its randomness comes only from the request's seed."""
 
 
 def make_backend(arguments: EvalArguments) -> Backend:
-    """Load the model into what `backend` names. Raises `ValueError` for an adapter that is not in safetensors."""
+    """Load the model into the chosen backend. Raises `ValueError` for an adapter that is not in safetensors."""
     if (
         arguments.adapter
         and cached_file(arguments.adapter, ADAPTER, _raise_exceptions_for_missing_entries=False) is None
     ):
-        # Both backends would take a pickle instead.
+        # Both backends would load a pickle instead.
         raise ValueError(f"adapter={arguments.adapter!r} has no {ADAPTER}; no other format is loaded.")
     if arguments.backend == "vllm":
         from .vllm import VLLMBackend
@@ -75,13 +75,13 @@ def make_backend(arguments: EvalArguments) -> Backend:
 
 
 def generation_seed(seed: int, benchmark: str, problem_id: str, generation: int) -> int:
-    """The seed of one generation, in [0, 2**63): whatever else is generated, and in whatever order."""
+    """The seed of one generation, in [0, 2**63). It depends neither on other generations nor on their order."""
     name = "\0".join((str(seed), benchmark, problem_id, str(generation)))
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
 
 
 def plain_messages(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with blocks of text joined, as the chat templates of text models want them."""
+    """Messages with joined blocks of text, for the chat templates of text models."""
     return [{**message, "content": message_text(message)} for message in prompt]
 
 

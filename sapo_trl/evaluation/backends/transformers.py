@@ -28,15 +28,15 @@ from . import Generation, Request, message_text, plain_messages
 
 class SeededChoice(LogitsProcessor):
     """
-    Samples each row by random numbers of its own, and leaves no other token to choose.
+    Samples each row with its own random numbers, and masks all other tokens.
 
-    `generate` draws for a whole batch from one generator, so that what a row becomes depends on the rows beside it.
-    Here row `b` takes at step `t` the first token whose cumulative probability exceeds `uniforms[b, t]`: decoded
-    greedily afterwards, it is a sample of the warped distribution, and the same one in any batch.
+    `generate` draws from one generator for a whole batch, so a row's text would depend on the other rows. Here row `b`
+    takes at step `t` the first token with a cumulative probability above `uniforms[b, t]`. Greedy decoding then gives
+    a sample of the warped distribution, and the same sample in every batch.
 
     Args:
         uniforms (`torch.Tensor`): float64 `(B, max_new_tokens)` in [0, 1).
-        prompt_length (`int`): tokens before the first that is generated, padding included.
+        prompt_length (`int`): number of tokens before the first generated token, including padding.
     """
 
     def __init__(self, uniforms: torch.Tensor, prompt_length: int):
@@ -44,7 +44,7 @@ class SeededChoice(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # float64: the rounding of 150,000 summed float32 would make unlikely tokens likelier or impossible.
+        # Use float64: rounding errors of 150,000 summed float32 would make unlikely tokens likelier or impossible.
         cumulative = scores.double().softmax(-1).cumsum(-1)
         threshold = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, threshold, right=True)
@@ -52,8 +52,8 @@ class SeededChoice(LogitsProcessor):
 
 
 def row_uniforms(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """float64 `(B, length)` in [0, 1): the numbers of each seed, the same on every device."""
-    # float32 numbers in float64: the largest is so far below 1 that no product with a sum of 1 rounds up to the sum.
+    """float64 `(B, length)` in [0, 1): random numbers from each seed, the same on every device."""
+    # Draw float32 numbers. The largest is so far below 1 that its product with a sum of 1 does not round up to 1.
     rows = [np.random.default_rng(seed).random(length, dtype=np.float32) for seed in seeds]
     return torch.from_numpy(np.stack(rows)).double().to(device)
 
@@ -62,9 +62,9 @@ class TransformersBackend:
     """
     Generates with a transformers model.
 
-    Rows of a batch have random numbers of their own, so the same seed gives the same text in another batch, as far as
-    logits do: padding changes them in the last digits, which rarely (about once in 10^5 tokens in float32, more often
-    in bfloat16) moves a choice to the next token.
+    Each row of a batch has its own random numbers. So the same seed gives the same text in another batch, apart from
+    rounding errors of the logits. Padding changes the logits' last digits. This rarely moves a choice to the next
+    token (about once in 10^5 tokens in float32, more often in bfloat16).
 
     Args:
         arguments ([`EvalArguments`]): model and sampling.
@@ -73,7 +73,7 @@ class TransformersBackend:
     def __init__(self, arguments: EvalArguments):
         kwargs = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
         self.processing_class = load_processor(arguments.model, **kwargs)
-        # TRL reads the architecture off the configuration: of an image-text-to-text or of a text model.
+        # TRL reads the architecture from the configuration: an image-text-to-text model or a text model.
         model = create_model_from_path(arguments.model, dtype=arguments.dtype, use_safetensors=True, **kwargs)
         if arguments.adapter:
             model = PeftModel.from_pretrained(model, arguments.adapter)
@@ -89,7 +89,7 @@ class TransformersBackend:
         end = model.generation_config.eos_token_id
         end = tokenizer.eos_token_id if end is None else end
         self.end_ids = set(end if isinstance(end, list) else [end])
-        # Greedy, because `SeededChoice` leaves one token.
+        # Decode greedily, because `SeededChoice` leaves only one token.
         self.generation_config = GenerationConfig(
             max_new_tokens=arguments.max_new_tokens,
             do_sample=False,
@@ -110,7 +110,7 @@ class TransformersBackend:
             processors += [TemperatureLogitsWarper(self.temperature)]
             processors += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
             processors += [SeededChoice(uniforms, length)]
-        # The checkpoint's repetition penalty, for one, is none of the comparison's settings.
+        # Ignore the checkpoint's own settings, such as a repetition penalty: they would distort the comparison.
         with own_settings_ignored(self.model):
             sequences = self.model.generate(
                 **inputs, generation_config=self.generation_config, logits_processor=processors
@@ -118,10 +118,10 @@ class TransformersBackend:
         return [self._read(row) for row in sequences[:, length:].tolist()]
 
     def _encode(self, requests: Sequence[Request]) -> Any:
-        """The prompts as the model's forward takes them, padded on the left."""
+        """The prompts as inputs of the model's forward, padded on the left."""
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             if any(request.images for request in requests):
-                raise ValueError("benchmarks: there are images in a prompt, and `model` is a text model.")
+                raise ValueError("benchmarks: a prompt has images, but `model` is a text model.")
             if self.tokenizer.chat_template is None:  # a base model continues text
                 texts = ["\n\n".join(map(message_text, request.prompt)) + "\n\n" for request in requests]
                 return self.tokenizer(texts, padding=True, return_tensors="pt")
@@ -143,7 +143,7 @@ class TransformersBackend:
         )
 
     def _read(self, ids: list[int]) -> Generation:
-        """A generation from its tokens and the padding behind them."""
+        """A generation from its tokens, which may have padding at the end."""
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         tokens = len(ids) if end is None else end + 1
         text = self.tokenizer.decode(ids[:tokens], skip_special_tokens=True)

@@ -15,21 +15,21 @@ from . import Generation, Request, message_text, plain_messages
 
 MISSING = "backend='vllm' needs vLLM: pip install 'sapo_trl[vllm]'. Without it there is backend='transformers'."
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks that vLLM reserves memory for; an adapter takes the next one that it fits in."""
+"""The adapter ranks that vLLM supports. An adapter needs the next rank that is large enough."""
 
 
 class VLLMBackend:
     """
-    Generates with vLLM, each request by a seed of its own.
+    Generates with vLLM. Each request has its own seed.
 
-    vLLM decides which requests share a forward pass. Seeds make the randomness independent of that, not the last
-    digits of the logits.
+    vLLM decides which requests share a forward pass. With the seeds, the random numbers do not depend on that. The
+    last digits of the logits still do.
 
     Args:
         arguments ([`EvalArguments`]): model and sampling.
 
     Raises:
-        ModuleNotFoundError: without vLLM, with the line that installs it.
+        ModuleNotFoundError: without vLLM, with the command that installs it.
     """
 
     def __init__(self, arguments: EvalArguments):
@@ -63,8 +63,8 @@ class VLLMBackend:
             "temperature": arguments.temperature,
             "top_p": arguments.top_p,
             "max_tokens": arguments.max_new_tokens,
-            # Its streaming detokenizer leaves out the bytes of a character that is cut off; decoded at once, a text
-            # is that of the other backend.
+            # vLLM's streaming detokenizer drops the bytes of a cut character. If the tokens are decoded at once, the
+            # text equals the other backend's text.
             "detokenize": False,
         }
         self._sampling_params = SamplingParams
@@ -89,7 +89,7 @@ class VLLMBackend:
 
 
 def _conversation(request: Request) -> list[dict[str, Any]]:
-    """Messages as vLLM's `chat` takes them, each image in the place of its block."""
+    """Messages for vLLM's `chat`, with each image inside its block."""
     if not request.images:
         return plain_messages(request.prompt)
     images = iter(request.images)
@@ -108,9 +108,9 @@ def _conversation(request: Request) -> list[dict[str, Any]]:
 
 
 def _reserved_rank(adapter: str) -> int:
-    """The smallest of vLLM's ranks that an adapter fits in."""
+    """The smallest of vLLM's ranks that is large enough for an adapter."""
     rank = read_json(Path(cached_file(adapter, "adapter_config.json")), {"r": int})["r"]
     fitting = [reserved for reserved in LORA_RANKS if reserved >= rank]
     if not fitting:
-        raise ValueError(f"`adapter` has rank {rank}; vLLM takes {LORA_RANKS[-1]} at most.")
+        raise ValueError(f"`adapter` has rank {rank}, but vLLM takes at most {LORA_RANKS[-1]}.")
     return fitting[0]

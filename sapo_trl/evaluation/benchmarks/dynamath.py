@@ -1,11 +1,11 @@
 r"""
-DynaMath: 501 seed questions in ten variants each, average and worst case.
+DynaMath: 501 seed questions, each in ten variants. Scores are the average and the worst case.
 
 Paper: https://huggingface.co/papers/2411.00836. Schema: the card of `DynaMath/DynaMath_Sample`, ten splits
 `sample_variant1` to `sample_variant10` of 501 rows with the strings `id`, `question`, `image` (a path),
 `ground_truth`, `answer_type` (`float`, `multiple choice`, `text`; in the authors' `dataset/dataset.json` also `int`
-and `single answer`, both for numbers), `subject`, `knowledge_level`, and the image `decoded_image`. `id` is the seed
-question's and the same in all splits. Tolerance and worst case: the authors' `evaluation/` and README, and
+and `single answer`, both for numbers), `subject`, `knowledge_level`, and the image `decoded_image`. `id` identifies
+the seed question and is the same in all splits. Tolerance and worst case: the authors' `evaluation/` and README, and
 VLMEvalKit's `dynamath.py`.
 """
 
@@ -23,7 +23,7 @@ from .scoring import choice_fields, lettered_options, score_box, score_choice, s
 
 TEXTS = ("id", "question", "ground_truth", "answer_type")
 TOLERANCE = 0.001
-"""Of floats, absolute. Golds have four decimals; the instruction asks for three."""
+"""Absolute tolerance of floats. Golds have four decimals; the instruction asks for three."""
 
 _NUMBER = FREE_FORM.replace("\n\n", "\n\nGive the answer as a number with three decimals. ")
 _TEMPLATES = {
@@ -34,7 +34,7 @@ _TEMPLATES = {
     "text": FREE_FORM,
 }
 _LABELS = (r"\(LETTER\)", r"^LETTER[.:]")
-# The forms of golds of the type `text`, in small letters.
+# Forms of golds of the type `text`, in lower case.
 _TIMES = (re.compile(r"(\d{1,2}):(\d{1,2})"), re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})"))
 _EQUATION = re.compile(r"([a-z])\s*=\s*(.+)")
 _EDGE = re.compile(r"(?:\\overline\s*)?\{?([a-z])\s*[-–,]?\s*([a-z])\}?")
@@ -55,7 +55,7 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
     if kind == "multiple choice":
         fields |= choice_fields(lettered_options(row["question"], *_LABELS), answer)
     return Problem(
-        id=f"{row['id']}/{i}",  # rows do not say which variant they are
+        id=f"{row['id']}/{i}",  # a row does not name its variant
         prompt=ask(row["question"], _TEMPLATES[kind], num_images=1),
         answer=answer,
         images=[to_image(row["decoded_image"], f"`decoded_image` in row {i} of dynamath")],
@@ -77,15 +77,16 @@ def _is_same_number(answer: str, gold: str) -> bool:
 
 def is_same_text(answer: str, gold: str) -> bool:
     """
-    Whether an answer is a gold of the type `text`: a word, a month, a time, a date, an equation, numbers in their
-    order, or the edge of a graph, which has two names.
+    Whether an answer equals a gold of the type `text`.
 
-    The gold's form says which. It is not read as mathematics, where a date is a quotient and an edge a product.
+    A gold is a word, a month, a time, a date, an equation, numbers in their order, or the edge of a graph, which has
+    two names. Its form decides how it is compared. It is not read as mathematics: a date would be a quotient and an
+    edge a product.
     """
     answer, gold = plain_text(answer), plain_text(gold)
     if answer == gold:
         return True
-    for pattern in _TIMES:  # golds write five o'clock as 5:0
+    for pattern in _TIMES:  # a gold has 5:0 for five o'clock
         if pattern.fullmatch(gold):
             return _whole_numbers(pattern, answer) == _whole_numbers(pattern, gold)
     if equation := _EQUATION.fullmatch(gold):
@@ -106,19 +107,19 @@ def _whole_numbers(pattern: re.Pattern[str], text: str) -> list[int] | None:
 
 
 def _numbers(text: str) -> list[str]:
-    """The numbers of a list or a point, with or without brackets, but not of a set; none if anything else is there."""
+    """The numbers of a list or a point, with or without brackets. Empty for a set and for any other text."""
     inside = _BRACKETS.fullmatch(text)
     parts = _COMMA.split(text if inside is None else inside[1] or inside[2] or "")
     return parts if all(read_number(part) is not None for part in parts) else []
 
 
 def _month(word: str) -> int | None:
-    """Which month a name or its first three letters are."""
+    """The number of a month, from its name or the first three letters; `None` for another word."""
     return next((i for i, name in enumerate(MONTHS) if word in (name, name[:3])), None)
 
 
 def aggregate(groups: Sequence[Sequence[Result]]) -> dict[str, float]:
-    """The mean of all variants, and the share of seed questions with all their variants right."""
+    """The mean over all variants, and the share of seed questions with all variants right."""
     scores = [result.correct for group in groups for result in group]
     return {"average": sum(scores) / len(scores), "worst": share_of_groups_all_right(groups)}
 
@@ -134,9 +135,9 @@ DYNAMATH = Benchmark(
     headline="worst",
     group_of=lambda problem: problem.fields["seed"],
     scoring_note=(
-        "The authors ask for JSON with a `short answer`, take its first word as the number (within 0.001, as here), "
-        "and look for a text gold inside the answer; here the answer must stand in a box (a letter may be announced), "
-        "and a text must be the gold: the same word but for case, the same month, time, date, equation, edge, or the "
-        "same numbers in their order."
+        "The authors ask for JSON with a `short answer`. They take its first word as the number (within 0.001, as "
+        "here), and accept an answer that contains a text gold. Here the answer must stand in a box (a letter may be "
+        "announced). A text must equal the gold: the same word apart from case, the same month, time, date, equation "
+        "or edge, or the same numbers in their order."
     ),
 )

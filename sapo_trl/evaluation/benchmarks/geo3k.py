@@ -2,8 +2,8 @@ r"""
 Geometry3K, free form: the test split of `hiyouga/geometry3k`.
 
 Paper: https://huggingface.co/papers/2105.04165. Schema: the data set's card, with `images`, `problem` (one `<image>`
-an image), `answer` (LaTeX such as `6 \sqrt { 3 }`), and since a later commit `id`, `choices` and `ground_truth`, which
-are not used here; 601 rows.
+for each image) and `answer` (LaTeX such as `6 \sqrt { 3 }`); 601 rows. A later commit added `id`, `choices` and
+`ground_truth`, which are not used here.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .scoring import score_mathematics
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
     row = read_row(row, "geo3k", i, ("problem", "answer"), ("images",))
     images = to_images(row["images"], f"`images` in row {i} of geo3k")
-    # The published recipe's, with which models are trained on this data set.
+    # The template of the published recipe. Models are trained on this data set with it.
     prompt = ask(row["problem"], TEMPLATES["think_boxed"], len(images), in_place=True)
     return Problem(id=str(i), prompt=prompt, answer=row["answer"].strip(), images=images)
 
@@ -32,7 +32,7 @@ GEO3K = Benchmark(
     to_problem=to_problem,
     score=score_mathematics,
     scoring_note=(
-        "Published runs of this recipe compare with mathruler; here it is the judge of `accuracy_reward`. lmms-eval's "
-        "`geometry3k` is another task: it lists four options and asks for a letter."
+        "Published runs of this recipe compare answers with mathruler; here the judge of `accuracy_reward` does. "
+        "lmms-eval's `geometry3k` is another task: it lists four options and asks for a letter."
     ),
 )

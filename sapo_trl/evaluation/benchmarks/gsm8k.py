@@ -1,8 +1,8 @@
 r"""
 GSM8K: the test split of `openai/gsm8k`, configuration `main`.
 
-Paper: https://huggingface.co/papers/2110.14168. Schema: the data set's card, with `question` and `answer`, whose last
-line is `#### 18`; 1,319 rows.
+Paper: https://huggingface.co/papers/2110.14168. Schema: the data set's card, with `question` and `answer`; 1,319 rows.
+The last line of an answer is `#### 18`, for example.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
 
 
 def score(problem: Problem, text: str) -> Score:
-    # Read as a number first: units and currencies are in no other answers.
+    # Read the answer as a number first, because it may have a unit or a currency.
     return score_box(text, lambda box: is_close(box, problem.answer) or is_equivalent(box, problem.answer))
 
 
@@ -38,7 +38,7 @@ GSM8K = Benchmark(
     to_problem=to_problem,
     score=score,
     scoring_note=(
-        "Zero-shot, and the answer must stand in a box. The harnesses' `gsm8k` tasks give up to 8 examples and search "
-        "the text for the last number or for `The final answer is`."
+        "The evaluation is zero-shot, and the answer must stand in a box. The harnesses' `gsm8k` tasks give up to 8 "
+        "examples and search the text for the last number or for `The final answer is`."
     ),
 )

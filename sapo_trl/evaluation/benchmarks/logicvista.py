@@ -1,5 +1,5 @@
 r"""
-LogicVista: logical reasoning from pictures, one option or several.
+LogicVista: logical reasoning from pictures. One or several options are right.
 
 Paper: https://huggingface.co/papers/2407.04973. Schema: the authors' repository (`Yijia-Xiao/LogicVista`,
 `data/dataset.json`: `question`, `answer` such as `C`, `A, C` or `3`, `reasoning`, `skill`, 448 questions) and public
@@ -16,7 +16,7 @@ from .scoring import read_labels, score_choices
 
 
 LETTERS = "ABCDEFGHI"
-"""Options are in the images; questions name A to I at most, or digits."""
+"""Letters of options. Options are in the images; questions name at most A to I, or digits."""
 
 
 def to_problem(row: Mapping[str, Any], i: int) -> Problem:
@@ -38,7 +38,7 @@ def score(problem: Problem, text: str) -> Score:
 
 
 def has_text(row: Mapping[str, Any]) -> bool:
-    """Whether a row has a question or an answer; a missing column is for [`to_problem`] to name."""
+    """Whether a row has a question or an answer. A row without one of the columns stays: [`to_problem`] reports it."""
     return any(name not in row or is_given(row[name]) for name in ("question", "answer"))
 
 
@@ -51,8 +51,8 @@ LOGICVISTA = Benchmark(
     score=score,
     keep=has_text,
     scoring_note=(
-        "The authors have a language model extract the letters, then compare the sets of letters, as here; here the "
-        "letters are read by rules. Row v1_382 has neither question nor answer: it is left out, and 447 rows remain, "
-        "as in VLMEvalKit's copy."
+        "The authors let a language model extract the letters; here rules read them. Both compare the sets of "
+        "letters. Row v1_382 has neither question nor answer. It is left out, and 447 rows remain, as in VLMEvalKit's "
+        "copy."
     ),
 )

@@ -2,8 +2,8 @@ r"""
 MATH500: `HuggingFaceH4/MATH-500`, 500 test problems of MATH.
 
 Papers: https://huggingface.co/papers/2305.20050 (the 500), https://huggingface.co/papers/2103.03874 (MATH). Schema:
-cards of copies of the data set (its own has no features), with `problem`, `solution`, `answer` (LaTeX), `subject`,
-`level` (int64) and `unique_id`.
+cards of copies of the data set (its own card has no features), with `problem`, `solution`, `answer` (LaTeX),
+`subject`, `level` (int64) and `unique_id`.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ MATH500 = Benchmark(
     to_problem=to_problem,
     score=score_mathematics,
     scoring_note=(
-        "The paper's own grader compares normalised text and then SymPy; here it is the judge of "
-        "`accuracy_reward`. lmms-eval's `openai_math` asks a language model."
+        "The paper's own grader compares normalised text and then uses SymPy; here the judge of `accuracy_reward` "
+        "compares. lmms-eval's `openai_math` asks a language model."
     ),
 )

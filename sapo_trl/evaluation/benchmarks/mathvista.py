@@ -4,8 +4,8 @@ MathVista, testmini.
 Paper: https://huggingface.co/papers/2310.02255. Schema: the card of `AI4Math/MathVista`, with `pid`, `question`,
 `image` (a path), `decoded_image`, `choices` (list of strings), `unit`, `precision` (float64), `answer`,
 `question_type` (`multi_choice` or `free_form`), `answer_type` (`text`, `integer`, `float` or `list`), `metadata`
-(struct) and `query` (the published prompt, which lists options as `(A) ...`); 1,000 rows. The answer to a multiple
-choice question is the option's text.
+(struct) and `query` (the published prompt, with options as `(A) ...`); 1,000 rows. The `answer` to a multiple choice
+question is the option's text.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ def score(problem: Problem, text: str) -> Score:
 
 
 def right_answer(problem: Problem) -> str:
-    """A letter for a choice: some options are the labels of others, such as `(b)` as option E."""
+    """The right answer as a response would give it: a letter for a choice, because an option can be named `(b)`."""
     options = problem.fields["options"]
     if problem.fields["answer_type"] == "choice":
         return letters_of(options)[options.index(problem.answer)]
@@ -58,7 +58,7 @@ def right_answer(problem: Problem) -> str:
 
 
 def _score_choice(problem: Problem, text: str) -> Score:
-    # By the option's text: a few questions list the same text twice.
+    # Compare the options' texts, because a few questions list the same text twice.
     options = problem.fields["options"]
     letters = letters_of(options)
     letter = choose(text, letters, options)
@@ -89,9 +89,9 @@ MATHVISTA = Benchmark(
     score=score,
     right_answer=right_answer,
     scoring_note=(
-        "The authors have a language model extract the answer, take the option with the smallest edit distance to it, "
-        "and cut decimals off where an integer is asked for, so that 14.7 counts as 14; here the answer must stand in "
-        "a box (a letter may be announced), name an option, and equal the integer. Floats are rounded to the "
-        "question's precision on both sides, as theirs."
+        "The authors let a language model extract the answer. They take the option with the smallest edit distance to "
+        "it, and cut decimals off integers, so that 14.7 counts as 14. Here the answer must stand in a box (a letter "
+        "may be announced), name an option, and equal the integer. As in the authors' code, both floats are rounded "
+        "to the question's precision."
     ),
 )

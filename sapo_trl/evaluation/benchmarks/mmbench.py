@@ -1,15 +1,15 @@
 r"""
-MMBench, English dev, with circular evaluation where the rows have it.
+MMBench, English dev, with circular evaluation if the file has rotated rows.
 
 Paper: https://huggingface.co/papers/2307.06281. Schema: the card of `lmms-lab/MMBench`, with `index`, `question`,
-`hint`, `answer` (a letter), `A` to `D` (missing ones empty or `nan`), `category`, `image`, `source`, `L2-category`,
-`comment`, `split`; configuration `en`, split `dev`. Its rows are those of version 1.0: no copy of version 1.1 with a
-card was found. OpenCompass publishes version 1.1 as `MMBench_DEV_EN_V11.tsv`, with images as base64 text;
+`hint`, `answer` (a letter), `A` to `D` (a missing option is empty or `nan`), `category`, `image`, `source`,
+`L2-category`, `comment`, `split`; configuration `en`, split `dev`. Its rows are from version 1.0. No copy of version
+1.1 with a card was found. OpenCompass publishes version 1.1 as `MMBench_DEV_EN_V11.tsv`, with images as base64 text;
 [`convert_tsv`] makes a parquet file of it.
 
 A question is asked several times with its options rotated. Rows of one question have the same `index` modulo a
-million, and the question counts as solved (`circular`) if all of them are right. Rows without rotated ones are each
-their own question.
+million. The question counts as solved (`circular`) if all its rows are right. Without rotated rows, each row is a
+question.
 """
 
 import base64
@@ -51,7 +51,7 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
 
 
 def aggregate(groups: Sequence[Sequence[Result]]) -> dict[str, float]:
-    """The share of questions with all rotations right, and the mean of all rows."""
+    """The share of questions with all rotations right, and the mean over all rows."""
     return {"circular": share_of_groups_all_right(groups)} | mean_accuracy(groups)
 
 
@@ -61,7 +61,7 @@ def convert_tsv(source: Path, target: Path) -> None:
 
     Args:
         source (`Path`):
-            `MMBench_DEV_EN_V11.tsv`. A short text in its column `image` is the index of the row that has the image.
+            `MMBench_DEV_EN_V11.tsv`. A short text in its column `image` is the index of another row with the image.
         target (`Path`):
             The parquet file.
     """
@@ -72,7 +72,7 @@ def convert_tsv(source: Path, target: Path) -> None:
     for i, row in enumerate(rows):
         image = row["image"]
         if len(image) <= 64 and image not in images:
-            raise ValueError(f"`image` in row {i} of {source} names the row {image!r}, which is not there.")
+            raise ValueError(f"`image` in row {i} of {source} names the row {image!r}, which does not exist.")
         row["image"] = {"bytes": base64.b64decode(images.get(image, image)), "path": None}
         row["index"] = int(row["index"])
     Dataset.from_list(rows).cast_column("image", Image()).to_parquet(target)
@@ -90,8 +90,8 @@ MMBENCH = Benchmark(
     headline="circular",
     group_of=lambda problem: str(int(problem.id) % ROTATION),
     scoring_note=(
-        "Circular evaluation is the authors'; they have a language model match a response that their rules cannot "
-        "read, here such a response is wrong. The rows on the hub are those of version 1.0."
+        "Circular evaluation is the authors' method. They let a language model match a response that their rules "
+        "cannot read; here such a response is wrong. The rows on the hub are from version 1.0."
     ),
 )
 

@@ -1,11 +1,11 @@
 r"""
-MMMU, validation: several images a question, multiple choice and open questions.
+MMMU, validation: multiple choice and open questions, some with several images.
 
 Paper: https://huggingface.co/papers/2311.16502. Schema: the card of `lmms-lab/MMMU` (the 30 subjects of `MMMU/MMMU` in
 one), with the strings `id` (`validation_Art_1`), `question`, `options` (a Python list as text), `explanation`,
 `img_type`, `answer`, `topic_difficulty`, `question_type` (`multiple-choice` or `open`), `subfield`, and the images
-`image_1` to `image_7`; 900 rows. `<image 1>` in a question or an option is where `image_1` belongs. The answer to an
-open question may be a list of right ones, as text.
+`image_1` to `image_7`; 900 rows. `<image 1>` in a question or an option marks the place of `image_1`. The answer to an
+open question may be a list of right answers, as text.
 """
 
 import ast
@@ -44,7 +44,7 @@ DISCIPLINES = {
         "Mechanical_Engineering",
     ),
 }
-"""The published disciplines, with their subjects as ids have them."""
+"""The published disciplines, with their subjects as spelled in the ids."""
 
 _DISCIPLINE_OF = {subject: discipline for discipline, subjects in DISCIPLINES.items() for subject in subjects}
 _ID = re.compile(r"[a-z]+_(\w+)_\d+")
@@ -56,7 +56,7 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
     row = read_row(row, "mmmu", i, ("id", "question", "options", "answer", "question_type"))
     subject = _ID.fullmatch(row["id"])
     if not subject or subject[1] not in _DISCIPLINE_OF:
-        raise ValueError(f"`id` in row {i} of mmmu must be such as `validation_Art_1`, got {row['id']!r}.")
+        raise ValueError(f"`id` in row {i} of mmmu must look like `validation_Art_1`, got {row['id']!r}.")
     fields: dict[str, Any] = {"subject": subject[1], "discipline": _DISCIPLINE_OF[subject[1]]}
     question = row["question"]
     is_choice = row["question_type"] == "multiple-choice"
@@ -90,7 +90,7 @@ def score(problem: Problem, text: str) -> Score:
 
 
 def _is_right(answer: str, gold: str) -> bool:
-    """Equal as text, as numbers with two decimals (the authors' rule for golds like 8.41), or as mathematics."""
+    """Whether both are equal as text, as numbers with two decimals (the authors' rule), or as mathematics."""
     if plain_text(answer) == plain_text(gold):
         return True
     if _DECIMAL.fullmatch(gold):
@@ -116,8 +116,8 @@ MMMU = Benchmark(
     aggregate=accuracy_by("discipline"),
     right_answer=lambda problem: problem.fields.get("answers", [problem.answer])[0],
     scoring_note=(
-        "The authors draw a random option where none can be read, and count an open answer as right if the gold is "
-        "anywhere in a key phrase of the response; here nothing is drawn, and an open answer must stand in a box and "
-        "be equal: as text, as a number with two decimals, or for the judge of `accuracy_reward`."
+        "If the authors' rules can read no option, they draw a random one. They count an open answer as right if a "
+        "key phrase of the response contains the gold. Here no option is drawn. An open answer must stand in a box "
+        "and equal the gold: as text, as a number with two decimals, or for the judge of `accuracy_reward`."
     ),
 )

@@ -3,8 +3,8 @@ MMStar.
 
 Paper: https://huggingface.co/papers/2403.20330. Schema: the card of `Lin-Chen/MMStar`, with `index` (int64),
 `question`, `image`, `answer` (a letter), `category`, `l2_category` and `meta_info` (struct). A question ends with its
-options, as `Options: A: ..., B: ..., C: ..., D: ...` or as lines `(A) ...`. Split `val`, 1,500 rows, 250 of each of
-the six categories, so that the published average of categories is the mean of rows.
+options, as `Options: A: ..., B: ..., C: ..., D: ...` or as lines `(A) ...`. The split `val` has 1,500 rows, 250 in
+each of the six categories. The published average over categories therefore equals the mean over rows.
 """
 
 import re
@@ -19,7 +19,7 @@ from .scoring import accuracy_by, choice_fields, lettered_options, score_choice
 
 LETTERS = "ABCD"
 
-# Of questions that come from MMMU; there is one image.
+# Questions from MMMU have placeholders. Every question has one image.
 _PLACEHOLDER = re.compile(r"<image \d>")
 
 
@@ -39,7 +39,7 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
 
 
 def _options(question: str) -> dict[str, str]:
-    """Questions from MathVista list four options as `(A) ...`, some of which are `nan`."""
+    """The options of a question. Questions from MathVista list four as `(A) ...`; an option `nan` does not exist."""
     _, mark, listed = question.rpartition("Options:")
     labels = (r"(?:^|,)\s*LETTER:", r"\bLETTER:") if mark else (r"\(LETTER\)",)
     return {letter: text for letter, text in lettered_options(listed, *labels).items() if is_given(text)}
@@ -54,6 +54,6 @@ MMSTAR = Benchmark(
     score=score_choice,
     aggregate=accuracy_by("category"),
     scoring_note=(
-        "VLMEvalKit has a language model match a response that its rules cannot read; here such a response is wrong."
+        "VLMEvalKit lets a language model match a response that its rules cannot read; here such a response is wrong."
     ),
 )

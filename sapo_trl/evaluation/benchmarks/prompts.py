@@ -1,4 +1,4 @@
-"""How questions are put: templates, lettered options, and messages with images in their places."""
+"""Prompts of the benchmarks: templates, lettered options, and messages with images in their places."""
 
 import re
 from collections.abc import Sequence
@@ -28,15 +28,15 @@ def ask(question: str, template: str, num_images: int = 0, in_place: bool = Fals
         question (`str`):
             The question, with its options.
         template (`str`):
-            Text with `{problem}`, which says how to answer.
+            Text with `{problem}` that asks for a form of the answer.
         num_images (`int`, *optional*, defaults to `0`):
-            Images that come with the question. They stand before it.
+            Number of images of the question. They stand before it.
         in_place (`bool`, *optional*, defaults to `False`):
-            Put them instead where the question has `<image>` or `<image 1>`, one for each of these.
+            Put an image at each `<image>` or `<image 1>` of the question instead.
 
     Returns:
-        `list`: One message. Its content is a plain string if there is no image: not every chat template of a text
-        model takes blocks. Raises `ValueError` if placeholders and images differ in number.
+        `list`: One message. Without images its content is a plain string, because some chat templates of text models
+        cannot take blocks. Raises `ValueError` if placeholders and images differ in number.
     """
     text = template.replace("{problem}", question.strip())
     pieces = _PLACEHOLDER.split(text) if in_place else [""] * num_images + [text]

@@ -1,4 +1,4 @@
-"""What is read off rows: their texts and images, and that their columns are there."""
+"""Reads the texts and images of a row, and checks its columns."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +13,16 @@ def read_row(
     row: Mapping[str, Any], benchmark: str, i: int, texts: tuple[str, ...], others: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """
-    A row with its texts as texts, whatever types a file gave them: `42` of a JSON or CSV file is a number.
+    A row with all its texts as strings. In a JSON or CSV file `42` would be a number.
 
     Args:
         row (`Mapping`): the row.
-        benchmark (`str`), i (`int`): what to call it in an error.
+        benchmark (`str`), i (`int`): the row's name in an error.
         texts (`tuple[str, ...]`): columns of text; a cell may be empty.
-        others (`tuple[str, ...]`, *optional*): further columns that must be there.
+        others (`tuple[str, ...]`, *optional*): further required columns.
 
     Returns:
-        `dict`: the row. Raises `ValueError` with the columns that it lacks, or the text that cannot be read.
+        `dict`: the row. Raises `ValueError` with the missing columns, or with the unreadable cell.
     """
     missing = [name for name in (*texts, *others) if name not in row]
     if missing:
@@ -35,30 +35,30 @@ def read_row(
 
 def to_image(value: Any, where: str) -> Image.Image:
     """
-    An image as training sees it: checked before it is decoded, upright, RGB.
+    An image, read as in training: checked before it is decoded, upright, RGB.
 
     Args:
         value (`Any`):
-            A PIL image, the bytes of a file, a mapping with them under `bytes` or with their `path` (as `datasets`
-            gives images that it has not decoded), or their base64 text (as tables in TSV have them).
+            A PIL image, the bytes of a file, an undecoded image of `datasets` (a mapping with `bytes` or `path`), or
+            base64 text, as in TSV tables.
         where (`str`):
-            What to name in an error.
+            The image's name in an error.
     """
     try:
         data = from_base64(value) if isinstance(value, str) else value
     except BadRow as error:
-        raise ValueError(f"{where} is neither an image file that is there nor base64: {value[:80]!r}.") from error
+        raise ValueError(f"{where} is neither an existing image file nor base64: {value[:80]!r}.") from error
     try:
         return rgb_image(data)
     except BadRow as error:
-        raise ValueError(f"{where} is no image that can be read: {error}") from error
+        raise ValueError(f"{where} is not a readable image: {error}") from error
 
 
 def to_images(value: Any, where: str) -> list[Image.Image]:
-    """The images of a cell that holds one, as in a CSV, or a list, each as [`to_image`] reads it."""
+    """The images of a cell, read by [`to_image`]. A cell holds one image, as in a CSV, or a list."""
     return [to_image(image, where) for image in as_list(value)]
 
 
 def is_given(value: Any) -> bool:
-    """Whether a cell of a table is filled: tables write a missing text as nothing, NaN or `nan`."""
+    """Whether a cell is filled. In tables a missing text is empty, NaN or `nan`."""
     return not is_missing(value) and str(value).strip().lower() != "nan"

@@ -1,10 +1,10 @@
 r"""
-ScienceQA: the test questions that come with an image, the configuration `ScienceQA-IMG`.
+ScienceQA: the test questions with an image, in the configuration `ScienceQA-IMG`.
 
 Paper: https://huggingface.co/papers/2209.09513. Schema: the card of `lmms-lab/ScienceQA`, with `image`, `question`,
 `choices` (list of strings), `answer` (int8, from 0), `hint`, `task`, `grade`, `subject`, `topic`, `category`, `skill`,
-`lecture`, `solution`; 2,017 test rows. The 2,224 questions without an image are left out, also if the rows read are
-those of `ScienceQA-FULL`: they measure the language model, and the numbers that multi-modal papers report are IMG's.
+`lecture`, `solution`; 2,017 test rows. The 2,224 questions without an image are left out, also from `ScienceQA-FULL`.
+They measure the language model, and multi-modal papers report the score of `ScienceQA-IMG`.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
     row = read_row(row, "scienceqa", i, ("question", "hint", "answer"), ("image", "choices", "subject"))
     if not isinstance(row["choices"], list) or not row["answer"].isdecimal():
         raise ValueError(
-            f"Row {i} of scienceqa must have a list as `choices` and the number of one of them as `answer`, got "
+            f"Row {i} of scienceqa must have a list as `choices` and the number of a choice as `answer`, got "
             f"{row['choices']!r} and {row['answer']!r}."
         )
     options, answer = row["choices"], int(row["answer"])
@@ -49,7 +49,7 @@ SCIENCEQA = Benchmark(
     aggregate=accuracy_by("subject"),
     keep=lambda row: "image" not in row or row["image"] is not None,  # `to_problem` names a missing column
     scoring_note=(
-        "lmms-eval takes a response that is a letter, or starts with `A.`, and nothing else; here responses may "
-        "reason first. The authors' average over text and image questions is not computed."
+        "lmms-eval accepts only a response that is a letter or starts with `A.`; here responses may reason first. The "
+        "authors' average over text and image questions is not computed."
     ),
 )

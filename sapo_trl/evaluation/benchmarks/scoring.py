@@ -1,4 +1,4 @@
-"""Scores that several benchmarks share."""
+"""Scorers that several benchmarks share."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,13 @@ from ..benchmark import Aggregate, Problem, Result, Score, mean_accuracy
 
 
 LABELS = "ABCDEFGH"
-"""Letters that questions give their options."""
+"""Letters of options in questions."""
 
 _FORMATTING = re.compile(r"\\(?:text|textbf|mathrm|mathbf)(?![a-zA-Z])|\\[,;:! ]|[{}()\[\]$*]")
 
 
 def choose(text: str, letters: str, options: Sequence[str] | None = None) -> str | None:
-    """The letter that a response chooses, by [`extract_choice`]; a letter in a box is a label, no option's text."""
+    """The chosen letter of a response, by [`extract_choice`]. A letter in a box is a label, not an option's text."""
     box = last_boxed(answer_part(text))
     label = None if box is None else read_labels(box)
     if label is not None and len(label) == 1 and label in LABELS and label not in letters:
@@ -26,13 +26,13 @@ def choose(text: str, letters: str, options: Sequence[str] | None = None) -> str
 
 
 def score_choice(problem: Problem, text: str) -> Score:
-    """Right if the chosen letter is the answer; `fields` has `letters`, and `options` where they are known."""
+    """Right if the chosen letter is the answer. The problem's `fields` have `letters`, and `options` if known."""
     letter = choose(text, problem.fields["letters"], problem.fields.get("options"))
     return Score(float(letter == problem.answer), letter)
 
 
 def score_choices(problem: Problem, text: str, letters: str | None = None) -> Score:
-    """As [`score_choice`], with exactly the right letters; several can only be chosen in a box."""
+    """Like [`score_choice`], for several right letters. Only a box can choose several letters."""
     box, letters = last_boxed(answer_part(text)), letters or problem.fields["letters"]
     labels = None if box is None else read_labels(box)
     if labels is None or not set(labels) <= {*letters, *problem.answer}:  # an option's text may be a digit
@@ -41,7 +41,7 @@ def score_choices(problem: Problem, text: str, letters: str | None = None) -> Sc
 
 
 def read_labels(text: str) -> str | None:
-    """The labels in a text that has nothing else, in order: `AC` for `C and A`; `None` if it has anything else."""
+    """The labels of a text, sorted: `AC` for `C and A`. `None` if the text has anything else than labels."""
     parts = re.split(r"(?i)\s*(?:[,;&]|\band\b)\s*|\s+", _FORMATTING.sub("", text).strip(" ."))
     if len(parts) == 1 and parts[0].isupper() and parts[0].isalpha():
         parts = list(parts[0])
@@ -53,17 +53,18 @@ def read_labels(text: str) -> str | None:
 
 def lettered_options(text: str, *labels: str) -> dict[str, str]:
     """
-    The options that are part of a text.
+    The options listed in a text.
 
     Args:
         text (`str`):
-            It.
+            The text.
         *labels (`str`):
-            Patterns of an option's label, `LETTER` in the place of its letter. Of each letter the first pattern that
-            is found counts, behind the letter before: so no letter inside an option is taken for a label.
+            Patterns of an option's label, with `LETTER` for its letter. For each letter the first pattern with a match
+            counts. The search begins after the previous letter's label, so that letters inside an option are not
+            taken for labels.
 
     Returns:
-        `dict[str, str]`: by letter, in order.
+        `dict[str, str]`: options by letter, in order.
     """
     found: list[tuple[str, int, int]] = []
     for letter in LABELS:
@@ -78,14 +79,14 @@ def lettered_options(text: str, *labels: str) -> dict[str, str]:
 
 def choice_fields(found: Mapping[str, str], answer: str) -> dict[str, Any]:
     """
-    What [`score_choices`] needs, of a question whose options are part of its text.
+    The fields that [`score_choices`] needs, for a question with its options in the text.
 
     Args:
         found (`Mapping[str, str]`):
-            Options as they were found in the text, by letter; labels without texts are those of the image. Without the
-            answer among them they were not found rightly: then any of A to H may be chosen.
+            The options found in the text, by letter. Labels without texts belong to options in the image. If the
+            answer is not among the options, they were not found correctly. Then any letter from A to H may be chosen.
         answer (`str`):
-            The right letter, or several.
+            The right letter or letters.
     """
     if answer and set(answer) <= set(found):
         return {"letters": "".join(found), "options": list(found.values()) if all(found.values()) else None}
@@ -100,13 +101,13 @@ def score_mathematics(problem: Problem, text: str) -> Score:
 
 
 def score_box(text: str, is_right: Callable[[str], bool]) -> Score:
-    """Right if the last box is; without a box there is no answer."""
+    """Right if the last box is right. Without a box there is no answer."""
     box = last_boxed(answer_part(text))
     return Score(float(box is not None and is_right(box)), box)
 
 
 def accuracy_by(field: str) -> Aggregate:
-    """The mean of all results, as `accuracy`, and of those with each value of a field, as `accuracy/value`."""
+    """The mean over all results (`accuracy`), and over the results with each value of a field (`accuracy/value`)."""
 
     def aggregate(groups: Sequence[Sequence[Result]]) -> dict[str, float]:
         by_value: dict[str, list[float]] = {}
@@ -119,5 +120,5 @@ def accuracy_by(field: str) -> Aggregate:
 
 
 def share_of_groups_all_right(groups: Sequence[Sequence[Result]]) -> float:
-    """How many of the groups have nothing but right answers, as a share."""
+    """The share of groups with only right answers."""
     return sum(all(result.correct == 1.0 for result in group) for group in groups) / len(groups)

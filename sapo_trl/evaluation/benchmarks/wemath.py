@@ -7,14 +7,14 @@ has no features), with the strings `ID`, `split`, `knowledge concept`, `question
 `2steps_1`, `2steps_2` or `2steps_multi`, and likewise `3steps_1` to `3steps_3` and `3steps_multi`; the rows of one
 `ID` are a problem (`multi`) and its one-step parts. Formulas: the authors' `evaluation/four_dimensional_metrics.py`.
 
-A problem of which the parts and the whole were asked shows
+The answers to a problem's parts and to its whole show one of four results:
 
-- insufficient knowledge (IK): a part wrong, the whole wrong,
-- inadequate generalization (IG): all parts right, the whole wrong,
-- complete mastery (CM): the whole right, and all parts (strict) or any (loose),
-- rote memorization (RM): the whole right, but a part wrong (strict) or all parts (loose).
+- insufficient knowledge (IK): the whole is wrong, and a part is wrong,
+- inadequate generalization (IG): the whole is wrong, although all parts are right,
+- complete mastery (CM): the whole is right, and all parts (strict) or any part (loose) are right,
+- rote memorization (RM): the whole is right, but a part (strict) or every part (loose) is wrong.
 
-The score is (CM + IG / 2) of all problems; IK, IG and CM are shares of all problems, RM of those that were solved.
+IK, IG and CM are shares of all problems, and RM is a share of all solved problems. The score is CM + IG / 2.
 """
 
 import re
@@ -28,7 +28,7 @@ from .scoring import choice_fields, lettered_options, score_choice
 
 
 _KEY = re.compile(r"([23])steps_([123]|multi)")
-# A label is followed by its text: `;C.;` is the end of a text about a point C. Some stand behind a space alone.
+# A text follows each label: `;C.;` is the end of a text about a point C. Some labels have only a space before them.
 _LABELS = (r"(?:^|[;；\n])\s*LETTER\s*[.:．：]\s*(?=[^\s;；])", r"\sLETTER\s*[.．]\s*(?=[^\s;；])")
 
 
@@ -36,7 +36,7 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
     row = read_row(row, "wemath", i, ("ID", "question", "option", "answer", "key"), ("image_path",))
     if not _KEY.fullmatch(row["key"]):
         raise ValueError(
-            f"`key` in row {i} of wemath must be such as `2steps_1` or `3steps_multi`, got {row['key']!r}."
+            f"`key` in row {i} of wemath must look like `2steps_1` or `3steps_multi`, got {row['key']!r}."
         )
     answer = row["answer"].strip()
     return Problem(
@@ -49,12 +49,12 @@ def to_problem(row: Mapping[str, Any], i: int) -> Problem:
 
 
 def group_of(problem: Problem) -> str:
-    """The problem and its parts. Two-step and three-step problems are numbered each on their own."""
+    """The key of a problem and its parts. Two-step and three-step problems are numbered separately."""
     return f"{problem.fields['key'].partition('_')[0]}/{problem.fields['ID']}"
 
 
 def aggregate(groups: Sequence[Sequence[Result]]) -> dict[str, float]:
-    """The scores and their parts; a row that was not answered counts as wrong."""
+    """The scores and their parts. A row without an answer counts as wrong."""
     counts = dict.fromkeys(("ik", "ig", "cm_strict", "cm_loose", "rm_strict", "rm_loose"), 0)
     for group in groups:
         right = {result.fields["key"] for result in group if result.correct == 1.0}
@@ -87,7 +87,7 @@ WEMATH = Benchmark(
     headline="strict",
     group_of=group_of,
     scoring_note=(
-        "The authors take the first character behind the last `Answer` of a response; here the letter is read off the "
-        "box, or by rules. The score is theirs; they divide by 525 problems even if fewer were asked."
+        "The authors take the first character after the last `Answer` of a response; here the letter is read from the "
+        "box, or by rules. The score is the authors' score, but they divide by 525 problems even if fewer were asked."
     ),
 )

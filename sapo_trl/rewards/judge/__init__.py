@@ -1,7 +1,7 @@
 """
-Whether an answer is the gold answer, decided on what kind of value each of both is and on numbers.
+Decides whether an answer equals the gold answer, from the kinds of both values and from their numbers.
 
-It is independent of math-verify, imports nothing of the rest of the package, and runs in a worker process.
+The judge is independent of math-verify, imports nothing from the rest of the package, and runs in a worker process.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from .reading import plain_text, read
 from .tokens import UnreadableError
 
 
-# 5 with an exclamation mark, or 120.
+# `5!` may be 5 with an exclamation mark, or 120.
 _EXCLAIMED = re.compile(r"[0-9]+ ?!")
 
 
 def judge(answer: str, gold: str) -> str:
-    """`"equal"`, `"different"`, or `"unparsed"` if one of the two has no reading, or more than one."""
+    """`"equal"`, `"different"`, or `"unparsed"` if the answer or the gold has no reading or several."""
     if _EXCLAIMED.fullmatch(answer) and answer != gold:
         return "unparsed"
     if (plain := plain_text(answer)) and plain == plain_text(gold):

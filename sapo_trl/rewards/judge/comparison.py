@@ -135,7 +135,7 @@ def _times(node: Node, factor: Fraction) -> Node:
 
 
 def _named_is(named: Named, value: Value) -> bool:
-    """`x = 5` is 5: whatever the name is."""
+    """Whether a named value equals a value: `x = 5` is 5, for any name."""
     if isinstance(value, Equation):
         return named.equation is not None and _equations(Equation(*named.equation), value)
     return isinstance(value, (Scalar, Items, RealSet, Matrix, Ratio, Literal, Phrase)) and equal(named.value, value)
@@ -145,7 +145,7 @@ def _both_named(a: Named, b: Named) -> bool:
     if {*a.names} & {*b.names} and equal(a.value, b.value):
         return True
     if a.equation is None or b.equation is None:
-        # Words are no unknowns: \text{Area} = 5 is A = 5.
+        # Words are not unknowns: \text{Area} = 5 is A = 5.
         return _in_words(a) != _in_words(b) and equal(a.value, b.value)
     return bool(symbols(a.equation[1]) | symbols(b.equation[1])) and _equations(
         Equation(*a.equation), Equation(*b.equation)

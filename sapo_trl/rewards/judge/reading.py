@@ -221,7 +221,7 @@ def _is_list(value: Value) -> bool:
 
 
 def _set_expression(tokens: list[Token], depth: int) -> Value | None:
-    r"""Real numbers: `\mathbb{R}`, unions, what is left without some."""
+    r"""Sets of real numbers: `\mathbb{R}`, unions, intersections and differences."""
     operations = ("\\cup", "\\cap", "\\setminus", "\\backslash")
     if len(tokens) == 1 and tokens[0].text == "\\mathbb{R}":
         return real_sets.everything()

@@ -78,7 +78,7 @@ def intersection(a: RealSet, b: RealSet) -> RealSet:
 
 
 def joined(values: Sequence[RealSet], either: bool) -> RealSet | Items:
-    """Several inequalities in one unknown, of which one or all hold."""
+    """The solutions of several inequalities in one unknown: at least one must hold (`either`), or all."""
     if len({value.variable for value in values}) > 1:
         return Items(tuple(values), "")
     total = values[0]
@@ -97,8 +97,8 @@ def same_set(a: RealSet, b: RealSet) -> bool:
 
 def solved(nodes: Sequence[Node], signs: Sequence[str]) -> RealSet | None:
     r"""
-    The numbers for which an inequality holds that is linear in its only unknown, or in an absolute value of it:
-    `x > 3`, `1 < 2x \le 2`, `|x - 1| < 3`, `x \ne 3`. `None` for any other.
+    The solutions of an inequality with one unknown. It must be linear in the unknown, or in an absolute value of it:
+    `x > 3`, `1 < 2x \le 2`, `|x - 1| < 3`, `x \ne 3`. `None` for any other inequality.
     """
     names = set().union(*(symbols(node) for node in nodes))
     if len(names) != 1 or len(nodes) > 3:
