@@ -165,7 +165,7 @@ class TestInTheTrainer:
 
     def test_files_that_are_none_of_ours(self, tmp_path):
         (tmp_path / "other.json").write_text(json.dumps({"steps": 3}))
-        with pytest.raises(ValueError, match="other.json: not a file of `GradientVariance`"):
+        with pytest.raises(ValueError, match="other.json: `parameters` is missing"):
             read_results({"a": tmp_path / "other.json"})
         with pytest.raises(ValueError, match="nothing.json: there is no such file"):
             read_results({"a": tmp_path / "nothing.json"})
