@@ -259,7 +259,7 @@ class TestWhereItGoes:
     def test_no_redirect_is_followed(self, serve, status):
         other = serve(answer())
         server = serve(answer(b"", status, f"Location: {other.url}/x"))
-        with pytest.raises(RequestRefusedError, match=f"{status[:3]}.* It points to '{other.url}/x'") as caught:
+        with pytest.raises(RequestRefusedError, match=f"{status[:3]}.* It redirects to '{other.url}/x'") as caught:
             client(server, key="secret").post("/x", {})
         assert caught.value.status == int(status[:3])
         assert other.requests == []
