@@ -98,8 +98,8 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks docs/check_english.py trainer_configs/embedded.yaml \
 	$(filter-out $(patsubst %,docs/%.md,api benchmarks configuration data metrics results rewards troubleshooting), \
 	$(wildcard docs/*.md)) \
-	$(patsubst %,sapo_trl/%.py,advantages config critic_adapter diagnostics losses metrics model_card names plots presets \
-	progress role_aware segments settings statistics token_rewards value_head) \
+	$(patsubst %,sapo_trl/%.py,advantages config critic/adapter critic/value_head diagnostics losses metrics names plots presets \
+	progress role_aware segments settings statistics token_rewards trainer/model_card) \
 	$(addprefix sapo_trl/,analysis embedded evaluation/page evaluation/settings.py planner recipes segmentation study/task viewer)
 
 lint: $(STAMP)  ## check style, formatting and language

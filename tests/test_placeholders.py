@@ -11,7 +11,7 @@ from trl import prepare_multimodal_messages
 from sapo_trl import SAPOTrainer
 from sapo_trl.rollouts import grow_tree
 from sapo_trl.rollouts.placeholders import cut_rollout, length_until_placeholder, placeholder_ids
-from sapo_trl.trainer.grpo_bridge import GRPOBridge
+from sapo_trl.trainer.trl.bridge import GRPOBridge
 
 from .testing_utils import Recorder, fixed_rollout, logged, never_logged, sapo_trainer, state_of
 

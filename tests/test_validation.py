@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from sapo_trl import SAPOTrainer, Segments, SegmentValueHead
 from sapo_trl.embedded import build_tokenizer, make_problems
 from sapo_trl.segmentation import TokenSegmenter
-from sapo_trl.validation import (
+from sapo_trl.trainer.checks import (
     check_finite_rewards,
     check_finite_weights,
     check_images,

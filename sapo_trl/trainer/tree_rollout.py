@@ -14,7 +14,7 @@ from ..metrics import MetricAccumulator
 from ..rollouts import ContinuationSampler, Edge, EdgeReplay, RolloutTree, TokenizedPrompts, grow_tree
 from ..rollouts.replay import StoredEdge
 from ..rollouts.tree import trainable_edges
-from .grpo_bridge import GivenRollout
+from .trl.bridge import GivenRollout
 
 
 class TreeRollouts:

@@ -37,23 +37,23 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
-from ..folder_lock import FolderInUseError, locked
-from ..generation.model_settings import left_to_the_model, own_settings_ignored, shaping_settings
-from ..rollouts import ContinuationSampler, TokenizedPrompts, has_images_by_row
-from ..rollouts.placeholders import (
+from ...critic.value_head import backbone_of
+from ...distributed import gradients_are_in_pieces, total_norm, weights_are_in_pieces
+from ...folder_lock import FolderInUseError, locked
+from ...generation.model_settings import left_to_the_model, own_settings_ignored, shaping_settings
+from ...resumed_settings import Settings, optimizer_settings, restore_settings
+from ...rollouts import ContinuationSampler, TokenizedPrompts, has_images_by_row
+from ...rollouts.placeholders import (
     cut_rollout,
     final_placeholders,
     hide_placeholders,
     length_until_placeholder,
     placeholder_ids,
 )
-from ..rollouts.portable import from_portable, to_portable
-from ..run_folder import TRAINER_STATE_NAME, checkpoint_name, newest_checkpoint
-from ..segments import accumulation_dtype
-from ..sharded_tensors import gradients_are_in_pieces, total_norm, weights_are_in_pieces
-from ..validation import check_finite_rewards, check_rollout, check_token_ids
-from ..value_head import backbone_of
-from .checkpoint_files import (
+from ...rollouts.portable import from_portable, to_portable
+from ...run_folder import TRAINER_STATE_NAME, checkpoint_name, newest_checkpoint
+from ...segments import accumulation_dtype
+from ..checkpoint_files import (
     PROCESS_STATE_NAME,
     STAGING_FOLDER,
     check_checkpoint,
@@ -64,8 +64,9 @@ from .checkpoint_files import (
     staging_folder,
     write_error,
 )
-from .image_features import ImageFeatures, ImageKey, image_keys
-from .padding import (
+from ..checks import check_finite_rewards, check_rollout, check_token_ids
+from ..image_features import ImageFeatures, ImageKey, image_keys
+from ..padding import (
     RightAligned,
     can_move_rows,
     common_cuts,
@@ -77,7 +78,6 @@ from .padding import (
     token_positions,
 )
 from .repeated_rows import RepeatedRows
-from .resumed_settings import Settings, optimizer_settings, restore_settings
 
 
 logger = logging.getLogger(__name__)

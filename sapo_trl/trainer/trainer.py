@@ -21,6 +21,10 @@ from ..callbacks import RolloutCallback, SegmentationCallback, SegmentedRollout
 from ..completions_table import segment_columns
 from ..config import SAPOConfig
 from ..config_checks import TRL_LOSS_TYPES
+from ..critic.deepspeed import DeepSpeedCritic
+from ..critic.training import CRITIC_FOLDER, CRITIC_OPTIMIZER_NAME, Critic
+from ..critic.value_head import SegmentValueHead
+from ..critic.warmup import WARMUP_STATE_NAME, CriticWarmup
 from ..losses import (
     LossOutput,
     aggregate,
@@ -30,7 +34,6 @@ from ..losses import (
     soft_adaptive_policy_loss,
 )
 from ..metrics import MetricAccumulator, explained_variance
-from ..model_card import complete_model_card
 from ..reward_calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler, monte_carlo_values
@@ -39,7 +42,7 @@ from ..sampler_correction import importance_correction, logp_difference
 from ..segmentation import Segmenter, accepted_inputs, is_uncertain
 from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
-from ..validation import (
+from .checks import (
     check_adapter_name,
     check_adapters,
     check_finite_weights,
@@ -54,15 +57,11 @@ from ..validation import (
     check_value_model,
     datasets_of,
 )
-from ..value_head import SegmentValueHead
-from .checkpoint_files import CRITIC_OPTIMIZER_NAME, WARMUP_STATE_NAME
-from .critic import CRITIC_FOLDER, Critic
-from .critic_warmup import CriticWarmup
-from .deepspeed_critic import DeepSpeedCritic
-from .grpo_bridge import Batch, GivenRollout, GRPOBridge, PolicyForward, RolloutRecord, TrainingIsOver
-from .parts import check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
+from .model_card import complete_model_card
+from .setup import check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
 from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
+from .trl.bridge import Batch, GivenRollout, GRPOBridge, PolicyForward, RolloutRecord, TrainingIsOver
 
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..config import SAPOConfig
+from ..critic.value_head import SegmentValueHead, backbone_of, hidden_size_of
 from ..role_aware import RoleAwareWeighting
 from ..segmentation import (
     CutpointSegmenter,
@@ -19,8 +20,7 @@ from ..segmentation import (
     StepSegmenter,
     TokenSegmenter,
 )
-from ..validation import check_same_tokenizer
-from ..value_head import SegmentValueHead, backbone_of, hidden_size_of
+from .checks import check_same_tokenizer
 
 
 def make_segmenter(args: SAPOConfig) -> Segmenter:

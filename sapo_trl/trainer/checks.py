@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
-from .segments import Segments
-from .value_head import SegmentValueHead, backbone_of, hidden_size_of
+from ..critic.value_head import SegmentValueHead, backbone_of, hidden_size_of
+from ..segments import Segments
 
 
 logger = logging.getLogger(__name__)
