@@ -24,8 +24,8 @@ from sapo_trl.advantages import length_adaptive_lam, masked_whiten, segment_gae
 from sapo_trl.losses import soft_adaptive_policy_loss
 from sapo_trl.presets import PRESETS, preset_settings
 from sapo_trl.rollouts import ContinuationSampler, StateValues, TokenizedPrompts
+from sapo_trl.rollouts.types import PolicyForward, RolloutRecord
 from sapo_trl.segmentation import CutpointSegmenter
-from sapo_trl.trainer.trl.bridge import PolicyForward, RolloutRecord
 
 from .testing_utils import sapo_trainer
 

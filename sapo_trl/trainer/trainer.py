@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ..advantages import leave_one_out_advantages, length_adaptive_lam, masked_whiten, segment_gae
-from ..callbacks import RolloutCallback, SegmentationCallback, SegmentedRollout
+from ..callbacks import RolloutCallback, SegmentationCallback
 from ..completions_table import segment_columns
 from ..config import SAPOConfig
 from ..config_checks import TRL_LOSS_TYPES
@@ -38,6 +38,7 @@ from ..reward_calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler, monte_carlo_values
 from ..rollouts.portable import from_portable, to_portable
+from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutRecord, SegmentedRollout
 from ..sampler_correction import importance_correction, logp_difference
 from ..segmentation import Segmenter, accepted_inputs, is_uncertain
 from ..segments import Segments
@@ -61,7 +62,7 @@ from .model_card import complete_model_card
 from .setup import check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
 from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
-from .trl.bridge import Batch, GivenRollout, GRPOBridge, PolicyForward, RolloutRecord, TrainingIsOver
+from .trl.bridge import GRPOBridge, TrainingIsOver
 
 
 logger = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ class SAPOTrainer(GRPOBridge):
             self._trees = TreeRollouts(args, seed=args.seed + self.accelerator.process_index)
 
         self._accumulator = MetricAccumulator()
-        self._micro_batch: Batch | None = None
+        self._micro_batch: RolloutBatch | None = None
         self._micro_batch_values: torch.Tensor | None = None
         self._step_totals: dict[str, torch.Tensor] | None = None
         self._step_losses: list[torch.Tensor] = []
@@ -264,7 +265,7 @@ class SAPOTrainer(GRPOBridge):
         @torch.no_grad()
         def score(rows: list[int], completions: list[list[int]]) -> list[torch.Tensor]:
             logps = []
-            # Batch by batch, because each row brings its images along.
+            # RolloutBatch by batch, because each row brings its images along.
             for start in range(0, len(rows), self._rows_per_forward):
                 chunk = slice(start, start + self._rows_per_forward)
                 pad, device = self.tokenizer.pad_token_id, self.accelerator.device
@@ -277,7 +278,7 @@ class SAPOTrainer(GRPOBridge):
         return self._trees.plan(examples, prompts, sampler, score, len(inputs), self._accumulator)
 
     @torch.no_grad()
-    def score_rollout(self, batch: Batch, record: RolloutRecord) -> Batch:
+    def score_rollout(self, batch: RolloutBatch, record: RolloutRecord) -> RolloutBatch:
         seconds = record.stage_seconds()
         rewards = self.local_slice(record.rewards, batch["completion_ids"].size(0))
         # Tool outputs, padding, masked truncations, and responses that no reward function could score.
@@ -358,7 +359,7 @@ class SAPOTrainer(GRPOBridge):
             return None
         return self.continuation_sampler(record.prompts, record.inputs, record.given)
 
-    def _compare_with_sampler(self, forward: PolicyForward, batch: Batch, mask: torch.Tensor) -> None:
+    def _compare_with_sampler(self, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor) -> None:
         """Measure how far the engine that sampled differs from the policy; correct for it where TRL does not."""
         args, sampling_logps = self.args, batch.get("sampling_per_token_logps")
         if sampling_logps is None:
@@ -390,7 +391,7 @@ class SAPOTrainer(GRPOBridge):
         old_logps = torch.nn.functional.pad(old_logps, (0, mask.size(1) - old_logps.size(1)))
         return mask, replace(forward, logps=torch.where(mask, old_logps, forward.logps))
 
-    def segment(self, forward: PolicyForward, batch: Batch, mask: torch.Tensor) -> Segments:
+    def segment(self, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor) -> Segments:
         """
         Partition a rollout, once. Everything downstream reads the result.
 
@@ -426,7 +427,7 @@ class SAPOTrainer(GRPOBridge):
     def estimate_values(
         self,
         forward: PolicyForward,
-        batch: Batch,
+        batch: RolloutBatch,
         segments: Segments,
         policy_mask: torch.Tensor,
         record: RolloutRecord,
@@ -456,7 +457,7 @@ class SAPOTrainer(GRPOBridge):
         return torch.zeros_like(forward.logps)
 
     def _monte_carlo_values(
-        self, batch: Batch, segments: Segments, policy_mask: torch.Tensor, record: RolloutRecord
+        self, batch: RolloutBatch, segments: Segments, policy_mask: torch.Tensor, record: RolloutRecord
     ) -> torch.Tensor:
         args = self.args
         values, sampled = monte_carlo_values(
@@ -481,7 +482,7 @@ class SAPOTrainer(GRPOBridge):
         return values
 
     def _token_rewards(
-        self, rewards: torch.Tensor, forward: PolicyForward, batch: Batch, mask: torch.Tensor
+        self, rewards: torch.Tensor, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor
     ) -> torch.Tensor:
         """float32 `(B, T)`: the outcome on each response's last token, and the KL penalty if it goes there."""
         token_rewards = outcome_token_rewards(rewards, mask)
@@ -494,7 +495,7 @@ class SAPOTrainer(GRPOBridge):
         return token_rewards - self.args.beta * kl if self.args.kl_placement == "reward" else token_rewards
 
     def estimate_advantages(
-        self, token_rewards: torch.Tensor, values: torch.Tensor, segments: Segments, batch: Batch
+        self, token_rewards: torch.Tensor, values: torch.Tensor, segments: Segments, batch: RolloutBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Advantages, not normalized yet, and the critic's targets.
@@ -538,7 +539,7 @@ class SAPOTrainer(GRPOBridge):
             advantages = advantages.clamp(-self.args.advantage_clamp, self.args.advantage_clamp)
         return advantages
 
-    def _token_weights(self, forward: PolicyForward, batch: Batch, mask: torch.Tensor) -> torch.Tensor:
+    def _token_weights(self, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor) -> torch.Tensor:
         # Other patches are hidden in every rollout.
         weighting = replace(self.token_weighting, seed=self.token_weighting.seed + self.state.global_step)
         weights, metrics = weighting(
@@ -608,7 +609,7 @@ class SAPOTrainer(GRPOBridge):
         # TRL's losses are means over a micro-batch, which weigh each micro-batch alike.
         return self.args.loss_type not in TRL_LOSS_TYPES
 
-    def policy_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def policy_loss(self, model: nn.Module, batch: RolloutBatch) -> torch.Tensor:
         args = self.args
         training = self.mode == "train"
         self._micro_batch, self._micro_batch_values = batch, None
@@ -628,7 +629,7 @@ class SAPOTrainer(GRPOBridge):
             return loss
         return self._step_guard.for_backward(loss)
 
-    def _segment_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def _segment_loss(self, model: nn.Module, batch: RolloutBatch) -> torch.Tensor:
         """This package's losses of one micro-batch: policy, KL, entropy, likelihood of correct responses, experts."""
         args = self.args
         segments, mask, old_logps = _segments_of(batch), batch["policy_mask"], batch["old_per_token_logps"]
@@ -683,7 +684,7 @@ class SAPOTrainer(GRPOBridge):
         return loss
 
     def _policy_term(
-        self, logps: torch.Tensor, batch: Batch, mask: torch.Tensor, ratio_segments: Segments | None
+        self, logps: torch.Tensor, batch: RolloutBatch, mask: torch.Tensor, ratio_segments: Segments | None
     ) -> LossOutput:
         args = self.args
         common = {
@@ -707,7 +708,7 @@ class SAPOTrainer(GRPOBridge):
             **common,
         )
 
-    def critic_loss(self, batch: Batch, values: torch.Tensor | None) -> torch.Tensor:
+    def critic_loss(self, batch: RolloutBatch, values: torch.Tensor | None) -> torch.Tensor:
         """
         Loss of the critic on one micro-batch, scaled for gradient accumulation.
 
@@ -770,7 +771,7 @@ class SAPOTrainer(GRPOBridge):
             self._finish_optimizer_step(batch)
         return loss
 
-    def _finish_optimizer_step(self, batch: Batch) -> None:
+    def _finish_optimizer_step(self, batch: RolloutBatch) -> None:
         numbers = [*self._step_losses, self.policy_gradient_norm()]
         if self.critic is not None:
             numbers.append(self.critic.clip_gradient())
@@ -804,7 +805,7 @@ class SAPOTrainer(GRPOBridge):
         self._step_losses = []
         self._update_seconds = 0.0
 
-    def _trained_tokens(self, batch: Batch) -> torch.Tensor:
+    def _trained_tokens(self, batch: RolloutBatch) -> torch.Tensor:
         """0-dimensional, number of the tokens of a micro-batch that the policy learns from."""
         args = self.args
         regularized = args.beta != 0.0 or args.entropy_coef != 0.0 or args.use_adaptive_entropy
@@ -816,7 +817,7 @@ class SAPOTrainer(GRPOBridge):
     def _micro_batches_per_step(self) -> int:
         return self.current_gradient_accumulation_steps if self.mode == "train" else 1
 
-    def _normalizer(self, aggregation: str, batch: Batch, unit: str) -> torch.Tensor | float:
+    def _normalizer(self, aggregation: str, batch: RolloutBatch, unit: str) -> torch.Tensor | float:
         """
         What a micro-batch's summed losses are divided by.
 
@@ -834,13 +835,13 @@ class SAPOTrainer(GRPOBridge):
         rows = sum(part["segment_ids"].size(0) for part in batches)
         return rows * self.max_completion_length if aggregation == "seq-mean-token-sum-norm" else rows
 
-    def _share_of_tokens(self, batch: Batch) -> torch.Tensor:
+    def _share_of_tokens(self, batch: RolloutBatch) -> torch.Tensor:
         """0-dimensional: of the tokens that the policy reads in an optimizer step, prompts included."""
         batches = self.optimizer_step_batches(batch) if self.mode == "train" else [batch]
         everything = sum(part["prompt_mask"].sum() + part["completion_mask"].sum() for part in batches)
         return (batch["prompt_mask"].sum() + batch["completion_mask"].sum()) / everything
 
-    def _totals(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _totals(self, batch: RolloutBatch) -> dict[str, torch.Tensor]:
         threshold = self.args.positive_lm_threshold
         if self.mode != "train":
             return {name: count.clamp(min=1) for name, count in _count([batch], threshold).items()}
@@ -968,13 +969,13 @@ _SEGMENT_RATIO_METRICS = {
 _VALUE_METRICS = {"value_clip_fraction": "value/clip_ratio"}
 
 
-def _segments_of(batch: Batch) -> Segments:
+def _segments_of(batch: RolloutBatch) -> Segments:
     """The partition that a batch carries."""
     counts = batch.get("segment_counts")  # not of the rest of a rollout in an older checkpoint
     return Segments(batch["segment_ids"], max_count=max(counts) if counts else None)
 
 
-def _loss_mask(batch: Batch) -> torch.Tensor:
+def _loss_mask(batch: RolloutBatch) -> torch.Tensor:
     """bool `(B, T)`: tokens that the policy produced and that count."""
     mask = batch["completion_mask"].bool()
     return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
@@ -986,7 +987,7 @@ def _images_of(inputs: list[dict[str, Any]]) -> list[list[Any]] | None:
     return images if any(images) else None
 
 
-def _count(batches: list[Batch], positive_lm_threshold: float) -> dict[str, torch.Tensor]:
+def _count(batches: list[RolloutBatch], positive_lm_threshold: float) -> dict[str, torch.Tensor]:
     """What the losses of some micro-batches are normalized by."""
     tokens = torch.stack([batch["policy_mask"].sum() for batch in batches]).sum()
     # No indexing by a mask, for which the device would have to be waited for.

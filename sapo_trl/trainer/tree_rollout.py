@@ -14,7 +14,7 @@ from ..metrics import MetricAccumulator
 from ..rollouts import ContinuationSampler, Edge, EdgeReplay, RolloutTree, TokenizedPrompts, grow_tree
 from ..rollouts.replay import StoredEdge
 from ..rollouts.tree import trainable_edges
-from .trl.bridge import GivenRollout
+from ..rollouts.types import GivenRollout
 
 
 class TreeRollouts:

@@ -17,7 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +51,7 @@ from ...rollouts.placeholders import (
     placeholder_ids,
 )
 from ...rollouts.portable import from_portable, to_portable
+from ...rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutRecord
 from ...run_folder import TRAINER_STATE_NAME, checkpoint_name, newest_checkpoint
 from ...segments import accumulation_dtype
 from ..checkpoint_files import (
@@ -93,80 +94,6 @@ TRL_EXPANDS_PLACEHOLDERS_TWICE = '{"prompt_token_ids": ids}' in _GENERATE and "c
 _FORWARD_KEYS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
 # Of these, the ones that say how to compute; the others have a row for each response, or its images.
 _FORWARD_OPTIONS = ("logits_to_keep", "compute_entropy", "compute_aux_loss")
-
-Batch = dict[str, Any]
-
-
-@dataclass
-class PolicyForward:
-    """
-    What one forward of the policy over a rollout yields.
-
-    Args:
-        logps (`torch.Tensor`):
-            float32 (float64 of a model in float64) `(B, T)`, log-probabilities of the completion tokens at the
-            sampling temperature.
-        entropies (`torch.Tensor`): the same, entropies of these distributions.
-        values (`torch.Tensor`, *optional*): the same, with a shared critic.
-        aux_loss (`torch.Tensor`, *optional*): 0-dimensional, the load-balancing loss of a mixture of experts.
-    """
-
-    logps: torch.Tensor
-    entropies: torch.Tensor
-    values: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-
-
-@dataclass
-class GivenRollout:
-    """
-    Responses that TRL is to score and train on in the place of sampling some.
-
-    Args:
-        inputs (`list[dict]`): rows of the data set that the responses belong to, as many as TRL asked for.
-        completion_ids (`list[list[int]]`): token ids of each response.
-        rewards_per_func (`torch.Tensor`): float32 `(B, F)`, this process's rewards by reward function, for the log.
-        outcomes (`torch.Tensor`): float32 `(B,)`, the rewards that count.
-        tensors (`dict[str, torch.Tensor]`, *optional*): what the subclass wants to find in [`RolloutRecord.given`].
-    """
-
-    inputs: list[dict[str, Any]]
-    completion_ids: list[list[int]]
-    rewards_per_func: torch.Tensor
-    outcomes: torch.Tensor
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class RolloutRecord:
-    """What TRL computes during a rollout and does not return, and when it did so (seconds)."""
-
-    started: float = field(default_factory=time.perf_counter)
-    generated: float | None = None
-    reward_started: float | None = None
-    reward_seconds: float = 0.0
-    rewards: torch.Tensor | None = None
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-    prompts: TokenizedPrompts | None = None
-    given: GivenRollout | None = None
-    forwards: list[tuple[torch.Tensor, PolicyForward]] = field(default_factory=list)
-
-    def forward_behind(self, logps: torch.Tensor | None) -> PolicyForward | None:
-        """The recorded forward that produced these very log-probabilities (the same tensor), if any did."""
-        return next((forward for produced, forward in self.forwards if produced is logps), None)
-
-    def mark_generated(self) -> None:
-        """The first thing TRL does with completions ends their generation."""
-        if self.generated is None:
-            self.generated = time.perf_counter()
-
-    def stage_seconds(self) -> dict[str, float]:
-        """Seconds of TRL's part of the rollout, by stage."""
-        return {
-            "generate": self.generated - self.started,
-            "score": self.reward_started - self.generated,
-            "reward": self.reward_seconds,
-        }
 
 
 class GRPOBridge(GRPOTrainer):
@@ -221,7 +148,7 @@ class GRPOBridge(GRPOTrainer):
 
     # ------------------------------------------------------------------ hooks
 
-    def score_rollout(self, batch: Batch, record: RolloutRecord) -> Batch:
+    def score_rollout(self, batch: RolloutBatch, record: RolloutRecord) -> RolloutBatch:
         """
         Turn a generated rollout into a training batch.
 
@@ -246,7 +173,7 @@ class GRPOBridge(GRPOTrainer):
         """
         return None
 
-    def policy_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def policy_loss(self, model: nn.Module, batch: RolloutBatch) -> torch.Tensor:
         """
         Loss of one micro-batch, scaled for gradient accumulation.
 
@@ -320,7 +247,7 @@ class GRPOBridge(GRPOTrainer):
         return "train" if self.model.training else "eval"
 
     def policy_forward(
-        self, model: nn.Module, batch: Batch, batch_size: int | None = None, frozen: bool = False
+        self, model: nn.Module, batch: RolloutBatch, batch_size: int | None = None, frozen: bool = False
     ) -> PolicyForward:
         """
         Run the policy over a batch's completions.
@@ -345,7 +272,7 @@ class GRPOBridge(GRPOTrainer):
             )
         return _policy_forward(logps, entropies, values, aux_loss)
 
-    def critic_forward(self, critic: nn.Module, batch: Batch, batch_size: int | None = None) -> torch.Tensor:
+    def critic_forward(self, critic: nn.Module, batch: RolloutBatch, batch_size: int | None = None) -> torch.Tensor:
         """
         Values of the states before each completion token.
 
@@ -377,7 +304,7 @@ class GRPOBridge(GRPOTrainer):
         )
         return values
 
-    def trl_loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def trl_loss(self, model: nn.Module, batch: RolloutBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         TRL's own loss (`loss_type`) of a micro-batch, and a shared critic's values from its forward.
 
@@ -437,7 +364,7 @@ class GRPOBridge(GRPOTrainer):
         prompts = _prompts_of(inputs)
         return TokenizedPrompts(*self._tokenize_prompts(prompts), self.placeholder_ids)
 
-    def cut_at_placeholder(self, batch: Batch) -> torch.Tensor:
+    def cut_at_placeholder(self, batch: RolloutBatch) -> torch.Tensor:
         """bool `(B,)`: responses that were cut because the policy wrote an image placeholder."""
         ids = batch["completion_ids"]
         return final_placeholders(ids, self.placeholder_ids, self._tokenizer.pad_token_id).any(dim=1)
@@ -460,7 +387,7 @@ class GRPOBridge(GRPOTrainer):
         start = self.accelerator.process_index * local_rows
         return gathered[start : start + local_rows]
 
-    def optimizer_step_batches(self, batch: Batch) -> list[Batch]:
+    def optimizer_step_batches(self, batch: RolloutBatch) -> list[RolloutBatch]:
         """All micro-batches of the optimizer step that a micro-batch belongs to, this process's share of them."""
         window = self.args.gradient_accumulation_steps
         index = next(index for index, buffered in enumerate(self._buffered_inputs) if buffered is batch)
@@ -558,7 +485,7 @@ class GRPOBridge(GRPOTrainer):
 
     # ------------------------------------------------------- overrides of TRL
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> RolloutBatch:
         inputs = _with_image_lists(inputs)
         started = time.perf_counter()
         if self._image_features is not None:
@@ -641,7 +568,7 @@ class GRPOBridge(GRPOTrainer):
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
-    def _compute_loss(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
+    def _compute_loss(self, model: nn.Module, inputs: RolloutBatch) -> torch.Tensor:
         return self.policy_loss(model, inputs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -974,7 +901,7 @@ class GRPOBridge(GRPOTrainer):
             return
         _say(warnings)
 
-    def _by_length(self, batches: list[Batch]) -> list[Batch]:
+    def _by_length(self, batches: list[RolloutBatch]) -> list[RolloutBatch]:
         """Micro-batches of a rollout, their rows exchanged within each optimizer step so that like lengths meet."""
         regrouped, window = [], self.args.gradient_accumulation_steps
         lengths = torch.stack([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])
@@ -1064,7 +991,7 @@ class GRPOBridge(GRPOTrainer):
             None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
         )
 
-    def _image_keys(self, backbone: PreTrainedModel, batch: Batch) -> list[list[ImageKey]] | None:
+    def _image_keys(self, backbone: PreTrainedModel, batch: RolloutBatch) -> list[list[ImageKey]] | None:
         """What tells the images of each row apart, if a model's features of them are kept."""
         inputs = [batch.get(name) for name in ("pixel_values", "image_grid_thw", "num_images")]
         kept = self._image_features is not None and self._image_features.are_kept_of(backbone)
@@ -1353,7 +1280,7 @@ def _named(settings: dict[str, Any]) -> str:
     return ", ".join(f"`{name}={value!r}`" for name, value in settings.items())
 
 
-def _one_entry_a_row(batch: Batch) -> list[int]:
+def _one_entry_a_row(batch: RolloutBatch) -> list[int]:
     """
     Entries of `pixel_values` that belong to each row, of images that are padded to one row of the batch.
 
@@ -1368,7 +1295,7 @@ def _has_tokens(ids: torch.Tensor, tokens: Collection[int]) -> bool:
     return any(bool((ids == token).any()) for token in tokens)
 
 
-def _forward_inputs(batch: Batch) -> dict[str, Any]:
+def _forward_inputs(batch: RolloutBatch) -> dict[str, Any]:
     inputs = {key: batch[key] for key in _FORWARD_KEYS if key in batch}
     inputs["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     inputs["attention_mask"] = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
