@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -85,3 +87,25 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
         kind = [parameter for parameter in parameters if isinstance(parameter, DTensor) == in_pieces]
         torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
     return norm
+
+
+@contextlib.contextmanager
+def whole_lm_head(model: Callable) -> Iterator[None]:
+    """
+    Under FSDP2: put the LM head together before a forward, as FSDP2 does with modules that are called.
+
+    TRL's fused head is not called, its weight is read. TRL gathers the weight in a way whose gradient is not added up
+    over the processes: each would train its rows of the weight on its own responses alone.
+    """
+    head = model.get_output_embeddings() if isinstance(model, FSDPModule) else None
+    if not isinstance(head, FSDPModule):  # a reference, which is one piece; no FSDP2; a critic
+        yield
+        return
+    head.unshard()
+    try:
+        yield
+    except BaseException:
+        head.reshard()
+        raise
+    if not torch.is_grad_enabled():
+        head.reshard()  # else the backward needs it, and puts it away

@@ -235,3 +235,22 @@ class RightAligned:
             return outputs.new_zeros(self.target.shape)
         is_there = (self.target >= 0) & (self.target < outputs.size(1))
         return torch.where(is_there, outputs.gather(1, self.target.clamp(0, outputs.size(1) - 1)), 0)
+
+    def move_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A model's inputs, the `(B, W)` tensors among them moved."""
+        shape = inputs["input_ids"].shape
+        return {
+            name: self.move(value) if torch.is_tensor(value) and value.shape == shape else value
+            for name, value in inputs.items()
+        }
+
+    def restore_outputs(self, outputs: Any) -> Any:
+        """
+        TRL's fused outputs of moved inputs, at the places of the tokens before.
+
+        Position p predicts token p + 1: the last one predicts nothing.
+        """
+        outputs.log_probs = self.restore(outputs.log_probs)[:, :-1]
+        if getattr(outputs, "entropy", None) is not None:
+            outputs.entropy = self.restore(outputs.entropy)[:, :-1]
+        return outputs

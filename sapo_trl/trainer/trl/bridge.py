@@ -16,17 +16,15 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -37,23 +35,21 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
-from ...critic.value_head import backbone_of
 from ...distributed import gradients_are_in_pieces, total_norm, weights_are_in_pieces
 from ...folder_lock import FolderInUseError, locked
 from ...generation.model_settings import left_to_the_model, own_settings_ignored, shaping_settings
 from ...resumed_settings import Settings, optimizer_settings, restore_settings
-from ...rollouts import ContinuationSampler, TokenizedPrompts, has_images_by_row
+from ...rollouts import ContinuationSampler, TokenizedPrompts
 from ...rollouts.placeholders import (
     cut_rollout,
     final_placeholders,
-    hide_placeholders,
     length_until_placeholder,
     placeholder_ids,
 )
 from ...rollouts.portable import from_portable, to_portable
+from ...rollouts.prompts import has_images_by_row, one_entry_a_row
 from ...rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutRecord
 from ...run_folder import TRAINER_STATE_NAME, checkpoint_name, newest_checkpoint
-from ...segments import accumulation_dtype
 from ..checkpoint_files import (
     PROCESS_STATE_NAME,
     STAGING_FOLDER,
@@ -66,9 +62,8 @@ from ..checkpoint_files import (
     write_error,
 )
 from ..checks import check_finite_rewards, check_rollout, check_token_ids
-from ..image_features import ImageFeatures, ImageKey, image_keys
+from ..image_features import ImageFeatures
 from ..padding import (
-    RightAligned,
     can_move_rows,
     common_cuts,
     cut_rows,
@@ -76,8 +71,8 @@ from ..padding import (
     group_rows,
     merge_rows,
     take_rows,
-    token_positions,
 )
+from .forward import FORWARD_KEYS, CompletionForward
 from .repeated_rows import RepeatedRows
 
 
@@ -88,12 +83,6 @@ _GENERATE = inspect.getsource(VLLMGeneration.generate)
 # sends features to put in their place, needs no help; what a new version does wrong, the comparison of
 # log-probabilities in the first rollout tells.
 TRL_EXPANDS_PLACEHOLDERS_TWICE = '{"prompt_token_ids": ids}' in _GENERATE and "collapse" not in _GENERATE.lower()
-
-# What TRL's forward takes besides the model: the multimodal tensors among these are forwarded by name, so that a key
-# that a new TRL version adds passes through.
-_FORWARD_KEYS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-# Of these, the ones that say how to compute; the others have a row for each response, or its images.
-_FORWARD_OPTIONS = ("logits_to_keep", "compute_entropy", "compute_aux_loss")
 
 
 class GRPOBridge(GRPOTrainer):
@@ -106,11 +95,10 @@ class GRPOBridge(GRPOTrainer):
 
     def __init__(self, model: str | PreTrainedModel, reward_funcs=None, args=None, **kwargs):
         self._record: RolloutRecord | None = None
+        self._forwards: list[tuple[torch.Tensor, PolicyForward]] | None = None
         self._staging: Path | None = None
         self._optimizer_settings: Settings = []
         self._train_sampler: Sampler | None = None
-        self._tapped: list[torch.Tensor] | None = None
-        self._aligned: RightAligned | None = None
         reference = _copy_for_reference(model, args, kwargs.get("peft_config"))
         if reference is None:
             super().__init__(model, reward_funcs, args, **kwargs)
@@ -129,13 +117,22 @@ class GRPOBridge(GRPOTrainer):
         if args.mask_truncated_completions and self.tools and self.placeholder_ids:
             # A masked response counts as padding, and would leave behind the images that a tool has put into it.
             self.can_move_rows = False
-        self._backbone = backbone_of(self.accelerator.unwrap_model(self.model))
-        self._takes_positions = "position_ids" in inspect.signature(self._backbone.forward).parameters
-        self._positions_follow_images = "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
-        self._image_features: ImageFeatures | None = None
+        image_features = None
         if args.reuse_image_features and not weights_are_in_pieces(self.accelerator):
-            self._image_features = ImageFeatures()
-            self.add_callback(self._image_features)
+            image_features = ImageFeatures()
+            self.add_callback(image_features)
+        self.completion_forward = CompletionForward(
+            super()._get_per_token_logps_and_entropies,
+            self.accelerator,
+            args,
+            self.model,
+            moves_rows=self.can_move_rows,
+            pad_token_id=self._tokenizer.pad_token_id,
+            placeholder_ids=self.placeholder_ids,
+            has_aux_loss=self.aux_loss_enabled,
+            shared_values=self.shared_values if args.critic == "shared" else None,
+            image_features=image_features,
+        )
         if self.rollout_func is not None:
             self.rollout_func = self._checked_and_cut(self.rollout_func)
         if not self.use_vllm and self.rollout_func is None and self.accelerator.is_main_process:
@@ -262,22 +259,11 @@ class GRPOBridge(GRPOTrainer):
         Returns:
             [`PolicyForward`]
         """
-        with self._value_tap() as values, torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            logps, entropies, aux_loss = self._run_over_tokens(
-                model,
-                **_forward_inputs(batch),
-                batch_size=batch_size,
-                compute_entropy=True,
-                compute_aux_loss=self.aux_loss_enabled and torch.is_grad_enabled(),
-            )
-        return _policy_forward(logps, entropies, values, aux_loss)
+        return self.completion_forward.policy(model, batch, batch_size, frozen)
 
     def critic_forward(self, critic: nn.Module, batch: RolloutBatch, batch_size: int | None = None) -> torch.Tensor:
         """
         Values of the states before each completion token.
-
-        The critic goes through the same door as the policy, in the place of its LM head: what it is fed (slices of
-        images included) and how its output is aligned with the completion cannot differ from the log-probabilities'.
 
         Args:
             critic (`torch.nn.Module`): a [`SegmentValueHead`] with a backbone, wrapped or not.
@@ -287,22 +273,9 @@ class GRPOBridge(GRPOTrainer):
         Returns:
             `torch.Tensor`: float32 `(B, T)`.
         """
-
         # In the policy's mode: a checkpoint loads in evaluation mode, in which gradient checkpointing is off.
         critic.train(self.model.training)
-
-        def value_model(*, labels: torch.Tensor, fused_lm_head: bool, **model_inputs) -> SimpleNamespace:
-            # Position p predicts token p + 1, and its value is that of the state before token p + 1.
-            return SimpleNamespace(log_probs=critic(**model_inputs)[:, :-1])
-
-        value_head = self.accelerator.unwrap_model(critic)
-        values, _, _ = self._run_over_tokens(
-            value_model,
-            **_forward_inputs(batch),
-            batch_size=batch_size,
-            backbone=value_head.backbone if value_head.adapter is None else value_head.adapter.backbone,
-        )
-        return values
+        return self.completion_forward.critic(critic, batch, batch_size)
 
     def trl_loss(self, model: nn.Module, batch: RolloutBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -315,10 +288,9 @@ class GRPOBridge(GRPOTrainer):
         Returns:
             `tuple`: the loss, 0-dimensional and scaled for gradient accumulation, and float32 `(B, T)` or `None`.
         """
-        with self._value_tap() as values:
+        with self._recorded([]) as forwards:
             loss = super()._compute_loss(model, batch)
-        length = batch["completion_ids"].size(1)
-        return loss, torch.cat([chunk[:, -length:] for chunk in values]) if values else None
+        return loss, forwards[-1][1].values if forwards else None
 
     def continuation_sampler(
         self, prompts: TokenizedPrompts, inputs: list[dict[str, Any]], given: GivenRollout | None = None
@@ -488,18 +460,19 @@ class GRPOBridge(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> RolloutBatch:
         inputs = _with_image_lists(inputs)
         started = time.perf_counter()
-        if self._image_features is not None:
-            self._image_features.clear()
+        self.completion_forward.forget_images()
         given = self.plan_rollout(inputs)
         inputs = inputs if given is None else given.inputs
         self._record = RolloutRecord(started=started, inputs=inputs, given=given)
         try:
-            batch = super()._generate_and_score_completions(inputs)
+            with self._recorded(self._record.forwards):
+                batch = super()._generate_and_score_completions(inputs)
         finally:
             record, self._record = self._record, None
         if has_images_by_row(batch):
-            batch["num_images"] = _one_entry_a_row(batch)
-        if (keys := self._image_keys(self._backbone, batch)) is not None:
+            batch["num_images"] = one_entry_a_row(batch)
+        backbone = self.completion_forward.backbone_of(self.model)
+        if (keys := self.completion_forward.image_keys(batch, backbone)) is not None:
             # Once: micro-batches find them beside their rows.
             batch["image_keys"] = keys
         return self.score_rollout(batch, record)
@@ -536,20 +509,21 @@ class GRPOBridge(GRPOTrainer):
         self._record.reward_seconds = time.perf_counter() - self._record.reward_started
         return rewards_per_func
 
-    def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy: bool = False, **kwargs):
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         if self._record is not None:
             self._record.mark_generated()
-        if self._record is None or model is not self.model:
-            outputs = self._run_over_tokens(model, *args, compute_entropy=compute_entropy, **kwargs)
-            if self._image_features is not None and model is self.ref_model:
-                self._image_features.forget(backbone_of(self.accelerator.unwrap_model(model)))
-            return outputs
-        # TRL scores a rollout with the policy when it needs old log-probabilities. The fused head computes the
-        # entropies in the same pass anyway: keep them, and the values, instead of running the policy again.
-        with self._value_tap() as values:
-            logps, entropies, aux_loss = self._run_over_tokens(model, *args, compute_entropy=True, **kwargs)
-        self._record.forwards.append((logps, _policy_forward(logps, entropies, values, aux_loss)))
-        return logps, entropies, aux_loss
+        inputs = dict(zip(FORWARD_KEYS, args, strict=False)) | kwargs
+        rows = inputs.pop("batch_size", None)
+        if self._forwards is None or model is self.ref_model:
+            outputs = self.completion_forward.run(model, inputs, rows)
+            if model is self.ref_model:
+                self.completion_forward.forget_images(model)
+            return outputs[:3]
+        # The fused head computes the entropies in the same pass anyway: they are kept, and the values, so that the
+        # policy need not run again.
+        outputs = self.completion_forward.run(model, inputs | {"compute_entropy": True}, rows, with_values=True)
+        self._forwards.append((outputs.logps, outputs.of_policy()))
+        return outputs[:3]
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -741,6 +715,15 @@ class GRPOBridge(GRPOTrainer):
         self.load_best_state(self.state.best_model_checkpoint)
 
     # ---------------------------------------------------------------- details
+
+    @contextlib.contextmanager
+    def _recorded(self, forwards: list[tuple[torch.Tensor, PolicyForward]]) -> Iterator[list]:
+        """Collect the forwards of the policy that TRL runs inside."""
+        self._forwards = forwards
+        try:
+            yield forwards
+        finally:
+            self._forwards = None
 
     @property
     def _vocab_size(self) -> int:
@@ -939,144 +922,6 @@ class GRPOBridge(GRPOTrainer):
         cuts = [common_cuts(steps[:, index], num_groups, max_tokens) for index in range(len(lengths))]
         return [cut_rows(step, at) for step, at in zip(lengths, cuts, strict=True)]
 
-    def _run_over_tokens(
-        self,
-        model: Callable,
-        *args,
-        batch_size: int | None = None,
-        backbone: PreTrainedModel | None = None,
-        **kwargs,
-    ):
-        """TRL's forward over a batch's completions, `batch_size` rows at a time, those of like length together."""
-        inputs = dict(zip(_FORWARD_KEYS[2:], args, strict=False)) | kwargs
-        total = inputs["input_ids"].size(0)
-        if has_images_by_row(inputs):
-            inputs["num_images"] = _one_entry_a_row(inputs)
-        if backbone is None:
-            # Not to be given the wrapper again that `torch.compile` makes: the model's own stays as it is.
-            backbone = backbone_of(self.accelerator.unwrap_model(model, keep_torch_compile=False))
-        if "image_keys" not in inputs:
-            inputs["image_keys"] = self._image_keys(backbone, inputs)
-        if not self.can_move_rows or batch_size is None or batch_size >= total:
-            return self._run_rows(model, backbone, batch_size=batch_size, **inputs)
-        options = {name: inputs.pop(name) for name in _FORWARD_OPTIONS if name in inputs}
-        inputs.pop("width", None)
-        rows = merge_rows([{name: value for name, value in inputs.items() if value is not None}])
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        num_groups = -(-total // batch_size)
-        if weights_are_in_pieces(self.accelerator):
-            # Processes wait for each other in each group, and these are of like size without asking the others.
-            groups = equal_groups(lengths, num_groups)
-        else:
-            groups = group_rows(lengths, num_groups, batch_size * inputs["input_ids"].size(1))
-        logps, entropies, aux_losses = zip(
-            *(
-                self._run_rows(
-                    model,
-                    backbone,
-                    width=max(lengths[row] for row in group),
-                    **options,
-                    **take_rows(rows, group),
-                )
-                for group in groups
-            ),
-            strict=True,
-        )
-        back = torch.tensor([row for group in groups for row in group], device=logps[0].device).argsort()
-        if self._tapped:
-            self._tapped[-len(groups) :] = [torch.cat(self._tapped[-len(groups) :])[back]]
-        return (
-            torch.cat(logps)[back],
-            None if entropies[0] is None else torch.cat(entropies)[back],
-            None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
-        )
-
-    def _image_keys(self, backbone: PreTrainedModel, batch: RolloutBatch) -> list[list[ImageKey]] | None:
-        """What tells the images of each row apart, if a model's features of them are kept."""
-        inputs = [batch.get(name) for name in ("pixel_values", "image_grid_thw", "num_images")]
-        kept = self._image_features is not None and self._image_features.are_kept_of(backbone)
-        if not kept or any(value is None or not len(value) for value in inputs):
-            return None
-        pixel_values, grids, num_images = inputs
-        keys = iter(image_keys(pixel_values, grids))
-        return [list(itertools.islice(keys, number)) for number in num_images]
-
-    def _run_rows(
-        self,
-        model: Callable,
-        backbone: PreTrainedModel,
-        *,
-        width: int | None = None,
-        image_keys: list[list[ImageKey]] | None = None,
-        **kwargs,
-    ):
-        """The same for rows of any length, also where a chunk has no image or too many placeholders."""
-        length = kwargs["logits_to_keep"]
-        keys_of_rows = iter(image_keys or [])
-
-        def run(**inputs):
-            # Of a batch with images TRL passes every chunk some, if only none; vision towers refuse empty tensors.
-            inputs = {k: v for k, v in inputs.items() if not (torch.is_tensor(v) and v.numel() == 0)}
-            if self.placeholder_ids:
-                # The labels, which TRL has taken from the same ids, keep them.
-                inputs = hide_placeholders(inputs, length, self.placeholder_ids, self._tokenizer.pad_token_id)
-            if has_images_by_row(inputs) and not _has_tokens(inputs["input_ids"], self.placeholder_ids):
-                inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_attention_mask")}
-            # TRL's chunks of rows come one after the other.
-            keys = itertools.chain(*itertools.islice(keys_of_rows, len(inputs["input_ids"])))
-            if image_keys is not None:
-                inputs = self._image_features.in_place_of_pixels(backbone, inputs, list(keys))
-            with _whole_lm_head(model):
-                return self._without_padding(model, inputs, width) if self.can_move_rows else model(**inputs)
-
-        return super()._get_per_token_logps_and_entropies(run, **kwargs)
-
-    def _without_padding(self, model: Callable, inputs: dict[str, Any], width: int | None) -> Any:
-        """A model's outputs at the tokens of its inputs, of which it is not given columns that are padding alone."""
-        aligned = RightAligned.of(inputs["attention_mask"], width, self.pad_to_multiple_of)
-        shape = inputs["input_ids"].shape
-        moved = {
-            name: aligned.move(value) if torch.is_tensor(value) and value.shape == shape else value
-            for name, value in inputs.items()
-        }
-        if self._takes_positions and not (self._positions_follow_images and "image_grid_thw" in inputs):
-            # The column's number, which a model takes otherwise, changes with the rows beside a row, and in half
-            # precision the rotation by another angle gives other log-probabilities.
-            moved["position_ids"] = token_positions(moved["attention_mask"])
-        self._aligned = aligned
-        try:
-            outputs = model(**moved)
-        finally:
-            self._aligned = None
-        # Position p predicts token p + 1: the last has nothing to predict.
-        outputs.log_probs = aligned.restore(outputs.log_probs)[:, :-1]
-        if getattr(outputs, "entropy", None) is not None:
-            outputs.entropy = aligned.restore(outputs.entropy)[:, :-1]
-        return outputs
-
-    @contextlib.contextmanager
-    def _value_tap(self) -> Iterator[list[torch.Tensor]]:
-        """Collect the shared critic's values from the backbone outputs of the forwards run inside, one per chunk."""
-        values: list[torch.Tensor] = []
-        critic_learns = torch.is_grad_enabled()
-
-        def read(_module: nn.Module, _args: tuple, output: Any) -> None:
-            # All of it in the caller's mode: a slice taken without gradients is cut off from them for good.
-            with torch.set_grad_enabled(critic_learns):
-                chunk = self.shared_values(output.last_hidden_state.detach())
-                if chunk is not None:
-                    # Same alignment as the log-probabilities: position p stands before token p + 1.
-                    aligned = self._aligned
-                    values.append(chunk[:, :-1] if aligned is None else aligned.restore(chunk[:, :-1])[:, :-1])
-
-        handle = backbone_of(self.accelerator.unwrap_model(self.model)).register_forward_hook(read)
-        self._tapped = values
-        try:
-            yield values
-        finally:
-            handle.remove()
-            self._tapped = None
-
     def _use_reference(self, reference: PreTrainedModel) -> None:
         """Install a frozen copy of the policy where TRL keeps the reference model."""
         if self.args.disable_dropout:
@@ -1113,28 +958,6 @@ def _say(records: list[logging.LogRecord]) -> None:
     """Pass records that were held back to their loggers."""
     for record in records:
         logging.getLogger(record.name).handle(record)
-
-
-@contextlib.contextmanager
-def _whole_lm_head(model: Callable) -> Iterator[None]:
-    """
-    Under FSDP2: put the LM head together before a forward, as FSDP2 does with modules that are called.
-
-    TRL's fused head is not called, its weight is read, and TRL gathers it in a way whose gradient is not added up over
-    the processes: each would train its rows of the weight on its own responses alone.
-    """
-    head = model.get_output_embeddings() if isinstance(model, FSDPModule) else None
-    if not isinstance(head, FSDPModule):  # a reference, which is one piece; no FSDP2; a critic
-        yield
-        return
-    head.unshard()
-    try:
-        yield
-    except BaseException:
-        head.reshard()
-        raise
-    if not torch.is_grad_enabled():
-        head.reshard()  # else the backward needs it, and puts it away
 
 
 def collapsed(ids: list[int], token_id: int) -> list[int]:
@@ -1278,45 +1101,6 @@ def _with_image_lists(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _named(settings: dict[str, Any]) -> str:
     return ", ".join(f"`{name}={value!r}`" for name, value in settings.items())
-
-
-def _one_entry_a_row(batch: RolloutBatch) -> list[int]:
-    """
-    Entries of `pixel_values` that belong to each row, of images that are padded to one row of the batch.
-
-    TRL recognises this layout by the number of entries. Where there are as many images as rows, it would mistake the
-    rows for images.
-    """
-    return [1] * len(batch["pixel_values"])
-
-
-def _has_tokens(ids: torch.Tensor, tokens: Collection[int]) -> bool:
-    """Whether one of these tokens is among the ids."""
-    return any(bool((ids == token).any()) for token in tokens)
-
-
-def _forward_inputs(batch: RolloutBatch) -> dict[str, Any]:
-    inputs = {key: batch[key] for key in _FORWARD_KEYS if key in batch}
-    inputs["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    inputs["attention_mask"] = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    inputs["logits_to_keep"] = batch["completion_ids"].size(1)
-    if "token_counts" in batch:
-        inputs["width"] = max(batch["token_counts"])
-    if "image_keys" in batch:
-        inputs["image_keys"] = batch["image_keys"]
-    return inputs
-
-
-def _policy_forward(
-    logps: torch.Tensor, entropies: torch.Tensor, values: list[torch.Tensor], aux_loss: torch.Tensor | None
-) -> PolicyForward:
-    length = logps.size(1)
-    return PolicyForward(
-        logps=logps.to(accumulation_dtype(logps)),
-        entropies=entropies.to(accumulation_dtype(entropies)),
-        values=torch.cat([chunk[:, -length:] for chunk in values]) if values else None,
-        aux_loss=aux_loss,
-    )
 
 
 def _copy_for_reference(model: str | PreTrainedModel, args: Any, peft_config: Any) -> PreTrainedModel | None:
