@@ -1,17 +1,71 @@
-"""Tensors that are kept in pieces, one on each process: whether weights are, and FSDP2's put together and apart."""
+"""Several processes: numbers and tensors of all of them, and weights that are kept in pieces."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
+
+
+@dataclass(frozen=True)
+class Processes:
+    """
+    The processes of a run. Every method but the properties is to be called on all of them.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): of the run.
+    """
+
+    accelerator: Accelerator
+
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def index(self) -> int:
+        """Number of this process, from 0."""
+        return self.accelerator.process_index
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum over processes."""
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Elementwise mean over processes."""
+        return self.accelerator.reduce(tensor, reduction="mean")
+
+    def max(self, number: int) -> int:
+        """Largest value of a number."""
+        if self.count == 1:
+            return number
+        return int(self.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, as many of each, in the order of the processes."""
+        return self.accelerator.gather(tensor)
+
+    def gather_objects(self, objects: list[Any]) -> list[Any]:
+        """The objects of all processes in one list."""
+        return gather_object(objects) if self.count > 1 else objects
+
+    def own_rows(self, gathered: torch.Tensor, rows: int) -> torch.Tensor:
+        """This process's rows of a gathered tensor."""
+        return gathered[self.index * rows : (self.index + 1) * rows]
 
 
 def weights_are_in_pieces(accelerator: Accelerator) -> bool:
@@ -79,6 +133,21 @@ def total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]))
 
 
+def gradient_norm(model: nn.Module, accelerator: Accelerator) -> torch.Tensor:
+    """
+    Norm of a model's gradients.
+
+    Returns:
+        `torch.Tensor`: 0-dimensional, of the gradients that this process holds; under DeepSpeed of all gradients at
+        its last step, or 0.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        norm = accelerator.deepspeed_engine_wrapped.get_global_grad_norm()
+        return torch.as_tensor(0.0 if norm is None else norm, device=accelerator.device).float()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return total_norm(gradients).to(accelerator.device)
+
+
 def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """[`torch.nn.utils.clip_grad_norm_`] for parameters of which some may be in pieces. Returns the norm before."""
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
@@ -109,3 +178,14 @@ def whole_lm_head(model: Callable) -> Iterator[None]:
         raise
     if not torch.is_grad_enabled():
         head.reshard()  # else the backward needs it, and puts it away
+
+
+def keep_output_dtype(accelerator: Accelerator) -> None:
+    """
+    Let FSDP2 leave the dtype of modules' outputs alone.
+
+    accelerate would have them in half precision: log-probabilities in steps of 1/64, and values.
+    """
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)

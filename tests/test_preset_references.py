@@ -658,7 +658,7 @@ def micro_batches_of(trainer, batch: dict[str, Any], order: list[int], rows: lis
         }
         micro_batch |= {name: value[chosen].requires_grad_() for name, value in current.items()}
         micro_batches.append(micro_batch)
-    trainer._buffered_inputs = micro_batches
+    trainer.micro_batches = micro_batches
     return micro_batches
 
 

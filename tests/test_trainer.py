@@ -480,7 +480,7 @@ class TestMicroBatches:
     )
     def test_update_is_that_of_the_whole_batch(self, family, settings, tmp_path):
         whole, whole_trainer = self.run(family, tmp_path / "whole", per_device=4, **settings)
-        first, second = whole_trainer._buffered_inputs
+        first, second = whole_trainer.micro_batches
         # What the losses are divided by must differ between the mini-batches, or mixing it up would go unnoticed.
         for count in (
             lambda batch: (batch["segment_ids"] >= 0).sum(),

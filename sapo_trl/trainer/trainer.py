@@ -22,9 +22,10 @@ from ..completions_table import segment_columns
 from ..config import SAPOConfig
 from ..config_checks import TRL_LOSS_TYPES
 from ..critic.deepspeed import DeepSpeedCritic
-from ..critic.training import CRITIC_FOLDER, CRITIC_OPTIMIZER_NAME, Critic
+from ..critic.training import CRITIC_FOLDER, Critic
 from ..critic.value_head import SegmentValueHead
-from ..critic.warmup import WARMUP_STATE_NAME, CriticWarmup
+from ..critic.warmup import CriticWarmup
+from ..distributed import gradient_norm
 from ..losses import (
     LossOutput,
     aggregate,
@@ -37,12 +38,13 @@ from ..metrics import MetricAccumulator, explained_variance
 from ..reward_calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler, monte_carlo_values
-from ..rollouts.portable import from_portable, to_portable
+from ..rollouts.placeholders import final_placeholders
 from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutRecord, SegmentedRollout
 from ..sampler_correction import importance_correction, logp_difference
 from ..segmentation import Segmenter, accepted_inputs, is_uncertain
 from ..segments import Segments
 from ..token_rewards import kl_estimate, outcome_token_rewards
+from .checkpoint_parts import CallbackStates, Checkpointed, CriticPart, ReplayPart, SkippedSteps, WarmupPart
 from .checks import (
     check_adapter_name,
     check_adapters,
@@ -62,7 +64,8 @@ from .model_card import complete_model_card
 from .setup import check_tokenizer_of, make_role_aware_weighting, make_segmenter, make_value_head
 from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
-from .trl.bridge import GRPOBridge, TrainingIsOver
+from .trl.bridge import GRPOBridge
+from .trl.resume import TrainingIsOver
 
 
 logger = logging.getLogger(__name__)
@@ -233,6 +236,7 @@ class SAPOTrainer(GRPOBridge):
         if args.critic == "tree":
             self._trees = TreeRollouts(args, seed=args.seed + self.accelerator.process_index)
 
+        self.checkpoints.parts += self._checkpoint_parts()
         self._accumulator = MetricAccumulator()
         self._micro_batch: RolloutBatch | None = None
         self._micro_batch_values: torch.Tensor | None = None
@@ -253,6 +257,18 @@ class SAPOTrainer(GRPOBridge):
         sharded = value_head.mode == "separate" and self.is_deepspeed_enabled
         critic_class = DeepSpeedCritic if sharded else Critic
         return critic_class(value_head, self.args, self.accelerator, decayed)
+
+    def _checkpoint_parts(self) -> list[Checkpointed]:
+        parts = [
+            CriticPart(self.critic, self.args.critic),
+            SkippedSteps(self._step_guard),
+            CallbackStates(lambda: self._rollout_callbacks),
+        ]
+        if self.critic is not None:
+            parts.append(WarmupPart(self.critic_warmup, self.args.should_save))
+        if self._trees is not None:
+            parts.append(ReplayPart(self._trees.replay))
+        return parts
 
     # ------------------------------------------------------------------------------------------------- the rollout
 
@@ -280,7 +296,7 @@ class SAPOTrainer(GRPOBridge):
     @torch.no_grad()
     def score_rollout(self, batch: RolloutBatch, record: RolloutRecord) -> RolloutBatch:
         seconds = record.stage_seconds()
-        rewards = self.local_slice(record.rewards, batch["completion_ids"].size(0))
+        rewards = self.processes.own_rows(record.rewards, batch["completion_ids"].size(0))
         # Tool outputs, padding, masked truncations, and responses that no reward function could score.
         mask = _loss_mask(batch) & ~rewards.isnan().unsqueeze(1)
 
@@ -294,7 +310,8 @@ class SAPOTrainer(GRPOBridge):
 
         self._compare_with_sampler(forward, batch, mask)
         if self.placeholder_ids:
-            cut = self.cut_at_placeholder(batch)
+            ids, pad = batch["completion_ids"], self.tokenizer.pad_token_id
+            cut = final_placeholders(ids, self.placeholder_ids, pad).any(dim=1)
             self._accumulator.add_total("completions/placeholder_ratio", cut.sum(), len(cut))
         batch["rewards"] = rewards
         segments = self.segment(forward, batch, mask)
@@ -349,7 +366,7 @@ class SAPOTrainer(GRPOBridge):
             roots = record.given.tensors["root_values"]
             total = self._sum_over_processes(torch.stack([roots.nansum(), (~roots.isnan()).sum().to(roots.dtype)]))
             # TRL's would be the mean over the edges that were drawn, all of which matter.
-            self.replace_in_log("reward", float(total[0] / total[1]))
+            self.pending_log.replace("reward", float(total[0] / total[1]), self.mode)
         self._rollout_seconds += time.perf_counter() - record.started
         return batch
 
@@ -413,9 +430,7 @@ class SAPOTrainer(GRPOBridge):
         check_segments(segments, mask)
         return segments
 
-    def shared_values(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        if self.args.critic != "shared":
-            return None
+    def shared_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.critic.module(hidden_states=hidden_states)
 
     def _policy_mask(self, forward: PolicyForward, segments: Segments) -> torch.Tensor:
@@ -522,7 +537,7 @@ class SAPOTrainer(GRPOBridge):
         elif args.advantage_estimator == "leave_one_out":
             generations = args.num_generations if self.mode == "train" else self.num_generations_eval
             everyone = leave_one_out_advantages(self.accelerator.gather(outcomes), generations)
-            advantages = self.local_slice(everyone, outcomes.size(0))
+            advantages = self.processes.own_rows(everyone, outcomes.size(0))
         else:
             advantages = masked_whiten(outcomes, ~outcomes.isnan(), self._sum_over_processes)
         return torch.where(segments.mask, advantages.unsqueeze(1), 0), torch.where(
@@ -572,11 +587,11 @@ class SAPOTrainer(GRPOBridge):
         for callback in self._rollout_callbacks:
             callback.on_rollout(self.args, self.state, self.control, rollout, self._accumulator)
         mean_advantages = rollout.advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        self.replace_logged_advantages(self.accelerator.gather(mean_advantages).tolist())
+        self.pending_log.replace_advantages(self.accelerator.gather(mean_advantages).tolist())
         if self.args.log_completions:
-            self.add_to_completions_table(segment_columns(rollout))
-        self.add_to_log({f"time/{stage}": spent for stage, spent in seconds.items()})
-        self.add_to_log(self._accumulator.flush(self.accelerator))
+            self.pending_log.add_columns(segment_columns(rollout))
+        self.pending_log.add({f"time/{stage}": spent for stage, spent in seconds.items()}, self.mode)
+        self.pending_log.add(self._accumulator.flush(self.accelerator), self.mode)
 
     @property
     def _rollout_callbacks(self) -> list[RolloutCallback]:
@@ -591,23 +606,6 @@ class SAPOTrainer(GRPOBridge):
         return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
 
     # -------------------------------------------------------------------------------------------------- the update
-
-    def may_exchange_rows(self) -> bool:
-        args = self.args
-        if args.loss_type not in TRL_LOSS_TYPES:
-            return True
-        # Of these TRL takes the mean, or the quantile, over the tokens of a micro-batch.
-        return not (
-            args.loss_type == "bnpo"
-            or args.entropy_coef != 0.0
-            or args.use_adaptive_entropy
-            or args.top_entropy_quantile < 1.0
-            or self.aux_loss_enabled
-        )
-
-    def weighs_rows_alike(self) -> bool:
-        # TRL's losses are means over a micro-batch, which weigh each micro-batch alike.
-        return self.args.loss_type not in TRL_LOSS_TYPES
 
     def policy_loss(self, model: nn.Module, batch: RolloutBatch) -> torch.Tensor:
         args = self.args
@@ -625,7 +623,7 @@ class SAPOTrainer(GRPOBridge):
         else:
             loss = self._segment_loss(model, batch)
         if not training:
-            self.add_to_log(self._accumulator.flush(self.accelerator))
+            self.pending_log.add(self._accumulator.flush(self.accelerator), self.mode)
             return loss
         return self._step_guard.for_backward(loss)
 
@@ -742,8 +740,8 @@ class SAPOTrainer(GRPOBridge):
         check_finite_weights(self.model, "The policy")
         if self.critic is not None:
             check_finite_weights(self.critic.module, "The critic")
-        with self.run_folder():
-            checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        with self.checkpoints.run_folder():
+            checkpoint = self.checkpoints.to_resume(resume_from_checkpoint)
             try:
                 return super().train(checkpoint, *args, **kwargs)
             except TrainingIsOver:
@@ -760,7 +758,7 @@ class SAPOTrainer(GRPOBridge):
                 others = []
                 if self._step_guard.engines_skip and self.accelerator.sync_gradients:
                     # DeepSpeed has updated the policy by now, or skipped its step: then the critic's goes too.
-                    others = [self.policy_gradient_norm()]
+                    others = [gradient_norm(self.model, self.accelerator)]
                 self.critic.backward(self._step_guard.for_backward(critic_loss, *others))
             self._step_losses.append(critic_loss.detach())
         batch, self._micro_batch, self._micro_batch_values = self._micro_batch, None, None
@@ -772,7 +770,7 @@ class SAPOTrainer(GRPOBridge):
         return loss
 
     def _finish_optimizer_step(self, batch: RolloutBatch) -> None:
-        numbers = [*self._step_losses, self.policy_gradient_norm()]
+        numbers = [*self._step_losses, gradient_norm(self.model, self.accelerator)]
         if self.critic is not None:
             numbers.append(self.critic.clip_gradient())
             self._accumulator.add_mean("critic_lr", torch.tensor(self.critic.learning_rate))
@@ -800,7 +798,7 @@ class SAPOTrainer(GRPOBridge):
         if self.critic_warmup.is_active(self.state.global_step):
             self.critic_warmup.record(metrics["value_loss"])
             metrics["critic_warmup"] = 1.0
-        self.add_to_log(metrics)
+        self.pending_log.add(metrics, self.mode)
         self._step_totals = None
         self._step_losses = []
         self._update_seconds = 0.0
@@ -895,61 +893,6 @@ class SAPOTrainer(GRPOBridge):
                 takes_images=isinstance(self.processing_class, ProcessorMixin),
                 segmenter=None if self._segmenter_is_configured else self.segmenter,
             )
-
-    def save_training_state(self, folder: str) -> None:
-        if self.critic is not None:
-            self.critic_warmup.save(folder)
-
-    def load_training_state(self, folder: str) -> list[str]:
-        if self.critic is None:
-            if (Path(folder) / CRITIC_FOLDER).is_dir():
-                logger.warning(
-                    "The checkpoint %s holds a critic, which critic=%r does not use: a later checkpoint of this run "
-                    "will hold none.",
-                    folder,
-                    self.args.critic,
-                )
-            return []
-        anew = []
-        if not self.critic.load(folder):
-            anew.append(f"the critic's optimizer and learning rate schedule ({CRITIC_OPTIMIZER_NAME})")
-        if not self.critic_warmup.load(folder) and self.critic_warmup.tolerance is not None:
-            anew.append(f"the critic's warm-up ({WARMUP_STATE_NAME})")
-        return anew
-
-    def save_process_files(self, folder: str) -> None:
-        if self.critic is not None:
-            self.critic.save_optimizer(folder)
-
-    def process_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"skipped_in_a_row": self._step_guard.in_a_row, "callbacks": []}
-        for callback in self._rollout_callbacks:
-            name = type(callback).__name__
-            try:
-                state["callbacks"].append([name, to_portable(callback.state_dict())])
-            except TypeError as error:
-                logger.warning("The checkpoint is written without the state of the callback %s: %s", name, error)
-        if self._trees is not None:
-            try:
-                state["replay"] = self._trees.replay.state()
-            except TypeError as error:
-                logger.warning("The checkpoint is written without the edges of earlier trees: %s", error)
-        return state
-
-    def load_process_state(self, state: dict[str, Any]) -> None:
-        self._step_guard.in_a_row = state.get("skipped_in_a_row", 0)
-        saved = list(state.get("callbacks", []))
-        for callback in self._rollout_callbacks:
-            name = type(callback).__name__
-            place = next((place for place, (saved_name, _) in enumerate(saved) if saved_name == name), None)
-            if place is not None:
-                callback.load_state_dict(from_portable(saved.pop(place)[1]))
-        if self._trees is not None and "replay" in state:
-            self._trees.replay.load_state(state["replay"])
-
-    def load_best_state(self, folder: str) -> None:
-        if self.critic is not None:
-            self.critic.load_weights(folder)
 
 
 # How the losses' metrics are called in the log.
