@@ -550,9 +550,16 @@ def trainer_of(preset: str, family, tmp_path, **overrides):
     trainer.policy_forward = policy_forward
     trainer.critic_forward = critic_forward
     # What TRL's own losses call.
+    latest, policy_loss = [], trainer.policy_loss
+
+    def noted_policy_loss(model, batch) -> torch.Tensor:
+        latest[:] = [batch]
+        return policy_loss(model, batch)
+
+    trainer.policy_loss = noted_policy_loss
     trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (
-        trainer._micro_batch["current_logps"],
-        trainer._micro_batch["entropies"],
+        latest[0]["current_logps"],
+        latest[0]["entropies"],
         None,
     )
     return trainer
@@ -708,7 +715,6 @@ def compare_losses(
     for start in range(0, len(rows), ROWS_PER_STEP):
         members = [rows[index] for index in order[start : start + ROWS_PER_STEP]]
         first = start // ROWS_PER_MICRO_BATCH
-        trainer._step_totals = None
         losses, value_losses = [], []
         step = micro_batches[first : first + ROWS_PER_STEP // ROWS_PER_MICRO_BATCH]
         for micro_batch in step:

@@ -18,10 +18,9 @@ from sapo_trl.trainer.checks import (
     check_images,
     check_padding_side,
     check_prompt_column,
-    check_same_tokenizer,
     check_segments,
-    check_value_model,
 )
+from sapo_trl.trainer.setup import check_same_tokenizer, check_value_model
 
 from .testing_utils import Family, length_reward, sapo_config, sapo_trainer, state_of, text_dataset, unmoved
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
-from ..critic.value_head import SegmentValueHead, backbone_of, hidden_size_of
 from ..segments import Segments
 
 
@@ -23,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 # Rows of a data set whose images are counted before training: enough to catch a wrong template or processor.
 NUM_ROWS_CHECKED = 8
-PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.CPT)
 
 
 def check_prompt_column(dataset: Dataset | IterableDataset | None, name: str) -> None:
@@ -204,23 +202,6 @@ def check_finite_weights(module: nn.Module, what: str) -> None:
             )
 
 
-def check_adapters(model: PreTrainedModel) -> None:
-    """
-    Args:
-        model ([`~transformers.PreTrainedModel`]): the policy, with its adapters if it has any.
-
-    Raises:
-        ValueError: if an adapter puts tokens of its own before the prompt: outputs have more columns than inputs then,
-            and TRL's log-probabilities are of other tokens.
-    """
-    for config in getattr(model, "peft_config", {}).values():
-        if config.peft_type in PROMPT_TYPES:
-            raise ValueError(
-                f"The policy's adapter is of type {config.peft_type.value}, whose virtual tokens move the columns of "
-                "the log-probabilities. Use LoRA, or prefix tuning, whose virtual tokens are keys and values."
-            )
-
-
 def check_segments(segments: Any, mask: torch.Tensor) -> None:
     """
     Args:
@@ -314,15 +295,6 @@ def check_images(
             )
 
 
-def check_takes_images(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` unless a model reads images, as role-aware weights need."""
-    if getattr(model.config, "vision_config", None) is None:
-        raise ValueError(
-            '`advantage_weighting="role_aware"` measures how far tokens depend on images, but a model of type '
-            f'{model.config.model_type!r} takes none: it must be "none".'
-        )
-
-
 def check_sampler(difference: float, threshold: float | None) -> None:
     """
     Args:
@@ -352,75 +324,3 @@ def check_padding_side(processing_class: PreTrainedTokenizerBase | ProcessorMixi
             tokenizer.padding_side,
         )
         tokenizer.padding_side = "left"
-
-
-def check_value_model(
-    value_head: SegmentValueHead, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """
-    Check that a critic can read what the policy reads.
-
-    Args:
-        value_head ([`SegmentValueHead`]): the critic.
-        policy ([`~transformers.PreTrainedModel`]): the policy.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the policy.
-
-    Raises:
-        ValueError: if the vocabularies or the kinds of input differ.
-    """
-    policy_backbone = backbone_of(policy)
-    if value_head.backbone is None:
-        if value_head.head.in_features != hidden_size_of(policy_backbone):
-            raise ValueError(
-                f"The shared value head reads hidden states of size {value_head.head.in_features}, but the policy's "
-                f"have size {hidden_size_of(policy_backbone)}."
-            )
-        return
-
-    policy_parameters = {id(parameter) for parameter in policy.parameters()}
-    if any(id(parameter) in policy_parameters for parameter in value_head.parameters()):
-        raise ValueError(
-            "The value model shares parameters with the policy, so that each would be trained by both losses: pass a "
-            '`copy.deepcopy` of it, or use `critic="shared"`, which reads the policy without training it.'
-        )
-    critic_config, policy_config = value_head.backbone.config, policy_backbone.config
-    critic_vocab = critic_config.get_text_config().vocab_size
-    policy_vocab = policy_config.get_text_config().vocab_size
-    if critic_vocab != policy_vocab:
-        raise ValueError(
-            f"The value model's vocabulary has {critic_vocab} entries, the policy's {policy_vocab} (its tokenizer "
-            f"{len(tokenizer)}): the value model must be of the same model family."
-        )
-    # The settings that decide what an image is to a model; both models get the same tensors.
-    for name in ("image_token_id", "patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels"):
-        critic_value, policy_value = _image_setting(critic_config, name), _image_setting(policy_config, name)
-        if critic_value != policy_value:
-            raise ValueError(
-                f"The value model ({critic_config.model_type}) and the policy ({policy_config.model_type}) must take "
-                f"the same images, but `{name}` is {critic_value} and {policy_value}."
-            )
-
-
-def check_same_tokenizer(
-    value_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, value_model: str
-) -> None:
-    """
-    Args:
-        value_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the value model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the policy.
-        value_model (`str`): name of the value model.
-
-    Raises:
-        ValueError: if a token has another id in the value model's tokenizer.
-    """
-    vocabulary, value_vocabulary = tokenizer.get_vocab(), value_tokenizer.get_vocab()
-    differing = [token for token, index in vocabulary.items() if value_vocabulary.get(token) != index]
-    if differing:
-        raise ValueError(
-            f"The value model {value_model!r} has another tokenizer than the policy: {len(differing)} of "
-            f"{len(vocabulary)} tokens have another id or are unknown, for example {sorted(differing)[0]!r}."
-        )
-
-
-def _image_setting(config: Any, name: str) -> Any:
-    return getattr(config, name, getattr(getattr(config, "vision_config", None), name, None))

@@ -203,8 +203,7 @@ class GRPOBridge(ResumableTrainer):
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         return rewards.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
 
-    # ------------------------------------------------- TRL's rollout and loss
-
+    # -------------------------------------------- TRL's rollout, loss and data
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> RolloutBatch:
         record = RolloutRecord(inputs=with_image_lists(inputs))
         self.completion_forward.forget_images()
