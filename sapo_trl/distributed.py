@@ -115,7 +115,7 @@ def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """
-    Norm of some tensors taken together, those in pieces and those in one alike.
+    Norm of some tensors taken together, sharded or whole.
 
     Returns:
         `torch.Tensor`: 0-dimensional, the same on all processes as far as the tensors are.
@@ -129,7 +129,7 @@ def total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.zeros(())
     if len(norms) == 1:
         return norms[0]
-    # With CPU offload what is in pieces is elsewhere.
+    # With CPU offload the sharded tensors are elsewhere.
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]))
 
 
@@ -149,7 +149,7 @@ def gradient_norm(model: nn.Module, accelerator: Accelerator) -> torch.Tensor:
 
 
 def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """[`torch.nn.utils.clip_grad_norm_`] for parameters of which some may be in pieces. Returns the norm before."""
+    """[`torch.nn.utils.clip_grad_norm_`] for parameters, sharded or whole. Returns the norm before."""
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     norm = total_norm(parameter.grad for parameter in parameters)
     for in_pieces in (True, False):

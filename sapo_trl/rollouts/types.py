@@ -55,7 +55,7 @@ class RolloutBatch(TypedDict, total=False):
     rollout_rows: torch.Tensor  # int64 (B,), place of each row in the rollout
 
     # From the bridge: known once for a rollout, so that no micro-batch asks the device for them.
-    image_keys: list[list[tuple[int, int, int, int]]]  # B, what tells each row's images apart
+    image_keys: list[list[tuple[int, int, int, int]]]  # B, a key of each image
     token_counts: list[int]  # B, tokens of each row without padding
 
 
@@ -101,7 +101,7 @@ class GivenRollout:
 
 @dataclass
 class RolloutRecord:
-    """What TRL computes during a rollout and does not return, and when it did so (seconds)."""
+    """TRL's intermediate results of a rollout, which it does not return, and their times (seconds)."""
 
     started: float = field(default_factory=time.perf_counter)
     generated: float | None = None
@@ -154,7 +154,7 @@ class SegmentedRollout:
         continuations ([`~sapo_trl.rollouts.ContinuationSampler`], *optional*):
             samples what the policy makes of a response's prefix; `None` if the trainer did not generate it itself.
         completion_mask (`torch.Tensor`, *optional*):
-            int64 `(B, T)`, 1 where there is a token, whoever wrote it: what tools returned is in it and in no segment.
+            int64 `(B, T)`, 1 where there is a token, whoever wrote it: tools' answers are in it and in no segment.
         images (`list[list]`, *optional*): the images of each response's prompt.
     """
 

@@ -25,7 +25,7 @@ class Checkpointed:
         """Write files; called on all processes."""
 
     def load(self, folder: Path) -> list[str]:
-        """Read them. Returns what begins anew because the checkpoint lacks it, each with the name of its file."""
+        """Read them. Returns the parts that the checkpoint lacks and that begin anew, with their files' names."""
         return []
 
     def load_best(self, folder: Path) -> None:
@@ -121,7 +121,7 @@ class CallbackStates(Checkpointed):
     The states of the callbacks that see rollouts. Several of one class get theirs in the order of the callbacks.
 
     Args:
-        callbacks (`Callable`): returns the callbacks of the run, more of which may be added at any time.
+        callbacks (`Callable`): returns the callbacks of the run. More may be added at any time.
     """
 
     def __init__(self, callbacks: Callable[[], list[RolloutCallback]]):

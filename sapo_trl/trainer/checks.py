@@ -1,4 +1,4 @@
-"""Checks of what users bring. Each error names the field, its value and what would be right."""
+"""Checks of users' data, models and functions. Each error names the field, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def check_finite_weights(module: nn.Module, what: str) -> None:
 def check_segments(segments: Any, mask: torch.Tensor) -> None:
     """
     Args:
-        segments (`Any`): what a segmenter returned.
+        segments (`Any`): a segmenter's result.
         mask (`torch.Tensor`): bool tensor of shape `(B, T)` that it was to partition.
 
     Raises:

@@ -26,10 +26,10 @@ def group_rows(lengths: Sequence[int], num_groups: int, max_tokens: int | None =
     """
     Partition rows into groups of similar length such that the padded groups have few tokens altogether.
 
-    The fewest would be had with groups of very unequal sizes, where lengths are nearly the same: a row here, and half
-    of all rows (and of all images) there. So they are the fewest among the partitions whose groups have at most twice
-    as many rows as they would have alike, and whose largest is at most 1.2 times the smallest possible; where several
-    have them, those with the most even numbers of rows.
+    Minimising padding alone gives very unequal groups where lengths are nearly the same: a row here, and half of all
+    rows (and images) there. So two limits hold: a group has at most twice as many rows as in an equal partition, and
+    the largest group is at most 1.2 times the smallest possible one. Among equally good partitions the one with the
+    most even numbers of rows is taken.
 
     Args:
         lengths (`Sequence[int]`): tokens of each row without padding; B of them.

@@ -134,7 +134,7 @@ def make_value_head(
     model: str | PreTrainedModel, value_model: str | SegmentValueHead | PreTrainedModel | None, args: SAPOConfig
 ) -> SegmentValueHead:
     """
-    The critic, from what the user gave or from the policy.
+    The critic, from the user's `value_model` or from the policy.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]): the policy.
@@ -248,7 +248,7 @@ def check_value_model(
     value_head: SegmentValueHead, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """
-    Check that a critic can read what the policy reads.
+    Check that a critic can read the policy's inputs.
 
     Args:
         value_head ([`SegmentValueHead`]): the critic.

@@ -1,7 +1,7 @@
 """
 The stages that turn a rollout into a training batch.
 
-Each is a function of what it reads. It returns its result, beside it what there is to log, and writes nothing.
+Each is a function of its arguments. It returns its result and measurements for the log, and writes nothing.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def normalized(
 def measured(
     rollout: SegmentedRollout, policy_mask: torch.Tensor, args: SAPOConfig, processes: Processes
 ) -> Measurements:
-    """What the log says about a rollout's advantages, returns and values."""
+    """Measurements of a rollout's advantages, returns and values."""
     mask, states = rollout.segments.mask, rollout.segments.state_mask(args.value_state)
     values, returns = rollout.values, rollout.returns
     metrics: Measurements = {

@@ -144,7 +144,7 @@ class SAPOTrainer(GRPOBridge):
         others = {**kwargs, "train_dataset": train_dataset}
         check_arguments(model, args, value_model, segmenter, token_weighting, others)
         # The critic is made before TRL sees the model, because TRL may put adapters into it and the critic starts from
-        # the policy as it is now. It is seeded like TRL seeds what it initialises.
+        # the policy as it is now. Its random numbers begin at the common seed, as TRL's do.
         set_seed(args.seed)
         value_head = None
         if args.learns_critic and args.critic != "adapter":
@@ -165,7 +165,7 @@ class SAPOTrainer(GRPOBridge):
 
         if args.critic == "adapter":
             # On the policy as TRL has wrapped it. By now each process has random numbers of its own, but the critic is
-            # one: it is drawn from the common seed, and what is drawn later does not depend on it.
+            # one: it is drawn from the common seed, and later draws do not depend on it.
             with torch.random.fork_rng():
                 torch.manual_seed(args.seed)
                 value_head = make_value_head(self.accelerator.unwrap_model(self.model), value_model, args)
@@ -326,7 +326,7 @@ class SAPOTrainer(GRPOBridge):
 
         Returns:
             `tuple[torch.Tensor, Measurements]`: float32 `(B, T)`, at `t` the value of the state before token `t`; and
-            what to log, for each name a sum and its number of items (`{}` for nothing).
+            measurements for the log, for each name a sum and its number of items (`{}` for none).
         """
         return self.value_estimator(forward, batch, segments, policy_mask, record)
 
@@ -354,7 +354,7 @@ class SAPOTrainer(GRPOBridge):
         return self.critic.module(hidden_states=hidden_states)
 
     def _continuations(self, record: RolloutRecord) -> ContinuationSampler | None:
-        """What samples continuations of this rollout's responses, if they are made of tokens alone."""
+        """The sampler of continuations of this rollout's responses, if they are made of tokens alone."""
         if record.prompts is None or self.tools or self.environments or self.max_completion_length is None:
             return None
         return self.continuation_sampler(record.prompts, record.inputs, record.given)
@@ -370,7 +370,7 @@ class SAPOTrainer(GRPOBridge):
     def _token_weights(
         self, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor
     ) -> tuple[torch.Tensor | None, Measurements]:
-        """float32 `(B, T)`: what each token's advantage is multiplied by, if by anything."""
+        """float32 `(B, T)`: the factor of each token's advantage; `None` without any."""
         if self.token_weighting is None:
             return None, {}
         # Other patches are hidden in every rollout.
@@ -387,7 +387,7 @@ class SAPOTrainer(GRPOBridge):
         )
 
     def _log_rollout(self, rollout: SegmentedRollout, metrics: Measurements, seconds: dict[str, float]) -> None:
-        """Show a rollout to the callbacks, and write what was measured to the log."""
+        """Show a rollout to the callbacks, and write the measurements to the log."""
         self._measurements.add(metrics)
         if self.placeholder_ids:
             cut = final_placeholders(rollout.completion_ids, self.placeholder_ids, self.tokenizer.pad_token_id)

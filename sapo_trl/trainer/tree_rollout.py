@@ -19,7 +19,7 @@ from ..rollouts.types import GivenRollout
 
 class TreeRollouts:
     """
-    What a rollout trains on when responses are sampled as trees: edges, of this and of earlier rollouts.
+    The training edges of a rollout whose responses are sampled as trees: of this and of earlier rollouts.
 
     Args:
         args ([`SAPOConfig`]): settings of the run.
@@ -69,7 +69,7 @@ class TreeRollouts:
         responses = [tree.prefix(leaf) for leaf in leaves]
         leaf_rewards = sampler.scores([tree.rows[leaf] for leaf in leaves], responses)
         outcomes = sampler.outcomes(leaf_rewards, responses, self.args.truncated_continuation_reward)
-        # In float64, so that equal children are worth what their parent is.
+        # In float64, so that equal children are worth as much as their parent.
         values = tree.values(outcomes.double())
         rewards_per_func = tree.values(leaf_rewards.double()).float()
         edges = trainable_edges(tree, values)

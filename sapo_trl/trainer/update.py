@@ -1,4 +1,4 @@
-"""The update: the losses of a micro-batch, what they are divided by, and how far an optimizer step is."""
+"""The update: the losses of a micro-batch, their normalizers, and the progress of an optimizer step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def loss_mask(batch: RolloutBatch) -> torch.Tensor:
 @dataclass(frozen=True)
 class StepTotals:
     """
-    What the losses of an optimizer step's micro-batches are divided by.
+    The normalizers of the losses of an optimizer step's micro-batches.
 
     They are totals over the whole step, so that its gradient does not depend on how its responses are cut into
     micro-batches; and means over processes, because distributed training averages over processes.
@@ -97,7 +97,7 @@ class StepTotals:
             micro_batches (`int`, *optional*): forwards of the step; by default as many as there are batches.
         """
         segments = _total(segments_of(batch).count.sum() for batch in batches)
-        # No indexing by a mask, for which the device would have to be waited for.
+        # No indexing by a mask: it would wait for the device.
         positive = (
             (batch["policy_mask"] & (batch["rewards"] > args.positive_lm_threshold).unsqueeze(1)).sum()
             for batch in batches
@@ -120,7 +120,7 @@ class StepTotals:
         """
         Args:
             aggregation (`str`): see [`~sapo_trl.losses.aggregate`].
-            unit (`str`): `"tokens"` or `"segments"`, what the losses to be summed are losses of.
+            unit (`str`): `"tokens"` or `"segments"`: each has one of the losses to be summed.
             max_completion_length (`int`, *optional*): tokens of a response at most.
         """
         if aggregation == "token-mean":
@@ -175,7 +175,7 @@ class StepInProgress:
         return replace(self, micro_batch=batch, values=None, started=time.perf_counter())
 
     def after(self, losses: list[torch.Tensor]) -> StepInProgress:
-        """The step once the latest micro-batch has these losses. Its values are let go, and what they hold."""
+        """The step once the latest micro-batch has these losses. Its values are let go, and their graph."""
         seconds = self.seconds + time.perf_counter() - self.started
         return replace(self, losses=(*self.losses, *losses), seconds=seconds, values=None)
 
@@ -188,7 +188,7 @@ class MicroBatchLoss:
     Args:
         loss (`torch.Tensor`): 0-dimensional, differentiable.
         metrics ([`~sapo_trl.metrics.Measurements`]): for the log.
-        maxima (`dict[str, torch.Tensor]`, *optional*): 0-dimensional, of which the log has the largest.
+        maxima (`dict[str, torch.Tensor]`, *optional*): 0-dimensional; the log has the largest of each.
     """
 
     loss: torch.Tensor
@@ -279,7 +279,7 @@ class PolicyObjective:
         self, logps: torch.Tensor, batch: RolloutBatch, ratio_segments: Segments | None, totals: StepTotals
     ) -> torch.Tensor:
         args, mask = self.args, batch["policy_mask"]
-        # Masked before the exponential: what overflows there would come back as a NaN gradient.
+        # Masked before the exponential: an overflow there would come back as a NaN gradient.
         kl = kl_estimate(
             torch.where(mask, logps, 0), torch.where(mask, batch["ref_per_token_logps"], 0), args.kl_estimator
         )

@@ -1,4 +1,4 @@
-"""The values of states, by what `critic` says: learned, shared with the policy, sampled, of a tree, or none."""
+"""The values of states, one estimator for each kind of `critic`: learned, shared, sampled, of a tree, or none."""
 
 from __future__ import annotations
 

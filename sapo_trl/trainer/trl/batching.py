@@ -73,7 +73,7 @@ def _groups(lengths: list[list[int]], columns: int, args: SAPOConfig, processes:
         return [equal_groups(step, num_groups) for step in lengths]
     if not gradients_are_in_pieces(processes.accelerator):
         return [group_rows(step, num_groups, batch_size * columns) for step in lengths]
-    # In each micro-batch, at its backward if not before, all processes wait for the one that has the most tokens.
+    # In each micro-batch, at its backward if not before, all processes wait for the process with the most tokens.
     # They exchange lengths once a rollout, which they begin to train on together.
     own = torch.tensor([[columns, *itertools.chain(*lengths)]], device=processes.accelerator.device)
     everyone = processes.gather(own).cpu().numpy()

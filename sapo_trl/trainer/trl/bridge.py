@@ -3,7 +3,7 @@
 
 Every private method and attribute of TRL's `GRPOTrainer` that this package calls, overrides or reads appears in this
 folder and nowhere else; `tests/test_trl_contract.py` fails when TRL moves one of them. An override here calls a
-collaborator of its own file, which is given what it needs.
+collaborator in a file of its own, which needs no trainer.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class GRPOBridge(ResumableTrainer):
         """A shared critic's values, float32 `(b, S)`, from the policy's detached hidden states, `(b, S, H)`."""
         raise NotImplementedError
 
-    # ------------------------------------------------- what subclasses can use
+    # ------------------------------------------------- for subclasses and stages
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -264,7 +264,7 @@ class GRPOBridge(ResumableTrainer):
         return rewards_per_func
 
     def _unlogged_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
-        """Rewards of responses outside of the rollout: what reward functions log is about the rollout's."""
+        """Rewards of responses outside of the rollout. Reward functions log about the rollout's responses only."""
         with self.pending_log.without_additions():
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         check_finite_rewards(rewards_per_func, self.reward_func_names)
@@ -288,7 +288,7 @@ class GRPOBridge(ResumableTrainer):
 
     @contextlib.contextmanager
     def _recording(self, record: RolloutRecord) -> Iterator[RolloutRecord]:
-        """Keep what TRL computes inside, the forwards of the policy above all."""
+        """Record TRL's work inside, the forwards of the policy above all."""
         self._record = record
         try:
             yield record

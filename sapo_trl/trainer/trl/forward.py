@@ -27,8 +27,8 @@ from ..image_features import ImageFeatures, ImageKey, image_keys
 from ..padding import RightAligned, equal_groups, group_rows, merge_rows, take_rows, token_positions
 
 
-# What TRL's forward takes besides the model: the multimodal tensors among these are forwarded by name, so that a key
-# that a new TRL version adds passes through.
+# The arguments of TRL's forward besides the model. Multimodal tensors are forwarded by name, so that a key that a new
+# TRL version adds passes through.
 FORWARD_KEYS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[2:]
 # These say how to compute. The others have a row for each response, or hold the images.
 _OPTIONS = ("logits_to_keep", "compute_entropy", "compute_aux_loss")
@@ -175,10 +175,10 @@ class CompletionForward:
         TRL's forward, some rows at a time. Rows of similar length run together.
 
         Args:
-            model (`Callable`): a causal language model, or what answers like one.
+            model (`Callable`): a causal language model, or a function that answers like one.
             inputs (`dict`): arguments of TRL's forward; also `image_keys` and `width` (of the longest row), if known.
             rows (`int`, *optional*): rows of a forward; all at once by default.
-            backbone ([`~transformers.PreTrainedModel`], *optional*): what runs in the model; found by default.
+            backbone ([`~transformers.PreTrainedModel`], *optional*): the transformer in the model; found by default.
             with_values (`bool`, *optional*, defaults to `False`): whether a shared critic reads the hidden states.
             critic_learns (`bool`, *optional*): whether its values carry gradients; by default if others do.
 
@@ -229,7 +229,7 @@ class CompletionForward:
         return backbone_of(self.accelerator.unwrap_model(model, keep_torch_compile=False))
 
     def image_keys(self, batch: RolloutBatch, backbone: PreTrainedModel) -> list[list[ImageKey]] | None:
-        """What tells the images of each row apart; `None` if a model's features of them are not kept."""
+        """A key of each image of each row; `None` if a model's features of them are not kept."""
         inputs = [batch.get(name) for name in ("pixel_values", "image_grid_thw", "num_images")]
         kept = self.image_features is not None and self.image_features.are_kept_of(backbone)
         if not kept or any(value is None or not len(value) for value in inputs):
@@ -311,7 +311,7 @@ def _has_tokens(ids: torch.Tensor, tokens: Collection[int]) -> bool:
 
 
 def _inputs_of(batch: RolloutBatch) -> dict[str, Any]:
-    """A batch as TRL's forward takes it, with what is known of its images and lengths."""
+    """A batch as TRL's forward takes it, with the known keys of its images and its longest row."""
     inputs = {key: batch[key] for key in FORWARD_KEYS if key in batch}
     inputs["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     inputs["attention_mask"] = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)

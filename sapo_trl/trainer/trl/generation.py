@@ -53,7 +53,7 @@ def for_vllm(
     Prompts and images as vLLM reads them.
 
     For a prompt without image transformers' processors want a list and vLLM wants `None`. And a colocated vLLM expands
-    image placeholders itself: expanded placeholders would make other prompts than the ones that are trained on
+    image placeholders itself: expanded placeholders would make prompts that differ from the training prompts
     (https://github.com/huggingface/trl/issues/6294).
 
     Args:
@@ -103,7 +103,7 @@ def warn_of_sampling_settings(
     policy: PreTrainedModel, generation_config: GenerationConfig, settings: dict[str, Any], args: SAPOConfig
 ) -> None:
     """
-    Warn of settings that change what is sampled: the model's, which training ignores, and the run's own.
+    Warn of settings that change the distribution of samples: the model's, which training ignores, and the run's own.
 
     Args:
         policy ([`~transformers.PreTrainedModel`]): whose `generation_config` is looked at.

@@ -1,4 +1,4 @@
-"""What TRL gathers for its next log entry: additions, corrections, and its way into checkpoints."""
+"""TRL's measurements for its next log entry: additions, corrections, and their way into checkpoints."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class PendingLog(TrainerCallback, Checkpointed):
 
     @contextlib.contextmanager
     def without_additions(self) -> Iterator[None]:
-        """Forget what reward functions log inside: it is not about the rollout's responses."""
+        """Forget the logs of reward functions inside: they are not about the rollout's responses."""
         trainer = self.trainer
         logged = copy.deepcopy((trainer._pending_metrics, trainer._pending_extra_logs))
         try:
