@@ -14,12 +14,12 @@ from .lazy import lazy_names
 if TYPE_CHECKING:
     from .callbacks import RolloutCallback, SegmentationCallback
     from .config import SAPOConfig
+    from .critic.value_head import SegmentValueHead
     from .diagnostics import ValueDiagnostics
     from .presets import PRESETS
     from .segments import Segments
     from .stop_on_signal import StopOnSignal
     from .trainer import SAPOTrainer
-    from .value_head import SegmentValueHead
 
 
 __version__ = "0.1.0"
@@ -44,7 +44,7 @@ __getattr__, __dir__ = lazy_names(
         "RolloutCallback": "callbacks",
         "SAPOConfig": "config",
         "SAPOTrainer": "trainer",
-        "SegmentValueHead": "value_head",
+        "SegmentValueHead": "critic.value_head",
         "SegmentationCallback": "callbacks",
         "Segments": "segments",
         "StopOnSignal": "stop_on_signal",

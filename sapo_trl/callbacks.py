@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,54 +17,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from .config import SAPOConfig
 from .files import replacing, write_text
 from .metrics import MetricAccumulator, segment_statistics
-from .rollouts import ContinuationSampler
-from .segments import Segments
-
-
-@dataclass
-class SegmentedRollout:
-    """
-    A scored and segmented rollout of this process, before it is cut into micro-batches. Outside the segments, `(B, T)`
-    tensors are arbitrary.
-
-    Args:
-        segments ([`Segments`]): the partition.
-        completion_ids (`torch.Tensor`): int64 `(B, T)`.
-        prompt_ids (`torch.Tensor`): int64 `(B, P)`.
-        prompt_mask (`torch.Tensor`): int64 `(B, P)`.
-        logps (`torch.Tensor`): float32 `(B, T)`, log-probabilities under the policy that produced the rollout.
-        entropies (`torch.Tensor`): float32 `(B, T)`, entropies of the same policy.
-        values (`torch.Tensor`): float32 `(B, T)`, values of the states before each token.
-        token_rewards (`torch.Tensor`): float32 `(B, T)`.
-        advantages (`torch.Tensor`): float32 `(B, T)`, the advantages in the loss.
-        returns (`torch.Tensor`): float32 `(B, T)`.
-        rewards (`torch.Tensor`): float32 `(B,)`, NaN for a response that no reward function could score.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): tokenizer of the completions.
-        mode (`str`): `"train"` or `"eval"`.
-        continuations ([`~sapo_trl.rollouts.ContinuationSampler`], *optional*):
-            samples the policy's continuations of a response's prefix; `None` if the trainer did not generate the
-            rollout itself.
-        completion_mask (`torch.Tensor`, *optional*):
-            int64 `(B, T)`, 1 for every token. Tokens from tools have a 1, too, but belong to no segment.
-        images (`list[list]`, *optional*): the images of each response's prompt.
-    """
-
-    segments: Segments
-    completion_ids: torch.Tensor
-    prompt_ids: torch.Tensor
-    prompt_mask: torch.Tensor
-    logps: torch.Tensor
-    entropies: torch.Tensor
-    values: torch.Tensor
-    token_rewards: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
-    rewards: torch.Tensor
-    tokenizer: PreTrainedTokenizerBase
-    mode: str
-    continuations: ContinuationSampler | None = None
-    completion_mask: torch.Tensor | None = None
-    images: list[list[Any]] | None = None
+from .rollouts.types import SegmentedRollout
 
 
 class RolloutCallback(TrainerCallback):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .callbacks import SegmentedRollout
 from .foreign_text import visible
+from .rollouts.types import SegmentedRollout
 
 
 CUT = "│"

@@ -11,6 +11,15 @@ from .advantages import masked_moments
 from .segments import Segments
 
 
+# For each mean its sum and its number of items, so that micro-batches and processes can be combined exactly.
+Measurements = dict[str, tuple[torch.Tensor, torch.Tensor | float]]
+
+
+def mean_over(mean: torch.Tensor, count: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """A mean over `count` items as an entry of [`Measurements`]."""
+    return mean.detach() * count, count
+
+
 def explained_variance(
     values: torch.Tensor,
     returns: torch.Tensor,
@@ -95,7 +104,12 @@ class MetricAccumulator:
 
     def add_mean(self, name: str, value: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
         """Add a mean over `weight` items."""
-        self.add_total(name, value.detach() * weight, weight)
+        self.add_total(name, *mean_over(value, weight))
+
+    def add(self, measurements: Measurements) -> None:
+        """Add several means."""
+        for name, (total, count) in measurements.items():
+            self.add_total(name, total, count)
 
     def add_total(self, name: str, total: torch.Tensor, count: torch.Tensor | float) -> None:
         """Add the sum of `count` items."""

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from sapo_trl import SegmentValueHead
-from sapo_trl.critic_adapter import CriticAdapter
+from sapo_trl.critic.adapter import CriticAdapter
+from sapo_trl.critic.training import Critic
 from sapo_trl.embedded import build_processor, build_tokenizer
-from sapo_trl.trainer.critic import Critic
 
 from .testing_utils import FAMILIES, sapo_config
 

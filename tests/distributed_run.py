@@ -15,9 +15,9 @@ from transformers import set_seed
 
 from sapo_trl import SAPOTrainer, SegmentValueHead
 from sapo_trl.callbacks import RolloutCallback
+from sapo_trl.critic.value_head import backbone_of
+from sapo_trl.distributed import gathered
 from sapo_trl.embedded import build_processor, build_tokenizer
-from sapo_trl.sharded_tensors import gathered
-from sapo_trl.value_head import backbone_of
 
 from .exact_arithmetic import exact_lm_head, make_exact
 from .testing_utils import FAMILIES, fixed_rollout, length_reward, logged, never_logged, sapo_config

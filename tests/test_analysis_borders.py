@@ -22,7 +22,7 @@ from sapo_trl.segmentation import (
     SequenceSegmenter,
     TokenSegmenter,
 )
-from sapo_trl.validation import check_segments
+from sapo_trl.trainer.checks import check_segments
 
 from .strategies import masks, noise, seeds
 from .testing_utils import Recorder, fixed_rollout, random_completions, sapo_trainer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sapo_trl.trainer.critic_warmup import CriticWarmup
+from sapo_trl.critic.warmup import CriticWarmup
 
 from .testing_utils import WeightRecorder, logged, sapo_trainer, state_of
 

@@ -307,6 +307,17 @@ def logged_in_the_code() -> set[str]:
                 first = node.args[0]
                 if node.func.attr in ("add_mean", "add_total", "add_max") and isinstance(first, ast.Constant):
                     names.add(first.value)
+            if isinstance(node, ast.AnnAssign) and getattr(node.annotation, "id", None) == "Measurements":
+                names |= {
+                    key.value
+                    for inner in ast.walk(node)
+                    if isinstance(inner, ast.Dict)
+                    for key in inner.keys
+                    if isinstance(key, ast.Constant)
+                }
+            if isinstance(node, ast.Subscript) and getattr(node.value, "id", None) == "metrics":
+                if isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant):
+                    names.add(node.slice.value)
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                 if re.fullmatch(r"(?!image|application|text)[a-z_]+(/[a-z_0-9]+)+", node.value):
                     names.add(node.value)
@@ -325,7 +336,14 @@ def test_every_metric_of_a_run_is_documented(tmp_path, monkeypatch):
 
 def test_every_metric_in_the_code_is_documented():
     logged = logged_in_the_code()
-    assert {"kl", "ratio/max", "segments/single_token_share", "role/visual_dependency"} <= logged
+    assert {
+        "kl",
+        "policy_loss",
+        "skipped_steps",
+        "ratio/max",
+        "segments/single_token_share",
+        "role/visual_dependency",
+    } <= logged
     assert logged <= documented()
 
 

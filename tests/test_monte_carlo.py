@@ -74,7 +74,7 @@ class TestStates:
             },
         )
         known = KnownValues(lambda length: 0.8)
-        trainer._continuations = lambda record: known
+        trainer.continuation_sampler = lambda *args: known
         forward = trainer.policy_forward
 
         def with_confidence(model, batch, *args, **kwargs):
@@ -100,7 +100,7 @@ class TestStates:
             num_mini_batches=1, **RAW, trainer_kwargs={"callbacks": [recorder]},
         )  # fmt: skip
         known = KnownValues(lambda length: 0.1 * length)
-        trainer._continuations = lambda record: known
+        trainer.continuation_sampler = lambda *args: known
         trainer.train()
         (rollout,) = recorder.rollouts
         assert known.lengths == [[0, 1, 2, 0, 1, 2]]

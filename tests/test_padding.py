@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from sapo_trl.sharded_tensors import gradients_are_in_pieces, weights_are_in_pieces
+from sapo_trl.distributed import gradients_are_in_pieces, weights_are_in_pieces
 from sapo_trl.trainer.padding import (
     RightAligned,
     can_move_rows,

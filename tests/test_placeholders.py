@@ -10,8 +10,8 @@ from trl import prepare_multimodal_messages
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.rollouts import grow_tree
-from sapo_trl.rollouts.placeholders import cut_rollout, length_until_placeholder, placeholder_ids
-from sapo_trl.trainer.grpo_bridge import GRPOBridge
+from sapo_trl.rollouts.placeholders import cut_rollout, cut_turn, length_until_placeholder, placeholder_ids
+from sapo_trl.trainer.trl import bridge
 
 from .testing_utils import Recorder, fixed_rollout, logged, never_logged, sapo_trainer, state_of
 
@@ -137,7 +137,7 @@ class TestTraining:
         trainer.train()
         rollout, placeholder = recorder.rollouts[0], image_id(family)
         checked = 0
-        for batch in trainer._buffered_inputs:
+        for batch in trainer.micro_batches:
             images = split_images(batch)
             for row, ids in enumerate(batch["completion_ids"].tolist()):
                 length = int(batch["completion_mask"][row].sum())
@@ -163,8 +163,8 @@ class TestTraining:
     @QWEN2_5_VL
     def test_without_the_guard_the_forward_refuses(self, family, tmp_path, monkeypatch):
         """What it is there for; fails when transformers no longer minds, and the guard can go."""
+        monkeypatch.setattr(bridge, "placeholder_ids", lambda config: frozenset())
         trainer, _, _ = eager_trainer(family, tmp_path)
-        trainer.placeholder_ids = frozenset()
         with pytest.raises(ValueError, match="Image features and image tokens do not match"):
             trainer.train()
 
@@ -211,13 +211,13 @@ class TestTraining:
     def test_continuations_do_not_go_on_behind_a_placeholder(self, family, settings, tmp_path):
         trainer, recorder, _ = eager_trainer(family, tmp_path, max_steps=3, **settings)
         prefixes = []
-        generate = trainer._generate_from
+        generate = trainer.continuations.generate
 
         def spy(prompts, *args):
             prefixes.extend(prompts.ids)
             return generate(prompts, *args)
 
-        trainer._generate_from = spy
+        trainer.continuations.generate = spy
         trainer.train()
         assert prefixes and logged(trainer, "skipped_steps") == [0, 0, 0]
         start = family.tokenizer.convert_tokens_to_ids("<|vision_end|>")
@@ -238,14 +238,13 @@ class TestTraining:
 
 class TestTools:
     @QWEN2_5_VL
-    def test_a_turn_that_may_go_on_ends_before_the_placeholder(self, family, tmp_path):
-        trainer, _, _ = eager_trainer(family, tmp_path)
+    def test_a_turn_that_may_go_on_ends_before_the_placeholder(self, family):
         placeholder = image_id(family)
-        trainer.tools = [print]
-        ids, logps = GRPOBridge._cut(
-            trainer,
+        ids, logps = cut_turn(
             [[30, placeholder, 31], [placeholder, 30], [30, 31]],
             [[-1.0, -2.0, -3.0], [-1.0, -2.0], [-1.0] * 2],
+            {placeholder},
+            may_go_on=True,
         )
         assert ids == [[30], [placeholder], [30, 31]] and logps == [[-1.0], [-1.0], [-1.0, -1.0]]
 

@@ -15,6 +15,7 @@ from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM,
 from docs.generate.run_configs import FOLDER, RUNS
 from docs.generate.scaling_table import DOCUMENT, changes_table, memory_table
 from sapo_trl.cli import main as cli_main
+from sapo_trl.critic.value_head import SegmentValueHead
 from sapo_trl.embedded import build_model
 from sapo_trl.planner import Lora, Setup, model_shape, plan_memory, suggest
 from sapo_trl.planner.command import main, parser
@@ -22,7 +23,6 @@ from sapo_trl.planner.memory import OVERHEAD_BYTES, kv_bytes_per_token, layer_ac
 from sapo_trl.planner.reading import read_setup
 from sapo_trl.planner.setup import GIB
 from sapo_trl.planner.shapes import PUBLISHED, lora_parameters
-from sapo_trl.value_head import SegmentValueHead
 
 
 ROOT = Path(__file__).parents[1]

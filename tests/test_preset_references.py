@@ -24,8 +24,8 @@ from sapo_trl.advantages import length_adaptive_lam, masked_whiten, segment_gae
 from sapo_trl.losses import soft_adaptive_policy_loss
 from sapo_trl.presets import PRESETS, preset_settings
 from sapo_trl.rollouts import ContinuationSampler, StateValues, TokenizedPrompts
+from sapo_trl.rollouts.types import PolicyForward, RolloutRecord
 from sapo_trl.segmentation import CutpointSegmenter
-from sapo_trl.trainer.grpo_bridge import PolicyForward, RolloutRecord
 
 from .testing_utils import sapo_trainer
 
@@ -550,9 +550,16 @@ def trainer_of(preset: str, family, tmp_path, **overrides):
     trainer.policy_forward = policy_forward
     trainer.critic_forward = critic_forward
     # What TRL's own losses call.
+    latest, policy_loss = [], trainer.policy_loss
+
+    def noted_policy_loss(model, batch) -> torch.Tensor:
+        latest[:] = [batch]
+        return policy_loss(model, batch)
+
+    trainer.policy_loss = noted_policy_loss
     trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (
-        trainer._micro_batch["current_logps"],
-        trainer._micro_batch["entropies"],
+        latest[0]["current_logps"],
+        latest[0]["entropies"],
         None,
     )
     return trainer
@@ -658,7 +665,7 @@ def micro_batches_of(trainer, batch: dict[str, Any], order: list[int], rows: lis
         }
         micro_batch |= {name: value[chosen].requires_grad_() for name, value in current.items()}
         micro_batches.append(micro_batch)
-    trainer._buffered_inputs = micro_batches
+    trainer.micro_batches = micro_batches
     return micro_batches
 
 
@@ -708,7 +715,6 @@ def compare_losses(
     for start in range(0, len(rows), ROWS_PER_STEP):
         members = [rows[index] for index in order[start : start + ROWS_PER_STEP]]
         first = start // ROWS_PER_MICRO_BATCH
-        trainer._step_totals = None
         losses, value_losses = [], []
         step = micro_batches[first : first + ROWS_PER_STEP // ROWS_PER_MICRO_BATCH]
         for micro_batch in step:

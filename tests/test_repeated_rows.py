@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from sapo_trl.trainer.repeated_rows import RepeatedRows
+from sapo_trl.trainer.trl.repeated_rows import RepeatedRows
 
 from .testing_utils import sapo_trainer
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from sapo_trl.trainer.resumed_settings import optimizer_settings, restore_settings
+from sapo_trl.resumed_settings import optimizer_settings, restore_settings
 
 
 def optimizer(rate: float, **kwargs) -> torch.optim.Optimizer:

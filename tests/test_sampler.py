@@ -11,7 +11,7 @@ from peft import LoraConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from sapo_trl.sampler_correction import MODES, importance_correction, logp_difference
-from sapo_trl.trainer.grpo_bridge import TRL_EXPANDS_PLACEHOLDERS_TWICE, collapsed
+from sapo_trl.trainer.trl.generation import TRL_EXPANDS_PLACEHOLDERS_TWICE, collapsed
 
 from .testing_utils import Recorder, fixed_rollout, logged, random_completions, sapo_trainer, state_of
 

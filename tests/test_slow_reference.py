@@ -128,7 +128,7 @@ def test_second_rollout_against_loops(family, case, holes, tmp_path):
     weights.states.append([state_of(trainer.model), state_of(critic)])
     trainer.add_callback(weights)
     trainer.train()
-    batches = trainer._buffered_inputs  # of the last rollout: which responses each of its optimizer steps saw
+    batches = trainer.micro_batches  # of the last rollout: which responses each of its optimizer steps saw
 
     def models_after(step: int):
         policy = family.build_model()

@@ -21,6 +21,7 @@ from sapo_trl.folder_lock import FolderInUseError
 from sapo_trl.run_folder import PUBLICATION_NAME, complete_checkpoints, newest_checkpoint
 from sapo_trl.trainer import checkpoint_files
 from sapo_trl.trainer.checkpoint_files import STAGING_FOLDER
+from sapo_trl.trainer.checkpoint_parts import Checkpointed
 
 from .test_folder_lock import holder
 from .testing_utils import logged, sapo_trainer, state_of, unmoved
@@ -174,7 +175,12 @@ class TestCheckpoints:
     @TEXT_FAMILY
     def test_an_error_of_another_kind_stays_what_it_is(self, family, tmp_path, monkeypatch):
         trainer = sapo_trainer(family, tmp_path, save_strategy="steps", save_steps=1)
-        monkeypatch.setattr(trainer, "process_state", lambda: {"broken": 1 / 0})
+
+        class Broken(Checkpointed):
+            def state(self):
+                return {"broken": 1 / 0}
+
+        trainer.checkpoints.parts.append(Broken())
         with pytest.raises(ZeroDivisionError):
             trainer.train()
         assert not (tmp_path / STAGING_FOLDER).exists()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sapo_trl
 from sapo_trl import SAPOTrainer
 from sapo_trl.segments import Segments
-from sapo_trl.trainer import grpo_bridge
+from sapo_trl.trainer.trl import forward
 
 from .testing_utils import (
     Recorder,
@@ -407,13 +407,13 @@ def test_the_device_is_not_read_inside_of_an_optimizer_step(family, frozen, leve
         trainer_kwargs={"rollout_func": fixed_rollout(random_completions(5))},
     )
     training_step, reads, micro_batches, image_keys_made = trainer.training_step, DeviceReads(), [], []
-    make_keys = grpo_bridge.image_keys
+    make_keys = forward.image_keys
 
     def noted_keys(*args):
         image_keys_made.extend(micro_batches[1:])
         return make_keys(*args)
 
-    monkeypatch.setattr(grpo_bridge, "image_keys", noted_keys)
+    monkeypatch.setattr(forward, "image_keys", noted_keys)
 
     def watched(*args):
         micro_batches.append(None)
@@ -480,7 +480,7 @@ class TestMicroBatches:
     )
     def test_update_is_that_of_the_whole_batch(self, family, settings, tmp_path):
         whole, whole_trainer = self.run(family, tmp_path / "whole", per_device=4, **settings)
-        first, second = whole_trainer._buffered_inputs
+        first, second = whole_trainer.micro_batches
         # What the losses are divided by must differ between the mini-batches, or mixing it up would go unnoticed.
         for count in (
             lambda batch: (batch["segment_ids"] >= 0).sum(),

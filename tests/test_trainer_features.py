@@ -107,10 +107,10 @@ class TestGradients:
         trainer.train()
         assert logged(trainer, "entropy_coef") == pytest.approx([0.3])
         (rollout,) = recorder.rollouts
-        images = trainer._buffered_inputs[0].get("pixel_values")
+        images = trainer.micro_batches[0].get("pixel_values")
 
         # The same rollout in the order of the shuffled batch, by transformers' forward with its whole logits.
-        batch = trainer._buffered_inputs[0]
+        batch = trainer.micro_batches[0]
         plain = family.build_model()
         plain.load_state_dict(before)
         inputs = {
@@ -247,7 +247,7 @@ class TestGradients:
         )
         trainer.train()
         rollout = recorder.rollouts[0]
-        batch = trainer._buffered_inputs[0]
+        batch = trainer.micro_batches[0]
         with torch.no_grad():
             expected = family.build_model()(
                 input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
@@ -278,7 +278,7 @@ class TestGradients:
         )
         trainer.train()
         model, losses, tokens = family.build_model(), [], []
-        for batch in trainer._buffered_inputs:
+        for batch in trainer.micro_batches:
             mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
             ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
             with torch.no_grad():
@@ -638,7 +638,7 @@ class TestRollouts:
         )
         trainer.train()
         trainer.model.train()
-        batch = trainer._buffered_inputs[0]
+        batch = trainer.micro_batches[0]
         mask = batch["completion_mask"]
         torch.manual_seed(0)
         weights = torch.rand(mask.shape if shape == "token" else (len(mask), 1)) + 0.5

@@ -156,7 +156,7 @@ class TestSettings:
             lengths = []
             for kwargs in ({}, {"shout": "Find it now."}):
                 ours, _ = compare(family, tmp_path, {"chat_template_kwargs": kwargs}, rollout_func=None)
-                lengths.append(ours._buffered_inputs[0]["prompt_ids"].size(1))
+                lengths.append(ours.micro_batches[0]["prompt_ids"].size(1))
             assert lengths[1] > lengths[0]
         finally:
             family.tokenizer.chat_template = template

@@ -25,12 +25,14 @@ from trl.trainer.utils import (
 
 import sapo_trl
 from sapo_trl import SAPOConfig, SAPOTrainer
-from sapo_trl.trainer.grpo_bridge import GRPOBridge
+from sapo_trl.trainer.trl.bridge import GRPOBridge
+from sapo_trl.trainer.trl.resumable import ResumableTrainer
 
 from .testing_utils import Recorder, fixed_rollout, length_reward, random_completions, sapo_config, sapo_trainer
 
 
 PACKAGE = Path(sapo_trl.__file__).parent
+BRIDGE = PACKAGE / "trainer" / "trl"
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 
 # Private methods that the bridge overrides or calls, with the parameters it passes or forwards.
@@ -128,12 +130,12 @@ class TestNames:
     @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
     def test_only_the_bridge_touches_private_names_of_trl(self, path):
         touched = private_names_in(path) & private_names_of_trl()
-        allowed = METHODS.keys() | ATTRIBUTES if path.name == "grpo_bridge.py" else set()
+        allowed = METHODS.keys() | ATTRIBUTES if BRIDGE in path.parents else set()
         assert touched <= allowed
 
     def test_bridge_touches_exactly_these(self):
-        bridge = PACKAGE / "trainer" / "grpo_bridge.py"
-        assert private_names_in(bridge) & private_names_of_trl() == METHODS.keys() | ATTRIBUTES
+        touched = set().union(*map(private_names_in, BRIDGE.glob("*.py")))
+        assert touched & private_names_of_trl() == METHODS.keys() | ATTRIBUTES
 
     @pytest.mark.parametrize("name", METHODS)
     def test_method_takes_these_parameters(self, name):
@@ -145,7 +147,7 @@ class TestNames:
         assert {"pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids"} <= parameters.keys()
 
     def test_no_public_name_hides_one_of_trl(self):
-        ours = vars(SAPOTrainer).keys() | vars(GRPOBridge).keys()
+        ours = vars(SAPOTrainer).keys() | vars(GRPOBridge).keys() | vars(ResumableTrainer).keys()
         theirs = set().union(*(vars(cls) for cls in GRPOTrainer.__mro__))
         private = METHODS.keys() | {"_tag_names", "_name", "_paper"}
         dunders = {"__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__"}
@@ -248,7 +250,7 @@ class TestBatches:
         rows = {tuple(ids): index for index, ids in enumerate(rollout.completion_ids.tolist())}
         assert len(rows) == 4
         order = []
-        for batch in trainer._buffered_inputs:
+        for batch in trainer.micro_batches:
             for row, ids in enumerate(batch["completion_ids"].tolist()):
                 order.append(rows[tuple(ids)])
                 for name, tensor in ours.items():
@@ -328,7 +330,7 @@ class TestForwards:
             family, tmp_path, beta=0.0, trainer_kwargs={"rollout_func": fixed_rollout(random_completions(5))}
         )
         trainer.train()
-        batch = dict(trainer._buffered_inputs[0])
+        batch = dict(trainer.micro_batches[0])
         del batch["old_per_token_logps"]  # then on-policy: every ratio is 1
         trainer.loss_type, trainer.importance_sampling_level = "grpo", "token"
         trainer.model.eval()

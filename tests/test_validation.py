@@ -12,16 +12,15 @@ from peft import LoraConfig, get_peft_model
 from sapo_trl import SAPOTrainer, Segments, SegmentValueHead
 from sapo_trl.embedded import build_tokenizer, make_problems
 from sapo_trl.segmentation import TokenSegmenter
-from sapo_trl.validation import (
+from sapo_trl.trainer.checks import (
     check_finite_rewards,
     check_finite_weights,
     check_images,
     check_padding_side,
     check_prompt_column,
-    check_same_tokenizer,
     check_segments,
-    check_value_model,
 )
+from sapo_trl.trainer.setup import check_same_tokenizer, check_value_model
 
 from .testing_utils import Family, length_reward, sapo_config, sapo_trainer, state_of, text_dataset, unmoved
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from ..callbacks import RolloutCallback, segmented_responses
 from ..config import SAPOConfig
 from ..trainer import SAPOTrainer
-from ..validation import check_size
+from ..trainer.checks import check_size
 
 
 class _FirstRollout(RolloutCallback):

@@ -40,7 +40,7 @@ from ..settings import PositiveInt, check_settings, help_from_docstring
 from ..stop_on_signal import StopOnSignal
 from ..trainer import SAPOTrainer
 from ..trainer.checkpoint_files import check_checkpoint, finish_publication
-from ..validation import check_size
+from ..trainer.checks import check_size
 from .dry_run import show_dry_run
 from .launch import check_launched, launch
 from .run_arguments import RunRequest, parse_run

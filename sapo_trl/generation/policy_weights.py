@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..sharded_tensors import weights_are_in_pieces
+from ..distributed import weights_are_in_pieces
 
 
 INCOMPLETE_FOLDER = "incomplete-policy"

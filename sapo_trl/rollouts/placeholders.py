@@ -42,6 +42,36 @@ def length_until_placeholder(
     return len(completion)
 
 
+def cut_turn(
+    completion_ids: list[list[int]],
+    logps: list[list[float]] | None,
+    placeholders: Collection[int],
+    may_go_on: bool,
+) -> tuple[list[list[int]], list[list[float]] | None]:
+    """
+    Responses of one turn up to their first placeholder, with the sampler's log-probabilities.
+
+    Args:
+        completion_ids (`list[list[int]]`): token ids of each response.
+        logps (`list[list[float]]`, *optional*): of each of their tokens.
+        placeholders (`Collection[int]`): of [`placeholder_ids`].
+        may_go_on (`bool`): whether a tool may answer. Its answer would come behind the placeholder and be predicted
+            from it: then the placeholder goes too, unless it is all there is, which calls no tool.
+    """
+    if not placeholders:
+        return completion_ids, logps
+    lengths = [length_until_placeholder(ids, placeholders) for ids in completion_ids]
+    if may_go_on:
+        lengths = [
+            max(length - (ids[length - 1] in placeholders), 1)
+            for ids, length in zip(completion_ids, lengths, strict=True)
+        ]
+    completion_ids, logps = (
+        rows and [row[:length] for row, length in zip(rows, lengths, strict=True)] for rows in (completion_ids, logps)
+    )
+    return completion_ids, logps
+
+
 def cut_rollout(output: dict[str, Any], placeholders: Collection[int]) -> dict[str, Any]:
     """
     What a `rollout_func` returned, with its responses cut.

@@ -22,6 +22,16 @@ def has_images_by_row(batch: Mapping[str, Any]) -> bool:
     return batch.get("pixel_attention_mask") is not None and batch.get("spatial_shapes") is None
 
 
+def one_entry_a_row(batch: Mapping[str, Any]) -> list[int]:
+    """
+    Entries of `pixel_values` that belong to each row, of images that are padded to one row of the batch.
+
+    TRL recognises this layout by the number of entries. Where there are as many images as rows, it would mistake the
+    rows for images.
+    """
+    return [1] * len(batch["pixel_values"])
+
+
 @dataclass
 class TokenizedPrompts:
     """

@@ -34,7 +34,7 @@ from ..files import write_text
 from ..presets import preset_settings
 from ..segmentation import NoisyBoundaries, RandomCuts, Segmenter
 from ..trainer import SAPOTrainer
-from ..trainer.parts import make_segmenter
+from ..trainer.setup import make_segmenter
 from .cells import CELL_NAME, RESULT_NAME, Cell
 from .task import (
     OracleSegmenter,

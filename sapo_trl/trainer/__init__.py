@@ -1,6 +1,6 @@
 """The trainer."""
 
-from .sapo_trainer import SAPOTrainer
+from .trainer import SAPOTrainer
 
 
 __all__ = ["SAPOTrainer"]

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..critic.training import CRITIC_OPTIMIZER_NAME
 from ..run_folder import PUBLICATION_NAME, TRAINER_STATE_NAME, complete_checkpoints, publication_number
 
 
 STAGING_FOLDER = "incomplete-checkpoint"
 """Where a checkpoint is written and where it is deleted; no name that anything takes for a checkpoint."""
 PROCESS_STATE_NAME = "process_state_{}.pt"
-CRITIC_OPTIMIZER_NAME = "critic_optimizer.pt"
-WARMUP_STATE_NAME = "critic_warmup.json"
 
 _REPLACED = "replaced-"
 _CONTENTS = {

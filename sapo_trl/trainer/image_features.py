@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
 
-# What tells images apart: a hash of the pixels, and the grid of patches.
+# Tells images apart: a hash of the pixels, and the grid of patches.
 ImageKey = tuple[int, int, int, int]
 
 # Patches that are hashed at a time: a rollout's at once would take several times their memory.
@@ -32,7 +32,7 @@ class ImageFeatures(TrainerCallback):
     """
     Features of the images of one rollout, for models that take patches and their grids, as Qwen's do.
 
-    Nothing is kept of a tower that learns or has adapters. What is kept stays on the device until the next rollout
+    Nothing is kept of a tower that learns or has adapters. Features stay on the device until the next rollout
     (and of an evaluation's rollout until it has ended).
     """
 
@@ -68,7 +68,7 @@ class ImageFeatures(TrainerCallback):
 
         Args:
             backbone ([`~transformers.PreTrainedModel`]): the model under the LM head, or under a critic's head.
-            inputs (`dict`): what it is to be given.
+            inputs (`dict`): its inputs.
             keys (`Sequence[ImageKey]`): of its images, see [`image_keys`].
 
         Returns:
@@ -102,7 +102,7 @@ class ImageFeatures(TrainerCallback):
 
 def image_keys(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[ImageKey]:
     """
-    What tells images apart.
+    A key of each image.
 
     A pixel's bits are multiplied by a random odd number of its place, mixed, and added up modulo 2^64: in any order of
     summation the sum is exactly the same. Of two given images that differ it is by a chance of the order of 2^-60.
@@ -179,7 +179,7 @@ def _by_image(output: ModelOutput, count: int) -> list[ModelOutput] | None:
     pooled, layers = output.get("pooler_output"), output.get("deepstack_features") or []
     if any(not isinstance(part, (tuple, list)) or len(part) != count for part in (pooled, *layers)):
         return None
-    # Copies: as a view each image would keep those that it was computed with.
+    # Clone: a view would keep the whole batch of images alive.
     return [
         type(output)(
             pooler_output=[pooled[number].clone()],

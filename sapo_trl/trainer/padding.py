@@ -26,10 +26,10 @@ def group_rows(lengths: Sequence[int], num_groups: int, max_tokens: int | None =
     """
     Partition rows into groups of similar length such that the padded groups have few tokens altogether.
 
-    The fewest would be had with groups of very unequal sizes, where lengths are nearly the same: a row here, and half
-    of all rows (and of all images) there. So they are the fewest among the partitions whose groups have at most twice
-    as many rows as they would have alike, and whose largest is at most 1.2 times the smallest possible; where several
-    have them, those with the most even numbers of rows.
+    Minimising padding alone gives very unequal groups where lengths are nearly the same: a row here, and half of all
+    rows (and images) there. So two limits hold: a group has at most twice as many rows as in an equal partition, and
+    the largest group is at most 1.2 times the smallest possible one. Among equally good partitions the one with the
+    most even numbers of rows is taken.
 
     Args:
         lengths (`Sequence[int]`): tokens of each row without padding; B of them.
@@ -235,3 +235,22 @@ class RightAligned:
             return outputs.new_zeros(self.target.shape)
         is_there = (self.target >= 0) & (self.target < outputs.size(1))
         return torch.where(is_there, outputs.gather(1, self.target.clamp(0, outputs.size(1) - 1)), 0)
+
+    def move_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A model's inputs, the `(B, W)` tensors among them moved."""
+        shape = inputs["input_ids"].shape
+        return {
+            name: self.move(value) if torch.is_tensor(value) and value.shape == shape else value
+            for name, value in inputs.items()
+        }
+
+    def restore_outputs(self, outputs: Any) -> Any:
+        """
+        TRL's fused outputs of moved inputs, at the places of the tokens before.
+
+        Position p predicts token p + 1: the last one predicts nothing.
+        """
+        outputs.log_probs = self.restore(outputs.log_probs)[:, :-1]
+        if getattr(outputs, "entropy", None) is not None:
+            outputs.entropy = self.restore(outputs.entropy)[:, :-1]
+        return outputs

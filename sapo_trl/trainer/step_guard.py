@@ -1,4 +1,4 @@
-"""What happens to an optimizer step whose losses or gradients are not numbers."""
+"""Optimizer steps whose losses or gradients are not numbers: skipped, and after too many the run stops."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StepGuard:
         self.max_in_a_row = args.max_skipped_steps
         self._is_fp16 = accelerator.mixed_precision == "fp16"
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # It steps as soon as it has added gradients up, and its ZeRO optimizers drop those that are not finite.
+            # It steps as soon as it has added gradients up, and its ZeRO optimizers drop infinite gradients and NaN.
             config = accelerator.state.deepspeed_plugin.deepspeed_config
             stage = config["zero_optimization"]["stage"]
             self.engines_skip = stage == 3 or (stage > 0 and config.get("bf16", {}).get("check_grad_overflow", True))
@@ -47,7 +47,7 @@ class StepGuard:
 
     def for_backward(self, loss: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """
-        What to run backward from, so that a DeepSpeed engine skips what has to be skipped: it looks at gradients only.
+        The tensor to run backward from, so that a DeepSpeed engine skips a bad step: it looks at gradients only.
 
         Args:
             loss (`torch.Tensor`): 0-dimensional.
@@ -94,7 +94,7 @@ class StepGuard:
 
     def report(self, step: int, batches: Callable[[], list[dict[str, Any]]]) -> None:
         """
-        Warn of a skipped step; after too many in a row, save what it was computed on and stop.
+        Warn of a skipped step; after too many in a row, save its micro-batches and stop.
 
         Args:
             step (`int`): optimizer steps before this one.

@@ -10,16 +10,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..config import SAPOConfig
-from ..metrics import MetricAccumulator
+from ..metrics import Measurements
 from ..rollouts import ContinuationSampler, Edge, EdgeReplay, RolloutTree, TokenizedPrompts, grow_tree
 from ..rollouts.replay import StoredEdge
 from ..rollouts.tree import trainable_edges
-from .grpo_bridge import GivenRollout
+from ..rollouts.types import GivenRollout
 
 
 class TreeRollouts:
     """
-    What a rollout trains on when responses are sampled as trees: edges, of this and of earlier rollouts.
+    The training edges of a rollout whose responses are sampled as trees: of this and of earlier rollouts.
 
     Args:
         args ([`SAPOConfig`]): settings of the run.
@@ -42,10 +42,10 @@ class TreeRollouts:
         examples: list[dict[str, Any]],
         prompts: TokenizedPrompts,
         sampler: ContinuationSampler,
-        score: Callable[[list[int], list[list[int]]], list[torch.Tensor]],
+        score: Callable[[list[int], list[list[int]]], torch.Tensor],
+        batch_size: int,
         num_rows: int,
-        metrics: MetricAccumulator,
-    ) -> GivenRollout:
+    ) -> tuple[GivenRollout, Measurements]:
         """
         Grow a tree below each prompt and draw the edges to train on.
 
@@ -54,14 +54,14 @@ class TreeRollouts:
             prompts ([`~sapo_trl.rollouts.TokenizedPrompts`]): of these rows.
             sampler ([`~sapo_trl.rollouts.ContinuationSampler`]): over these prompts.
             score (`Callable`):
-                `(rows, completions) -> list[torch.Tensor]`, of each completion the float32 log-probabilities of its
-                tokens under the policy.
+                `(rows, completions) -> torch.Tensor`, float32 `(N, T)`: log-probabilities of the completions' tokens
+                under the policy.
+            batch_size (`int`): completions that are scored at a time.
             num_rows (`int`): edges to draw.
-            metrics ([`~sapo_trl.metrics.MetricAccumulator`]): where to log.
 
         Returns:
-            [`GivenRollout`]: `num_rows` paths from the root to an edge's end, with the tensors `edge_start`,
-            `parent_values`, `old_logps` and `root_values`.
+            `tuple[GivenRollout, Measurements]`: `num_rows` paths from the root to an edge's end, with the tensors
+            `edge_start`, `parent_values`, `old_logps` and `root_values`; and what to log.
         """
         started = time.perf_counter()
         tree = grow_tree(sampler, range(len(prompts)), self.args.tree_widths, self.args.tree_segment_length)
@@ -69,15 +69,15 @@ class TreeRollouts:
         responses = [tree.prefix(leaf) for leaf in leaves]
         leaf_rewards = sampler.scores([tree.rows[leaf] for leaf in leaves], responses)
         outcomes = sampler.outcomes(leaf_rewards, responses, self.args.truncated_continuation_reward)
-        # In float64, so that equal children are worth what their parent is.
+        # In float64, so that equal children are worth as much as their parent.
         values = tree.values(outcomes.double())
         rewards_per_func = tree.values(leaf_rewards.double()).float()
         edges = trainable_edges(tree, values)
 
-        # As many forwards on every process; who has fewer edges repeats a leaf.
+        # Every process must run equally many forwards: a process with fewer edges repeats a leaf.
         filler = [leaves[0]] * (sampler.max_over_processes(len(edges)) - len(edges))
         scored = [(edge.row, edge.completion) for edge in edges] + [(tree.rows[n], tree.prefix(n)) for n in filler]
-        logps = score(*map(list, zip(*scored, strict=True))) if scored else []
+        logps = _in_batches(score, *map(list, zip(*scored, strict=True)), batch_size) if scored else []
         stored = [[] for _ in examples]
         for edge, row in zip(edges, logps, strict=False):
             rewards = rewards_per_func[edge.node].cpu()
@@ -87,20 +87,23 @@ class TreeRollouts:
 
         device = leaf_rewards.device
         num_edges = len(tree) - len(examples)
-        for name, total, count in (
-            ("tokens", sum(map(len, tree.tokens)), 1),
-            ("leaves", len(leaves), len(examples)),
-            ("dropped_edges", num_edges - len(edges), num_edges),
-            ("edge_age", sum(edge.age for edge in drawn), max(len(drawn), 1)),
-        ):
-            metrics.add_total(f"tree/{name}", torch.tensor(float(total), device=device), float(count))
-        metrics.add_total("time/tree", torch.tensor(time.perf_counter() - started), 1.0)
+        counts = {
+            "tokens": (sum(map(len, tree.tokens)), 1),
+            "leaves": (len(leaves), len(examples)),
+            "dropped_edges": (num_edges - len(edges), num_edges),
+            "edge_age": (sum(edge.age for edge in drawn), max(len(drawn), 1)),
+        }
+        metrics: Measurements = {
+            f"tree/{name}": (torch.tensor(float(total), device=device), float(count))
+            for name, (total, count) in counts.items()
+        }
+        metrics["time/tree"] = (torch.tensor(time.perf_counter() - started), 1.0)
         if not drawn:
             # All responses to each prompt are worth the same. TRL still needs rows: they begin where they end, so that
             # nothing is learned from them.
             drawn = [self._without_tokens(tree, leaf, examples, leaf_rewards[i]) for i, leaf in enumerate(leaves)]
             drawn = [drawn[row % len(drawn)] for row in range(num_rows)]
-        return GivenRollout(
+        given = GivenRollout(
             inputs=[item.example for item in drawn],
             completion_ids=[item.edge.completion for item in drawn],
             rewards_per_func=torch.stack([item.rewards for item in drawn]).to(device),
@@ -112,6 +115,7 @@ class TreeRollouts:
                 "root_values": values[torch.tensor(tree.parents, device=device) < 0].float(),
             },
         )
+        return given, metrics
 
     @staticmethod
     def _without_tokens(
@@ -120,3 +124,19 @@ class TreeRollouts:
         row, completion = tree.rows[leaf], tree.prefix(leaf)
         edge = Edge(row, leaf, completion, len(completion), parent_value=0.0, child_value=0.0)
         return StoredEdge(examples[row], edge, torch.zeros(1), rewards.cpu())
+
+
+@torch.no_grad()
+def _in_batches(
+    score: Callable[[list[int], list[list[int]]], torch.Tensor],
+    rows: list[int],
+    completions: list[list[int]],
+    batch_size: int,
+) -> list[torch.Tensor]:
+    """float32 on the CPU, the scores of each completion's tokens; in batches, because each row brings images along."""
+    logps: list[torch.Tensor] = []
+    for start in range(0, len(rows), batch_size):
+        chunk = slice(start, start + batch_size)
+        scored = score(rows[chunk], completions[chunk]).cpu()
+        logps.extend(row[: len(ids)].clone() for row, ids in zip(scored, completions[chunk], strict=True))
+    return logps

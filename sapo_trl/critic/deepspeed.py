@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..value_head import SegmentValueHead
-from .checkpoint_files import CRITIC_OPTIMIZER_NAME
-from .critic import CRITIC_FOLDER, Critic
+from .training import CRITIC_FOLDER, CRITIC_OPTIMIZER_NAME, Critic
+from .value_head import SegmentValueHead
 
 
 ENGINE_FOLDER = "critic_engine"

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
-from .critic_adapter import CriticAdapter
-from .segments import accumulation_dtype
-from .sharded_tensors import gathered_state, sharded_like
+from ..distributed import gathered_state, sharded_like
+from ..segments import accumulation_dtype
+from .adapter import CriticAdapter
 
 
 HEAD_WEIGHTS_NAME = "value_head.safetensors"
@@ -48,7 +48,7 @@ class SegmentValueHead(nn.Module):
         backbone ([`~transformers.PreTrainedModel`], *optional*):
             text or image-text model without LM head that returns `last_hidden_state`. `None` makes a `"shared"`
             critic, which reads the policy's hidden states.
-        adapter ([`~sapo_trl.critic_adapter.CriticAdapter`], *optional*):
+        adapter ([`~sapo_trl.critic.adapter.CriticAdapter`], *optional*):
             instead of a backbone: the critic's adapter on the policy's base model.
 
     Example:
@@ -97,7 +97,7 @@ class SegmentValueHead(nn.Module):
             yield from self.adapter.named_parameters()
 
     def active(self) -> contextlib.AbstractContextManager:
-        """Context for forwards and backwards, see [`~sapo_trl.critic_adapter.CriticAdapter.active`]."""
+        """Context for forwards and backwards, see [`~sapo_trl.critic.adapter.CriticAdapter.active`]."""
         return contextlib.nullcontext() if self.adapter is None else self.adapter.active()
 
     @classmethod

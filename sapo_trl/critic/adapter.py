@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
-from .sharded_tensors import sharded_like
+from ..distributed import sharded_like
 
 
 ADAPTER_NAME = "critic"

@@ -15,9 +15,9 @@ class RepeatedRows(torch.utils.data.Dataset):
     """
     A data set whose rows are not read, nor their images decoded, while they are still at hand.
 
-    TRL's loader asks for all rows of a rollout before each of its micro-batches, of which the first alone uses them,
-    and for a prompt's row once for each of its responses: with images, decoding would take longer than much of what
-    it waits for. Loaders with several workers have one of these in each, and read as often as there are workers.
+    TRL's loader asks for all rows of a rollout before each of its micro-batches, and only the first micro-batch uses
+    them. It asks for a prompt's row once for each of its responses. With images, decoding would take longer than much
+    of the training. A loader with several workers has one such data set in each, and each worker reads once.
 
     Args:
         dataset ([`~datasets.Dataset`]): the rows.

@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from .config import SAPOConfig, default_settings
-from .presets import PRESETS, preset_settings
-from .segmentation import Segmenter
+from ..config import SAPOConfig, default_settings
+from ..presets import PRESETS, preset_settings
+from ..segmentation import Segmenter
 
 
 DEFAULTS = "SAPOConfig's defaults"

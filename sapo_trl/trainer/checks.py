@@ -1,30 +1,27 @@
-"""Checks of what users bring. Each error names the field, its value and what would be right."""
+"""Checks of users' data, models and functions. Each error names the field, its value and the remedy."""
 
 from __future__ import annotations
 
 import logging
-import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from itertools import islice
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
-from .segments import Segments
-from .value_head import SegmentValueHead, backbone_of, hidden_size_of
+from ..segments import Segments
 
 
 logger = logging.getLogger(__name__)
 
 # Rows of a data set whose images are counted before training: enough to catch a wrong template or processor.
 NUM_ROWS_CHECKED = 8
-PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.CPT)
 
 
 def check_prompt_column(dataset: Dataset | IterableDataset | None, name: str) -> None:
@@ -95,59 +92,6 @@ def check_finite_rewards(rewards_per_func: torch.Tensor, names: list[str]) -> No
             f"Reward function `{names[column]}` returned {float(rewards_per_func[row, column])} for completion {row} "
             f"of {len(rewards_per_func)}; rewards must be finite."
         )
-
-
-def check_rollout(output: Mapping[str, Any], num_prompts: int, vocab_size: int) -> None:
-    """
-    Check the output of a `rollout_func`. TRL reports missing fields itself.
-
-    Args:
-        output (`Mapping[str, Any]`): `prompt_ids`, `completion_ids`, `logprobs` and perhaps `env_mask`.
-        num_prompts (`int`): prompts that it was given.
-        vocab_size (`int`): of the policy.
-
-    Raises:
-        TypeError: for an output that is no dictionary, and fields that are no lists of rows of integers.
-        ValueError: for fields with another number of rows, an empty prompt or completion, a token that the policy does
-            not know, or log-probabilities or a mask that do not fit the completion.
-    """
-    if not isinstance(output, Mapping):
-        raise TypeError(
-            "`rollout_func` must return a dictionary with `prompt_ids`, `completion_ids` and `logprobs`, got a "
-            f"{type(output).__name__}."
-        )
-    for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask"):
-        if not isinstance(output.get(name), list | tuple | None):
-            raise TypeError(
-                f"`rollout_func` must return a list with one row for each prompt as `{name}`, got a "
-                f"{type(output[name]).__name__}."
-            )
-    for name in ("prompt_ids", "completion_ids"):
-        rows = output.get(name)
-        if rows is None:
-            continue
-        if len(rows) != num_prompts:
-            raise ValueError(f"`rollout_func` returned {len(rows)} rows of `{name}` for {num_prompts} prompts.")
-        for row, ids in enumerate(rows):
-            if len(ids) == 0:
-                raise ValueError(
-                    f"`rollout_func` returned an empty list in row {row} of `{name}`: it needs at least one token, "
-                    "such as the end-of-sequence token."
-                )
-            what = f"Row {row} of `{name}` from `rollout_func`"
-            try:
-                numbers = [operator.index(token) for token in ids]
-            except TypeError as error:
-                raise TypeError(f"{what} must be a list of token ids, got {repr(ids)[:60]}.") from error
-            check_token_ids(numbers, vocab_size, what)
-    completions = output.get("completion_ids") or ()
-    for name in ("logprobs", "env_mask"):
-        for row, (values, ids) in enumerate(zip(output.get(name) or (), completions, strict=False)):
-            if len(values) != len(ids):
-                raise ValueError(
-                    f"`rollout_func` returned {len(values)} values of `{name}` for the {len(ids)} tokens of "
-                    f"completion {row}: it needs one for each."
-                )
 
 
 def check_token_ids(ids: Collection[int], vocab_size: int, what: str) -> None:
@@ -224,32 +168,10 @@ def check_finite_weights(module: nn.Module, what: str) -> None:
             )
 
 
-def check_adapters(model: PreTrainedModel) -> None:
-    """
-    Args:
-        model ([`~transformers.PreTrainedModel`]): the policy, with its adapters if it has any.
-
-    Raises:
-        ValueError: if an adapter puts tokens of its own before the prompt: outputs have more columns than inputs then,
-            and TRL's log-probabilities are of other tokens.
-    """
-    for config in getattr(model, "peft_config", {}).values():
-        if config.peft_type in PROMPT_TYPES:
-            raise ValueError(
-                f"The policy's adapter is of type {config.peft_type.value}, whose virtual tokens move the columns of "
-                "the log-probabilities. Use LoRA, or prefix tuning, whose virtual tokens are keys and values."
-            )
-        if getattr(config, "prefix_projection", False):
-            logger.warning(
-                "The policy's adapter has `prefix_projection=True`. PEFT saves the output of the projection, not its "
-                "weights: the saved policy can be used, but no run can be resumed from a checkpoint."
-            )
-
-
 def check_segments(segments: Any, mask: torch.Tensor) -> None:
     """
     Args:
-        segments (`Any`): what a segmenter returned.
+        segments (`Any`): a segmenter's result.
         mask (`torch.Tensor`): bool tensor of shape `(B, T)` that it was to partition.
 
     Raises:
@@ -339,15 +261,6 @@ def check_images(
             )
 
 
-def check_takes_images(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` unless a model reads images, as role-aware weights need."""
-    if getattr(model.config, "vision_config", None) is None:
-        raise ValueError(
-            '`advantage_weighting="role_aware"` measures how far tokens depend on images, but a model of type '
-            f'{model.config.model_type!r} takes none: it must be "none".'
-        )
-
-
 def check_sampler(difference: float, threshold: float | None) -> None:
     """
     Args:
@@ -377,75 +290,3 @@ def check_padding_side(processing_class: PreTrainedTokenizerBase | ProcessorMixi
             tokenizer.padding_side,
         )
         tokenizer.padding_side = "left"
-
-
-def check_value_model(
-    value_head: SegmentValueHead, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """
-    Check that a critic can read what the policy reads.
-
-    Args:
-        value_head ([`SegmentValueHead`]): the critic.
-        policy ([`~transformers.PreTrainedModel`]): the policy.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the policy.
-
-    Raises:
-        ValueError: if the vocabularies or the kinds of input differ.
-    """
-    policy_backbone = backbone_of(policy)
-    if value_head.backbone is None:
-        if value_head.head.in_features != hidden_size_of(policy_backbone):
-            raise ValueError(
-                f"The shared value head reads hidden states of size {value_head.head.in_features}, but the policy's "
-                f"have size {hidden_size_of(policy_backbone)}."
-            )
-        return
-
-    policy_parameters = {id(parameter) for parameter in policy.parameters()}
-    if any(id(parameter) in policy_parameters for parameter in value_head.parameters()):
-        raise ValueError(
-            "The value model shares parameters with the policy, so that each would be trained by both losses: pass a "
-            '`copy.deepcopy` of it, or use `critic="shared"`, which reads the policy without training it.'
-        )
-    critic_config, policy_config = value_head.backbone.config, policy_backbone.config
-    critic_vocab = critic_config.get_text_config().vocab_size
-    policy_vocab = policy_config.get_text_config().vocab_size
-    if critic_vocab != policy_vocab:
-        raise ValueError(
-            f"The value model's vocabulary has {critic_vocab} entries, the policy's {policy_vocab} (its tokenizer "
-            f"{len(tokenizer)}): the value model must be of the same model family."
-        )
-    # The settings that decide what an image is to a model; both models get the same tensors.
-    for name in ("image_token_id", "patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels"):
-        critic_value, policy_value = _image_setting(critic_config, name), _image_setting(policy_config, name)
-        if critic_value != policy_value:
-            raise ValueError(
-                f"The value model ({critic_config.model_type}) and the policy ({policy_config.model_type}) must take "
-                f"the same images, but `{name}` is {critic_value} and {policy_value}."
-            )
-
-
-def check_same_tokenizer(
-    value_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, value_model: str
-) -> None:
-    """
-    Args:
-        value_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the value model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the policy.
-        value_model (`str`): name of the value model.
-
-    Raises:
-        ValueError: if a token has another id in the value model's tokenizer.
-    """
-    vocabulary, value_vocabulary = tokenizer.get_vocab(), value_tokenizer.get_vocab()
-    differing = [token for token, index in vocabulary.items() if value_vocabulary.get(token) != index]
-    if differing:
-        raise ValueError(
-            f"The value model {value_model!r} has another tokenizer than the policy: {len(differing)} of "
-            f"{len(vocabulary)} tokens have another id or are unknown, for example {sorted(differing)[0]!r}."
-        )
-
-
-def _image_setting(config: Any, name: str) -> Any:
-    return getattr(config, name, getattr(getattr(config, "vision_config", None), name, None))

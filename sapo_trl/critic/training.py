@@ -18,15 +18,15 @@ from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import SAPOConfig
-from ..sharded_tensors import clip_grad_norm, gathered_state, sharded_like
-from ..value_head import SegmentValueHead
-from .checkpoint_files import CRITIC_OPTIMIZER_NAME
-from .resumed_settings import Settings, optimizer_settings, restore_settings
+from ..distributed import clip_grad_norm, gathered_state, sharded_like
+from ..resumed_settings import Settings, optimizer_settings, restore_settings
+from .value_head import SegmentValueHead
 
 
 logger = logging.getLogger(__name__)
 
 CRITIC_FOLDER = "critic"
+CRITIC_OPTIMIZER_NAME = "critic_optimizer.pt"
 
 _SUPPORTED = (
     DistributedType.NO,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .checkpoint_files import WARMUP_STATE_NAME
+
+WARMUP_STATE_NAME = "critic_warmup.json"
 
 
 class CriticWarmup:

@@ -1,0 +1,1 @@
+"""The critic: its model, and how it is trained beside the policy."""

@@ -1,0 +1,176 @@
+"""The types of a rollout: a batch with its columns, a forward, a record of TRL's part, a segmented rollout."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..segments import Segments
+from .continuations import ContinuationSampler
+from .prompts import TokenizedPrompts
+
+
+class RolloutBatch(TypedDict, total=False):
+    """
+    A rollout of this process, or a micro-batch of it: `B` rows, prompts of `P` tokens padded on the left, completions
+    of `T` tokens padded on the right. TRL shuffles the rows and cuts them into micro-batches, lists like tensors.
+    """
+
+    # From TRL.
+    prompt_ids: torch.Tensor  # int64 (B, P)
+    prompt_mask: torch.Tensor  # int64 (B, P), 1 on tokens
+    completion_ids: torch.Tensor  # int64 (B, T)
+    completion_mask: torch.Tensor  # int64 (B, T), 1 on tokens, 0 on all of a truncated response that is masked
+    tool_mask: torch.Tensor  # int64 (B, T), 0 on tokens that a tool wrote
+    num_items_in_batch: torch.Tensor  # int64 (), tokens of the optimizer step
+    old_per_token_logps: torch.Tensor  # float32 (B, T), under the policy at the time of the rollout
+    ref_per_token_logps: torch.Tensor  # float32 (B, T), under the reference model
+    sampling_per_token_logps: torch.Tensor  # float32 (B, T), as the engine that sampled reported them
+    importance_sampling_ratio: torch.Tensor  # float32 (B, T) or (B, 1), the correction for that engine
+    advantages: torch.Tensor  # float32: (B,) from TRL, (B, T) in the training batch, 0 where the policy does not learn
+
+    # From the processor of an image-text model; each model family has some of them.
+    pixel_values: torch.Tensor  # float, patches or tiles of all images
+    image_grid_thw: torch.Tensor  # int64 (N, 3), patches of each image by time, height and width
+    num_images: list[int]  # B, images of each row
+    num_tiles: list[int]  # B, tiles of each row
+    pixel_attention_mask: torch.Tensor  # int64, which pixels or patches are no padding
+    spatial_shapes: torch.Tensor  # int64, height and width of each tile
+    image_sizes: torch.Tensor  # int64 (N, 2)
+    image_position_ids: torch.Tensor  # int64, place of each patch
+    token_type_ids: torch.Tensor  # int64 (B, P + T)
+    mm_token_type_ids: torch.Tensor  # int64 (B, P + T), 1 on image tokens
+
+    # From the stages that score a rollout.
+    rewards: torch.Tensor  # float32 (B,), NaN for a response without a reward
+    returns: torch.Tensor  # float32 (B, T), the critic's targets
+    old_values: torch.Tensor  # float32 (B, T), the critic's values at the time of the rollout
+    segment_ids: torch.Tensor  # int64 (B, T), -1 outside the segments
+    segment_counts: list[int]  # B, segments of each row
+    policy_mask: torch.Tensor  # bool (B, T), the tokens that the policy learns from
+    rollout_rows: torch.Tensor  # int64 (B,), place of each row in the rollout
+
+    # From the bridge: known once for a rollout, so that no micro-batch asks the device for them.
+    image_keys: list[list[tuple[int, int, int, int]]]  # B, a key of each image
+    token_counts: list[int]  # B, tokens of each row without padding
+
+
+@dataclass
+class PolicyForward:
+    """
+    The result of one forward of the policy over completions.
+
+    Args:
+        logps (`torch.Tensor`):
+            float32 (float64 of a model in float64) `(B, T)`, log-probabilities of the completion tokens at the
+            sampling temperature.
+        entropies (`torch.Tensor`): the same, entropies of these distributions.
+        values (`torch.Tensor`, *optional*): the same, with a shared critic.
+        aux_loss (`torch.Tensor`, *optional*): 0-dimensional, the load-balancing loss of a mixture of experts.
+    """
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    values: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+@dataclass
+class GivenRollout:
+    """
+    Responses that TRL scores and trains on instead of responses that it samples.
+
+    Args:
+        inputs (`list[dict]`): the row of the data set of each response, as many as TRL asked for.
+        completion_ids (`list[list[int]]`): token ids of each response.
+        rewards_per_func (`torch.Tensor`): float32 `(B, F)`, this process's rewards by reward function, for the log.
+        outcomes (`torch.Tensor`): float32 `(B,)`, the rewards that count.
+        tensors (`dict[str, torch.Tensor]`, *optional*): more about each response, for the stages that score it.
+    """
+
+    inputs: list[dict[str, Any]]
+    completion_ids: list[list[int]]
+    rewards_per_func: torch.Tensor
+    outcomes: torch.Tensor
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class RolloutRecord:
+    """TRL's intermediate results of a rollout, which it does not return, and their times (seconds)."""
+
+    started: float = field(default_factory=time.perf_counter)
+    generated: float | None = None
+    reward_started: float | None = None
+    reward_seconds: float = 0.0
+    rewards: torch.Tensor | None = None
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    prompts: TokenizedPrompts | None = None
+    given: GivenRollout | None = None
+    forwards: list[tuple[torch.Tensor, PolicyForward]] = field(default_factory=list)
+
+    def forward_behind(self, logps: torch.Tensor | None) -> PolicyForward | None:
+        """The recorded forward that produced these very log-probabilities (the same tensor), if any did."""
+        return next((forward for produced, forward in self.forwards if produced is logps), None)
+
+    def mark_generated(self) -> None:
+        """The first thing TRL does with completions ends their generation."""
+        if self.generated is None:
+            self.generated = time.perf_counter()
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of TRL's part of the rollout, by stage."""
+        return {
+            "generate": self.generated - self.started,
+            "score": self.reward_started - self.generated,
+            "reward": self.reward_seconds,
+        }
+
+
+@dataclass
+class SegmentedRollout:
+    """
+    A scored and segmented rollout of this process, before it is cut into micro-batches. `(B, T)` tensors are 0 or
+    arbitrary outside the segments.
+
+    Args:
+        segments ([`Segments`]): the partition.
+        completion_ids (`torch.Tensor`): int64 `(B, T)`.
+        prompt_ids (`torch.Tensor`): int64 `(B, P)`.
+        prompt_mask (`torch.Tensor`): int64 `(B, P)`.
+        logps (`torch.Tensor`): float32 `(B, T)`, log-probabilities under the policy that produced the rollout.
+        entropies (`torch.Tensor`): float32 `(B, T)`, of the same policy.
+        values (`torch.Tensor`): float32 `(B, T)`, values of the states before each token.
+        token_rewards (`torch.Tensor`): float32 `(B, T)`.
+        advantages (`torch.Tensor`): float32 `(B, T)`, as the loss uses them.
+        returns (`torch.Tensor`): float32 `(B, T)`.
+        rewards (`torch.Tensor`): float32 `(B,)`, NaN for a response that no reward function could score.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the completions.
+        mode (`str`): `"train"` or `"eval"`.
+        continuations ([`~sapo_trl.rollouts.ContinuationSampler`], *optional*):
+            samples what the policy makes of a response's prefix; `None` if the trainer did not generate it itself.
+        completion_mask (`torch.Tensor`, *optional*):
+            int64 `(B, T)`, 1 where there is a token, whoever wrote it: tools' answers are in it and in no segment.
+        images (`list[list]`, *optional*): the images of each response's prompt.
+    """
+
+    segments: Segments
+    completion_ids: torch.Tensor
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    values: torch.Tensor
+    token_rewards: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    rewards: torch.Tensor
+    tokenizer: PreTrainedTokenizerBase
+    mode: str
+    continuations: ContinuationSampler | None = None
+    completion_mask: torch.Tensor | None = None
+    images: list[list[Any]] | None = None

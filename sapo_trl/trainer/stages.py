@@ -1,0 +1,173 @@
+"""
+The stages that turn a rollout into a training batch.
+
+Each is a function of its arguments. It returns its result and measurements for the log, and writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..advantages import leave_one_out_advantages, length_adaptive_lam, masked_whiten, segment_gae
+from ..config import TRL_LOSS_TYPES, SAPOConfig
+from ..distributed import Processes
+from ..metrics import Measurements, explained_variance
+from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, SegmentedRollout
+from ..sampler_correction import importance_correction, logp_difference
+from ..segmentation import is_uncertain
+from ..segments import Segments
+from ..token_rewards import kl_estimate, outcome_token_rewards
+
+
+def last_edges(forward: PolicyForward, mask: torch.Tensor, given: GivenRollout) -> tuple[torch.Tensor, PolicyForward]:
+    """
+    The last edge of each path of a tree, which alone is trained on.
+
+    Args:
+        forward ([`PolicyForward`]): of the policy now.
+        mask (`torch.Tensor`): bool `(B, T)`, all tokens of the paths.
+        given ([`GivenRollout`]): the paths.
+
+    Returns:
+        `tuple`: bool `(B, T)`; and the forward with the log-probabilities of when the edges were sampled.
+    """
+    position = torch.arange(mask.size(1), device=mask.device)
+    mask = mask & (position >= given.tensors["edge_start"].unsqueeze(1))
+    old_logps = given.tensors["old_logps"][:, : mask.size(1)]
+    old_logps = torch.nn.functional.pad(old_logps, (0, mask.size(1) - old_logps.size(1)))
+    return mask, replace(forward, logps=torch.where(mask, old_logps, forward.logps))
+
+
+def mean_root_value(given: GivenRollout, processes: Processes) -> float:
+    """The mean reward below the roots of all processes' trees; roots without any reward do not count."""
+    roots = given.tensors["root_values"]
+    total = processes.sum(torch.stack([roots.nansum(), (~roots.isnan()).sum().to(roots.dtype)]))
+    return float(total[0] / total[1])
+
+
+def sampler_correction(
+    forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor, args: SAPOConfig
+) -> tuple[torch.Tensor | None, Measurements]:
+    """
+    The correction for an engine that samples from a distribution other than the policy's.
+
+    Args:
+        forward ([`PolicyForward`]): of the policy.
+        batch (`RolloutBatch`): the rollout, with `sampling_per_token_logps` if the engine reported them.
+        mask (`torch.Tensor`): bool `(B, T)`, the tokens that count.
+        args ([`SAPOConfig`]): settings of the run.
+
+    Returns:
+        `tuple`: float32 `(B, T)` or `(B, 1)`, TRL's own where TRL has corrected, `None` without any; and metrics.
+    """
+    sampling_logps = batch.get("sampling_per_token_logps")
+    if sampling_logps is None or args.use_vllm:  # with vLLM, TRL logs and corrects
+        return batch.get("importance_sampling_ratio"), {}
+    metrics: Measurements = {
+        "sampling/sampling_logp_difference/mean": logp_difference(forward.logps, sampling_logps, mask)
+    }
+    if not args.vllm_importance_sampling_correction:
+        return batch.get("importance_sampling_ratio"), metrics
+    ratio = importance_correction(
+        forward.logps,
+        sampling_logps,
+        mask,
+        args.vllm_importance_sampling_mode,
+        args.vllm_importance_sampling_clip_min,
+        args.vllm_importance_sampling_clip_max,
+    )
+    return ratio, metrics
+
+
+def sampler_difference(
+    forward: PolicyForward, sampling_logps: torch.Tensor, mask: torch.Tensor, processes: Processes
+) -> float:
+    """Mean absolute difference between the policy's and the sampler's log-probabilities, over all processes."""
+    total, count = logp_difference(forward.logps, sampling_logps, mask)
+    total, count = processes.sum(torch.stack([total, count.to(total.dtype)])).tolist()
+    return total / max(count, 1)
+
+
+def learned_tokens(forward: PolicyForward, segments: Segments, threshold: float | None) -> torch.Tensor:
+    """bool `(B, T)`: the tokens that the policy learns from, without those it is confident of (`threshold`)."""
+    return segments.mask if threshold is None else segments.mask & is_uncertain(forward.logps, threshold)
+
+
+def rewards_of_tokens(
+    rewards: torch.Tensor, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor, args: SAPOConfig
+) -> tuple[torch.Tensor, Measurements]:
+    """float32 `(B, T)`: the outcome on each response's last token, and the KL penalty if it goes there."""
+    token_rewards = outcome_token_rewards(rewards, mask)
+    if "ref_per_token_logps" not in batch:
+        return token_rewards, {}
+    kl = torch.where(mask, kl_estimate(forward.logps, batch["ref_per_token_logps"], args.kl_estimator), 0)
+    # TRL's losses log it themselves.
+    metrics: Measurements = {} if args.loss_type in TRL_LOSS_TYPES else {"kl": (kl.sum(), mask.sum())}
+    return (token_rewards - args.beta * kl if args.kl_placement == "reward" else token_rewards), metrics
+
+
+def advantages_and_returns(
+    token_rewards: torch.Tensor,
+    values: torch.Tensor,
+    segments: Segments,
+    batch: RolloutBatch,
+    args: SAPOConfig,
+    generations: int,
+    processes: Processes,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See [`SAPOTrainer.estimate_advantages`]; `generations` are the responses to each prompt."""
+    if args.advantage_estimator == "gae":
+        lam = args.lam
+        if args.length_adaptive_lam is not None:
+            lam = length_adaptive_lam(segments, args.length_adaptive_lam)
+        return segment_gae(token_rewards, values, segments, args.gamma, lam, args.value_state, args.critic_lam)
+    # A response without tokens to learn from (truncated and masked, or unscored: NaN) keeps its reward.
+    outcomes = torch.where(segments.count > 0, token_rewards.sum(dim=1), batch["rewards"])
+    if args.advantage_estimator == "group":
+        advantages = batch["advantages"]
+    elif args.advantage_estimator == "leave_one_out":
+        everyone = leave_one_out_advantages(processes.gather(outcomes), generations)
+        advantages = processes.own_rows(everyone, len(outcomes))
+    else:
+        advantages = masked_whiten(outcomes, ~outcomes.isnan(), processes.sum)
+    return tuple(torch.where(segments.mask, row.unsqueeze(1), 0) for row in (advantages, outcomes))
+
+
+def normalized(
+    advantages: torch.Tensor, policy_mask: torch.Tensor, args: SAPOConfig, processes: Processes
+) -> tuple[torch.Tensor, Measurements]:
+    """float32 `(B, T)`: whitened and clamped, as the loss uses them; 0 where the policy does not learn."""
+    advantages = torch.where(policy_mask, advantages, 0)
+    metrics: Measurements = {"advantages/raw_mean": (advantages.sum(), policy_mask.sum())}
+    if args.whiten_advantages:
+        advantages = masked_whiten(advantages, policy_mask, processes.sum)
+    if args.advantage_clamp is not None:
+        advantages = advantages.clamp(-args.advantage_clamp, args.advantage_clamp)
+    return advantages, metrics
+
+
+def measured(
+    rollout: SegmentedRollout, policy_mask: torch.Tensor, args: SAPOConfig, processes: Processes
+) -> Measurements:
+    """Measurements of a rollout's advantages, returns and values."""
+    mask, states = rollout.segments.mask, rollout.segments.state_mask(args.value_state)
+    values, returns = rollout.values, rollout.returns
+    metrics: Measurements = {
+        "advantages/abs_mean": (rollout.advantages.abs().sum(), policy_mask.sum()),
+        "returns/mean": (torch.where(states, returns, 0).sum(), states.sum()),
+    }
+    if args.confident_token_threshold is not None:
+        metrics["policy_mask/share"] = (policy_mask.sum(), mask.sum())
+    if args.learns_critic:
+        metrics["value/mean"] = (torch.where(states, values, 0).sum(), states.sum())
+        metrics["value/explained_variance"] = (explained_variance(values, returns, states, processes.sum), 1.0)
+    return metrics
+
+
+def images_of(inputs: list[dict[str, Any]]) -> list[list[Any]] | None:
+    """The images of each row of a data set, from the columns in which TRL looks for them; `None` without any."""
+    images = [row.get("images") or ([row["image"]] if row.get("image") is not None else []) for row in inputs]
+    return images if any(images) else None
