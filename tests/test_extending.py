@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sapo_trl import SAPOTrainer
+
 from .testing_utils import Recorder, length_reward, sapo_config
 
 
@@ -54,3 +56,20 @@ def test_the_example_does_what_it_says(family, tmp_path, monkeypatch):
             torch.testing.assert_close(advantages, wanted.expand_as(advantages), rtol=0, atol=1e-5)
     texts = family.tokenizer.batch_decode(rollout.completion_ids[rollout.segments.is_last].unsqueeze(1))
     assert sum("." in text or "\n" in text for text in texts) >= len(texts) - len(counts)
+
+
+@pytest.mark.parametrize("family", ["qwen2"], indirect=True)
+def test_values_without_measurements_are_an_error_that_says_so(family, tmp_path):
+    class OldTrainer(SAPOTrainer):
+        def estimate_values(self, forward, batch, segments, policy_mask, record):
+            return torch.zeros_like(forward.logps)  # of two rows: it could be unpacked
+
+    trainer = OldTrainer(
+        family.build_model(),
+        length_reward,
+        sapo_config(tmp_path, per_device_train_batch_size=1, num_mini_batches=2, critic="none"),
+        family.dataset(),
+        processing_class=family.processing_class,
+    )
+    with pytest.raises(TypeError, match=r"`estimate_values` must return `\(values, metrics\)`.*got a Tensor"):
+        trainer.train()

@@ -57,7 +57,7 @@ from .tree_rollout import TreeRollouts
 from .trl.bridge import GRPOBridge
 from .trl.resume import TrainingIsOver
 from .update import MicroBatchLoss, PolicyObjective, StepInProgress, StepTotals, ValueObjective, loss_mask
-from .values import make_value_estimator
+from .values import checked_estimate, make_value_estimator
 
 
 class SAPOTrainer(GRPOBridge):
@@ -238,7 +238,8 @@ class SAPOTrainer(GRPOBridge):
         segments = self.segment(forward, batch, mask)
         policy_mask = stages.learned_tokens(forward, segments, args.confident_token_threshold)
         started = time.perf_counter()
-        values, value_metrics = self.estimate_values(forward, batch, segments, policy_mask, record)
+        estimate = self.estimate_values(forward, batch, segments, policy_mask, record)
+        values, value_metrics = checked_estimate(estimate)
         seconds["value"] = time.perf_counter() - started
         token_rewards, reward_metrics = stages.rewards_of_tokens(rewards, forward, batch, mask, args)
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)

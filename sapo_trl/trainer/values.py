@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -28,6 +28,16 @@ class ValueEstimator(Protocol):
     ) -> tuple[torch.Tensor, Measurements]:
         """See [`SAPOTrainer.estimate_values`]."""
         ...
+
+
+def checked_estimate(estimate: Any) -> tuple[torch.Tensor, Measurements]:
+    """An estimator's result, or a `TypeError` unless it is `(values, metrics)`: a tensor might unpack by chance."""
+    if not isinstance(estimate, tuple) or len(estimate) != 2:
+        raise TypeError(
+            "`estimate_values` must return `(values, metrics)`: float32 `(B, T)` and a dictionary of measurements for "
+            f"the log (`{{}}` for none), got a {type(estimate).__name__}."
+        )
+    return estimate
 
 
 @dataclass(frozen=True)
