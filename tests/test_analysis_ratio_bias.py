@@ -8,6 +8,7 @@ from hypothesis import given, settings
 
 from sapo_trl import SAPOTrainer, Segments
 from sapo_trl.analysis import segment_ratios
+from sapo_trl.callbacks import RolloutCallback
 from sapo_trl.losses import clipped_policy_loss, geometric_bias, soft_adaptive_policy_loss
 
 from .strategies import noise, partitions, seeds, token_lists
@@ -92,26 +93,32 @@ class TestLosses:
             assert "geometric_bias" not in clipped_policy_loss(*inputs, **arguments).metrics
 
 
-class RecordingTrainer(SAPOTrainer):
-    """Keeps what its policy losses are computed from."""
+class Updates(RolloutCallback):
+    """Keeps each micro-batch's log-ratios, and the tokens that share an importance ratio."""
 
-    updates = ()
+    def __init__(self):
+        self.kept = []
 
-    def _policy_term(self, logps, batch, mask, ratio_segments):
-        kept = (logps.detach().double() - batch["old_per_token_logps"].double(), ratio_segments)
-        self.updates = (*self.updates, kept)
-        return super()._policy_term(logps, batch, mask, ratio_segments)
+    def on_rollout(self, args, state, control, rollout, metrics):
+        self.segment_ids = rollout.segments.ids
+
+    def on_policy_forward(self, args, state, control, rows, log_ratios):
+        ids = self.segment_ids[rows]
+        if args.importance_sampling_level == "sequence":
+            ids = torch.where(ids >= 0, 0, ids)
+        self.kept.append((log_ratios.double(), Segments(ids)))
 
 
 @pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 class TestInTheTrainer:
-    def train(self, family, folder, **overrides) -> RecordingTrainer:
-        trainer = RecordingTrainer(
+    def train(self, family, folder, updates=None, **overrides) -> SAPOTrainer:
+        trainer = SAPOTrainer(
             model=family.build_model(),
             reward_funcs=length_reward,
             args=sapo_config(folder, **{"max_steps": 4, "learning_rate": 0.05, **overrides}),
             train_dataset=family.dataset(),
             processing_class=family.processing_class,
+            callbacks=[updates] if updates else None,
         )
         trainer.train()
         return trainer
@@ -119,14 +126,15 @@ class TestInTheTrainer:
     @pytest.mark.parametrize("level", ["segment", "sequence"])
     def test_logged_means_equal_loops_over_the_updates(self, family, tmp_path, level):
         # Two micro-batches of unequal numbers of segments a step.
-        trainer = self.train(family, tmp_path, importance_sampling_level=level, gradient_accumulation_steps=2)
+        settings = {"importance_sampling_level": level, "gradient_accumulation_steps": 2}
+        trainer = self.train(family, tmp_path, updates := Updates(), **settings)
         for name, key in (("ratio/geometric_bias", "bias"), ("ratio/geometric_bias_bound", "bound")):
             values = logged(trainer, name)
-            assert len(values) == 4 and len(trainer.updates) == 8
+            assert len(values) == 4 and len(updates.kept) == 8
             for step, value in enumerate(values):
                 expected = [
                     slow_ratios([log_ratio[row, t].item() for t in part])[key]
-                    for log_ratio, segments in trainer.updates[2 * step : 2 * step + 2]
+                    for log_ratio, segments in updates.kept[2 * step : 2 * step + 2]
                     for row, parts in enumerate(token_lists(segments))
                     for part in parts
                 ]
