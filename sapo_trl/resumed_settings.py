@@ -85,8 +85,7 @@ def restore_settings(
         scheduler._last_lr = rates
     if changes:
         logger.warning(
-            "The settings of the %s's optimizer differ from those in the checkpoint. The new ones apply from here on: "
-            "%s.",
+            "The settings of the %s's optimizer differ from the checkpoint's. The new ones apply from here on: %s.",
             whose,
             "; ".join(dict.fromkeys(changes)),  # groups that differ in their weight decay repeat the rest
         )

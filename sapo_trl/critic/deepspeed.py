@@ -1,4 +1,4 @@
-"""A separate critic under DeepSpeed: an engine of its own, sharded as the policy's is."""
+"""A separate critic under DeepSpeed. It has its own engine, sharded like the policy's."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class DeepSpeedCritic(Critic):
     """
     [`Critic`] whose gradients and optimizer state (and, with ZeRO-3, weights) DeepSpeed shards over processes.
 
-    The arguments are those of [`Critic`]. DeepSpeed clips within its update, so both happen in
+    Takes the arguments of [`Critic`]. DeepSpeed clips within its update, so both happen in
     [`DeepSpeedCritic.clip_gradient`].
     """
 
     def __init__(self, value_head: SegmentValueHead, *args, **kwargs):
         super().__init__(value_head, *args, **kwargs)
-        import deepspeed  # only where it is used: it takes over parts of torch when it is imported
+        import deepspeed  # imported late: the import takes over parts of torch
 
         config = copy.deepcopy(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         for name in ("optimizer", "scheduler", "train_batch_size"):
@@ -45,7 +45,7 @@ class DeepSpeedCritic(Critic):
 
     @property
     def stage(self) -> int:
-        """Of ZeRO: 0 to 3."""
+        """The stage of ZeRO, 0 to 3."""
         return self.engine.zero_optimization_stage()
 
     def _prepared(self, value_head: SegmentValueHead) -> nn.Module:

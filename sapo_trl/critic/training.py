@@ -127,7 +127,7 @@ class Critic:
         if not self._is_wrapped:
             value_head = value_head.to(self.accelerator.device)
             if self.accelerator.num_processes > 1:
-                # As DDP does: one that the user has made may have begun with each process's own random numbers.
+                # As DDP does: each process may have initialised the user's critic with its own random numbers.
                 broadcast([parameter.data for parameter in value_head.parameters()])
             return value_head
         if self.accelerator.is_fsdp2:
@@ -136,7 +136,7 @@ class Critic:
         return self.accelerator.prepare_model(value_head)
 
     def _follow_parameters(self) -> None:
-        """Let the optimizer train what is in the place of an adapter once FSDP2 has cut the policy to pieces."""
+        """Let the optimizer train an adapter's new parameters after FSDP2 has sharded the policy."""
         current = dict(self.value_head.learned_parameters())
         for group, names in zip(self.optimizer.param_groups, self._names, strict=True):
             group["params"] = [current[name] for name in names]
@@ -162,7 +162,7 @@ class Critic:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] = args.critic_learning_rate
         kind = SchedulerType(args.critic_lr_scheduler_type or args.lr_scheduler_type)
-        # These are the arguments of the policy's schedule, which a schedule of another kind does not take.
+        # These arguments belong to the policy's schedule: a schedule of another kind does not take them.
         kwargs = args.lr_scheduler_kwargs if kind == args.lr_scheduler_type else None
         if kind == SchedulerType.CONSTANT and args.critic_lr_warmup_steps > 0:
             kind = SchedulerType.CONSTANT_WITH_WARMUP  # "constant" would ignore the warm-up
@@ -189,13 +189,13 @@ class Critic:
 
     def clip_gradient(self) -> torch.Tensor:
         """
-        Clip the gradient that the micro-batches have added up to.
+        Clip the sum of the micro-batches' gradients.
 
         Returns:
-            `torch.Tensor`: 0-dimensional, its norm before.
+            `torch.Tensor`: 0-dimensional, the norm before clipping.
         """
         if not self._is_wrapped and self.accelerator.num_processes > 1:
-            self._average_gradients()  # first, so that all processes see one's overflow
+            self._average_gradients()  # first: an overflow on one process must reach all
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm(self._parameters, self.args.critic_max_grad_norm)
         return norm.to(self.accelerator.device)
@@ -216,19 +216,19 @@ class Critic:
 
     def _average_gradients(self) -> None:
         """
-        Put the mean over processes in the place of every gradient, in one reduction for each dtype.
+        Replace every gradient by its mean over processes, in one reduction for each dtype.
 
-        Which parameters have a gradient depends on a process's rows: those of a vision tower have one if there is an
-        image. A process without one counts as zeros; a parameter without one anywhere keeps none, because an optimizer
-        takes zeros for a gradient and decays the weight.
+        A process's rows decide which parameters have a gradient: a vision tower has gradients only if there is an
+        image. A gradient that is missing on one process counts as zeros. A gradient that is missing on all processes
+        stays missing, because an optimizer would take zeros for a gradient and decay the weight.
         """
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
         for parameter in self._parameters:
-            if not isinstance(parameter, DTensor):  # FSDP2 has averaged those of an adapter
+            if not isinstance(parameter, DTensor):  # FSDP2 has averaged an adapter's gradients
                 by_dtype[parameter.dtype].append(parameter)
         for parameters in by_dtype.values():
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            # Behind the gradients one number for each parameter: whether there is one.
+            # Behind the gradients, one number for each parameter says whether it has a gradient.
             exists = gradients[0].new_tensor([float(p.grad is not None) for p in parameters])
             mean = self.accelerator.reduce(torch.cat([*map(torch.flatten, gradients), exists]), reduction="mean")
             *gradients, exists = mean.split([*map(torch.numel, parameters), len(parameters)])
@@ -286,7 +286,7 @@ class Critic:
         state_file = Path(checkpoint) / CRITIC_OPTIMIZER_NAME
         if not state_file.is_file():
             return False
-        # Mapped: of a whole optimizer's state each process needs its pieces, one tensor after the other.
+        # Memory-mapped: each process reads the whole state one tensor at a time and keeps only its shards.
         state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)
         self.optimizer.load_state_dict(self._in_pieces(state["optimizer"]))
         self._load_schedule(state)
@@ -294,7 +294,7 @@ class Critic:
         return True
 
     def _load_schedule(self, state: dict[str, Any]) -> None:
-        """Restore the schedule, and what the run's settings say about the optimizer."""
+        """Restore the schedule, then apply the run's settings to the optimizer."""
         if self.scheduler is None:  # loaded outside of training
             return
         if state["scheduler"] is not None:
@@ -302,9 +302,9 @@ class Critic:
         restore_settings("critic", self.optimizer, self.scheduler, self._settings)
 
     def _in_pieces(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state of the whole optimizer, as this process's share of it wants it."""
+        """Shard the state of the whole optimizer for this process."""
         parameters = self._parameters
-        for index, of_parameter in state["state"].items():  # not in order, and not of all
+        for index, of_parameter in state["state"].items():  # in any order; some parameters have no state
             parameter = parameters[index]
             for name, value in of_parameter.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -317,8 +317,8 @@ def _own_layers_to_wrap(accelerator: Accelerator, value_head: SegmentValueHead) 
     """
     Let FSDP2 wrap the layers of the critic's backbone.
 
-    accelerate finds out once which layers to wrap, from the first model that it is given: of a critic, which is no
-    transformers model, it would find none, and then wrap none of the policy's either.
+    accelerate looks once for the layers to wrap, in the first model that it is given. A critic is no transformers
+    model: accelerate would find no layers in it, and then would wrap no layers of the policy either.
     """
     plugin = accelerator.state.fsdp_plugin
     policy, layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap

@@ -1,4 +1,4 @@
-"""Monte-Carlo rollouts: what the policy makes of a prefix, several times over, and the rewards of that."""
+"""Monte-Carlo rollouts: the policy samples several continuations of a prefix, which are then scored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .prompts import TokenizedPrompts
 @dataclass
 class StateValues:
     """
-    Monte-Carlo values of some states, and what they cost.
+    Monte-Carlo values of some states, and the cost of estimating them.
 
     Args:
         values (`torch.Tensor`): float32 `(N,)`, the mean reward of each state's continuations; NaN without any reward.
@@ -36,24 +36,24 @@ class ContinuationSampler:
     """
     Samples continuations of exact prefixes and scores them, all prefixes at once.
 
-    A *state* is a prompt and the first tokens of a response to it. A continuation may grow as long as the response
-    could have, so that its reward is a sample of what the policy would have got from there.
+    A *state* is a prompt and the first tokens of a response to it. A prefix with its continuation has the same length
+    limit as the response. So its reward is a sample of the policy's reward from that state on.
 
     Args:
         prompts ([`TokenizedPrompts`]): of this process's rollout.
-        groups (`Sequence[Hashable]`): which of `prompts` are the same prompt: equal values, equal prompts.
+        groups (`Sequence[Hashable]`): one value for each of `prompts`. Equal values mean equal prompts.
         generate (`Callable`):
             `(prompts, max_new_tokens) -> list[list[int]]`, one sampled continuation for each prompt, up to and
             including the end-of-sequence token.
         score (`Callable`):
             `(rows, completions) -> torch.Tensor`, float32 `(N, F)` rewards of whole completions (token ids) of the
             prompts `rows` by `F` reward functions.
-        weigh (`Callable`): `(N, F) -> (N,)`, one reward of each.
+        weigh (`Callable`): `(N, F) -> (N,)`, one reward for each completion.
         end_token_ids (`frozenset[int]`): tokens that end a response.
         max_completion_length (`int`): tokens of a response at most, prefix included.
         rows_per_call (`int`): continuations generated, or completions scored, at a time.
         breaking_token_ids (`frozenset[int]`, *optional*):
-            tokens behind which a response cannot go on, although it has not ended: image placeholders.
+            image placeholders. A response cannot go on behind one, although it has not ended.
         max_over_processes (`Callable`, *optional*):
             largest value of an `int` among all processes. Generation and reward functions may be collective: every
             process calls them equally often and with as many rows.
@@ -109,7 +109,7 @@ class ContinuationSampler:
             prefixes (`Sequence[list[int]]`): response tokens of each state.
             num_continuations (`int`): continuations of each different state.
             truncated_reward (`float`, *optional*):
-                reward of a continuation that did not end; by default what the reward functions say.
+                reward of a continuation that did not end; by default the reward functions' own.
 
         Returns:
             [`StateValues`]
@@ -144,7 +144,7 @@ class ContinuationSampler:
         return bool(completion) and completion[-1] in self.end_token_ids
 
     def can_go_on(self, completion: list[int]) -> bool:
-        """Whether there can be tokens behind it."""
+        """Whether more tokens can follow the completion."""
         if len(completion) >= self.max_completion_length:
             return False
         return not completion or completion[-1] not in self.end_token_ids | self.breaking_token_ids
@@ -155,15 +155,15 @@ class ContinuationSampler:
 
         Args:
             rows (`Sequence[int]`): prompt of each request.
-            prefixes (`Sequence[list[int]]`): response tokens that it continues.
-            limits (`Sequence[int]`): tokens it may have at most, each at least 1.
+            prefixes (`Sequence[list[int]]`): response tokens that each request continues.
+            limits (`Sequence[int]`): maximum number of tokens of each continuation, at least 1.
 
         Returns:
             `list[list[int]]`: token ids without the prefixes, up to and including the end-of-sequence token.
         """
         requests = self._filled_up(list(zip(rows, prefixes, limits, strict=True)), filler=(0, [], 1))
-        # Similar limits together: a call runs until its longest is done. A continuation cut off behind its own limit
-        # is distributed as one sampled with it.
+        # Requests with similar limits share a call, because a call runs until its longest continuation is done. A
+        # continuation cut off at its own limit has the same distribution as a continuation sampled with that limit.
         order = sorted(range(len(requests)), key=lambda request: requests[request][2], reverse=True)
         result: list[list[int]] = [[]] * len(requests)
         for chunk in self._chunks(order):
@@ -185,12 +185,12 @@ class ContinuationSampler:
         self, rewards_per_func: torch.Tensor, completions: Sequence[list[int]], truncated_reward: float | None
     ) -> torch.Tensor:
         """
-        One reward of each completion.
+        One reward for each completion.
 
         Args:
             rewards_per_func (`torch.Tensor`): float32 `(N, F)`, of [`ContinuationSampler.scores`].
             completions (`Sequence[list[int]]`): the completions.
-            truncated_reward (`float`, *optional*): reward of those that did not end.
+            truncated_reward (`float`, *optional*): reward of a completion that did not end.
 
         Returns:
             `torch.Tensor`: float32 `(N,)`.
@@ -202,7 +202,7 @@ class ContinuationSampler:
         return torch.where(ended.to(rewards.device), rewards, truncated_reward)
 
     def _filled_up(self, requests: list, filler: tuple) -> list:
-        """As many requests as the process with most of them has: this one's own, then its first again."""
+        """Repeat the first request, so that all processes have as many requests as the process with the most."""
         missing = self.max_over_processes(len(requests)) - len(requests)
         return [*requests, *[requests[0] if requests else filler] * missing]
 

@@ -1,10 +1,10 @@
 """
 Responses in which the policy writes a placeholder: the token that stands for a piece of an image in a prompt.
 
-No image belongs to it there, and a model whose placeholders and features differ in number refuses to run. Such a
-response is over with its first placeholder, as if it had been cut off at the length limit. The token stays, as the
-last one: it was sampled, so that it has a log-probability and the policy learns about it like about any other.
-Nothing is predicted from it, so that the model can be given another token in its place.
+In a response no image belongs to it, and a model refuses to run if its placeholders and features differ in number. So
+the first placeholder ends a response, as if the response had been cut off at the length limit. The placeholder stays
+as the last token. It was sampled: it has a log-probability, and the policy learns about it as about any other token.
+No token is predicted from it, so the model can read another token instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 
-# Only of what prompts can hold here. Those of videos and sounds are tokens like any other: no features, no count.
+# Prompts hold only images here. A video's or sound's placeholder is a token like any other: no features, no count.
 _NAMES = ("image_token_id", "image_token_index")
 
 
@@ -29,12 +29,12 @@ def length_until_placeholder(
     completion: Sequence[int], placeholders: Collection[int], sampled: Sequence[int] | None = None
 ) -> int:
     """
-    Number of tokens up to and including the first placeholder that the policy wrote; all of them without any.
+    Number of tokens up to and including the first placeholder that the policy wrote; all tokens if it wrote none.
 
     Args:
         completion (`Sequence[int]`): token ids of a response.
         placeholders (`Collection[int]`): of [`placeholder_ids`].
-        sampled (`Sequence[int]`, *optional*): 1 on each of its tokens that the policy wrote. By default that is all.
+        sampled (`Sequence[int]`, *optional*): 1 on each token that the policy wrote. By default it wrote all.
     """
     for position, token in enumerate(completion):
         if token in placeholders and (sampled is None or sampled[position]):
@@ -49,14 +49,14 @@ def cut_turn(
     may_go_on: bool,
 ) -> tuple[list[list[int]], list[list[float]] | None]:
     """
-    Responses of one turn up to their first placeholder, with the sampler's log-probabilities.
+    Cut the responses of one turn behind their first placeholder, and the sampler's log-probabilities with them.
 
     Args:
         completion_ids (`list[list[int]]`): token ids of each response.
-        logps (`list[list[float]]`, *optional*): of each of their tokens.
+        logps (`list[list[float]]`, *optional*): log-probability of each of their tokens.
         placeholders (`Collection[int]`): of [`placeholder_ids`].
-        may_go_on (`bool`): whether a tool may answer. Its answer would come behind the placeholder and be predicted
-            from it: then the placeholder goes too, unless it is all there is, which calls no tool.
+        may_go_on (`bool`): whether a tool may answer. The answer would be predicted from the placeholder, so the
+            placeholder is cut off too. It stays if it is the only token: such a response calls no tool.
     """
     if not placeholders:
         return completion_ids, logps
@@ -74,14 +74,14 @@ def cut_turn(
 
 def cut_rollout(output: dict[str, Any], placeholders: Collection[int]) -> dict[str, Any]:
     """
-    What a `rollout_func` returned, with its responses cut.
+    Cut the responses that a `rollout_func` returned.
 
     Args:
-        output (`dict`): `completion_ids`, `logprobs` and perhaps `env_mask`, one list for each response, and more.
+        output (`dict`): `completion_ids`, `logprobs` and perhaps `env_mask`, one list for each response.
         placeholders (`Collection[int]`): of [`placeholder_ids`].
 
     Returns:
-        `dict`: the same with shorter lists. Fields of other names are left as they are.
+        `dict`: the same with shorter lists. Other fields are left as they are.
     """
     completions = output["completion_ids"]
     masks = output.get("env_mask") or [None] * len(completions)
@@ -96,12 +96,12 @@ def cut_rollout(output: dict[str, Any], placeholders: Collection[int]) -> dict[s
 
 def final_placeholders(completion_ids: torch.Tensor, placeholders: Collection[int], pad_token_id: int) -> torch.Tensor:
     """
-    Where responses were cut.
+    Find the placeholders that end responses.
 
     Args:
         completion_ids (`torch.Tensor`): int64 `(B, T)`, padded on the right.
         placeholders (`Collection[int]`): of [`placeholder_ids`].
-        pad_token_id (`int`): what it is padded with.
+        pad_token_id (`int`): the token that pads the responses.
 
     Returns:
         `torch.Tensor`: bool `(B, T)`, the placeholders that are the last token of a response.
@@ -109,7 +109,7 @@ def final_placeholders(completion_ids: torch.Tensor, placeholders: Collection[in
     position = torch.arange(completion_ids.size(1), device=completion_ids.device)
     last = torch.where(completion_ids != pad_token_id, position, 0).amax(dim=1, keepdim=True)
     found = torch.zeros_like(completion_ids, dtype=torch.bool)
-    for placeholder in placeholders:  # one or two, and no tensor of them that would have to be copied to the device
+    for placeholder in placeholders:  # one or two: a tensor of them would have to be copied to the device
         found |= completion_ids == placeholder
     return found & (position == last)
 
@@ -118,13 +118,13 @@ def hide_placeholders(
     model_inputs: dict[str, Any], completion_length: int, placeholders: Collection[int], pad_token_id: int
 ) -> dict[str, Any]:
     """
-    Inputs of a model with padding in the place of the placeholders that end responses.
+    Replace the placeholders that end responses by padding in a model's inputs.
 
     Args:
         model_inputs (`dict`): `input_ids` and perhaps `mm_token_type_ids`, `(B, P + T)`, and more.
         completion_length (`int`): `T`.
         placeholders (`Collection[int]`): of [`placeholder_ids`].
-        pad_token_id (`int`): the token to put there.
+        pad_token_id (`int`): the token to replace them by.
     """
     ids = model_inputs["input_ids"]
     hidden = final_placeholders(ids[:, -completion_length:], placeholders, pad_token_id)

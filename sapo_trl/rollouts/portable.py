@@ -1,4 +1,4 @@
-"""Rows of data sets as bytes, numbers and strings alone, for files that are read without running what is in them."""
+"""Rows of data sets as bytes, numbers and strings alone: reading a file of them runs no code."""
 
 from __future__ import annotations
 

@@ -14,19 +14,21 @@ from trl.trainer.utils import pad
 
 def has_images_by_row(batch: Mapping[str, Any]) -> bool:
     """
-    Whether the images of each prompt are padded to one row of the batch, as by Idefics' processor: zeros without any.
+    Whether a prompt's images are padded to one row of the batch, as by Idefics' processor.
+
+    A prompt without images has a row of zeros.
 
     Args:
-        batch (`Mapping[str, Any]`): what the processor returns, perhaps among other tensors; `None` counts as absent.
+        batch (`Mapping[str, Any]`): the processor's output, perhaps among other tensors; `None` counts as absent.
     """
     return batch.get("pixel_attention_mask") is not None and batch.get("spatial_shapes") is None
 
 
 def one_entry_a_row(batch: Mapping[str, Any]) -> list[int]:
     """
-    Entries of `pixel_values` that belong to each row, of images that are padded to one row of the batch.
+    Number of entries of `pixel_values` for each row, if a prompt's images are padded to one row of the batch.
 
-    TRL recognises this layout by the number of entries. Where there are as many images as rows, it would mistake the
+    TRL recognises this layout by the number of entries. If there are as many images as rows, TRL would mistake the
     rows for images.
     """
     return [1] * len(batch["pixel_values"])
@@ -41,9 +43,9 @@ class TokenizedPrompts:
         ids (`list[list[int]]`): token ids of each prompt, image placeholders expanded, without padding.
         images (`list`, *optional*): for each prompt the list of its images; `None` without any.
         fields (`dict[str, Any]`, *optional*):
-            what the processor returns besides: lists with one number per token of each prompt (`mm_token_type_ids`),
+            the processor's other outputs: lists with one number per token of each prompt (`mm_token_type_ids`),
             and tensors, arrays or lists with entries for all images of all prompts (`pixel_values`, `image_grid_thw`,
-            `image_sizes`, …), where an image has one entry, or several patches or tiles.
+            `image_sizes`, …). An image has one entry, or several patches or tiles.
         placeholders (`Collection[int]`, *optional*): tokens that stand for a piece of an image.
     """
 
@@ -62,7 +64,7 @@ class TokenizedPrompts:
 
     def extended(self, rows: Sequence[int], suffixes: Sequence[list[int]]) -> TokenizedPrompts:
         """
-        Prompts with tokens behind them, in any order and number.
+        Append tokens to prompts, in any order and number.
 
         Args:
             rows (`Sequence[int]`): which prompts.
@@ -72,14 +74,14 @@ class TokenizedPrompts:
             [`TokenizedPrompts`]: one for each of `rows`. They share the images.
         """
         by_token, by_row = self._rows_of_fields
-        # Per token: what is appended is text.
+        # Appended tokens are text: their numbers are 0.
         fields = {
             name: [[*value[row], *[0] * len(suffix)] for row, suffix in zip(rows, suffixes, strict=True)]
             for name, value in by_token.items()
         }
         images = None if self.images is None else [self.images[row] for row in rows]
         if images is not None and not any(images):
-            # Vision towers take no empty tensors: without any image these are prompts of text.
+            # Vision towers take no empty tensors: prompts without any image become prompts of text.
             images = None
         else:
             fields |= {name: torch.cat([value[row] for row in rows]) for name, value in by_row.items()}
@@ -137,13 +139,13 @@ class TokenizedPrompts:
 
     @cached_property
     def _num_tiles(self) -> list[int] | None:
-        """Tiles of each prompt's images, if these are neither one entry each nor laid out otherwise."""
+        """Number of tiles of each prompt's images; `None` if an image is one entry or the layout has no tiles."""
         pixel_values, total = self._tensors.get("pixel_values"), sum(self.num_images)
         if pixel_values is None or len(pixel_values) == total or "image_grid_thw" in self._tensors:
             return None
         if len(pixel_values) == len(self) and (has_images_by_row(self._tensors) or pixel_values.ndim == 5):
             return None
-        # Each tile has as many placeholders as any other, so that the placeholders of a prompt count its tiles.
+        # All tiles have equally many placeholders, so the placeholders of a prompt count its tiles.
         counts = [sum(ids.count(token) for token in self.placeholders) for ids in self.ids]
         per_tile, rest = divmod(sum(counts), len(pixel_values))
         if "spatial_shapes" in self._tensors or per_tile == 0 or rest or any(count % per_tile for count in counts):
@@ -188,7 +190,7 @@ class TokenizedPrompts:
 
 
 def _as_tensor(name: str, value: Any) -> torch.Tensor:
-    """One tensor of a tensor, an array, or a list of any of these with one entry for each image or tile."""
+    """Make one tensor of a tensor, an array, or a list of tensors or arrays, one for each image or tile."""
     if not isinstance(value, (list, tuple)):
         return torch.as_tensor(value)
     entries = [torch.as_tensor(entry) for entry in value]

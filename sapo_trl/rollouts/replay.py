@@ -16,15 +16,15 @@ from .tree import Edge
 @dataclass(eq=False)
 class StoredEdge:
     """
-    An edge with what is needed to train on it in a later rollout.
+    An edge, and the data to train on it in a later rollout.
 
     Args:
-        example (`dict[str, Any]`): row of the data set that its prompt comes from.
+        example (`dict[str, Any]`): the prompt's row of the data set.
         edge ([`Edge`]): the edge.
         old_logps (`torch.Tensor`):
             float32 `(T,)` on the CPU: log-probabilities of the completion's tokens under the policy that sampled them.
         rewards (`torch.Tensor`): float32 `(F,)`, mean reward below the child by reward function.
-        age (`int`, *optional*, defaults to `0`): rollouts since then.
+        age (`int`, *optional*, defaults to `0`): number of rollouts since the edge was sampled.
     """
 
     example: dict[str, Any]
@@ -41,8 +41,8 @@ class EdgeReplay:
     https://huggingface.co/papers/2505.23564).
 
     Args:
-        max_age (`int`): rollouts for which an edge can be drawn.
-        edges_per_prompt (`int`): of a prompt's edges, at most this many in one draw.
+        max_age (`int`): number of rollouts that can draw an edge.
+        edges_per_prompt (`int`): maximum number of a prompt's edges in one draw.
         seed (`int`): of the draws.
     """
 
@@ -59,7 +59,7 @@ class EdgeReplay:
         return sum(map(len, self._prompts))
 
     def add(self, edges_by_prompt: Sequence[list[StoredEdge]]) -> None:
-        """Add a rollout's edges, one list for each prompt; what is there grows older by one, the oldest go."""
+        """Add a rollout's edges, one list for each prompt. The stored edges age by one rollout; the oldest go."""
         for edges in self._prompts:
             for edge in edges:
                 edge.age += 1
@@ -69,20 +69,20 @@ class EdgeReplay:
 
     def draw(self, number: int) -> list[StoredEdge]:
         """
-        Draw edges to train on: from each prompt some that are not drawn again, all of them shuffled.
+        Draw edges to train on: some of each prompt, all of them shuffled. A drawn edge is no longer stored.
 
         Args:
             number (`int`): how many.
 
         Returns:
-            `list[StoredEdge]`: `number` of them, repeated from the start if there are fewer; empty if there is none.
+            `list[StoredEdge]`: `number` edges, repeated from the start if there are fewer; empty without any.
         """
         drawn = []
         for edges in self._prompts:
             self._random.shuffle(edges)
             drawn.extend((edges, edge) for edge in edges[: self.edges_per_prompt])
         self._random.shuffle(drawn)
-        # Those that this rollout has no room for stay for the next one.
+        # Edges beyond `number` stay for the next rollout.
         drawn = drawn[:number]
         for edges, edge in drawn:
             edges.remove(edge)
@@ -90,7 +90,7 @@ class EdgeReplay:
 
     def state(self) -> dict[str, Any]:
         """
-        What a resumed run needs to draw the same edges.
+        The state that a resumed run needs to draw the same edges.
 
         Returns:
             `dict[str, Any]`: tensors, numbers, strings, bytes and containers of them.
@@ -98,7 +98,7 @@ class EdgeReplay:
         Raises:
             TypeError: if a row of the data set holds something else (images become bytes).
         """
-        # Rows of the data set are shared by a prompt's edges: written once each.
+        # A prompt's edges share one row of the data set: it is written once.
         examples: dict[int, int] = {}
         rows, prompts = [], []
         for edges in self._prompts:
@@ -122,7 +122,7 @@ class EdgeReplay:
         return {"examples": rows, "prompts": prompts, "random": [version, list(numbers), gauss]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what [`EdgeReplay.state`] returned."""
+        """Restore the state that [`EdgeReplay.state`] returned."""
         examples = [from_portable(row) for row in state["examples"]]
         self._prompts = [
             [

@@ -21,8 +21,8 @@ def monte_carlo_values(
     """
     Value the states that the advantages of learned tokens depend on.
 
-    The response's own reward stands for every state that is not valued, be it beyond `max_valued_segments` or because
-    none of its continuations was scored, so that nothing is gained or lost from there on.
+    A state gets the response's own reward if it lies beyond `max_valued_segments`, or if none of its continuations was
+    scored. Then nothing is gained or lost from there on.
 
     Args:
         sampler ([`ContinuationSampler`]): over this rollout's prompts.
@@ -31,15 +31,15 @@ def monte_carlo_values(
         completion_ids (`torch.Tensor`): int64 tensor of shape `(B, T)`.
         rewards (`torch.Tensor`): float tensor of shape `(B,)`.
         num_continuations (`int`): continuations of each state.
-        max_valued_segments (`int`, *optional*): states after the prompt's to value in each response.
+        max_valued_segments (`int`, *optional*): number of states to value in each response, besides the prompt's.
         truncated_reward (`float`, *optional*): reward of a continuation that did not end.
 
     Returns:
         `tuple[torch.Tensor, StateValues]`:
             values in the dtype of `rewards`, `(B, T)`, on the first token of each valued segment and 0 elsewhere; and
-            what was sampled for them.
+            the sampler's result.
     """
-    # What is before the first segment with a token to learn needs no value.
+    # States before the first segment with a token to learn need no value.
     beyond = torch.iinfo(segments.ids.dtype).max
     first_learned = torch.where(policy_mask, segments.ids, beyond).amin(dim=1, keepdim=True)
     states = segments.is_first & (segments.ids >= first_learned)

@@ -89,7 +89,7 @@ class RolloutTree:
 @dataclass
 class Edge:
     """
-    What is trained on: the step from a node to one of its children.
+    A training example: the step from a node to one of its children.
 
     Args:
         row (`int`): prompt.
@@ -117,8 +117,8 @@ def grow_tree(
     Args:
         sampler ([`ContinuationSampler`]): over the prompts.
         roots (`Sequence[int]`): which prompts.
-        widths (`Sequence[int]`): children of the nodes of each level.
-        segment_length (`int`): tokens of an edge at most, but on the last level, where responses run to their end.
+        widths (`Sequence[int]`): number of children of a node, for each level.
+        segment_length (`int`): maximum number of tokens of an edge. On the last level, responses run to their end.
 
     Returns:
         [`RolloutTree`]: a child that ends its response early, or has no room left, is a leaf.
@@ -143,7 +143,7 @@ def grow_tree(
 
 def trainable_edges(tree: RolloutTree, values: torch.Tensor) -> list[Edge]:
     """
-    The edges from which something can be learned: those whose child's value differs from its parent's.
+    The edges with something to learn: the child's value differs from its parent's.
 
     Args:
         tree ([`RolloutTree`]): the trees.

@@ -152,9 +152,9 @@ class SegmentedRollout:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the completions.
         mode (`str`): `"train"` or `"eval"`.
         continuations ([`~sapo_trl.rollouts.ContinuationSampler`], *optional*):
-            samples what the policy makes of a response's prefix; `None` if the trainer did not generate it itself.
+            continues a response's prefix with the policy; `None` if the trainer did not generate the rollout itself.
         completion_mask (`torch.Tensor`, *optional*):
-            int64 `(B, T)`, 1 where there is a token, whoever wrote it: tools' answers are in it and in no segment.
+            int64 `(B, T)`, 1 on every token. It includes tools' answers, which are in no segment.
         images (`list[list]`, *optional*): the images of each response's prompt.
     """
 

@@ -37,7 +37,8 @@ def staging_folder(run_folder: str | Path) -> Path:
         run_folder (`str` or `Path`): where the run's checkpoints are.
 
     Returns:
-        `Path`: beside them, so that renaming moves no data. What a process that died left there is removed.
+        `Path`: a folder beside the checkpoints, so that renaming it moves no data. Files that a process left there
+            when it died are removed.
     """
     folder = Path(run_folder) / STAGING_FOLDER
     if folder.is_symlink() or folder.is_file():

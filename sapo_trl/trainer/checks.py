@@ -62,7 +62,7 @@ def check_size(dataset: Dataset | IterableDataset | None, generation_batch_size:
         num_generations (`int`): responses for each prompt.
 
     Raises:
-        ValueError: if the data set does not fill one rollout, of which TRL would make no training step at all.
+        ValueError: if the data set does not fill one rollout: TRL would make no training step at all.
     """
     needed = generation_batch_size // num_generations
     if isinstance(dataset, Dataset) and len(dataset) < needed:
@@ -131,8 +131,8 @@ def check_adapter_name(model: Any, beta: float) -> None:
         beta (`float`): coefficient of the KL penalty.
 
     Raises:
-        ValueError: if the policy is compared with a reference, and TRL would copy another adapter to it than the one
-            that is trained.
+        ValueError: if the policy is compared with a reference, and its active adapter is not named "default". TRL
+            would then copy the wrong adapter to the reference.
     """
     if beta == 0.0 or not isinstance(model, PeftModel):
         return

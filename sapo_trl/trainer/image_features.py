@@ -1,10 +1,10 @@
 """
-The features of images, computed once a rollout where a model's vision tower is frozen.
+The features of images, computed once a rollout if a model's vision tower is frozen.
 
-An image goes through the tower again and again: for each response to its prompt, when these are scored by the policy,
-a reference and a critic, and in every forward that is trained on. Of a frozen tower all of that gives the same. (Where
-gradient checkpointing makes embeddings require gradients, as transformers does for patches too, there is also a
-backward through the whole tower, for nothing.)
+Otherwise an image goes through the tower again and again: for each response to its prompt, when the policy, a
+reference and a critic score the responses, and in every forward of training. A frozen tower gives the same features
+each time. Gradient checkpointing even adds a useless backward through the whole tower, if it makes embeddings require
+gradients: in transformers, patches count as embeddings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 # Tells images apart: a hash of the pixels, and the grid of patches.
 ImageKey = tuple[int, int, int, int]
 
-# Patches that are hashed at a time: a rollout's at once would take several times their memory.
+# Patches that are hashed at a time: hashing a whole rollout at once would take several times its memory.
 _PATCHES_AT_ONCE = 4096
 
 
@@ -32,8 +32,8 @@ class ImageFeatures(TrainerCallback):
     """
     Features of the images of one rollout, for models that take patches and their grids, as Qwen's do.
 
-    Nothing is kept of a tower that learns or has adapters. Features stay on the device until the next rollout
-    (and of an evaluation's rollout until it has ended).
+    A tower that learns or has adapters is run every time: its features are not kept. Other features stay on the device
+    until the next rollout begins or training ends.
     """
 
     def __init__(self):
@@ -45,16 +45,16 @@ class ImageFeatures(TrainerCallback):
         self.clear()
 
     def clear(self) -> None:
-        """Forget all features, and which towers are frozen: for the beginning of a rollout."""
+        """Forget all features, and which towers are frozen. Called at the beginning of a rollout."""
         self._features.clear()
         self._is_frozen.clear()
 
     def forget(self, backbone: PreTrainedModel) -> None:
-        """Forget a model's features: for one that will not be given these images again."""
+        """Forget the features of a model that will not be given these images again."""
         self._features.pop(id(backbone), None)
 
     def are_kept_of(self, backbone: PreTrainedModel) -> bool:
-        """Whether a model takes features, and comes to them by a tower that is frozen."""
+        """Whether a model takes features, its tower is frozen, and the tower's output can be split by image."""
         if id(backbone) not in self._is_frozen:
             self._is_frozen[id(backbone)] = takes_features(backbone) and has_frozen_tower(backbone)
         return self._is_frozen[id(backbone)] and self._comes_apart.get(id(backbone), True)
@@ -64,16 +64,16 @@ class ImageFeatures(TrainerCallback):
         self, backbone: PreTrainedModel, inputs: dict[str, Any], keys: Sequence[ImageKey]
     ) -> dict[str, Any]:
         """
-        Inputs that give the same outputs and do not go through a frozen tower more than once a rollout.
+        Replace pixels by features. The outputs stay the same; an image goes through a frozen tower once a rollout.
 
         Args:
             backbone ([`~transformers.PreTrainedModel`]): the model under the LM head, or under a critic's head.
             inputs (`dict`): its inputs.
-            keys (`Sequence[ImageKey]`): of its images, see [`image_keys`].
+            keys (`Sequence[ImageKey]`): keys of the images, see [`image_keys`].
 
         Returns:
-            `dict`: with `mm_encoder_outputs` in the place of `pixel_values`; as they are if there are no images (or
-            videos beside them), or [`ImageFeatures.are_kept_of`] the model not.
+            `dict`: the inputs with `mm_encoder_outputs` instead of `pixel_values`. They come back unchanged without
+            images, with videos, or if [`ImageFeatures.are_kept_of`] is `False` for the model.
         """
         has_images = inputs.get("pixel_values") is not None and inputs.get("image_grid_thw") is not None
         if not has_images or inputs.get("pixel_values_videos") is not None or not self.are_kept_of(backbone):
@@ -102,10 +102,11 @@ class ImageFeatures(TrainerCallback):
 
 def image_keys(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[ImageKey]:
     """
-    A key of each image.
+    A key for each image.
 
-    A pixel's bits are multiplied by a random odd number of its place, mixed, and added up modulo 2^64: in any order of
-    summation the sum is exactly the same. Of two given images that differ it is by a chance of the order of 2^-60.
+    The hash multiplies a pixel's bits by a random odd number that depends on the pixel's place, mixes them, and adds
+    them up modulo 2^64. The sum is exactly the same in any order of summation. Two given images that differ have the
+    same hash with a probability of the order of 2^-60.
 
     Args:
         pixel_values (`torch.Tensor`): `(P, …)`, the patches of all images, one image after the other.
@@ -126,7 +127,7 @@ def image_keys(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list
 
 
 def takes_features(backbone: PreTrainedModel) -> bool:
-    """Whether a model makes features of patches and their grids, and can be given them."""
+    """Whether a model makes features of patches and their grids, and its forward takes features as inputs."""
     make = getattr(backbone, "get_image_features", None)
     return (
         make is not None
@@ -136,9 +137,9 @@ def takes_features(backbone: PreTrainedModel) -> bool:
 
 
 def has_frozen_tower(backbone: PreTrainedModel) -> bool:
-    """Whether nothing in front of a model's decoder learns, has adapters or is random."""
+    """Whether no module in front of a model's decoder learns, has adapters or is random."""
     decoder = backbone.get_decoder()
-    if decoder is backbone:  # none that could be told from what is in front of it
+    if decoder is backbone:  # a tower cannot be told from the decoder
         return False
     of_decoder = {id(module) for module in decoder.modules()}
     for module in backbone.modules():
@@ -155,19 +156,19 @@ def has_frozen_tower(backbone: PreTrainedModel) -> bool:
 
 
 def _as_integers(x: torch.Tensor) -> torch.Tensor:
-    """Integers `(P, C)`: the bits of `(P, D)`, of as many numbers at a time as fit into one."""
+    """Integers `(P, C)`: the bits of `(P, D)`. Each integer holds as many neighbouring numbers as fit."""
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     return x.contiguous().view(next(integers[size] for size in integers if x.size(1) * x.itemsize % size == 0))
 
 
 def _odd_numbers(count: int, seed: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    # Odd: a single bit that differs is never multiplied away.
+    # Odd numbers have an inverse modulo 2^64, so a product with them loses no bit that differs.
     return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(device)
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:
-    """int64 of the same shape (`x` is used up): every bit depends on those below it and, halfway, above it."""
+    """int64 of the same shape: every bit depends on all bits below it and some bits above it. Overwrites `x`."""
     x ^= x >> 32
     x *= 0x1F3D5B79_97B5D3F1
     x ^= x >> 29
@@ -175,7 +176,7 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 def _by_image(output: ModelOutput, count: int) -> list[ModelOutput] | None:
-    """A tower's output image by image, of what models read of it; `None` if it does not come apart."""
+    """Split a tower's output by image, keeping only the parts that models read; `None` if it cannot be split."""
     pooled, layers = output.get("pooler_output"), output.get("deepstack_features") or []
     if any(not isinstance(part, (tuple, list)) or len(part) != count for part in (pooled, *layers)):
         return None

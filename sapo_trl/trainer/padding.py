@@ -1,9 +1,9 @@
 """
-How little padding a model can be made to compute: which rows go through it together, and where in them they lie.
+Less padding to compute: rows are grouped by length and moved to the last column.
 
-A rollout comes as prompts padded on the left beside responses padded on the right, all as wide as the longest of each.
+A rollout pads its prompts on the left and its responses on the right, to the longest prompt and the longest response.
 Rows of similar length go through the model together ([`group_rows`]), moved so that all of them end in the last column
-([`RightAligned`]): what is left of the padding is the difference between a row and the longest of its group.
+([`RightAligned`]). The remaining padding is the difference between a row and the longest row of its group.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from transformers import PreTrainedConfig
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 
-# How much larger than it has to be the largest group may get for the sake of less padding.
+# The largest group may be this many times the smallest possible one, for the sake of less padding.
 _SLACK = 1.2
 
 
 def group_rows(lengths: Sequence[int], num_groups: int, max_tokens: int | None = None) -> list[list[int]]:
     """
-    Partition rows into groups of similar length such that the padded groups have few tokens altogether.
+    Partition rows into groups of similar length, so that the padded groups have few tokens in total.
 
-    Minimising padding alone gives very unequal groups where lengths are nearly the same: a row here, and half of all
-    rows (and images) there. So two limits hold: a group has at most twice as many rows as in an equal partition, and
-    the largest group is at most 1.2 times the smallest possible one. Among equally good partitions the one with the
-    most even numbers of rows is taken.
+    Minimising padding alone gives very unequal groups if lengths are nearly the same: one group may have a single row,
+    another half of all rows (and images). So two limits hold: a group has at most twice as many rows as in an equal
+    partition, and the largest group is at most 1.2 times the smallest possible one. A tie goes to the partition with
+    the most even numbers of rows.
 
     Args:
         lengths (`Sequence[int]`): tokens of each row without padding; B of them.
         num_groups (`int`): number of groups, none of them empty; at most B.
         max_tokens (`int`, *optional*):
-            what a group may have, its number of rows times its longest. Ignored where no partition keeps to it.
+            limit on a group's number of rows times the length of its longest row. Ignored if no partition keeps to it.
 
     Returns:
-        `list[list[int]]`: rows of each group, the longest ones first: what does not fit into memory is found at once.
+        `list[list[int]]`: rows of each group, the longest rows first: a lack of memory shows at once.
     """
     return cut_rows(lengths, common_cuts([lengths], num_groups, max_tokens))
 
@@ -47,33 +47,34 @@ def common_cuts(
     lengths: Sequence[Sequence[int]] | np.ndarray, num_groups: int, max_tokens: int | None = None
 ) -> list[int]:
     """
-    Where processes that go through their groups in lockstep cut their rows, each its own, all at the same places.
+    Find cuts for processes that go through their groups in lockstep. Each cuts its own rows, all at the same places.
 
-    All of them wait for the largest of the k-th groups. The tokens of these, added up, are the fewest among the cuts
-    that [`group_rows`] allows, with the largest group of all processes in the place of a process's own.
+    At its k-th group, every process waits for the process with the largest k-th group. The cuts minimise the sum of
+    the tokens of these largest groups. The limits of [`group_rows`] hold, over all processes.
 
     Args:
-        lengths (`Sequence[Sequence[int]]`): `(P, B)`, of each process the tokens of its rows without padding.
+        lengths (`Sequence[Sequence[int]]`): `(P, B)`, tokens of each process's rows without padding.
         num_groups (`int`): number of groups, none of them empty; at most B.
         max_tokens (`int`, *optional*):
-            what a group may have on any process. Ignored where no cuts keep to it.
+            limit on a group's padded tokens, on every process. Ignored if no cuts keep to it.
 
     Returns:
-        `list[int]`: `num_groups + 1` from 0 to B, for [`cut_rows`].
+        `list[int]`: `num_groups + 1` cuts from 0 to B, for [`cut_rows`].
     """
-    # Groups that have as many rows on all processes are as large as the longest row makes them, so of each place in
-    # the order only the longest row counts.
+    # The k-th groups have equally many rows on all processes, so the longest row decides which of them is the largest.
+    # Only the longest row at each place in the order counts.
     longest = np.sort(lengths, axis=1)[:, ::-1].max(0)
     if not 1 <= num_groups <= len(longest):
         raise ValueError(f"num_groups={num_groups} must lie between 1 and the number of rows, {len(longest)}.")
     max_rows = min(2 * -(-len(longest) // num_groups), len(longest))
-    # Of the rows sorted, at (k, j) the group of k + 1 rows that ends in front of row j: (max_rows, B + 1).
+    # Padded tokens of each possible group of the sorted rows, (max_rows, B + 1). The group at (k, j) has k + 1 rows
+    # and ends in front of row j.
     sizes = np.arange(1, max_rows + 1)[:, None]
     starts = np.arange(len(longest) + 1) - sizes
     tokens = np.where(starts >= 0, sizes * longest[starts], np.inf)
     largest, _ = _best_cuts(tokens, num_groups, np.maximum)
     tokens[tokens > _SLACK * largest] = np.inf
-    # Squares of sizes, which add up to less than 1 altogether, decide between sums of tokens that are alike.
+    # Sums of tokens are whole numbers. The squares add up to less than 1, so they only decide between equal sums.
     costs = tokens + sizes**2 / (len(longest) ** 2 + 1)
     total = np.inf
     if max_tokens is not None:
@@ -85,7 +86,7 @@ def common_cuts(
 
 def cut_rows(lengths: Sequence[int], cuts: Sequence[int]) -> list[list[int]]:
     """
-    Groups of rows from the longest to the shortest; rows of equal length stay in their order.
+    Cut rows into groups, from the longest row to the shortest; rows of equal length stay in their order.
 
     Args:
         lengths (`Sequence[int]`): tokens of each row without padding; B of them.
@@ -97,11 +98,11 @@ def cut_rows(lengths: Sequence[int], cuts: Sequence[int]) -> list[list[int]]:
 
 def equal_groups(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
     """
-    The same with as many rows in each group, for losses that weigh micro-batches alike.
+    Partition rows by length into groups with equally many rows, for losses that weigh micro-batches alike.
 
     Args:
         lengths (`Sequence[int]`): tokens of each row without padding.
-        num_groups (`int`): number of groups; where it does not divide the number of rows, the first have one more.
+        num_groups (`int`): number of groups. If it does not divide the number of rows, the first have one more.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     return [group.tolist() for group in np.array_split(order, num_groups)]
@@ -109,19 +110,19 @@ def equal_groups(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
 
 def _best_cuts(costs: np.ndarray, num_groups: int, combine: np.ufunc) -> tuple[float, list[int]]:
     """
-    Where to cut sorted rows into groups, by dynamic programming.
+    Find the cheapest cuts of sorted rows into groups, by dynamic programming.
 
     Args:
-        costs (`np.ndarray`): float `(max_rows, B + 1)`, at `(k, j)` of the group of `k + 1` rows that ends in front of
-            row `j`; infinite: no such group.
+        costs (`np.ndarray`): float `(max_rows, B + 1)`, at `(k, j)` the cost of the group of `k + 1` rows that ends in
+            front of row `j`. An infinite cost forbids the group.
         num_groups (`int`): number of groups.
-        combine (`np.ufunc`): makes one cost of two groups': `np.add` for the sum, `np.maximum` for the largest.
+        combine (`np.ufunc`): combines the costs of two groups: `np.add` for the sum, `np.maximum` for the largest.
 
     Returns:
         `tuple[float, list[int]]`: the lowest cost, infinite if no cuts are possible, and the `num_groups + 1` cuts.
     """
     starts = np.arange(costs.shape[1]) - np.arange(1, len(costs) + 1)[:, None]
-    # Of the rows in front of j, in no group yet: nothing for no rows, impossible for some.
+    # Lowest cost of the rows in front of j, without any group so far: 0 for no rows, impossible for some.
     best, choices = np.full(costs.shape[1], np.inf), []
     best[0] = 0
     for _ in range(num_groups):
@@ -135,7 +136,7 @@ def _best_cuts(costs: np.ndarray, num_groups: int, combine: np.ufunc) -> tuple[f
 
 
 def merge_rows(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Batches of one rollout as one, in which images come apart by row: for [`take_rows`]."""
+    """Join the batches of one rollout, with the images split by row, for [`take_rows`]."""
     parts = [split_pixel_values_by_grid(batch) for batch in batches]
     merged = {}
     for name, first in parts[0].items():
@@ -149,7 +150,7 @@ def merge_rows(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def take_rows(merged: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Some rows of what [`merge_rows`] returns, in this order, as a batch of their own."""
+    """Make a batch of some rows of the result of [`merge_rows`], in the order of `rows`."""
     taken = {}
     for name, value in merged.items():
         if isinstance(value, list):
@@ -163,15 +164,15 @@ def take_rows(merged: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
 
 def can_move_rows(text_config: PreTrainedConfig) -> bool:
     """
-    Whether a model computes the same of a row wherever in the batch it lies, and whatever lies beside it.
+    Whether a model's outputs at a row depend neither on the columns that it lies in nor on the other rows.
 
-    So it is with rotary position embeddings, but for those that depend on the longest row of a batch, and unless
-    attention is scaled by the position.
+    This holds for rotary position embeddings, with two exceptions: embeddings that depend on the longest row of a
+    batch, and attention that is scaled by the position.
     """
     parameters = getattr(text_config, "rope_parameters", None)
     if parameters is None or getattr(text_config, "attn_temperature_tuning", False):
         return False
-    # Of the whole model, or by type of layer.
+    # The parameters hold for the whole model, or are nested by type of layer.
     nested = all(isinstance(value, Mapping) or value is None for value in parameters.values())
     return all(
         each is not None
@@ -182,17 +183,17 @@ def can_move_rows(text_config: PreTrainedConfig) -> bool:
 
 
 def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """int64 `(B, W)`: of each token the number of tokens before it in its row, also of those that have moved."""
+    """int64 `(B, W)`: the number of tokens before each token in its row, wherever the row lies."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 @dataclass(frozen=True)
 class RightAligned:
     """
-    Rows moved so that all of them end in the last column, and the columns in front that none of them needs left out.
+    Rows moved so that all of them end in the last column, without the columns in front that no row needs.
 
     Args:
-        width (`int`): columns that are left.
+        width (`int`): number of columns that are left.
         source (`torch.Tensor`): int64 `(B, width)`, the column that each token comes from.
         target (`torch.Tensor`): int64 `(B, W)`, the column that each token has gone to; negative: none.
     """
@@ -206,8 +207,8 @@ class RightAligned:
         """
         Args:
             attention_mask (`torch.Tensor`): `(B, W)`, each row's tokens without a gap between the first and the last.
-            width (`int`, *optional*): length of the longest row, where it is known: else it is asked of the device.
-            multiple (`int`, *optional*): what the columns that are left shall be a multiple of, if there are so many.
+            width (`int`, *optional*): length of the longest row, if it is known: else the device must be asked.
+            multiple (`int`, *optional*): round the width up to a multiple of this, but not beyond `W`.
         """
         columns = torch.arange(attention_mask.size(1), device=attention_mask.device)
         is_token = attention_mask.bool()
@@ -230,7 +231,7 @@ class RightAligned:
         return tokens.gather(1, self.source)
 
     def restore(self, outputs: torch.Tensor) -> torch.Tensor:
-        """What was computed at moved tokens, `(B, width)` or fewer columns, at their places: `(B, W)`, else 0."""
+        """Put outputs at moved tokens, `(B, width)` or fewer columns, back in their places: `(B, W)`, else 0."""
         if outputs.size(1) == 0:
             return outputs.new_zeros(self.target.shape)
         is_there = (self.target >= 0) & (self.target < outputs.size(1))
@@ -246,9 +247,9 @@ class RightAligned:
 
     def restore_outputs(self, outputs: Any) -> Any:
         """
-        TRL's fused outputs of moved inputs, at the places of the tokens before.
+        Put TRL's fused outputs at moved tokens back in their places.
 
-        Position p predicts token p + 1: the last one predicts nothing.
+        Position p predicts token p + 1, so the last position is left out: it predicts nothing.
         """
         outputs.log_probs = self.restore(outputs.log_probs)[:, :-1]
         if getattr(outputs, "entropy", None) is not None:

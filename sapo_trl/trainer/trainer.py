@@ -83,10 +83,10 @@ class SAPOTrainer(GRPOBridge):
         value_model (`str` or [`SegmentValueHead`] or [`~transformers.PreTrainedModel`], *optional*):
             Critic, or the model to make it from. By default a copy of the policy, as `args.critic` says.
         segmenter ([`Segmenter`], *optional*):
-            How to cut responses: any callable `(entropies, mask) -> Segments`. By default what `args.segmentation`
-            says.
+            How to cut responses: any callable `(entropies, mask) -> Segments`. By default
+            `args.segmentation` decides.
         token_weighting ([`~sapo_trl.role_aware.RoleAwareWeighting`], *optional*):
-            How to weigh the tokens' advantages. By default what `args.advantage_weighting` says.
+            How to weigh the tokens' advantages. By default `args.advantage_weighting` decides.
         kwargs:
             All other arguments of [`~trl.GRPOTrainer`], unchanged: `eval_dataset`, `processing_class`,
             `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`, `tools`,

@@ -229,7 +229,7 @@ class CompletionForward:
         return backbone_of(self.accelerator.unwrap_model(model, keep_torch_compile=False))
 
     def image_keys(self, batch: RolloutBatch, backbone: PreTrainedModel) -> list[list[ImageKey]] | None:
-        """A key of each image of each row; `None` if a model's features of them are not kept."""
+        """A key for each image of each row; `None` if the model's image features are not kept."""
         inputs = [batch.get(name) for name in ("pixel_values", "image_grid_thw", "num_images")]
         kept = self.image_features is not None and self.image_features.are_kept_of(backbone)
         if not kept or any(value is None or not len(value) for value in inputs):
@@ -239,7 +239,7 @@ class CompletionForward:
         return [list(itertools.islice(keys, number)) for number in num_images]
 
     def forget_images(self, model: nn.Module | None = None) -> None:
-        """Forget the images of the rollout before, or a model's features of the latest ones."""
+        """Forget the features of all models, or only the features of `model`."""
         if self.image_features is not None and model is None:
             self.image_features.clear()
         elif self.image_features is not None:
