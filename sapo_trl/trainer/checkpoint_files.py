@@ -19,7 +19,7 @@ from ..run_folder import PUBLICATION_NAME, TRAINER_STATE_NAME, complete_checkpoi
 
 
 STAGING_FOLDER = "incomplete-checkpoint"
-"""Where a checkpoint is written and where it is deleted; no name that anything takes for a checkpoint."""
+"""A checkpoint is written here and deleted here. No tool takes this name for a checkpoint."""
 PROCESS_STATE_NAME = "process_state_{}.pt"
 
 _REPLACED = "replaced-"

@@ -19,7 +19,7 @@ from ..rollouts.types import GivenRollout
 
 class TreeRollouts:
     """
-    The training edges of a rollout whose responses are sampled as trees: of this and of earlier rollouts.
+    The training edges of rollouts whose responses are sampled as trees: of the current rollout and of earlier ones.
 
     Args:
         args ([`SAPOConfig`]): settings of the run.

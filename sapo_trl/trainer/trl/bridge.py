@@ -192,7 +192,7 @@ class GRPOBridge(ResumableTrainer):
         self, prompts: TokenizedPrompts, inputs: list[dict[str, Any]], given: GivenRollout | None = None
     ) -> ContinuationSampler:
         """Samples from the prompts of this process's rollout, see [`Continuations.sampler`]."""
-        # As many at a time as a rollout has responses: these fitted into memory.
+        # A call gets as many rows as a rollout has responses, because that many fitted into memory.
         args, generations, rows = self.args, self.num_generations_eval, self.args.per_device_eval_batch_size
         if self.mode == "train":
             generations, rows = self.num_generations, args.per_device_train_batch_size * args.steps_per_generation
