@@ -133,6 +133,7 @@ def test_one_token_is_enough(family, preset, tmp_path):
     settings = {"num_mini_batches": 1, "gradient_accumulation_steps": 2, "max_steps": 2}
     trainer, weights, _ = train(family, tmp_path, preset, completions, beta=0.01, **settings)
     assert moved(weights[0][0], weights[1][0])
+    assert len(trainer.state.log_history) >= 2
     assert not any("empty_steps" in entry for entry in trainer.state.log_history)
 
 
