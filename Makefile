@@ -65,11 +65,11 @@ test-fast: $(STAMP)  ## the same without the slow ones
 
 test-distributed: $(STAMP)  ## run the tests with several processes (DDP, DeepSpeed, FSDP2); installs DeepSpeed
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[deepspeed]' -c constraints.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_distributed.py tests/test_deepspeed.py tests/test_fsdp.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed/test_distributed.py tests/distributed/test_deepspeed.py tests/distributed/test_fsdp.py $(ARGS)
 
 test-qlora: $(STAMP)  ## run the tests with a base model in 4 bits; installs bitsandbytes
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[qlora]' -c constraints.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_qlora.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer/test_qlora.py $(ARGS)
 
 # vLLM wants another version of transformers than the trainer, so it has an environment of its own.
 VLLM_STAMP := $(VLLM_VENV)/.installed

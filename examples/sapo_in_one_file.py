@@ -16,7 +16,7 @@ from right and wrong answers. Everything runs offline, on a CPU, in a few minute
 7. Update: one optimizer step of the policy and the critic for each of four mini-batches.
 
 The model, the problems and the reward come from `sapo_trl`. The algorithm is all here, and `SAPOTrainer` computes the
-same numbers (tests/test_one_file.py).
+same numbers (tests/repository/test_one_file.py).
 
 Shapes: B responses, L tokens of prompt and response, T tokens of the response, M segments. A response of T tokens has
 at most T segments, so M = T here. The columns after a response's last segment hold 0.

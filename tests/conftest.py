@@ -20,8 +20,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from sapo_trl.embedded import WarmStartConfig, build_processor, build_tokenizer, warm_start  # noqa: E402
-
-from .testing_utils import FAMILIES, Family, build_qwen3_vl_processor  # noqa: E402
+from tests.testing_utils import FAMILIES, Family, build_qwen3_vl_processor  # noqa: E402
 
 
 torch.set_num_threads(1)

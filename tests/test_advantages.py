@@ -12,8 +12,7 @@ from sapo_trl.advantages import (
     segment_gae,
 )
 from sapo_trl.segmentation import EntropySegmenter, TokenSegmenter, entropy_segments
-
-from .strategies import masks, noise, partitions, seeds, token_lists
+from tests.strategies import masks, noise, partitions, seeds, token_lists
 
 
 unit = st.floats(0, 1)

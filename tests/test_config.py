@@ -7,8 +7,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig, TrlParser
 
 from sapo_trl import SAPOConfig
-
-from .testing_utils import sapo_config
+from tests.testing_utils import sapo_config
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ import pytest
 
 from sapo_trl import http_client
 from sapo_trl.http_client import AnswerTooLargeError, HTTPClient, RequestRefusedError, ServerLostError, download
-
-from .vllm.servers import free_port
+from tests.vllm.servers import free_port
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n"

@@ -15,8 +15,7 @@ from sapo_trl.losses import (
     soft_adaptive_policy_loss,
 )
 from sapo_trl.segmentation import SequenceSegmenter, TokenSegmenter, entropy_segments
-
-from .strategies import masks, noise, partitions, seeds, token_lists
+from tests.strategies import masks, noise, partitions, seeds, token_lists
 
 
 AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]

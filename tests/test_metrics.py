@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from sapo_trl import Segments
 from sapo_trl.advantages import masked_moments
 from sapo_trl.metrics import MetricAccumulator, explained_variance, segment_statistics
-
-from .strategies import noise, partitions, seeds, token_lists
+from tests.strategies import noise, partitions, seeds, token_lists
 
 
 class TestExplainedVariance:

@@ -11,7 +11,7 @@ from sapo_trl.losses import clipped_policy_loss, segment_value_loss
 from sapo_trl.segmentation import entropy_segments
 
 
-CASES = json.loads((Path(__file__).parent / "data" / "sapo_official_cases.json").read_text())
+CASES = json.loads((Path(__file__).parent / "sapo_official_cases.json").read_text())
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"seed{case['seed']}")

@@ -21,8 +21,7 @@ from sapo_trl.role_aware import (
     role_spans,
     visual_dependency,
 )
-
-from .strategies import masks, noise, seeds
+from tests.strategies import masks, noise, seeds
 
 
 few = settings(max_examples=50)

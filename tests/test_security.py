@@ -15,8 +15,7 @@ from sapo_trl.cli import main
 from sapo_trl.cli.train import TrainArguments, load_prompts
 from sapo_trl.evaluation.backends import make_backend
 from sapo_trl.evaluation.settings import EvalArguments
-
-from .testing_utils import FAMILIES
+from tests.testing_utils import FAMILIES
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from sapo_trl.segmentation import (
     entropy_segments,
 )
 from sapo_trl.segmentation.entropy import cut_at_largest
-
-from .strategies import masks, noise, seeds
+from tests.strategies import masks, noise, seeds
 
 
 def loop_entropy_cuts(entropies, mask, percent):

@@ -3,8 +3,7 @@ import torch
 from hypothesis import given
 
 from sapo_trl import Segments
-
-from .strategies import masks, noise, partitions, seeds, token_lists
+from tests.strategies import masks, noise, partitions, seeds, token_lists
 
 
 def loop_ids(is_last, mask):

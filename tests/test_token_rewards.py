@@ -4,8 +4,7 @@ from hypothesis import given
 from torch.distributions import Categorical, kl_divergence
 
 from sapo_trl.token_rewards import kl_estimate, outcome_token_rewards
-
-from .strategies import masks, noise, seeds
+from tests.strategies import masks, noise, seeds
 
 
 @given(masks(), seeds)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
 
-from ..testing_utils import Family
+from tests.testing_utils import Family
 
 
 VLLM_PYTHON = os.environ.get("SAPO_TRL_VLLM_PYTHON")

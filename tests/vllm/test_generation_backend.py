@@ -13,8 +13,8 @@ from sapo_trl.embedded import make_problems
 from sapo_trl.evaluation.backends import Request
 from sapo_trl.evaluation.backends.transformers import TransformersBackend
 from sapo_trl.evaluation.settings import EvalArguments
+from tests.testing_utils import FAMILIES
 
-from ..testing_utils import FAMILIES
 from .servers import VLLM_PYTHON, save_for_vllm
 
 

@@ -19,8 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sapo_trl.generation import SamplerLostError, VLLMServerRollout, train_with_checkpoint
 from sapo_trl.trainer.trl.generation import collapsed
+from tests.testing_utils import FAMILIES, Recorder, sapo_trainer
 
-from ..testing_utils import FAMILIES, Recorder, sapo_trainer
 from .servers import VLLM_PYTHON, build_text_model, running_server, save_for_vllm
 
 

@@ -9,8 +9,7 @@ from accelerate import PartialState
 
 from sapo_trl.embedded import build_tokenizer
 from sapo_trl.generation import SamplerError, VLLMServerRollout
-
-from ..testing_utils import FAMILIES, Recorder, sapo_trainer
+from tests.testing_utils import FAMILIES, Recorder, sapo_trainer
 
 
 class Kept(Recorder):

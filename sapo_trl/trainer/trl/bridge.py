@@ -2,8 +2,8 @@
 [`GRPOBridge`]: TRL's trainer with its rollout and its loss opened up.
 
 Every private method and attribute of TRL's `GRPOTrainer` that this package calls, overrides or reads appears in this
-folder and nowhere else; `tests/test_trl_contract.py` fails when TRL moves one of them. An override here calls a
-collaborator in a file of its own, which needs no trainer.
+folder and nowhere else. `tests/trainer/trl/test_contract.py` fails when TRL moves one of them. An override here calls
+a collaborator in a file of its own, which needs no trainer.
 """
 
 from __future__ import annotations
