@@ -122,7 +122,7 @@ class TestTime:
         started = time.monotonic()
         with pytest.raises(ServerLostError, match=r"failed 1 time\(s\), at last with: no whole answer within 0.4 s"):
             client(server, timeout=0.4).get("/")
-        assert 0.35 < time.monotonic() - started < 2
+        assert 0.35 < time.monotonic() - started < 5
         # Nothing goes on listening.
         for thread in server.threads[1:]:
             thread.join(2)
@@ -320,7 +320,7 @@ class TestDownload:
         started = time.monotonic()
         with pytest.raises((ServerLostError, RequestRefusedError)):
             download(f"{serve(SLOW[kind]).url}/a.png", 0.3, 1000)
-        assert time.monotonic() - started < 0.9
+        assert time.monotonic() - started < 3
 
     def test_all_redirects_share_the_limit(self, serve):
         def later():
@@ -330,7 +330,7 @@ class TestDownload:
         started = time.monotonic()
         with pytest.raises(ServerLostError, match="no whole answer within"):
             download(serve(later).url, 0.5, 1000)
-        assert 0.4 < time.monotonic() - started < 0.9
+        assert 0.4 < time.monotonic() - started < 3
 
     def test_an_endless_redirect_ends(self, serve):
         server = serve(answer(b"", "302 Found", "Location: /again"))

@@ -156,7 +156,7 @@ def test_long_texts_take_no_time(piece, around):
         started = time.process_time()
         extract_choice(text, "ABCD", OPTIONS)
         times.append(time.process_time() - started)
-    assert min(times) < 0.1
+    assert min(times) < 0.5
 
 
 def test_reward():

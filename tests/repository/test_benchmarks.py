@@ -168,8 +168,6 @@ def test_length_benchmark_finds_how_stages_grow(tmp_path):
         assert 0 < short and 0 < long
         assert found["powers"][name] == pytest.approx(math.log(long / short) / math.log(16))
         assert f"| {name} | {short:.3f} | {long:.3f} | {found['powers'][name]:.2f} |" in printed
-    # More tokens are more work for the model alone: optimizers see parameters.
-    assert found["powers"]["model"] > found["powers"]["optimizers"]
 
 
 class TestPadding:

@@ -46,7 +46,7 @@ def test_no_file_of_the_trainer_is_long(file):
 def test_the_search_finds_something():
     assert MAX_LINES.keys() <= set(FILES)
     assert {"_update", "_record", "_continuations", "_buffered_inputs"} <= private_fields()
-    assert "train" in attributes_of_trainers(TESTS / "test_trainer.py")
+    assert "train" in attributes_of_trainers(TESTS / "trainer" / "test_trainer.py")
 
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))

@@ -361,4 +361,4 @@ def test_hostile_answers_take_no_time(piece, start):
     started = time.process_time()
     assert read_number(longest_that_is_read) is None or piece in ("9", "(", "{")
     assert numeric_reward(completions=[rf"\boxed{{{long}}}"], answer=["5"]) == [0.0]
-    assert time.process_time() - started < 0.1
+    assert time.process_time() - started < 0.5
