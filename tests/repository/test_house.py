@@ -11,6 +11,7 @@ import sapo_trl
 TRAINER = Path(sapo_trl.__file__).parent / "trainer"
 TESTS = Path(__file__).parents[1]
 MAX_LINES = {"trainer.py": 560, "trl/bridge.py": 320}
+MAX_TEST_LINES = 700
 
 FILES = sorted(str(path.relative_to(TRAINER)) for path in TRAINER.rglob("*.py"))
 
@@ -52,3 +53,8 @@ def test_the_search_finds_something():
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_test_reaches_into_the_trainer(path):
     assert not attributes_of_trainers(path) & private_fields()
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_file_of_tests_is_long(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_TEST_LINES
