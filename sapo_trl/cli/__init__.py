@@ -6,6 +6,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import yaml
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "study": ("..study.command", "compare algorithms: several seeds, equal budgets and tuning, one report"),
     "plan": ("..planner.command", "compute the GPU memory of a training, and changes that make it fit"),
     "presets": (".presets", "list the algorithms, or show the settings of one"),
+    "configs": (".configs", "list, print or copy the run files that come with the package"),
     "env": (".environment", "print versions and devices, for a bug report"),
 }
 
@@ -44,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"sapo_trl {version('sapo_trl')}")
+        return 0
     if argv[0] not in COMMANDS:
         near = nearest_name(argv[0], COMMANDS)
         print(f"{USAGE}\nsapo-trl: error: {argv[0]!r} is no command.{near}", file=sys.stderr)
@@ -64,4 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _help() -> str:
     lines = [USAGE, "", "Segment-Aligned Policy Optimization (arXiv 2605.01327) for TRL.", ""]
     lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join([*lines, "", "sapo-trl COMMAND --help explains a command."])
+    return "\n".join(
+        [*lines, "", "sapo-trl COMMAND --help explains a command; sapo-trl --version prints the version."]
+    )

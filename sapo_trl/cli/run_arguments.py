@@ -18,6 +18,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..names import nearest_name
 from ..presets import PRESETS, preset_settings
+from ..run_files import find_run_file, run_file_names
 from ..settings import first_sentence
 
 
@@ -135,7 +136,10 @@ def _own_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     group = options.add_argument_group("the run")
     group.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file with settings, a `preset` and `env` variables"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file with settings, a `preset` and `env` variables, or a name that `sapo-trl configs` lists",
     )
     group.add_argument(
         "--preset", metavar="NAME", help="use this algorithm instead of the file's (list: `sapo-trl presets`)"
@@ -158,6 +162,7 @@ def _file_settings(path: Path | None, known: set[str], parser: TrlParser) -> dic
     if path is None:
         return {}
     try:
+        path = find_run_file(path)
         settings = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         _fail(parser, f"--config: {error}")
@@ -189,7 +194,7 @@ def _launch_arguments(
     """
     of_accelerate = set(vars(launch_command_parser().parse_args(["script"])))
     settings: list[str] = []
-    launch = [] if accelerate_config is None else ["--accelerate_config", accelerate_config]
+    launch = [] if accelerate_config is None else ["--accelerate_config", _accelerate_config(accelerate_config)]
     taken_by = settings
     for argument in rest:
         if argument.startswith("--"):
@@ -202,6 +207,11 @@ def _launch_arguments(
                 raise ValueError(f"{argument!r} is no setting.{nearest_name(name, known | of_accelerate)}")
         taken_by.append(argument)
     return settings, resolve_accelerate_config_argument(launch)
+
+
+def _accelerate_config(name: str) -> str:
+    """A path, or one of TRL's names, as it is; one of ours as its path."""
+    return str(find_run_file(name)) if name in run_file_names() else name
 
 
 def short_help(*dataclasses: type) -> str:

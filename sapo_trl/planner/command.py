@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..run_files import find_run_file
 from .setup import SHARDINGS
 
 
@@ -24,8 +25,10 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     """
     own = parser()
     arguments, settings = own.parse_known_args(list(argv))
-    if not arguments.config.is_file():
-        own.error(f"there is no file {str(arguments.config)!r}")
+    try:
+        arguments.config = find_run_file(arguments.config)
+    except FileNotFoundError as error:
+        own.error(f"--config: {error}")
     from .memory import plan_memory
     from .reading import read_setup
     from .report import print_plan
@@ -48,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Any setting of `sapo-trl train` can be added, such as `--critic shared`. The file's first lines "
         "name the default machine; without them it is one GPU of 80 GiB.",
     )
-    own.add_argument("--config", type=Path, required=True, help="file for `sapo-trl train --config`")
+    own.add_argument("--config", type=Path, required=True, help="file or name for `sapo-trl train --config`")
     own.add_argument("--num_processes", type=int, help="number of GPUs")
     own.add_argument("--gpu_memory_gib", type=float, help="memory of each, in GiB")
     own.add_argument("--sharding", choices=SHARDINGS, help="none is one GPU or DDP")

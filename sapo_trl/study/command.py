@@ -30,13 +30,19 @@ def main(argv: Sequence[str]) -> int:
     run = commands.add_parser("run", help="run the missing runs of a study, then write its report")
     report = commands.add_parser("report", help="write the report of the finished runs")
     for command in (run, report):
-        command.add_argument("--config", type=Path, required=True, help="YAML file of the study")
+        command.add_argument(
+            "--config",
+            type=Path,
+            required=True,
+            help="YAML file of the study, or a name that `sapo-trl configs` lists",
+        )
         command.add_argument("--output-dir", type=Path, help="folder of the runs (default: outputs/study-NAME)")
         command.add_argument("--report", type=Path, help="Markdown file to write (default: report.md in the folder)")
         command.add_argument("--figures", type=Path, help="folder for figures and data (default: beside the report)")
     run.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core (default: 2)")
     arguments = parser.parse_args(argv)
     from ..embedded import default_cache_dir
+    from ..run_files import find_run_file
     from .config import load_study
     from .report import write_report
     from .results import load_results
@@ -44,8 +50,9 @@ def main(argv: Sequence[str]) -> int:
 
     console = Console(stderr=True)
     try:
-        study = load_study(arguments.config)
-        output_dir = arguments.output_dir or Path("outputs") / f"study-{arguments.config.stem}"
+        config = find_run_file(arguments.config)
+        study = load_study(config)
+        output_dir = arguments.output_dir or Path("outputs") / f"study-{config.stem}"
         if arguments.command == "run":
             run_study(study, output_dir, cache_dir=default_cache_dir(), jobs=arguments.jobs, console=Console())
         path = arguments.report or output_dir / "report.md"

@@ -287,7 +287,10 @@ def test_length_is_shaped_from_yaml(tokenizer, tmp_path):
                 (["study", "run", "--config", "nowhere.yaml"], "nowhere.yaml"),
                 (["analyze", "lift", "nowhere", "--output", "never"], "there is no such folder"),
                 (["view", "nowhere"], "there is no such folder"),
-                (["plan", "--config", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
+                (
+                    ["plan", "--config", "nowhere.yaml"],
+                    "has the name 'nowhere.yaml'",
+                ),
                 (["plan", "--config", str(EMBEDDED_CONFIG), "--crtic", "shared"], "crtic"),
             )
         ),

@@ -59,7 +59,7 @@ def test_a_file_may_name_a_preset_and_change_it(tmp_path):
     [
         (["--learning_rat", "1e-6"], "'--learning_rat' is no setting. Did you mean `learning_rate`?"),
         (["--preset", "vcppo"], "Did you mean `vc_ppo`?"),
-        (["--config", "no_such_file.yaml"], "No such file or directory: 'no_such_file.yaml'"),
+        (["--config", "no_such_file.yaml"], "no file and no run file of the package has the name 'no_such_file.yaml'"),
         (["--accelerate_config", "zero9"], "zero9 is neither a file nor a valid config"),
         (["--top_percent", "200", *CPU], "top_percent"),
         (["--segmentation", "lines", *CPU], "segmentation"),

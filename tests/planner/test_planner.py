@@ -385,7 +385,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--config", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
+            (["--config", "nowhere.yaml"], "no file and no run file of the package has the name 'nowhere.yaml'"),
             (["--config", FILE, "--model_name_or_path", "some/model"], "neither a folder with a config.json nor"),
             (["--config", FILE, "--optim", "lion_32bit"], "The memory of optim='lion_32bit' is not known"),
             (["--config", FILE, "--critic", "both"], "critic"),
