@@ -28,9 +28,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from trl.chat_template_utils import qwen3_vl_chat_template
 
 from sapo_trl import SAPOConfig, SAPOTrainer
-from sapo_trl.callbacks import RolloutCallback, SegmentedRollout
+from sapo_trl.callbacks import RolloutCallback
 from sapo_trl.data import to_prompts
 from sapo_trl.embedded import build_config, make_problems
+from sapo_trl.rollouts.types import SegmentedRollout
 
 
 class Qwen3VLImageTextProcessor(Qwen3VLProcessor):

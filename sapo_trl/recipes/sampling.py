@@ -21,7 +21,7 @@ from trl.trainer.utils import create_model_from_path, is_async_callable
 
 from ..embedded import load_processor
 from ..generation.model_settings import own_settings_ignored
-from ..reward_calls import checked_rewards
+from ..rewards.calls import checked_rewards
 from ..settings import Bounds, PositiveInt, Probability, check_settings, help_from_docstring
 
 

@@ -75,7 +75,7 @@ def check_size(dataset: Dataset | IterableDataset | None, generation_batch_size:
 
 def check_finite_rewards(rewards_per_func: torch.Tensor, names: list[str]) -> None:
     """
-    Check the rewards that [`~sapo_trl.reward_calls.checked_reward`] does not see: reward models' and environments'.
+    Check the rewards that [`~sapo_trl.rewards.calls.checked_reward`] does not see: reward models' and environments'.
     NaN means unscored.
 
     Args:

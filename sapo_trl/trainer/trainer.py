@@ -22,7 +22,7 @@ from ..critic.value_head import SegmentValueHead
 from ..critic.warmup import CriticWarmup
 from ..distributed import gradient_norm
 from ..metrics import Measurements, MetricAccumulator
-from ..reward_calls import checked_rewards
+from ..rewards.calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler
 from ..rollouts.placeholders import final_placeholders
