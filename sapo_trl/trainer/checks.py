@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
+from ..data.columns import row_images
 from ..segments import Segments
 
 
@@ -237,7 +238,7 @@ def check_images(
         prompt = row.get("prompt")
         if prompt is None or isinstance(prompt, str):
             continue  # an environment's, or text: TRL explains that images need conversational prompts
-        images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+        images = row_images(row)
         try:
             encoded = processing_class.apply_chat_template(
                 [prepare_multimodal_messages(prompt, images=images)],
