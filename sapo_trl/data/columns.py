@@ -15,7 +15,7 @@ IMAGE_COLUMNS = ("images", "image")
 
 
 def image_column(found: Collection[str]) -> str | None:
-    """The column of these that has the images, if any has."""
+    """The name of the column with the images; `None` if there is no such column."""
     return next((name for name in IMAGE_COLUMNS if name in found), None)
 
 
