@@ -161,6 +161,7 @@ class TestWhatTheSamplerReads:
             return None, [[30, trainer.eos_token_ids[0]] for _ in prompts], [[[0.0], [0.0]] for _ in prompts], None
 
         trainer.use_vllm, trainer.vllm_mode = True, "colocate"
+        trainer._last_loaded_step = -1  # TRL makes it with a real vLLM
         trainer.vllm_generation = SimpleNamespace(
             generate=generate, sync_weights=lambda: None, max_completion_length=trainer.max_completion_length
         )
