@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from memory_and_speed import machine
 from profile_step import profile
+from rows import machine
 from update_cost import ROWS, complete
 from update_cost import parser as update_cost_parser
 

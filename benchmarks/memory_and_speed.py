@@ -14,13 +14,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import rows
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -55,8 +51,6 @@ ROWS = {
 }
 LORA_RANK, LORA_TARGETS = 16, "all-linear"
 LANGUAGE_LORA_TARGETS = r".*language_model\..*_proj"
-OUT_OF_MEMORY = "out of memory"
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 def build_model_config(options: argparse.Namespace, tokenizer: Any) -> Qwen2_5_VLConfig:
@@ -134,7 +128,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     set_seed(0)
     with torch.device("cuda" if on_gpu else "cpu"):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, options.dtype))
-    rows = options.micro_batch * options.accumulation
+    responses = options.micro_batch * options.accumulation
     settings = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": options.micro_batch,
@@ -156,7 +150,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     kwargs = {
         "model": model,
         "reward_funcs": reward,
-        "train_dataset": build_dataset(max(rows, 4), options.image_size),
+        "train_dataset": build_dataset(max(responses, 4), options.image_size),
         "processing_class": processor,
         "peft_config": LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS) if lora else None,
         "callbacks": [timer],
@@ -174,7 +168,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds,
         "tokens_per_step": tokens,
-        "prompt_tokens": round(tokens / rows) - options.completion_length,
+        "prompt_tokens": round(tokens / responses) - options.completion_length,
     }
 
 
@@ -232,31 +226,6 @@ def planned_bytes(name: str, options: argparse.Namespace, prompt_tokens: int) ->
     return plan.total - plan.resident["overhead"]
 
 
-def run_row(name: str, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """A row, measured in a separate process."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, __file__, *arguments, "--row", name, "--result", str(result)]
-        process = subprocess.run(command, capture_output=True, text=True)
-        if result.is_file():
-            found = json.loads(result.read_text())
-        elif process.returncode == -9:  # the kernel killed the process
-            found = {"error": OUT_OF_MEMORY}
-        else:
-            found = {"error": (process.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-    if "prompt_tokens" in found:
-        found["planned_bytes"] = planned_bytes(name, options, found["prompt_tokens"])
-    return found
-
-
-def machine() -> str:
-    """The GPU, or the processor."""
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory / GIB
-        return f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} thread(s)"
-
-
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a table, with the machine, the versions and the options."""
     options = report["options"]
@@ -272,47 +241,20 @@ def as_markdown(report: dict[str, Any]) -> str:
             continue
         sizes = f"{row['peak_bytes'] / GIB:.2f} | {row['planned_bytes'] / GIB:.2f}"
         lines.append(f"| {title} | {sizes} | {row['seconds_per_step']:.2f} | {row['tokens_per_second']:.0f} |")
-    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     lines += [
         "",
-        f"{report['machine']}; {versions}. {described(options)}, weights in {options['dtype']}, "
-        f"{options['micro_batch']} x {options['accumulation']} responses of {options['completion_length']} tokens per "
-        f"step, pictures of {options['image_size']} x {options['image_size']} pixels, {options['steps']} steps. With "
-        "one optimizer step per rollout, TRL's trainer takes the old log-probabilities from the update's own forward. "
+        f"{rows.described(report)}, {options['micro_batch']} x {options['accumulation']} responses of "
+        f"{options['completion_length']} tokens per step, pictures of {options['image_size']} x "
+        f"{options['image_size']} pixels, {options['steps']} steps. With one optimizer step per rollout, TRL's "
+        "trainer takes the old log-probabilities from the update's own forward. "
         "SAPO always scores a rollout first, because it cuts and values the rollout before the update.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def described(options: dict[str, Any]) -> str:
-    """The shape of the model, in words."""
-    return (
-        f"Size {options['size']}"
-        + (f", hidden size {options['hidden_size']}" if options["hidden_size"] else "")
-        + (f", {options['layers']} layers" if options["layers"] else "")
-    )
-
-
-def add_shape(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the model's shape."""
-    parser.add_argument("--size", choices=("3b", "tiny"), default="3b", help="shape of the model")
-    parser.add_argument("--hidden_size", type=int, help="hidden size of a wider tiny model, a multiple of 64")
-    parser.add_argument("--layers", type=int, help="layers of the language model, if not the size's own number")
-
-
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shape(parser)
-    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="rows to measure")
+    parser = rows.parser(__doc__, ROWS, micro_batch=2, accumulation=4, completion_length=512)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps; the first is not timed")
-    parser.add_argument("--micro_batch", type=int, default=2)
-    parser.add_argument("--accumulation", type=int, default=4)
-    parser.add_argument("--completion_length", type=int, default=512, help="tokens of each response")
-    parser.add_argument("--image_size", type=int, default=448, help="width and height in pixels, a multiple of 28")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (GPU: bfloat16)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
-    parser.add_argument("--row", choices=tuple(ROWS), help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
@@ -324,31 +266,17 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(f"--steps must be at least 2, because the first is not timed; got {options.steps}")
     if options.image_size % 28:
         parser().error(f"--image_size must be a multiple of 28, got {options.image_size}")
-    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    options.dtype = options.dtype or rows.default_dtype()
     if options.row is not None:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        try:
-            found = measure(options.row, options)
-        except torch.OutOfMemoryError:
-            found = {"error": OUT_OF_MEMORY}
-        options.result.write_text(json.dumps(found))
-        return 0
-    report = {
-        "machine": machine(),
-        "on_gpu": torch.cuda.is_available(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "options": {name: value for name, value in vars(options).items() if name not in ("out", "row", "result")},
-        "rows": {},
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.rows:
-        report["rows"][name] = run_row(name, options, arguments)
-        print(name, json.dumps(report["rows"][name]), file=sys.stderr, flush=True)
-        # Write after each row, so that an interrupted run leaves its results.
-        (options.out / "memory_and_speed.json").write_text(json.dumps(report, indent=2) + "\n")
-        (options.out / "memory_and_speed.md").write_text(as_markdown(report))
+        return rows.measure_here(options, measure)
+    report = rows.new_report(options) | {"rows": {}}
+    for name, found in rows.measured(__file__, arguments, options.rows):
+        if "prompt_tokens" in found:
+            found["planned_bytes"] = planned_bytes(name, options, found["prompt_tokens"])
+        report["rows"][name] = found
+        rows.write(report, options.out, "memory_and_speed", as_markdown)
     print(as_markdown(report))
-    return int(any(row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY for row in report["rows"].values()))
+    return rows.exit_code(report["rows"].values())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory_and_speed import StepTimer, machine, now
+from memory_and_speed import StepTimer, now
+from rows import machine
 from transformers import TrainerCallback
 from update_cost import MINI_BATCHES, ROWS, complete, make_trainer
 from update_cost import parser as update_cost_parser

@@ -19,30 +19,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rows
 import torch
 from memory_and_speed import (
     LANGUAGE_LORA_TARGETS,
     LORA_RANK,
     LORA_TARGETS,
-    OUT_OF_MEMORY,
-    PACKAGES,
     StepTimer,
-    add_shape,
     build_dataset,
     build_model_config,
     build_processor_for,
-    described,
-    machine,
     peak_bytes,
     peak_of_tensors,
     reward,
@@ -116,8 +108,8 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
     set_seed(0)
     with torch.device("cuda" if on_gpu else "cpu"):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, options.dtype))
-    rows = options.micro_batch * options.accumulation * MINI_BATCHES
-    lengths = lengths_of(rows, options.completion_length, same=options.same_length)
+    responses = options.micro_batch * options.accumulation * MINI_BATCHES
+    lengths = lengths_of(responses, options.completion_length, same=options.same_length)
     targets = LANGUAGE_LORA_TARGETS if options.lora_layers == "language" else LORA_TARGETS
     settings = {
         "output_dir": tempfile.mkdtemp(),
@@ -138,7 +130,7 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
     kwargs = {
         "model": model,
         "reward_funcs": reward,
-        "train_dataset": build_dataset(rows, options.image_size),
+        "train_dataset": build_dataset(responses, options.image_size),
         "processing_class": processor,
         "peft_config": LoraConfig(r=LORA_RANK, target_modules=targets) if lora else None,
         "callbacks": callbacks,
@@ -174,19 +166,6 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_row(name: str, arguments: list[str]) -> dict[str, Any]:
-    """A row, measured in a separate process."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, __file__, *arguments, "--row", name, "--result", str(result)]
-        process = subprocess.run(command, capture_output=True, text=True)
-        if result.is_file():
-            return json.loads(result.read_text())
-        if process.returncode == -9:  # the kernel killed the process
-            return {"error": OUT_OF_MEMORY}
-        return {"error": (process.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-
-
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a table, with the machine, the versions and the options."""
     options, turns = report["options"], report["turns"]
@@ -213,17 +192,15 @@ def as_markdown(report: dict[str, Any]) -> str:
             spread = f"{min(time):.2f} / **{statistics.median(time):.2f}** / {max(time):.2f}"
             cells[3:] = [ROWS[against][0], spread, f"{memory:.2f}"]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     memory = "of the process, without the memory of imports"
     if report["on_gpu"] or options["count_tensors"]:
         memory = "of tensors"
     lora = {"all": "all linear layers", "language": "the language model's linear layers, with a frozen vision tower"}
-    rows = options["micro_batch"] * options["accumulation"] * MINI_BATCHES
-    lengths = lengths_of(rows, options["completion_length"], same=options["same_length"])
+    responses = options["micro_batch"] * options["accumulation"] * MINI_BATCHES
+    lengths = lengths_of(responses, options["completion_length"], same=options["same_length"])
     lines += [
         "",
-        f"{report['machine']}; {versions}. {described(options)}, weights in {options['dtype']}; rollouts of "
-        f"{rows} responses of {min(lengths)} to {max(lengths)} tokens "
+        f"{rows.described(report)}; rollouts of {responses} responses of {min(lengths)} to {max(lengths)} tokens "
         f"(mean {statistics.mean(lengths):.0f}), {MINI_BATCHES} optimizer steps each, micro-batches of "
         f"{options['micro_batch']}; {options['rollouts'] - 1} rollouts timed, {len(turns)} turns; pictures of "
         f"{options['image_size']} x {options['image_size']} pixels; gradient checkpointing "
@@ -234,8 +211,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shape(parser)
+    parser = rows.parser(__doc__, ROWS, micro_batch=4, accumulation=8, completion_length=2048)
     parser.add_argument(
         "--lora_layers",
         choices=("all", "language"),
@@ -245,28 +221,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="by default only on a GPU"
     )
-    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="rows to measure")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each row, in turn with the other rows")
     parser.add_argument("--rollouts", type=int, default=4, help="number of rollouts; the first is not timed")
-    parser.add_argument("--micro_batch", type=int, default=4)
-    parser.add_argument("--accumulation", type=int, default=8)
-    parser.add_argument("--completion_length", type=int, default=2048, help="tokens of the longest response")
-    parser.add_argument("--image_size", type=int, default=448, help="width and height in pixels, a multiple of 28")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (GPU: bfloat16)")
     parser.add_argument("--count_tensors", action="store_true", help="on a CPU: count tensors instead of the process")
     parser.add_argument("--same_length", action="store_true", help="give all responses the longest length: no padding")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
-    parser.add_argument("--row", choices=tuple(ROWS), help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
 def complete(options: argparse.Namespace) -> None:
     """Fill in the options that depend on the machine."""
-    on_gpu = torch.cuda.is_available()
-    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.dtype = options.dtype or rows.default_dtype()
     if options.gradient_checkpointing is None:
-        options.gradient_checkpointing = on_gpu
+        options.gradient_checkpointing = torch.cuda.is_available()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -277,32 +243,13 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(f"--rollouts must be at least 2, because the first is not timed; got {options.rollouts}")
     complete(options)
     if options.row is not None:
-        try:
-            found = measure(options.row, options)
-        except torch.OutOfMemoryError:
-            found = {"error": OUT_OF_MEMORY}
-        options.result.write_text(json.dumps(found))
-        return 0
-    report = {
-        "machine": machine(),
-        "on_gpu": torch.cuda.is_available(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "options": {name: value for name, value in vars(options).items() if name not in ("out", "row", "result")},
-        "turns": [],
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
+        return rows.measure_here(options, measure)
+    report = rows.new_report(options) | {"turns": []}
     for _ in range(options.turns):
-        turn = {}
-        for name in options.rows:
-            turn[name] = run_row(name, arguments)
-            print(name, json.dumps(turn[name]), file=sys.stderr, flush=True)
-        report["turns"].append(turn)
-        # Write after each turn, so that an interrupted run leaves its results.
-        (options.out / "update_cost.json").write_text(json.dumps(report, indent=2) + "\n")
-        (options.out / "update_cost.md").write_text(as_markdown(report))
+        report["turns"].append(dict(rows.measured(__file__, arguments, options.rows)))
+        rows.write(report, options.out, "update_cost", as_markdown)
     print(as_markdown(report))
-    errors = [row.get("error", OUT_OF_MEMORY) for turn in report["turns"] for row in turn.values()]
-    return int(any(error != OUT_OF_MEMORY for error in errors))
+    return rows.exit_code(row for turn in report["turns"] for row in turn.values())
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from .lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .callbacks import RolloutCallback, SegmentationCallback
+    from .callbacks.diagnostics import ValueDiagnostics
+    from .callbacks.rollout import RolloutCallback
+    from .callbacks.segmentation import SegmentationCallback
+    from .callbacks.stop_on_signal import StopOnSignal
     from .config import SAPOConfig
     from .critic.value_head import SegmentValueHead
-    from .diagnostics import ValueDiagnostics
     from .presets import PRESETS
     from .segments import Segments
-    from .stop_on_signal import StopOnSignal
     from .trainer import SAPOTrainer
 
 
@@ -41,13 +42,13 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "PRESETS": "presets",
-        "RolloutCallback": "callbacks",
+        "RolloutCallback": "callbacks.rollout",
         "SAPOConfig": "config",
         "SAPOTrainer": "trainer",
         "SegmentValueHead": "critic.value_head",
-        "SegmentationCallback": "callbacks",
+        "SegmentationCallback": "callbacks.segmentation",
         "Segments": "segments",
-        "StopOnSignal": "stop_on_signal",
-        "ValueDiagnostics": "diagnostics",
+        "StopOnSignal": "callbacks.stop_on_signal",
+        "ValueDiagnostics": "callbacks.diagnostics",
     },
 )

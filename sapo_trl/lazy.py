@@ -14,8 +14,8 @@ def lazy_names(package: str, module_of: Mapping[str, str]) -> tuple[Callable[[st
     Args:
         package (`str`): the package's `__name__`.
         module_of (`Mapping[str, str]`):
-            The module of each public name, relative to the package. No name may also be a module's: Python puts an
-            imported module into its package, where it would hide the name.
+            The module of each public name, relative to the package; a dot in front leads to the folder above. No name
+            may also be a module's: Python puts an imported module into its package, where it would hide the name.
 
     Returns:
         `tuple`: the two functions, to be assigned to `__getattr__` and `__dir__` in the package.

@@ -84,7 +84,7 @@ def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any])
         path (`Path`):
             PNG to write.
         response (`dict`):
-            A record of [`~sapo_trl.callbacks.segmented_responses`].
+            A record of [`~sapo_trl.recordings.segmented_responses`].
         problem (`dict`):
             The problem it answers: `images`, `problem` and `answer`.
     """

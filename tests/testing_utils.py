@@ -28,9 +28,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from trl.chat_template_utils import qwen3_vl_chat_template
 
 from sapo_trl import SAPOConfig, SAPOTrainer
-from sapo_trl.callbacks import RolloutCallback, SegmentedRollout
+from sapo_trl.callbacks import RolloutCallback
 from sapo_trl.data import to_prompts
 from sapo_trl.embedded import build_config, make_problems
+from sapo_trl.rollouts.types import SegmentedRollout
 
 
 class Qwen3VLImageTextProcessor(Qwen3VLProcessor):
@@ -165,6 +166,19 @@ def length_reward(completion_ids, **kwargs) -> list[float]:
     return [(sum(ids) % 7) / 7 for ids in completion_ids]
 
 
+QUIET_ON_CPU: dict[str, Any] = {
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Settings of every tiny run: on a CPU, all steps logged, nothing saved or shown."""
+
+
 def sapo_config(output_dir, **overrides) -> SAPOConfig:
     settings = {
         "per_device_train_batch_size": 2,
@@ -176,14 +190,7 @@ def sapo_config(output_dir, **overrides) -> SAPOConfig:
         "learning_rate": 0.1,
         "weight_decay": 0.0,  # would move parameters without a gradient
         "critic_learning_rate": 0.1,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
+        **QUIET_ON_CPU,
         **overrides,
     }
     return SAPOConfig(output_dir=str(output_dir), **settings)

@@ -6,11 +6,12 @@ from ..lazy import lazy_names
 
 
 if TYPE_CHECKING:
+    from ..recordings.log import read_log_history
+    from ..recordings.reading import read_responses, read_values
     from .borders import BorderAgreement, border_agreement
     from .gradient_variance import GradientNoise, GradientVariance
     from .lift import LiftCurve, lift_curve, token_jumps, trend_test, valued_state_jumps
     from .ratio_bias import SegmentRatios, segment_ratios
-    from .records import read_log_history, read_responses, read_values
 
 
 __all__ = [
@@ -40,9 +41,9 @@ __getattr__, __dir__ = lazy_names(
         "SegmentRatios": "ratio_bias",
         "border_agreement": "borders",
         "lift_curve": "lift",
-        "read_log_history": "records",
-        "read_responses": "records",
-        "read_values": "records",
+        "read_log_history": ".recordings.log",
+        "read_responses": ".recordings.reading",
+        "read_values": ".recordings.reading",
         "segment_ratios": "ratio_bias",
         "token_jumps": "lift",
         "trend_test": "lift",

@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import page_trend_test
 
+from ..recordings.reading import flatten
 from ..statistics import ratio_bands
-from .records import flatten
 
 
 STAGES = ("early", "middle", "late")

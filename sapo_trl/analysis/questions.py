@@ -12,12 +12,13 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from ..recordings.log import read_log_history
+from ..recordings.reading import read_responses, read_values
 from .borders import border_agreement, borders_of, cuts_of
 from .figures import plot_borders, plot_gradient_noise, plot_lift, plot_ratio_bias
 from .gradient_variance import read_results
 from .lift import STAGES, lift_curve, stages, token_jumps, trend_test, valued_state_jumps
 from .ratio_bias import logged_bias
-from .records import read_log_history, read_responses, read_values
 
 
 def _bootstrap(arguments: argparse.Namespace) -> dict[str, float | int]:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForImageTextToText, PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
 
-from ..callbacks import RolloutCallback, segmented_responses
+from ..callbacks import RolloutCallback
 from ..config import SAPOConfig
 from ..data import to_prompts
 from ..embedded import (
@@ -37,6 +37,7 @@ from ..embedded import (
 )
 from ..files import write_text
 from ..plots import SEGMENT_COLOURS, plot_learning_curve, plot_response
+from ..recordings import segmented_responses
 from ..rewards import accuracy_reward
 from ..trainer import SAPOTrainer
 

@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..callbacks import RolloutCallback, segmented_responses
+from ..callbacks import RolloutCallback
 from ..config import SAPOConfig
+from ..recordings import segmented_responses
 from ..trainer import SAPOTrainer
 from ..trainer.checks import check_size
 

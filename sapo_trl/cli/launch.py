@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ..stop_on_signal import EXIT_CODE
+from ..callbacks.stop_on_signal import EXIT_CODE
 
 
 PROCESSES_VARIABLE = "SAPO_TRL_NUM_PROCESSES"

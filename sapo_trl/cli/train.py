@@ -14,7 +14,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..callbacks import SegmentationCallback
+from ..callbacks import SegmentationCallback, StopOnSignal
+from ..callbacks.progress import show_progress
 from ..config import SAPOConfig
 from ..data import (
     FORMATS,
@@ -33,11 +34,9 @@ from ..data.templates import template_text
 from ..embedded import default_cache_dir, load_processor, make_problems, warm_start
 from ..folder_lock import FolderInUseError, locked
 from ..names import nearest_name
-from ..progress import show_progress
-from ..reward_lookup import find_reward
+from ..rewards.lookup import find_reward
 from ..run_folder import TRAINER_STATE_NAME, newest_checkpoint
 from ..settings import PositiveInt, check_settings, help_from_docstring
-from ..stop_on_signal import StopOnSignal
 from ..trainer import SAPOTrainer
 from ..trainer.checkpoint_files import check_checkpoint, finish_publication
 from ..trainer.checks import check_size
@@ -96,7 +95,7 @@ class TrainArguments:
             `OUTPUT_DIR/data_report.json`.
         reward_funcs (`list[str]`, *optional*, defaults to `["accuracy_reward"]`):
             Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`. See
-            [`~sapo_trl.reward_lookup.find_reward`].
+            [`~sapo_trl.rewards.lookup.find_reward`].
         reward_settings (`dict[str, dict]`, *optional*):
             Arguments of reward functions, as in `{"numeric_reward": {"rel_tol": 0.01}}`. The functions go by their
             names in `reward_funcs`.

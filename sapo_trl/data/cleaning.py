@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
+from .columns import image_column
 from .images import ImageLimits, fit_image
 from .loading import undecoded
 from .messages import OTHER_MEDIA, holds_blocks, take_images
@@ -104,7 +105,7 @@ def clean_prompts(
     features = dict(dataset.features)
     if data_format is None:
         check_columns(features, ("prompt",))
-        pictures = next((column for column in ("images", "image") if column in features), None)
+        pictures = image_column(features)
     else:
         check_columns(features, data_format.columns)
         pictures = data_format.images

@@ -1,4 +1,4 @@
-"""The format of any data set, given the names of its columns."""
+"""The columns of data sets: a row's images, and the format of a data set whose columns are named."""
 
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -9,6 +9,19 @@ from .question import DataFormat, Question, as_list, text_cell, with_placeholder
 
 ROLES = ("problem", "answer", "images")
 """The roles that a column can have; pictures are optional."""
+
+IMAGE_COLUMNS = ("images", "image")
+"""The columns in which TRL looks for images, the first of them first."""
+
+
+def image_column(found: Collection[str]) -> str | None:
+    """The name of the column with the images; `None` if there is no such column."""
+    return next((name for name in IMAGE_COLUMNS if name in found), None)
+
+
+def row_images(row: Mapping[str, Any]) -> list[Any]:
+    """The images of a row in TRL's form; empty if it has none."""
+    return row.get("images") or ([row["image"]] if row.get("image") is not None else [])
 
 
 def own_columns(found: Collection[str], names: Mapping[str, str] | None = None) -> DataFormat:
@@ -27,7 +40,7 @@ def own_columns(found: Collection[str], names: Mapping[str, str] | None = None) 
     """
     names = dict(names or {})
     check_roles(names)
-    pictures = next((name for name in ("images", "image") if name in found), None)
+    pictures = image_column(found)
     chosen = {"problem": "problem", "answer": "answer", "images": pictures, **names}
     missing = [f"{role!r} ({name!r})" for role, name in chosen.items() if name is not None and name not in found]
     if missing:

@@ -15,7 +15,7 @@ from rich.text import Text
 from ..files import write_json, write_text
 from ..foreign_text import escape_markdown, visible
 from ..json_files import NUMBER, Each, check_shape, read_json
-from ..study.markdown import markdown_table
+from ..names import markdown_table
 from .published import (
     GENERAL_AVERAGES,
     GENERAL_COLUMNS,

@@ -19,9 +19,10 @@ from transformers import (
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.utils import create_model_from_path, is_async_callable
 
+from ..data.columns import IMAGE_COLUMNS, row_images
 from ..embedded import load_processor
 from ..generation.model_settings import own_settings_ignored
-from ..reward_calls import checked_rewards
+from ..rewards.calls import checked_rewards
 from ..settings import Bounds, PositiveInt, Probability, check_settings, help_from_docstring
 
 
@@ -32,7 +33,7 @@ RewardFunction = Callable[..., list[float | None]]
 _NOT_REWARD_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
 # Columns that the sampling reads. Training reads the same columns, and the responses. TRL would also read `tools` and
 # `chat_template_kwargs`, but not in every trainer with images.
-_TRAINING_COLUMNS = ("prompt", "images", "image")
+_TRAINING_COLUMNS = ("prompt", *IMAGE_COLUMNS)
 
 
 @help_from_docstring
@@ -200,7 +201,7 @@ def encode_prompts(processing_class: ProcessingClass, rows: list[dict[str, Any]]
         `dict[str, torch.Tensor]`: Inputs of the model's forward, left-padded: `input_ids` and `attention_mask` of
         shape `(B, T)`, and for images the processor's other outputs.
     """
-    images = [_images_of(row) for row in rows]
+    images = [row_images(row) for row in rows]
     prompts = [row["prompt"] for row in rows]
     conversational = is_conversational({"prompt": prompts[0]})
     if conversational:
@@ -307,12 +308,6 @@ def write_samples(samples: Dataset, path: Path) -> None:
     """Write one JSON object a line, in folders that need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     samples.to_json(path)
-
-
-def _images_of(row: dict[str, Any]) -> list:
-    if row.get("images") is not None:
-        return list(row["images"])
-    return [row["image"]] if row.get("image") is not None else []
 
 
 def _as_completion(text: str, conversational: bool) -> str | list[dict[str, str]]:

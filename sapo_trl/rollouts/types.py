@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..metrics import Measurements
 from ..segments import Segments
 from .continuations import ContinuationSampler
 from .prompts import TokenizedPrompts
@@ -111,6 +112,7 @@ class RolloutRecord:
     inputs: list[dict[str, Any]] = field(default_factory=list)
     prompts: TokenizedPrompts | None = None
     given: GivenRollout | None = None
+    metrics: Measurements = field(default_factory=dict)
     forwards: list[tuple[torch.Tensor, PolicyForward]] = field(default_factory=list)
 
     def forward_behind(self, logps: torch.Tensor | None) -> PolicyForward | None:

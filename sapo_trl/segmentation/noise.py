@@ -18,7 +18,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class NoisyBoundaries:
+class _Recut:
+    """
+    A segmenter that cuts another segmenter's partition anew. A subclass has a `seed` and implements `_cut`.
+
+    Args:
+        segmenter ([`~sapo_trl.segmentation.Segmenter`]): segmenter whose partition is cut anew.
+    """
+
+    segmenter: Segmenter
+
+    def __post_init__(self):
+        if isinstance(self.segmenter, type) or not callable(self.segmenter):
+            raise TypeError(f"`segmenter` must be a callable `(entropies, mask) -> Segments`, got {self.segmenter!r}.")
+
+    def __call__(
+        self,
+        entropies: torch.Tensor,
+        mask: torch.Tensor,
+        logps: torch.Tensor,
+        completion_ids: torch.Tensor,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Segments:
+        mask = mask.bool()
+        available = {"logps": logps, "completion_ids": completion_ids, "tokenizer": tokenizer}
+        given = {name: available[name] for name in accepted_inputs(self.segmenter)}
+        segments = self.segmenter(entropies, mask, **given)
+        return self._cut(segments, mask, _random_numbers(completion_ids, mask, self.seed))
+
+    def _cut(self, segments: Segments, mask: torch.Tensor, draw: Callable[[int], torch.Tensor]) -> Segments:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NoisyBoundaries(_Recut):
     """
     Another segmenter's partition in which each inner boundary is moved with a given probability.
 
@@ -42,30 +75,19 @@ class NoisyBoundaries:
     ```
     """
 
-    segmenter: Segmenter
     rate: float
     seed: int = 0
 
     def __post_init__(self):
-        _check_segmenter(self.segmenter)
+        super().__post_init__()
         if not 0.0 <= self.rate <= 1.0:
             raise ValueError(
                 f"`rate` is the probability of a boundary to move: it must lie in [0, 1], got {self.rate}."
             )
 
-    def __call__(
-        self,
-        entropies: torch.Tensor,
-        mask: torch.Tensor,
-        logps: torch.Tensor,
-        completion_ids: torch.Tensor,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> Segments:
-        mask = mask.bool()
-        segments = _segmented(self.segmenter, entropies, mask, logps, completion_ids, tokenizer)
+    def _cut(self, segments: Segments, mask: torch.Tensor, draw: Callable[[int], torch.Tensor]) -> Segments:
         is_slot = _inner_positions(mask)
         is_boundary = segments.is_last & is_slot
-        draw = _random_numbers(completion_ids, mask, self.seed)
         reluctance = draw(0)
         moves = is_boundary & (reluctance < self.rate)
         # The boundaries that stay come first, then free positions in random order. If these do not suffice, boundaries
@@ -75,7 +97,7 @@ class NoisyBoundaries:
 
 
 @dataclass(frozen=True)
-class RandomCuts:
+class RandomCuts(_Recut):
     """
     Random cuts, as many per response as another segmenter makes: every choice of that many different inner positions
     is equally likely.
@@ -87,42 +109,11 @@ class RandomCuts:
         seed (`int`, *optional*, defaults to `0`): seed of the draws.
     """
 
-    segmenter: Segmenter
     seed: int = 0
 
-    def __post_init__(self):
-        _check_segmenter(self.segmenter)
-
-    def __call__(
-        self,
-        entropies: torch.Tensor,
-        mask: torch.Tensor,
-        logps: torch.Tensor,
-        completion_ids: torch.Tensor,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> Segments:
-        mask = mask.bool()
-        segments = _segmented(self.segmenter, entropies, mask, logps, completion_ids, tokenizer)
+    def _cut(self, segments: Segments, mask: torch.Tensor, draw: Callable[[int], torch.Tensor]) -> Segments:
         num_cuts = (segments.count - 1).clamp(min=0)
-        chance = _random_numbers(completion_ids, mask, self.seed)(2)
-        return cut_at_largest(chance.masked_fill(~_inner_positions(mask), -torch.inf), mask, num_cuts, "end")
-
-
-def _check_segmenter(segmenter: Segmenter) -> None:
-    if isinstance(segmenter, type) or not callable(segmenter):
-        raise TypeError(f"`segmenter` must be a callable `(entropies, mask) -> Segments`, got {segmenter!r}.")
-
-
-def _segmented(
-    segmenter: Segmenter,
-    entropies: torch.Tensor,
-    mask: torch.Tensor,
-    logps: torch.Tensor,
-    completion_ids: torch.Tensor,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Segments:
-    available = {"logps": logps, "completion_ids": completion_ids, "tokenizer": tokenizer}
-    return segmenter(entropies, mask, **{name: available[name] for name in accepted_inputs(segmenter)})
+        return cut_at_largest(draw(2).masked_fill(~_inner_positions(mask), -torch.inf), mask, num_cuts, "end")
 
 
 def _inner_positions(mask: torch.Tensor) -> torch.Tensor:

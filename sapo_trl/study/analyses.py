@@ -11,9 +11,9 @@ from ..analysis.borders import cuts_of
 from ..analysis.figures import plot_borders, plot_gradient_noise, plot_lift, plot_ratio_bias
 from ..analysis.lift import STAGES, stages, valued_state_jumps
 from ..analysis.ratio_bias import logged_bias
+from ..names import markdown_table
 from .config import Experiment, StudyConfig
 from .figures import plot_curves, training_curves
-from .markdown import markdown_table
 from .results import StudyResults, metrics_of
 from .run_cell import RESPONSES_FOLDER, VALUES_FOLDER
 from .task.oracle_cuts import border_characters, tokens_at

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ..names import markdown_table
 from .comparisons import SIGNIFICANCE
 from .config import Qualification, StudyConfig
-from .markdown import markdown_table
 from .results import StudyResults, metrics_of
 from .statistics import Difference, paired_difference
 

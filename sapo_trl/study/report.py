@@ -11,11 +11,11 @@ import pandas as pd
 
 from ..files import write_text
 from ..foreign_text import escape_markdown
+from ..names import markdown_table
 from .analyses import write_analyses
 from .comparisons import SIGNIFICANCE, Comparison, comparisons, verdict
 from .config import StudyConfig
 from .figures import MOST_BANDS, plot_accuracies, plot_axis, plot_curves, plot_differences, training_curves
-from .markdown import markdown_table
 from .qualification import write_qualification
 from .results import StudyResults
 from .statistics import interquartile_mean, probability_of_improvement

@@ -26,9 +26,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, TrainerCallback
 
 from ..analysis import GradientVariance
-from ..callbacks import SegmentationCallback
+from ..callbacks import SegmentationCallback, ValueDiagnostics
 from ..config import LEARNED_CRITICS, SAPOConfig
-from ..diagnostics import ValueDiagnostics
 from ..embedded import load_processor
 from ..files import write_text
 from ..presets import preset_settings

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
+from ..data.columns import row_images
 from ..segments import Segments
 
 
@@ -75,7 +76,7 @@ def check_size(dataset: Dataset | IterableDataset | None, generation_batch_size:
 
 def check_finite_rewards(rewards_per_func: torch.Tensor, names: list[str]) -> None:
     """
-    Check the rewards that [`~sapo_trl.reward_calls.checked_reward`] does not see: reward models' and environments'.
+    Check the rewards that [`~sapo_trl.rewards.calls.checked_reward`] does not see: reward models' and environments'.
     NaN means unscored.
 
     Args:
@@ -237,7 +238,7 @@ def check_images(
         prompt = row.get("prompt")
         if prompt is None or isinstance(prompt, str):
             continue  # an environment's, or text: TRL explains that images need conversational prompts
-        images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+        images = row_images(row)
         try:
             encoded = processing_class.apply_chat_template(
                 [prepare_multimodal_messages(prompt, images=images)],

@@ -13,6 +13,7 @@ import torch
 
 from ..advantages import leave_one_out_advantages, length_adaptive_lam, masked_whiten, segment_gae
 from ..config import TRL_LOSS_TYPES, SAPOConfig
+from ..data.columns import row_images
 from ..distributed import Processes
 from ..metrics import Measurements, explained_variance
 from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, SegmentedRollout
@@ -168,6 +169,6 @@ def measured(
 
 
 def images_of(inputs: list[dict[str, Any]]) -> list[list[Any]] | None:
-    """The images of each row of a data set, from the columns in which TRL looks for them; `None` without any."""
-    images = [row.get("images") or ([row["image"]] if row.get("image") is not None else []) for row in inputs]
+    """The images of each row of a data set; `None` if there are none."""
+    images = [row_images(row) for row in inputs]
     return images if any(images) else None

@@ -22,7 +22,7 @@ from ..critic.value_head import SegmentValueHead
 from ..critic.warmup import CriticWarmup
 from ..distributed import gradient_norm
 from ..metrics import Measurements, MetricAccumulator
-from ..reward_calls import checked_rewards
+from ..rewards.calls import checked_rewards
 from ..role_aware import RoleAwareWeighting
 from ..rollouts import ContinuationSampler
 from ..rollouts.placeholders import final_placeholders
@@ -52,11 +52,12 @@ from .setup import (
     make_segmenter,
     make_value_head,
 )
+from .step import MicroBatchLoss, StepInProgress, StepTotals, combined, loss_mask
 from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
 from .trl.bridge import GRPOBridge
 from .trl.resume import TrainingIsOver
-from .update import MicroBatchLoss, PolicyObjective, StepInProgress, StepTotals, ValueObjective, loss_mask
+from .update import PolicyObjective, ValueObjective
 from .values import checked_estimate, make_value_estimator
 
 
@@ -190,7 +191,6 @@ class SAPOTrainer(GRPOBridge):
         self._step_guard = StepGuard(args, self.accelerator)
         self._compared_with_sampler = False
         self._update: StepInProgress | None = None
-        self._measurements = MetricAccumulator()
 
         parts = [CriticPart(self.critic, args.critic), SkippedSteps(self._step_guard)]
         parts.append(CallbackStates(lambda: self._rollout_callbacks))
@@ -204,9 +204,9 @@ class SAPOTrainer(GRPOBridge):
 
     # ------------------------------------------------------------------------------------------------- the rollout
 
-    def plan_rollout(self, inputs: list[dict[str, Any]]) -> GivenRollout | None:
+    def plan_rollout(self, inputs: list[dict[str, Any]]) -> tuple[GivenRollout | None, Measurements]:
         if self.trees is None or self.mode != "train":
-            return None
+            return None, {}
         examples = inputs[:: self.args.num_generations]
         prompts = self.tokenized_prompts(examples)
 
@@ -215,9 +215,7 @@ class SAPOTrainer(GRPOBridge):
             return self.policy_forward(self.model, prompts.model_inputs(rows, completions, pad, device)).logps
 
         sampler = self.continuation_sampler(prompts, examples)
-        given, metrics = self.trees.plan(examples, prompts, sampler, score, self._rows_per_forward, len(inputs))
-        self._measurements.add(metrics)
-        return given
+        return self.trees.plan(examples, prompts, sampler, score, self._rows_per_forward, len(inputs))
 
     @torch.no_grad()
     def score_rollout(self, batch: RolloutBatch, record: RolloutRecord) -> RolloutBatch:
@@ -267,7 +265,7 @@ class SAPOTrainer(GRPOBridge):
             completion_mask=batch["completion_mask"],
             images=stages.images_of(record.inputs),
         )
-        metrics = stages.measured(rollout, policy_mask, args, self.processes)
+        metrics = record.metrics | stages.measured(rollout, policy_mask, args, self.processes)
         metrics |= sampler_metrics | value_metrics | reward_metrics | advantage_metrics | weight_metrics
         self._log_rollout(rollout, metrics, seconds)
         if record.given is not None:
@@ -388,19 +386,20 @@ class SAPOTrainer(GRPOBridge):
 
     def _log_rollout(self, rollout: SegmentedRollout, metrics: Measurements, seconds: dict[str, float]) -> None:
         """Show a rollout to the callbacks, and write the measurements to the log."""
-        self._measurements.add(metrics)
+        measured = MetricAccumulator()
+        measured.add(metrics)
         if self.placeholder_ids:
             cut = final_placeholders(rollout.completion_ids, self.placeholder_ids, self.tokenizer.pad_token_id)
-            self._measurements.add_total("completions/placeholder_ratio", cut.any(dim=1).sum(), len(cut))
+            measured.add_total("completions/placeholder_ratio", cut.any(dim=1).sum(), len(cut))
         for callback in self._rollout_callbacks:
-            callback.on_rollout(self.args, self.state, self.control, rollout, self._measurements)
+            callback.on_rollout(self.args, self.state, self.control, rollout, measured)
         tokens = rollout.segments.mask.sum(dim=1).clamp(min=1)
         advantages = self.processes.gather(rollout.advantages.sum(dim=1) / tokens)
         self.pending_log.replace_advantages(advantages.tolist())
         if self.args.log_completions:
             self.pending_log.add_columns(segment_columns(rollout))
         self.pending_log.add({f"time/{stage}": spent for stage, spent in seconds.items()}, self.mode)
-        self.pending_log.add(self._measurements.flush(self.accelerator), self.mode)
+        self.pending_log.add(measured.flush(self.accelerator), self.mode)
 
     @property
     def _rollout_callbacks(self) -> list[RolloutCallback]:
@@ -431,7 +430,6 @@ class SAPOTrainer(GRPOBridge):
                 for callback in self._rollout_callbacks:
                     callback.on_policy_forward(self.args, self.state, self.control, batch["rollout_rows"], log_ratios)
         if not is_training:
-            self.pending_log.add(self._measurements.flush(self.accelerator), self.mode)
             return loss
         self._update = replace(self._update, values=values)
         return self._step_guard.for_backward(loss)
@@ -459,9 +457,11 @@ class SAPOTrainer(GRPOBridge):
         return self._update.totals
 
     def _measured(self, output: MicroBatchLoss) -> torch.Tensor:
-        self._measurements.add(output.metrics)
-        for name, value in output.maxima.items():
-            self._measurements.add_max(name, value)
+        """The loss. The step keeps its measurements; in evaluation they go to the log at once."""
+        if self.mode == "train":
+            self._update = self._update.measured(output)
+        else:
+            self.pending_log.add(combined([output], self.accelerator), self.mode)
         return output.loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
@@ -477,13 +477,13 @@ class SAPOTrainer(GRPOBridge):
                     others = [gradient_norm(self.model, self.accelerator)]
                 self.critic.backward(self._step_guard.for_backward(critic_loss, *others))
             losses.append(critic_loss.detach())
-        self._update = step.after(losses)
+        self._update = self._update.after(losses)
         if self.accelerator.sync_gradients:
             self._finish_optimizer_step()
         return loss
 
     def _finish_optimizer_step(self) -> None:
-        step, self._update = self._update, None
+        step = self._update
         numbers = [*step.losses, gradient_norm(self.model, self.accelerator)]
         metrics: Measurements = {"time/update": (torch.tensor(step.seconds), 1.0)}
         if self.critic is not None:
@@ -504,8 +504,8 @@ class SAPOTrainer(GRPOBridge):
                 self.optimizer.zero_grad()
         if self.critic is not None:
             self.critic.step(skip or no_segments)
-        self._measurements.add(metrics)
-        logged = self._measurements.flush(self.accelerator)
+        logged = combined(step.outputs, self.accelerator, metrics)
+        self._update = None
         if self.critic_warmup.is_active(self.state.global_step):
             self.critic_warmup.record(logged["value_loss"])
             logged["critic_warmup"] = 1.0

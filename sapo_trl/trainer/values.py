@@ -43,10 +43,10 @@ def checked_estimate(estimate: Any) -> tuple[torch.Tensor, Measurements]:
 @dataclass(frozen=True)
 class LearnedValues:
     """
-    A critic's, by forwards of its own.
+    The values of a critic that is run on the rollout.
 
     Args:
-        critic_forward (`Callable`): a rollout to float32 `(B, T)`.
+        critic_forward (`Callable`): runs the critic on a rollout, float32 `(B, T)`.
     """
 
     critic_forward: Callable[[RolloutBatch], torch.Tensor]
@@ -56,14 +56,14 @@ class LearnedValues:
 
 
 class SharedValues:
-    """A critic's, read from the policy's hidden states in the policy's forward."""
+    """The values that a critic has read from the policy's hidden states, in the policy's forward."""
 
     def __call__(self, forward, batch, segments, policy_mask, record) -> tuple[torch.Tensor, Measurements]:
         return forward.values, {}
 
 
 class NoValues:
-    """0 everywhere."""
+    """Values of 0."""
 
     def __call__(self, forward, batch, segments, policy_mask, record) -> tuple[torch.Tensor, Measurements]:
         return torch.zeros_like(forward.logps), {}
@@ -82,11 +82,11 @@ class TreeValues:
 @dataclass(frozen=True)
 class SampledValues:
     """
-    Mean rewards of continuations from the starts of segments.
+    The mean rewards of continuations from the starts of segments.
 
     Args:
         args ([`SAPOConfig`]): settings of the run.
-        sampler (`Callable`): of a rollout; returns `None` in evaluation, where values are 0.
+        sampler (`Callable`): returns a rollout's sampler of continuations; `None` in evaluation, where values are 0.
     """
 
     args: SAPOConfig

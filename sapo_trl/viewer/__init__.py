@@ -10,9 +10,9 @@ from ..lazy import lazy_names
 
 
 if TYPE_CHECKING:
+    from ..recordings.run import Recording, read_recording
     from .inline import token_html
     from .page import write_page
-    from .recordings import Recording, read_recording
 
 
 __all__ = ["Recording", "read_recording", "token_html", "write_page"]
@@ -20,8 +20,8 @@ __all__ = ["Recording", "read_recording", "token_html", "write_page"]
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Recording": "recordings",
-        "read_recording": "recordings",
+        "Recording": ".recordings.run",
+        "read_recording": ".recordings.run",
         "token_html": "inline",
         "write_page": "page",
     },

@@ -24,8 +24,8 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     """
     own = parser()
     arguments = own.parse_args(list(argv))
+    from ..recordings.run import read_recording, run_names
     from .page import write_page
-    from .recordings import read_recording, run_names
 
     console = console or Console()
     output = arguments.output or arguments.runs[0] / "view.html"

@@ -15,8 +15,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
 from plotly.offline import get_plotlyjs
 
 from ..files import write_text
+from ..recordings.run import Recording
 from .payload import build_payload
-from .recordings import Recording
 
 
 _FOLDER = Path(__file__).parent

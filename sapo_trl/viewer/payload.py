@@ -21,8 +21,8 @@ import pandas as pd
 from PIL import Image
 
 from ..foreign_text import visible
+from ..recordings.run import NUMBER_COLUMNS, Recording
 from .cuts import RecordedVocabulary, cut_marks
-from .recordings import NUMBER_COLUMNS, Recording
 
 
 IMAGE_BYTES = 8 * 2**20

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from sapo_trl import SegmentationCallback
-from sapo_trl.callbacks import RolloutCallback, _write_rows, segmented_responses
+from sapo_trl.callbacks import RolloutCallback
 from sapo_trl.data import to_prompts
 from sapo_trl.embedded import make_problems
+from sapo_trl.recordings import segmented_responses
+from sapo_trl.recordings.writing import write_rows
 from tests.strategies import token_lists
 from tests.testing_utils import (
     Recorder,
@@ -275,11 +277,11 @@ class TestFiles:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         for content in ([], [{"step": 1}]):
             if content:
-                _write_rows(path, content)
+                write_rows(path, content)
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
             try:
                 with pytest.raises(OSError):
-                    _write_rows(path, [{"tokens": random.Random(row).randbytes(500).hex()} for row in range(2000)])
+                    write_rows(path, [{"tokens": random.Random(row).randbytes(500).hex()} for row in range(2000)])
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
             assert [file.name for file in tmp_path.iterdir()] == [path.name] * bool(content)

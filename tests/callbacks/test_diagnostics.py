@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo_trl import ValueDiagnostics
-from sapo_trl.diagnostics import value_agreement
+from sapo_trl.callbacks.diagnostics import value_agreement
 from tests.testing_utils import fixed_rollout, logged, random_completions, sapo_trainer
 
 

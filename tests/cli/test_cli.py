@@ -32,8 +32,8 @@ from sapo_trl.embedded import (
 )
 from sapo_trl.embedded.warm_start import encode_solutions, validation_accuracy
 from sapo_trl.presets import PRESETS, preset_settings
-from sapo_trl.reward_lookup import find_reward
 from sapo_trl.rewards import accuracy_reward, format_reward
+from sapo_trl.rewards.lookup import find_reward
 from tests.test_folder_lock import holder
 from tests.testing_utils import FAMILIES
 

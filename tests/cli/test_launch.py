@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
+from sapo_trl.callbacks.stop_on_signal import EXIT_CODE
 from sapo_trl.embedded import build_model, build_processor
-from sapo_trl.stop_on_signal import EXIT_CODE
 
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from sapo_trl import SAPOConfig
 from sapo_trl.cli.train import TrainArguments
 from sapo_trl.planner.reading import read_header
 from sapo_trl.presets import AXES, preset_settings
-from sapo_trl.reward_lookup import find_reward
+from sapo_trl.rewards.lookup import find_reward
 
 
 ROOT = Path(__file__).parents[2]

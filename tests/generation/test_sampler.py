@@ -161,11 +161,13 @@ class TestWhatTheSamplerReads:
             return None, [[30, trainer.eos_token_ids[0]] for _ in prompts], [[[0.0], [0.0]] for _ in prompts], None
 
         trainer.use_vllm, trainer.vllm_mode = True, "colocate"
-        trainer._last_loaded_step = trainer.state.global_step
-        trainer.vllm_generation = SimpleNamespace(generate=generate, sync_weights=lambda: None)
+        trainer._last_loaded_step = -1  # TRL makes it with a real vLLM
+        trainer.vllm_generation = SimpleNamespace(
+            generate=generate, sync_weights=lambda: None, max_completion_length=trainer.max_completion_length
+        )
         rows = list(trainer.train_dataset.select(range(2)))
         prompts = trainer.tokenized_prompts(rows)
-        trainer._generate_single_turn(prompts.ids, prompts.images, prompts.fields, 1)
+        trainer.continuations.generate(prompts, 4)
         assert seen == prompts.ids
         trainer.vllm_mode = "server"  # which wants the expanded ones
         seen.clear()
@@ -176,7 +178,7 @@ class TestWhatTheSamplerReads:
             [[[0.0]]] * len(prompts),
             None,
         )
-        trainer._generate_single_turn(prompts.ids, prompts.images, prompts.fields, 1)
+        trainer.continuations.generate(prompts, 4)
         assert seen == prompts.ids
 
 

@@ -293,8 +293,8 @@ class TestPrompts:
         trainer = trainer_on(family, tmp_path, rollout, max_steps=2, beta=0.0)
         trainer.train()
         for prompts, output in seen:
-            expected, _, _ = trainer._tokenize_prompts(prompts)
-            assert output["prompt_ids"] == [list(ids) for ids in expected]
+            expected = trainer.tokenized_prompts([{"prompt": prompt} for prompt in prompts])
+            assert output["prompt_ids"] == [list(ids) for ids in expected.ids]
             assert len(output["completion_ids"]) == len(output["logprobs"]) == len(prompts) == 4
 
     @TEXT_FAMILY
@@ -303,9 +303,8 @@ class TestPrompts:
         rollout = connect(server, tmp_path)
         trainer = trainer_on(family, tmp_path, rollout)
         output = rollout(["Find AB.", "Find AB.", "Find BC+CD."], trainer)
-        assert output["prompt_ids"] == [
-            list(ids) for ids in trainer._tokenize_prompts(["Find AB."] * 2 + ["Find BC+CD."])[0]
-        ]
+        rows = [{"prompt": text} for text in ("Find AB.", "Find AB.", "Find BC+CD.")]
+        assert output["prompt_ids"] == [list(ids) for ids in trainer.tokenized_prompts(rows).ids]
         assert [body["n"] for body in server.sent_to("/v1/completions")] in ([2, 1], [1, 2])
 
     @VISION_FAMILY

@@ -9,7 +9,7 @@ from sapo_trl.recipes import (
     ReSTEMConfig,
     sample_responses,
 )
-from tests.testing_utils import length_reward
+from tests.testing_utils import QUIET_ON_CPU, length_reward
 
 
 TEXT = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
@@ -20,14 +20,7 @@ TINY_RUN = {
     "per_device_train_batch_size": 2,
     "learning_rate": 0.1,
     "lr_scheduler_type": "constant",
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
+    **QUIET_ON_CPU,
     "num_samples": 4,
     "max_completion_length": 6,
     # A tiny random model does not end its responses.

@@ -15,6 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def beside_one_another(monkeypatch):
+    """Scripts import one another by their bare names, as Python lets a script do."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
 def load(name):
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -174,8 +180,7 @@ class TestPadding:
     OPTIONS = ("--draws", "3", "--rows", "16", "--optimizer_steps", "2", "--prompts", "10", "50", "--processes")
 
     @pytest.fixture
-    def script(self, monkeypatch):
-        monkeypatch.syspath_prepend(BENCHMARKS)
+    def script(self):
         return load("padding")
 
     def test_what_it_writes_is_what_it_prints(self, script, tmp_path, capsys):

@@ -50,6 +50,15 @@ def test_the_search_finds_something():
     assert "train" in attributes_of_trainers(TESTS / "trainer" / "test_trainer.py")
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_nobody_keeps_an_accumulator(file):
+    """A stage returns its measurements. An accumulator that outlives a method would gather several stages'."""
+    for node in ast.walk(ast.parse((TRAINER / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and "MetricAccumulator" in ast.unparse(node):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            assert not any(isinstance(target, ast.Attribute) for target in targets)
+
+
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_test_reaches_into_the_trainer(path):
     assert not attributes_of_trainers(path) & private_fields()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sapo_trl
-from sapo_trl import analysis, data, planner, viewer
+from sapo_trl import analysis, callbacks, data, planner, recordings, viewer
 from sapo_trl.cli import COMMANDS
 
 
@@ -48,6 +48,7 @@ def test_each_name_costs_what_it_needs():
     pieces = {
         "import sapo_trl; dir(sapo_trl)": set(),
         "from sapo_trl import PRESETS": set(),
+        "from sapo_trl.recordings import segmented_responses": set(),
         "from sapo_trl import Segments": {"torch"},
         "import " + ", ".join(f"sapo_trl.{name}" for name in MATHEMATICS): {"torch"},
     }
@@ -64,7 +65,11 @@ def test_help_loads_no_model_library():
     assert results[1][1] < 0.5 and results[-1][1] < 1.5
 
 
-@pytest.mark.parametrize("package", [sapo_trl, analysis, data, planner, viewer], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package",
+    [sapo_trl, analysis, callbacks, data, planner, recordings, viewer],
+    ids=lambda package: package.__name__,
+)
 def test_no_module_hides_a_name(package):
     modules = {path.stem for path in Path(package.__file__).parent.glob("*.py")}
     assert "__init__" in modules and not modules & set(package.__all__)

@@ -31,6 +31,7 @@ LEAVES = {
     "json_files",
     "foreign_text",
     "http_client",
+    "recordings",
 }
 
 

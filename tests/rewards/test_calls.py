@@ -10,8 +10,8 @@ import pytest
 import torch
 from trl.trainer.utils import shutdown_event_loop_in_daemon, start_event_loop_in_daemon
 
-from sapo_trl import reward_calls
-from sapo_trl.reward_calls import MAX_TIMEOUTS_IN_A_ROW, checked_reward, checked_rewards
+from sapo_trl import rewards
+from sapo_trl.rewards.calls import MAX_TIMEOUTS_IN_A_ROW, checked_reward, checked_rewards
 from tests.testing_utils import Recorder, length_reward, logged, sapo_trainer
 
 
@@ -156,7 +156,7 @@ class TestFailures:
 
     def test_an_async_function_that_blocks(self, monkeypatch):
         """Nothing of asyncio's can end it, and what runs beside it on the same loop is not to suffer."""
-        monkeypatch.setattr(reward_calls, "LOOP_ANSWERS_WITHIN", 0.2)
+        monkeypatch.setattr(rewards.calls, "LOOP_ANSWERS_WITHIN", 0.2)
 
         async def blocks(completions, **kwargs):
             if "b" in completions:
@@ -186,7 +186,7 @@ class TestFailures:
         assert asyncio.run(checked_reward(score, timeout=0.25)(completions=["a"] * 4)) == [1.0] * 4
 
     def test_an_async_function_that_always_blocks_is_given_up(self, monkeypatch):
-        monkeypatch.setattr(reward_calls, "LOOP_ANSWERS_WITHIN", 0.2)
+        monkeypatch.setattr(rewards.calls, "LOOP_ANSWERS_WITHIN", 0.2)
         calls = []
 
         async def score(completions, **kwargs):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.rewards import get_soft_overlong_punishment
 
-from sapo_trl.reward_calls import checked_reward
 from sapo_trl.rewards import format_reward, geo3k_reward, role_format_reward, step_format_reward
+from sapo_trl.rewards.calls import checked_reward
 from sapo_trl.rewards.geo3k import Geo3KReward
 from sapo_trl.role_aware import role_spans
 from sapo_trl.segmentation import StepSegmenter

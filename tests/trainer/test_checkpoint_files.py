@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sapo_trl import run_folder
-from sapo_trl.analysis.records import read_log_history
+from sapo_trl.recordings.log import read_log_history
 from sapo_trl.run_folder import complete_checkpoints, newest_checkpoint
 from sapo_trl.trainer import checkpoint_files
 from sapo_trl.trainer.checkpoint_files import (

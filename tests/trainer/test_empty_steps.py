@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from sapo_trl import SAPOConfig, SAPOTrainer
 from sapo_trl.trainer.step_guard import StepGuard
-from tests.testing_utils import WeightRecorder, fixed_rollout, length_reward, logged, random_completions
+from tests.testing_utils import QUIET_ON_CPU, WeightRecorder, fixed_rollout, length_reward, logged, random_completions
 
 
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
@@ -27,14 +27,7 @@ SETTINGS = {
     "weight_decay": 0.1,
     "lr_scheduler_type": "linear",
     "mask_truncated_completions": True,
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
+    **QUIET_ON_CPU,
 }
 
 

@@ -37,6 +37,7 @@ from sapo_trl.embedded import build_tokenizer
 
 SIZE, PATCH_SIZE = 28, 14
 """Height and width in pixels of what a vision tower takes at a time, and of its patches: four of them."""
+SQUARE = {"height": SIZE, "width": SIZE}
 
 _TEMPLATE = """\
 {%- for message in messages -%}
@@ -119,7 +120,7 @@ def _vision(model_type: str, **settings: Any) -> dict[str, Any]:
 
 def _gemma3() -> VisionFamily:
     tokenizer = _tokenizer(image_token="<image_soft>", boi_token="<image_start>", eoi_token="<image_end>")
-    images = Gemma3ImageProcessorPil(size={"height": SIZE, "width": SIZE})
+    images = Gemma3ImageProcessorPil(size=SQUARE)
     processor = Gemma3Processor(
         images, tokenizer, chat_template=_TEMPLATE.replace("IMAGE", "<image_start>"), image_seq_length=4
     )
@@ -138,60 +139,39 @@ def _gemma3() -> VisionFamily:
     )
 
 
-def _llava() -> VisionFamily:
+def _llava_family(
+    processor_class: type, images: Any, model_class: type[PreTrainedModel], **settings: Any
+) -> VisionFamily:
+    """A model of the LLaVA line: CLIP's tower and Llama's layers."""
     tokenizer = _tokenizer(image_token="<image>")
-    size = {"height": SIZE, "width": SIZE}
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size=size, crop_size=size),
+    processor = processor_class(
+        images,
         tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=_TEMPLATE.replace("IMAGE", "<image>"),
     )
-    return VisionFamily(
-        processor,
-        LlavaForConditionalGeneration,
-        {
-            "text_config": _text(tokenizer, "llama"),
-            "vision_config": _vision("clip_vision_model"),
-            "image_token_index": tokenizer.image_token_id,
-            "image_seq_length": 4,
-        },
-    )
+    configs = {"text_config": _text(tokenizer, "llama"), "vision_config": _vision("clip_vision_model")}
+    return VisionFamily(processor, model_class, {**configs, "image_token_index": tokenizer.image_token_id, **settings})
+
+
+def _llava() -> VisionFamily:
+    images = CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE)
+    return _llava_family(LlavaProcessor, images, LlavaForConditionalGeneration, image_seq_length=4)
 
 
 def _llava_next() -> VisionFamily:
-    tokenizer = _tokenizer(image_token="<image>")
     pinpoints = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
-    size = {"height": SIZE, "width": SIZE}
-    processor = LlavaNextProcessor(
-        LlavaNextImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size, image_grid_pinpoints=pinpoints),
-        tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=_TEMPLATE.replace("IMAGE", "<image>"),
-    )
-    return VisionFamily(
-        processor,
-        LlavaNextForConditionalGeneration,
-        {
-            "text_config": _text(tokenizer, "llama"),
-            "vision_config": _vision("clip_vision_model"),
-            "image_token_index": tokenizer.image_token_id,
-            "image_grid_pinpoints": pinpoints,
-        },
-    )
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SQUARE, image_grid_pinpoints=pinpoints)
+    return _llava_family(LlavaNextProcessor, images, LlavaNextForConditionalGeneration, image_grid_pinpoints=pinpoints)
 
 
 def _internvl() -> VisionFamily:
     tokenizer = _tokenizer(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
     )
-    images = GotOcr2ImageProcessorPil(
-        size={"height": SIZE, "width": SIZE}, crop_to_patches=True, min_patches=1, max_patches=4
-    )
+    images = GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4)
     processor = InternVLImageTextProcessor(
         images, tokenizer, image_seq_length=1, chat_template=_TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>")
     )

@@ -11,7 +11,7 @@ import pandas as pd
 
 
 def recorded_response(tokens: list[str], *, seed: int = 0, **columns: Any) -> dict[str, Any]:
-    """A row as [`~sapo_trl.callbacks.segmented_responses`] makes it: random numbers, segments of three."""
+    """A row as [`~sapo_trl.recordings.segmented_responses`] makes it: random numbers, segments of three."""
     random = np.random.default_rng(seed)
     count = len(tokens)
     return {

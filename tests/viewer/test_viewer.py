@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from sapo_trl.cli import main
+from sapo_trl.recordings.run import run_names
 from sapo_trl.viewer import payload as payload_module
 from sapo_trl.viewer import read_recording, write_page
 from sapo_trl.viewer.payload import build_payload
-from sapo_trl.viewer.recordings import run_names
 from tests.viewer.recorded_runs import recorded_response, write_log, write_rollout
 
 

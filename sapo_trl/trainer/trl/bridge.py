@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...distributed import keep_output_dtype, weights_are_in_pieces
 from ...generation.model_settings import own_settings_ignored
+from ...metrics import Measurements
 from ...rollouts import ContinuationSampler, TokenizedPrompts
 from ...rollouts.placeholders import cut_turn, placeholder_ids
 from ...rollouts.prompts import has_images_by_row, one_entry_a_row
@@ -99,14 +100,14 @@ class GRPOBridge(ResumableTrainer):
 
     # ------------------------------------------------------------------ hooks
 
-    def plan_rollout(self, inputs: list[dict[str, Any]]) -> GivenRollout | None:
+    def plan_rollout(self, inputs: list[dict[str, Any]]) -> tuple[GivenRollout | None, Measurements]:
         """
-        Provide a training rollout's responses, or `None` to let TRL sample them.
+        Provide a training rollout's responses, or `None` to let TRL sample them; and measurements for the log.
 
         Args:
             inputs (`list[dict]`): rows of the data set, each repeated for each of its responses.
         """
-        return None
+        return None, {}
 
     def score_rollout(self, batch: RolloutBatch, record: RolloutRecord) -> RolloutBatch:
         """
@@ -207,9 +208,8 @@ class GRPOBridge(ResumableTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> RolloutBatch:
         record = RolloutRecord(inputs=with_image_lists(inputs))
         self.completion_forward.forget_images()
-        record.given = self.plan_rollout(record.inputs)
-        if record.given is not None:
-            record.inputs = record.given.inputs
+        record.given, record.metrics = self.plan_rollout(record.inputs)
+        record.inputs = record.inputs if record.given is None else record.given.inputs
         with self._recording(record):
             batch = super()._generate_and_score_completions(record.inputs)
         if has_images_by_row(batch):

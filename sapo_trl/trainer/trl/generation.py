@@ -14,6 +14,7 @@ from trl import GRPOTrainer, prepare_multimodal_messages
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ...config import SAPOConfig
+from ...data.columns import IMAGE_COLUMNS, row_images
 from ...generation.model_settings import left_to_the_model, shaping_settings
 from ...rollouts.placeholders import cut_rollout
 from ..rollout_checks import check_rollout
@@ -30,7 +31,7 @@ TRL_EXPANDS_PLACEHOLDERS_TWICE = '{"prompt_token_ids": ids}' in _GENERATE and "c
 
 def prompts_of(inputs: list[dict[str, Any]]) -> list:
     """Prompts with their images in place, as TRL makes them from rows of the data set."""
-    images = [row.get("images") or ([row["image"]] if row.get("image") is not None else []) for row in inputs]
+    images = [row_images(row) for row in inputs]
     prompts = [copy.deepcopy(row["prompt"]) for row in inputs]
     if not any(images):
         return prompts
@@ -39,10 +40,8 @@ def prompts_of(inputs: list[dict[str, Any]]) -> list:
 
 def with_image_lists(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of a rollout, with an empty list for a prompt without image instead of the `None` of data sets."""
-    if any(row.get("images", []) is None for row in inputs):
-        return [{**row, "images": row.get("images") or []} for row in inputs]
-    if any(row.get("image", []) is None for row in inputs):
-        return [{**row, "images": [] if row["image"] is None else [row["image"]]} for row in inputs]
+    if any(row.get(column, []) is None for row in inputs for column in IMAGE_COLUMNS):
+        return [{**row, "images": row_images(row)} for row in inputs]
     return inputs
 
 

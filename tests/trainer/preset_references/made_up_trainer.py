@@ -13,6 +13,7 @@ import torch
 from sapo_trl.presets import preset_settings
 from sapo_trl.rollouts import ContinuationSampler, TokenizedPrompts
 from sapo_trl.rollouts.types import PolicyForward, RolloutRecord
+from sapo_trl.trainer.trl.forward import TokenOutputs
 from tests.testing_utils import sapo_trainer
 from tests.trainer.preset_references.responses import (
     MAX_COMPLETION_LENGTH,
@@ -61,10 +62,8 @@ def trainer_of(preset: str, family, tmp_path, **overrides):
         return policy_loss(model, batch)
 
     trainer.policy_loss = noted_policy_loss
-    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (
-        latest[0]["current_logps"],
-        latest[0]["entropies"],
-        None,
+    trainer.completion_forward.run = lambda *args, **kwargs: TokenOutputs(
+        latest[0]["current_logps"], latest[0]["entropies"], aux_loss=None, values=None
     )
     return trainer
 

@@ -104,7 +104,7 @@ def test_tree(family, tmp_path):
     for rollout, name in enumerate(("first", "second")):
         version[0] = name
         examples = [trainer.train_dataset[2 * rollout + i] for i in range(2)]
-        given = trainer.plan_rollout([example for example in examples for _ in range(4)])
+        given, _ = trainer.plan_rollout([example for example in examples for _ in range(4)])
         assert len(given.completion_ids) == NUM_ROWS
         for prompt in trainer.tokenized_prompts(examples).ids:
             grown_nodes = grown(continuations, tuple(prompt), name)

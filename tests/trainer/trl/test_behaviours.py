@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from sapo_trl import SAPOConfig, SAPOTrainer
-from tests.testing_utils import Family, fixed_rollout, length_reward, logged, random_completions
+from tests.testing_utils import QUIET_ON_CPU, Family, fixed_rollout, length_reward, logged, random_completions
 
 
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
@@ -29,14 +29,7 @@ SETTINGS = {
     "max_steps": 3,
     "learning_rate": 0.01,
     "beta": 0.0,
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
+    **QUIET_ON_CPU,
     # TRL's defaults, where this package has others.
     "lr_scheduler_type": "linear",
     "weight_decay": 0.0,

@@ -16,7 +16,7 @@ from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from sapo_trl import SAPOConfig, SAPOTrainer
-from tests.testing_utils import Family, fixed_rollout, length_reward, random_completions
+from tests.testing_utils import QUIET_ON_CPU, Family, fixed_rollout, length_reward, random_completions
 
 
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
@@ -31,14 +31,7 @@ SETTINGS = {
     "optim": "sgd",
     "lr_scheduler_type": "constant",
     "weight_decay": 0.0,
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
+    **QUIET_ON_CPU,
 }
 # Two rollouts of two optimizer steps, each step of one micro-batch or of two.
 BATCHES = {
@@ -271,8 +264,7 @@ class TestDefaults:
         family.build_model().save_pretrained(folder)
         # Small and without a network; several steps a rollout, so that something is clipped.
         small = {
-            **{name: SETTINGS[name] for name in ("bf16", "use_cpu", "report_to", "logging_steps", "save_strategy")},
-            **{name: SETTINGS[name] for name in ("disable_tqdm", "dataloader_pin_memory")},
+            **{name: value for name, value in QUIET_ON_CPU.items() if name != "gradient_checkpointing"},
             **{"max_completion_length": 8, "max_steps": 4, "learning_rate": 0.01, "steps_per_generation": 2},
             "epsilon": epsilon,
         }

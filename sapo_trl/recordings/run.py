@@ -1,11 +1,11 @@
-"""The recordings of a run: responses, their prompts and images, and the log."""
+"""Reads all that a run has recorded, for its page: responses, their prompts and images, values, and the log."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +13,29 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..analysis.records import (
+from .columns import (
     ANYTHING,
     INTEGER,
     NUMBER,
-    NUMBERS,
-    REWARD,
-    TEXT,
-    TEXTS,
+    NUMBERS_OF_TOKENS,
+    RATIO_COLUMNS,
+    RESPONSE_COLUMNS,
     TOKEN_COLUMNS,
+    VALUE_COLUMNS,
     Kind,
-    holds,
-    read_frame,
-    read_log,
-    recorded_files,
 )
+from .log import read_log
+from .tables import read_frame, recorded_files
 
 
-NUMBER_COLUMNS = ("logps", "entropies", "values", "advantages", "returns", "log_ratios")
+NUMBER_COLUMNS = (*NUMBERS_OF_TOKENS, "log_ratios")
 """Numbers of each token that a run may have recorded."""
 
 _WRITER = "SegmentationCallback"
 # Of an image. A small file can hold more than the memory of this machine.
 _MAX_PIXELS = 4096**2
-_RESPONSE_COLUMNS = {
-    "prompt": TEXT,
-    "reward": REWARD,
-    **TOKEN_COLUMNS,
-    "special": Kind("a list of true and false", holds("b"), optional=True),
-    "masked_tokens": replace(TEXTS, optional=True),
-    "masked_positions": Kind("a list of integers", holds("iu"), optional=True),
-    "images": replace(TEXTS, optional=True),
-}
-_STATE_COLUMNS = {
-    "response": INTEGER,
-    "token": INTEGER,
-    "monte_carlo_value": REWARD,
-    "standard_error": REWARD,
-}
+_RESPONSE_COLUMNS = {name: kind for name, kind in RESPONSE_COLUMNS.items() if name != "step"}
+_STATE_COLUMNS = {name: VALUE_COLUMNS[name] for name in ("response", "token", "monte_carlo_value", "standard_error")}
 # Form of the special tokens of the usual tokenizers, for files that were written before `special` was recorded.
 _SPECIAL_LOOKS = re.compile(r"<\|[^|<>]+\|>|<[｜|].+[｜|]>|</?s>|<(bos|eos|pad|unk|start_of_turn|end_of_turn)>")
 
@@ -261,7 +246,7 @@ class _Images:
 def _read_ratios(path: Path, notes: list[str]) -> dict[int, Any]:
     if not path.is_file():
         return {}
-    frame = _read(path, {"response": INTEGER, "log_ratios": NUMBERS}, notes)
+    frame = _read(path, RATIO_COLUMNS, notes)
     return dict(zip(frame["response"].tolist(), frame["log_ratios"], strict=True))
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import rewards
+from .. import rewards
 
 
 def find_reward(name: str, settings: Mapping[str, Any] | None = None) -> Callable[..., list[float | None]]:

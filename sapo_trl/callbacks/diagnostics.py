@@ -9,10 +9,12 @@ import pandas as pd
 import torch
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from .callbacks import RolloutCallback, SegmentedRollout
-from .config import SAPOConfig
-from .files import replacing
-from .metrics import MetricAccumulator
+from ..config import SAPOConfig
+from ..metrics import MetricAccumulator
+from ..recordings.columns import file_name
+from ..recordings.writing import write_frame
+from ..rollouts.types import SegmentedRollout
+from .rollout import RolloutCallback
 
 
 class ValueDiagnostics(RolloutCallback):
@@ -106,9 +108,8 @@ class ValueDiagnostics(RolloutCallback):
         )
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            name = f"values_{state.global_step:06d}_{args.process_index:03d}.parquet"
-            with replacing(self.output_dir / name) as written:
-                table.to_parquet(written)
+            name = file_name("values", state.global_step, args.process_index, "parquet")
+            write_frame(self.output_dir / name, table)
         table = table[["value", "monte_carlo_value", "standard_error"]].dropna()
         for name, value in value_agreement(table["value"], table["monte_carlo_value"]).items():
             known = value == value  # NaN where one of the two does not vary

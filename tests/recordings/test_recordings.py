@@ -1,0 +1,84 @@
+"""The recorded files: what is written is read back, with the columns that the package declares."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sapo_trl.analysis import read_responses
+from sapo_trl.embedded import build_tokenizer
+from sapo_trl.recordings.columns import RATIO_COLUMNS, RESPONSE_COLUMNS, file_name
+from sapo_trl.recordings.run import read_recording
+from sapo_trl.recordings.tables import read_frame
+from sapo_trl.recordings.writing import RatioRecord, segmented_responses, write_rows
+from sapo_trl.rollouts.types import SegmentedRollout
+from sapo_trl.segments import Segments
+
+
+# Two responses: three loss tokens behind one of a tool, and two loss tokens; -1 is outside the segments.
+SEGMENT_IDS = [[-1, 0, 0, 1], [0, 1, -1, -1]]
+PRESENT = [[1, 1, 1, 1], [1, 1, 0, 0]]
+LENGTHS = (3, 2)
+NUMBERS = ("logps", "entropies", "values", "advantages", "returns")
+
+
+@pytest.fixture(scope="module")
+def rollout() -> SegmentedRollout:
+    tokenizer = build_tokenizer()
+    segments = Segments(torch.tensor(SEGMENT_IDS))
+    grid = torch.arange(8.0).view(2, 4)
+    return SegmentedRollout(
+        segments=segments,
+        completion_ids=torch.tensor(tokenizer("abcd")["input_ids"]).repeat(2, 1),
+        prompt_ids=torch.tensor(tokenizer("xy")["input_ids"]).repeat(2, 1),
+        prompt_mask=torch.ones(2, 2, dtype=torch.long),
+        **{name: grid + 10 * place for place, name in enumerate(NUMBERS)},
+        token_rewards=torch.zeros(2, 4),
+        rewards=torch.tensor([0.5, torch.nan]),
+        tokenizer=tokenizer,
+        mode="train",
+        completion_mask=torch.tensor(PRESENT),
+    )
+
+
+@pytest.fixture(params=["parquet", "json"])
+def folder(request, rollout, tmp_path):
+    """The files of this rollout, and of the log-ratios of an update."""
+    write_rows(tmp_path / file_name("segments", 3, 1, request.param), segmented_responses(rollout, step=3))
+    ratios = RatioRecord(tmp_path / file_name("ratios", 3, 1, request.param), rollout.segments.mask)
+    ratios.add([1, 0], torch.arange(8.0).view(2, 4))
+    assert ratios.complete
+    write_rows(ratios.path, ratios.rows())
+    return tmp_path
+
+
+def test_files_have_the_declared_columns(folder):
+    names = sorted(path.name for path in folder.iterdir())
+    assert [name.split(".")[0] for name in names] == ["ratios_000003_001", "segments_000003_001"]
+    ratios, responses = (read_frame(folder / name, {})[0] for name in names)
+    assert set(ratios) == set(RATIO_COLUMNS)
+    assert set(responses) == set(RESPONSE_COLUMNS) - {"images"}  # a text prompt has none
+
+
+def test_all_is_read_back(folder):
+    read, recording = read_responses(folder, NUMBERS), read_recording(folder)
+    assert recording.responses["tokens"].tolist() == [["b", "c", "d"], ["a", "b"]]
+    assert recording.responses["segment_ids"].tolist() == [[0, 0, 1], [0, 1]]
+    assert recording.responses["masked_tokens"].tolist() == [["a"], []]
+    assert recording.responses["masked_positions"].tolist() == [[0], []]
+    assert recording.responses["prompt"].tolist() == ["xy", "xy"]
+    for table in (read, recording.responses):
+        assert table[["step", "process", "response"]].values.tolist() == [[3, 1, 0], [3, 1, 1]]
+        assert table["reward"].tolist() == pytest.approx([0.5, np.nan], nan_ok=True)
+        for place, name in enumerate(NUMBERS):
+            expected = [[1, 2, 3], [4, 5]]
+            assert [list(row) for row in table[name]] == [[x + 10 * place for x in row] for row in expected]
+    # Row 1 of the rollout was first in the micro-batch.
+    assert [list(row) for row in recording.responses["log_ratios"]] == [[5, 6, 7], [0, 1]]
+
+
+def test_a_missing_column_of_values_is_named(folder):
+    columns = {"step": [3], "response": [0], "segment": [0], "token": [1], "value": [0.0], "monte_carlo_value": [1.0]}
+    pd.DataFrame(columns).to_parquet(folder / "values_000003_001.parquet")
+    with pytest.raises(ValueError, match="values_000003_001.parquet: column `standard_error` is missing"):
+        read_recording(folder)
