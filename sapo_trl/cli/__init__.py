@@ -15,13 +15,13 @@ from ..names import nearest_name
 
 # Each command's module, which has a `main(argv)`, and a line of help.
 COMMANDS = {
-    "demo": (".demo", "train a tiny vision-language model on a CPU and show what it learned"),
-    "train": (".train_command", "train a model; settings from a YAML file (--config) and the command line"),
+    "demo": (".demo", "train a tiny vision-language model on a CPU and measure the gain"),
+    "train": (".train_command", "train a model, with settings from a YAML file (--config) and the command line"),
     "eval": ("..evaluation.command", "evaluate a model on benchmarks, and compare the results with the paper's"),
     "view": ("..viewer.command", "write a page that shows a run's responses, token by token"),
     "analyze": ("..analysis.command", "analyze the segments of a finished run from its recordings"),
-    "study": ("..study.command", "compare algorithms: several seeds, equal budgets and tuning, one report"),
-    "plan": ("..planner.command", "compute the GPU memory of a training, and changes that make it fit"),
+    "study": ("..study.command", "compare algorithms, with several seeds, equal budgets and equal tuning"),
+    "plan": ("..planner.command", "estimate the GPU memory of a run, and suggest a change that makes it fit"),
     "presets": (".presets", "list the algorithms, or show the settings of one"),
     "configs": (".configs", "list, print or copy the run files that come with the package"),
     "env": (".environment", "print versions and devices, for a bug report"),

@@ -148,8 +148,9 @@ def _own_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--accelerate_config",
         metavar="FILE",
-        help="launch processes with this config file of accelerate (a path, or one of TRL's names such as zero2); "
-        "options of `accelerate launch` such as --num_processes launch processes, too",
+        help="start processes with this config file of accelerate: a path, one of TRL's names such as zero2, or a "
+        "name that `sapo-trl configs` lists. Options of `accelerate launch`, such as --num_processes, start "
+        "processes, too",
     )
     group.add_argument("-h", "--help", action="store_true", help="show the most used settings and exit")
     group.add_argument(

@@ -62,8 +62,8 @@ class TrainArguments:
         dataset_config (`str`, *optional*):
             Configuration of the data set.
         dataset_format (`str`, *optional*):
-            Format of a known data set's copy: `geometry3k`, `gsm8k`, `math`, `math12k` or `open_r1`. The data set's
-            own hub id needs none. A data set with a column `prompt` is taken to have TRL's form.
+            Format of a copy of a known data set: `geometry3k`, `gsm8k`, `math`, `math12k` or `open_r1`. With the
+            hub id of the data set, no format is needed. A data set with a column `prompt` is taken to have TRL's form.
         columns (`dict[str, str]`, *optional*):
             Columns of your own data set, as in `{"problem": "question", "answer": "final"}`. By default `problem`,
             `answer` and, if there is one, `images` or `image`.
@@ -91,7 +91,7 @@ class TrainArguments:
             Fetch pictures that rows name by an address on the network. By default nothing is fetched: such rows are
             left out.
         strict (`bool`, *optional*, defaults to `False`):
-            Stop with an error at a row that cannot be used. By default such rows are left out, counted and listed in
+            Stop with an error at the first unusable row. By default such rows are left out, counted and listed in
             `OUTPUT_DIR/data_report.json`.
         reward_funcs (`list[str]`, *optional*, defaults to `["accuracy_reward"]`):
             Names from `sapo_trl.rewards`, or import paths such as `my_package.my_reward`. See
@@ -100,7 +100,7 @@ class TrainArguments:
             Arguments of reward functions, as in `{"numeric_reward": {"rel_tol": 0.01}}`. The functions go by their
             names in `reward_funcs`.
         record_every (`int`, *optional*):
-            Record the responses of every so many rollouts, for `sapo-trl view` and `sapo-trl analyze`. They go to
+            Record the responses of every n-th rollout, for `sapo-trl view` and `sapo-trl analyze`. They go to
             `OUTPUT_DIR/segments`. By default nothing is recorded.
     """
 

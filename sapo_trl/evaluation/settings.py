@@ -81,7 +81,7 @@ class EvalArguments:
             Seed of the sampling. Each generation has a seed of its own, made of this one, its benchmark, its problem
             and its number.
         limit (`int`, *optional*):
-            Evaluate only the first problems of each benchmark, this many.
+            Number of problems of each benchmark to evaluate, from the first on; by default all.
         batch_size (`int`, *optional*):
             Generations at a time; by default 16, with vLLM 256. Finished generations are saved after each batch.
         min_pixels (`int`, *optional*):
@@ -112,7 +112,7 @@ class EvalArguments:
         judge_model (`str`, *optional*):
             Model to ask at the judge's endpoint.
         judge_when (`str`, *optional*, defaults to `"wrong"`):
-            Ask the judge about `"all"` generations, or where the rules found no right answer (`"wrong"`).
+            Ask the judge about `"all"` generations, or only if the rules found no right answer (`"wrong"`).
         judge_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable with the endpoint's key. The key itself is stored nowhere.
         judge_timeout (`float`, *optional*, defaults to `60.0`):

@@ -47,14 +47,14 @@ def parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(
         prog="sapo-trl plan",
         allow_abbrev=False,
-        description="Compute the memory a run needs on each GPU, from its configuration and the model's shape.",
+        description="Estimate the memory of a run on each GPU, from its configuration and the model's shape.",
         epilog="Any setting of `sapo-trl train` can be added, such as `--critic shared`. The file's first lines "
         "name the default machine; without them it is one GPU of 80 GiB.",
     )
     own.add_argument("--config", type=Path, required=True, help="file or name for `sapo-trl train --config`")
     own.add_argument("--num_processes", type=int, help="number of GPUs")
-    own.add_argument("--gpu_memory_gib", type=float, help="memory of each, in GiB")
-    own.add_argument("--sharding", choices=SHARDINGS, help="none is one GPU or DDP")
+    own.add_argument("--gpu_memory_gib", type=float, help="memory of each GPU, in GiB")
+    own.add_argument("--sharding", choices=SHARDINGS, help="sharding of the models; none is one GPU or DDP")
     own.add_argument("--prompt_length", type=int, default=1024, help="tokens of the longest prompt (1024)")
-    own.add_argument("--image_tokens", type=int, help="of these, tokens of images (half)")
+    own.add_argument("--image_tokens", type=int, help="image tokens among them (half)")
     return own

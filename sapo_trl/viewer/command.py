@@ -49,14 +49,14 @@ def parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(
         prog="sapo-trl view",
         description="Write a page to look at a run: its learning curves, and its responses token by token. The file "
-        "needs nothing but a browser. docs/viewer.md says what has to be recorded for it.",
+        "needs nothing but a browser. docs/viewer.md lists the recordings that it shows.",
     )
     own.add_argument(
         "runs",
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="folder of a run, with SegmentationCallback's files in it or below; a second one is compared with it",
+        help="folder of a run, with SegmentationCallback's files in it or below; a second run is compared with it",
     )
     own.add_argument("--output", type=Path, metavar="FILE", help="HTML file to write (RUN/view.html)")
     own.add_argument(
@@ -64,6 +64,6 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         default=1_200_000,
-        help="thin out responses beyond about so many tokens (1,200,000); a million take about 20 MB",
+        help="thin out responses if there are more tokens (1,200,000); a million tokens take about 20 MB",
     )
     return own

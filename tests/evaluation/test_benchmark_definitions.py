@@ -1,7 +1,8 @@
 """
-Each benchmark's scorer beside its authors' rule, restated in a few lines, on hand-made answers of each form there is.
+Each benchmark's scorer is compared with the authors' rule, on hand-made answers in every form.
 
-Where the two differ it is marked: the table says what is right, and the test that the authors' rule says otherwise.
+The authors' rules are restated below in a few lines. The table has the right verdict for each answer, and our scorer
+must give it. A mark (`THEY_ACCEPT`, `THEY_REFUSE`) says that the authors' rule gives the other verdict.
 """
 
 import re

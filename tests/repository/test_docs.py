@@ -17,6 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
+import typing
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,7 @@ from sapo_trl.cli import main
 from sapo_trl.cli.run_arguments import short_help
 from sapo_trl.cli.train import TrainArguments
 from sapo_trl.cli.train_command import HELP
+from sapo_trl.rollouts.types import RolloutBatch
 
 
 ROOT = Path(__file__).parents[2]
@@ -379,19 +381,88 @@ def test_the_pictures_of_the_concepts_can_be_drawn(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000
 
 
-def test_every_module_has_a_row_in_the_architecture():
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = text[text.index("## Files") : text.index("## The bridge")]
-    described = set()
-    for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
-        names = re.findall(r"`([^`]+)`", cell)
-        folder, slash, _ = names[0].rpartition("/")
-        described |= {name if "/" in name else folder + slash + name for name in names}
-    package = ROOT / "sapo_trl"
-    assert all((package / name).exists() for name in described)
-    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
-    folders = tuple(name for name in described if name.endswith("/"))
-    assert not {module for module in modules if module not in described and not module.startswith(folders)}
+# ----------------------------------------------------------------------------------------------------- how a step runs
+
+
+HOW_A_STEP_RUNS = ROOT / "docs" / "how_a_step_runs.md"
+PACKAGE = ROOT / "sapo_trl"
+# Each model family has some of them; the table has Qwen's.
+OTHER_IMAGE_INPUTS = {
+    "num_tiles",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "image_position_ids",
+    "token_type_ids",
+}
+
+
+def named_files() -> set[str]:
+    """The files and folders of the package that the page names, a folder with its slash."""
+    names = set(re.findall(r"`((?:\w+/)*(?:\w+\.py|\w+/))`", prose(HOW_A_STEP_RUNS)))
+    beside = {"sapo_trl/", "trainer_configs/", "examples/", "benchmarks/", "notebooks/", "docs/", "tests/"}
+    return {name for name in names - beside if not name.startswith("docs/")}
+
+
+def steps_and_rest() -> tuple[str, str]:
+    steps, rest = prose(HOW_A_STEP_RUNS).split("## The rest of the package")
+    return steps, rest
+
+
+def test_every_module_is_on_the_page_about_a_step():
+    """A file of a step stands at its stage, any other file in the last table, by its name or its folder's."""
+    modules = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    folders = tuple(re.findall(r"`(\w+/)`", steps_and_rest()[1]))
+    assert not {name for name in modules - named_files() if not name.startswith(folders)}
+    assert not {"trainer/", "critic/", "rollouts/", "segmentation/", "callbacks/"} & set(folders)
+
+
+def test_every_file_on_the_page_about_a_step_exists():
+    steps, rest = steps_and_rest()
+    names = set(re.findall(r"`((?:\w+/)*\w+\.py)`", steps)) | set(re.findall(r"^\| `(\w+\.py)`", rest, re.MULTILINE))
+    assert len(names) > 50
+    assert not {name for name in names if not (PACKAGE / name).is_file()}
+
+
+def test_every_file_on_the_page_about_a_step_has_its_first_name():
+    """`| file | first name …` is not a row about another file."""
+    rows = re.findall(r"^\| (`[^|]*\.py`) \| ([^|]*) \|$", steps_and_rest()[0], re.MULTILINE)
+    assert len(rows) > 40
+    for cell, part in rows:
+        code = "".join((PACKAGE / name).read_text(encoding="utf-8") for name in re.findall(r"`([^`]+)`", cell))
+        names = re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", part)
+        if names:
+            assert names[0].split(".")[-1] in code, (cell, names[0])
+
+
+def test_the_files_of_a_new_part_hold_the_names_of_its_row():
+    """In CONTRIBUTING's table a row names files, then the functions or lists in them that have to change."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text[text.index("## Where does it go?") : text.index("## Versions")]
+    rows = re.findall(r"^\| \w[^|]* \| (`.*) \|$|^\| \w[^|]* \| ([a-z].*) \|$", table, re.MULTILINE)
+    assert len(rows) > 15
+    for row in map("".join, rows):
+        files = set(re.findall(r"`((?:\w+/)*\w+\.py)`", row)) - {"command.py"}  # of whichever command
+        assert not {name for name in files if not (PACKAGE / name).is_file() and not (ROOT / name).is_file()}
+        code = "".join((PACKAGE / name).read_text(encoding="utf-8") for name in files if (PACKAGE / name).is_file())
+        folders = re.findall(r"`((?:\w+/)+)`", row)
+        assert not {name for name in folders if not (PACKAGE / name).is_dir()}
+        names = set(re.findall(r"`([A-Za-z]\w*)`", row)) - {"eval", "train", "GRPOConfig", "parts"}
+        assert not {name for name in names if not re.search(rf"\b{name}\b", code)}, row
+
+
+def test_the_table_of_a_batch_has_every_field():
+    table = steps_and_rest()[0].split("## The fields of a batch")[1]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    fields = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert fields == RolloutBatch.__annotations__.keys() - OTHER_IMAGE_INPUTS
+
+
+def test_the_table_of_critics_has_every_critic():
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("| `critic` |")[1].split("\n\n")[0]
+    assert set(re.findall(r'^\| `"(\w+)"` \|', table, re.MULTILINE)) == set(
+        typing.get_args(typing.get_type_hints(SAPOConfig)["critic"])
+    )
 
 
 @pytest.mark.slow
