@@ -284,7 +284,8 @@ def _column_title(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _notes(runs: Sequence[Mapping[str, Any]], names: Sequence[str], has_published: bool) -> list[str]:
     notes = [
-        "Percentages, with 95 % intervals over problems or groups of problems in parentheses (bootstrap; exact where all scores are 0, or all 1)."
+        "Percentages, with 95 % intervals over problems or groups of problems in parentheses (bootstrap; exact where "
+        "all scores are 0, or all 1)."
     ]
     found = {name: run["benchmarks"][name] for run in runs for name in names if name in run["benchmarks"]}
     metrics = "; ".join(f"{entry['title']} {_metric(entry)}" for entry in found.values())
