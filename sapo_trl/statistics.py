@@ -32,10 +32,17 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     Raises:
         ValueError: unless `trials >= 1` and `0 <= successes <= trials`.
     """
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"successes={successes} of trials={trials}: need trials >= 1 and 0 <= successes <= trials.")
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    return _proportion_interval(successes, trials, confidence, "wilson")
+
+
+def exact_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """
+    The exact (Clopper-Pearson) interval of a proportion. It has a width even if all trials agree.
+
+    Raises:
+        ValueError: unless `trials >= 1` and `0 <= successes <= trials`.
+    """
+    return _proportion_interval(successes, trials, confidence, "exact")
 
 
 def percentile_interval(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
@@ -94,3 +101,10 @@ def ratio_bands(
     values = np.concatenate(ratios)
     values[~np.isfinite(values)] = np.nan
     return percentile_interval(values, confidence)
+
+
+def _proportion_interval(successes: int, trials: int, confidence: float, method: str) -> tuple[float, float]:
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"successes={successes} of trials={trials}: need trials >= 1 and 0 <= successes <= trials.")
+    interval = binomtest(successes, trials).proportion_ci(confidence, method=method)
+    return float(interval.low), float(interval.high)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import gammaln
 
-from ..statistics import Interval, percentile_interval, ratio_bands
+from ..statistics import Interval, exact_interval, percentile_interval, ratio_bands
 from .benchmark import Aggregate, Result, mean_accuracy
 
 
@@ -48,7 +49,8 @@ def pass_counts(n: int) -> list[int]:
 
 def repeated_metrics(groups: Sequence[Sequence[Sequence[float]]], seed: int = 0) -> dict[str, Interval]:
     """
-    avg@n and pass@k, with intervals over groups. The bootstrap draws all problems of a group together.
+    avg@n and pass@k, with intervals over groups. The bootstrap draws all problems of a group together. If all scores
+    are 0, or all are 1, every resample is the same, and the interval is the exact one for that many groups.
 
     Args:
         groups (`Sequence[Sequence[Sequence[float]]]`):
@@ -70,7 +72,8 @@ def repeated_metrics(groups: Sequence[Sequence[Sequence[float]]], seed: int = 0)
     denominators = np.repeat(sizes, len(columns), axis=1)
     low, high = ratio_bands(numerators, denominators, CONFIDENCE, RESAMPLES, seed)
     values = numerators.sum(axis=0) / denominators.sum(axis=0)
-    return {name: Interval(float(values[i]), float(low[i]), float(high[i])) for i, name in enumerate(columns)}
+    found = {name: Interval(float(values[i]), float(low[i]), float(high[i])) for i, name in enumerate(columns)}
+    return {name: _with_width(interval, len(groups)) for name, interval in found.items()}
 
 
 def benchmark_metrics(
@@ -78,6 +81,8 @@ def benchmark_metrics(
 ) -> dict[str, Interval]:
     """
     A benchmark's metrics, averaged over generations, with intervals over groups.
+
+    A metric other than the accuracy has no interval (NaN) if all resamples agree: they tell nothing about its error.
 
     A metric such as the worst case over variants is not a mean. It is computed as the benchmark defines it, from one
     generation of each problem. Then it is averaged over repetitions of the whole benchmark.
@@ -110,5 +115,13 @@ def benchmark_metrics(
     for name, value in values.items():
         # A resample may lack all questions of a metric, such as a rare category.
         drawn = np.array([metrics.get(name, np.nan) for metrics in resampled])
-        intervals[name] = Interval(value, *map(float, percentile_interval(drawn, CONFIDENCE)))
+        low, high = map(float, percentile_interval(drawn, CONFIDENCE))
+        intervals[name] = Interval(value, low, high) if low < high else Interval(value, math.nan, math.nan)
     return intervals
+
+
+def _with_width(interval: Interval, groups: int) -> Interval:
+    """The exact interval for a score that is 0, or 1, in all groups; any other interval as it is."""
+    if interval.value not in (0.0, 1.0):
+        return interval
+    return Interval(interval.value, *exact_interval(round(interval.value) * groups, groups, CONFIDENCE))

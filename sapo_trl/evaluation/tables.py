@@ -283,7 +283,10 @@ def _column_title(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _notes(runs: Sequence[Mapping[str, Any]], names: Sequence[str], has_published: bool) -> list[str]:
-    notes = ["Percentages, with 95 % bootstrap intervals over problems or groups of problems in parentheses."]
+    notes = [
+        "Percentages, with 95 % intervals over problems or groups of problems in parentheses (bootstrap; exact where "
+        "all scores are 0, or all 1)."
+    ]
     found = {name: run["benchmarks"][name] for run in runs for name in names if name in run["benchmarks"]}
     metrics = "; ".join(f"{entry['title']} {_metric(entry)}" for entry in found.values())
     notes.append(f"Metrics: {metrics}.")

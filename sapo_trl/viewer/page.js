@@ -258,8 +258,10 @@
     }
     const ends = [ranges.values, ranges.returns ?? ranges.values].flatMap((r) => [r[0], r[3]]).concat(states.map((s) => s[1]));
     const low = Math.min(...ends), high = Math.max(...ends), margin = 0.08 * (high - low || 1);
-    const cuts = places.filter((i) => marks[first + i] & 1).slice(0, 200);
-    const shapes = cuts.map((i) => ({ type: "line", yref: "paper", x0: i + 0.5, x1: i + 0.5, y0: 0, y1: 1, line: { color: css("--line"), width: 1 }, layer: "below" }));
+    const cuts = places.filter((i) => marks[first + i] & 1);
+    // One path for all ends: a shape for each would take seconds in a response of thousands of segments.
+    const path = cuts.map((i) => `M${i + 0.5},0V1`).join("");
+    const shapes = path ? [{ type: "path", path, yref: "paper", line: { color: css("--line"), width: 1 }, layer: "below" }] : [];
     Plotly.react(panel.chart, traces, layout({
       shapes, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, margin: { l: 44, r: 8, t: 26, b: 30 },
       xaxis: { title: { text: "token; thin lines: ends of segments", standoff: 4 }, showgrid: false, range: [-0.5, length - 0.5] },

@@ -103,4 +103,23 @@ def test_a_metric_that_a_resample_may_lack():
 
     groups = [[Result(str(i), float(i % 2), {"topic": "rare" if i == 0 else "other"})] for i in range(8)]
     found = benchmark_metrics([groups], by_topic)
-    assert found["rare"].value == found["rare"].low == found["rare"].high == 0.0
+    # One problem with one result: its resamples agree, and say nothing about its error.
+    assert found["rare"].value == 0.0
+    assert math.isnan(found["rare"].low) and math.isnan(found["rare"].high)
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_equal_scores_have_the_exact_interval(score):
+    found = repeated_metrics([[[score, score]] for _ in range(8)])
+    # No success in 8 trials is as probable as 2.5 % for a rate of 1 - 0.025^(1/8).
+    far = 1 - 0.025 ** (1 / 8)
+    for interval in (found["avg@2"], found["pass@1"], found["pass@2"]):
+        assert interval.value == score
+        assert (interval.low, interval.high) == pytest.approx((0.0, far) if score == 0 else (1 - far, 1.0))
+    accuracy = benchmark_metrics(as_results([[[score]] * 8]), mean_accuracy)["accuracy"]
+    assert accuracy.high - accuracy.low == pytest.approx(far)
+
+
+def test_groups_are_the_trials_of_the_exact_interval():
+    found = repeated_metrics([[[0.0]] * 10] * 8)["avg@1"]
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 8))
