@@ -67,3 +67,11 @@ def test_no_test_reaches_into_the_trainer(path):
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_file_of_tests_is_long(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_TEST_LINES
+
+
+def test_folders_of_tests_are_the_packages():
+    folders = {path.parent.name for path in TESTS.glob("*/__init__.py")}
+    packages = {path.parent.name for path in TRAINER.parent.glob("*/__init__.py")}
+    # Two folders have no package: what several processes do, and the repository around the package.
+    assert folders - packages == {"distributed", "repository", "vllm"}
+    assert not packages - folders - {"segmentation"}
