@@ -264,12 +264,16 @@ def _merged_backbone(policy: PeftModel) -> PreTrainedModel:
     config = policy.peft_config[policy.active_adapter]
     if config.is_prompt_learning:
         return copy.deepcopy(backbone_of(policy))
-    if not hasattr(policy.base_model, "merge_adapter") or getattr(config, "alora_invocation_tokens", None):
+    merged = copy.deepcopy(policy)
+    try:
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError("`alora_invocation_tokens` acts on a part of a row.")
+        return backbone_of(merged.merge_and_unload())
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"The policy's adapter, of type {PeftType(config.peft_type).value}, cannot be merged into the critic's "
-            'copy of the policy: pass a `value_model`, or use `critic="shared"`.'
-        )
-    return backbone_of(copy.deepcopy(policy).merge_and_unload())
+            f'copy of the policy: pass a `value_model`, or use `critic="shared"`. PEFT says: {error}'
+        ) from error
 
 
 def _is_peft_model(model: nn.Module) -> bool:
