@@ -31,11 +31,11 @@ _RESET: dict[str, Any] = {
 }
 
 _REASONS = {
-    PeftType.ADALORA: "PEFT trains one adapter of this type in a model",
-    PeftType.XLORA: "it mixes adapters by a forward of the whole policy",
-    PeftType.POLY: "it needs the numbers of tasks",
-    PeftType.SHADOW: "its forward keeps the policy's state between the layers",
-    PeftType.ADAPTION_PROMPT: "PEFT keeps its weights under one name for all adapters",
+    "ADALORA": "PEFT trains one adapter of this type in a model",
+    "XLORA": "it mixes adapters by a forward of the whole policy",
+    "POLY": "it needs the numbers of tasks",
+    "SHADOW": "its forward keeps the policy's state between the layers",
+    "ADAPTION_PROMPT": "PEFT keeps its weights under one name for all adapters",
 }
 
 
@@ -69,11 +69,11 @@ def critic_config(config: PeftConfig) -> PeftConfig:
 
 def _refused(config: PeftConfig) -> str | None:
     """The setting that allows no second adapter, with the reason; `None` without one."""
-    kind = PeftType(config.peft_type)
+    kind = PeftType(config.peft_type).value
     if config.is_prompt_learning:
-        return f"{kind.value} has virtual tokens, which only a forward of the whole policy reads"
+        return f"{kind} has virtual tokens, which only a forward of the whole policy reads"
     if kind in _REASONS:
-        return f"{kind.value}, because {_REASONS[kind]}"
+        return f"{kind}, because {_REASONS[kind]}"
     if getattr(config, "bias", "none") != "none":
         return f"bias={config.bias!r} trains the base model's biases, which both adapters would share"
     if getattr(config, "alora_invocation_tokens", None):

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
@@ -24,10 +25,13 @@ _MOVE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Initialisations by random numbers or by data: another one leaves another base model.
 _ARE_NOT_REPEATABLE = ("pissa_niter", "corda", "lora_ga")
 _NOT_TRAINED = {
-    PeftType.MULTITASK_PROMPT_TUNING: "asks for the number of each row's task",
-    PeftType.POLY: "asks for the number of each row's task",
-    PeftType.CPT: "needs logits, which TRL's LM head does not return",
+    "MULTITASK_PROMPT_TUNING": "asks for the number of each row's task",
+    "POLY": "asks for the number of each row's task",
+    "CPT": "needs logits, which TRL's LM head does not return",
+    "ADAPTION_PROMPT": "does not run TRL's LM head",
+    "XLORA": "allows no cache, which generation needs",
 }
+_KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 _OWN_BASE = "or save the base model that it leaves, and the adapter with init_lora_weights=True (see docs/how_to.md)"
 
 
@@ -41,6 +45,8 @@ def check_adapters(model: Any, peft_config: PeftConfig | None, args: SAPOConfig)
     Raises:
         ValueError: if an adapter cannot be trained, saved, or compared with a reference.
     """
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        return  # TRL says so
     configs: dict[str, Any] = {"default": peft_config} if peft_config else dict(getattr(model, "peft_config", {}))
     active = "default" if peft_config else getattr(model, "active_adapter", None)
     if args.learns_critic and ADAPTER_NAME in configs and (args.critic != "adapter" or active == ADAPTER_NAME):
@@ -58,11 +64,22 @@ def check_adapters(model: Any, peft_config: PeftConfig | None, args: SAPOConfig)
 
 def _check_adapter(config: PeftConfig, args: SAPOConfig, is_copied: bool) -> None:
     """`is_copied`: whether TRL's reference is a second adapter with this configuration."""
-    if config.peft_type in _NOT_TRAINED:
-        kind = PeftType(config.peft_type)
+    kind = PeftType(config.peft_type).value
+    if kind in _NOT_TRAINED:
         raise ValueError(
-            f"The policy's adapter is of type {kind.value}, which {_NOT_TRAINED[kind]}: GRPO training cannot give it "
-            "that. Use LoRA, prompt tuning or prefix tuning."
+            f"The policy's adapter is of type {kind}, which {_NOT_TRAINED[kind]}: TRL cannot train it. "
+            "Use LoRA, or prompt tuning for virtual tokens."
+        )
+    if config.is_prompt_learning and args.use_vllm:
+        raise ValueError(
+            f"The policy's adapter is of type {kind}, and with use_vllm=True the engine is sent "
+            "merged weights: virtual tokens cannot be merged. Set use_vllm=False or use LoRA."
+        )
+    if kind in _KEYS_AND_VALUES and args.gradient_checkpointing:
+        raise ValueError(
+            f"The policy's adapter is of type {kind}, whose virtual tokens are cached keys and "
+            "values, and gradient_checkpointing=True drops the cache: set gradient_checkpointing=False, or use "
+            "prompt tuning or LoRA."
         )
     start = str(getattr(config, "init_lora_weights", "")).lower()
     if start.startswith(_ARE_NOT_REPEATABLE):
@@ -101,24 +118,32 @@ def prepare_adapters(policy: PreTrainedModel | PeftModel, args: SAPOConfig) -> N
         args ([`SAPOConfig`]): settings of the run.
 
     Raises:
-        ValueError: for virtual tokens in a model that takes images.
+        ValueError: for virtual tokens in a model that takes images, or trained tokens of a tied LM head.
     """
     if args.disable_dropout:
         disable_dropout(policy)
-    if not isinstance(policy, PeftModel) or not policy.active_peft_config.is_prompt_learning:
+    if not isinstance(policy, PeftModel):
+        return
+    if isinstance(policy.get_base_model().get_output_embeddings(), TrainableTokensWrapper):
+        raise ValueError(
+            "The policy's adapter has `trainable_token_indices`, and its embeddings are also the LM head, which TRL "
+            'reads without these tokens: untie them before training, or train all embeddings with `modules_to_save=["'
+            'embed_tokens", "lm_head"]`.'
+        )
+    if not policy.active_peft_config.is_prompt_learning:
         return
     config = policy.active_peft_config
-    kind = PeftType(config.peft_type)
+    kind = PeftType(config.peft_type).value
     if getattr(policy.config, "vision_config", None) is not None:
         raise ValueError(
-            f"The policy's adapter is of type {kind.value}, whose virtual tokens move the columns of the tokens, and "
+            f"The policy's adapter is of type {kind}, whose virtual tokens move the columns of the tokens, and "
             f"a model of type {policy.config.model_type!r} finds the places of images by columns. Use LoRA."
         )
-    if kind == PeftType.P_TUNING or getattr(config, "prefix_projection", False):
+    if kind == "P_TUNING" or getattr(config, "prefix_projection", False):
         logger.warning(
             "The policy's adapter is of type %s with an encoder. PEFT saves the output of the encoder, not its "
             "weights: the saved policy can be used, but no run can be resumed from a checkpoint.",
-            kind.value,
+            kind,
         )
     place_virtual_tokens(policy)
 

@@ -16,6 +16,7 @@ from peft import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     OFTConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -24,10 +25,11 @@ from peft import (
     RandLoraConfig,
     VBLoRAConfig,
     VeraConfig,
+    XLoraConfig,
     get_peft_model,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
 
 from sapo_trl import SegmentValueHead
 from sapo_trl.critic.adapter_config import critic_config
@@ -47,8 +49,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 # The end of each prompt, so that the adapter of an activated LoRA acts on the responses.
 END_OF_PROMPT = [286, 212]
-# In prompts or responses of each rollout.
-COMMON_TOKENS = [100, 101, 102, 103, 104, 105, 110, 115, 116]
+# Some of them are in each rollout.
+TOKENS = list(range(20, 120))
 
 
 def lora(**settings) -> LoraConfig:
@@ -66,7 +68,7 @@ IDENTITIES = {
     "LoRA, patterns": lora(rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
     "LoRA, layers": lora(layers_to_transform=[1]),
     "LoRA, parameters": LoraConfig(r=4, target_modules=[], target_parameters=["mlp.down_proj.weight"]),
-    "LoRA, tokens": lora(trainable_token_indices=COMMON_TOKENS),
+    "LoRA, tokens": lora(trainable_token_indices=TOKENS),
     "LoRA, LM head": lora(modules_to_save=["lm_head"], ensure_weight_tying=True),
     "LoRA, lora_bias": lora(lora_bias=True),
     "LoRA, bias": lora(bias="lora_only"),
@@ -92,6 +94,34 @@ OTHERS = {
     "prefix tuning": PrefixTuningConfig(**VIRTUAL),
 }
 ADAPTERS = IDENTITIES | OTHERS
+# All other types that TRL trains. (AdaMSS needs scikit-learn.)
+RARE = {
+    "BEFT": peft.BeftConfig(target_modules=TARGETS),
+    "C3A": peft.C3AConfig(target_modules=TARGETS, block_size=4),
+    "Cartridge": peft.CartridgeConfig(**VIRTUAL),
+    "DEFT": peft.DeftConfig(target_modules=TARGETS),
+    "DeLoRA": peft.DeloraConfig(target_modules=TARGETS),
+    "FourierFT": peft.FourierFTConfig(target_modules=TARGETS, n_frequency=10),
+    "FRoD": peft.FrodConfig(target_modules=TARGETS, progressbar=False),
+    "GLoRA": peft.GloraConfig(target_modules=TARGETS),
+    "GraLoRA": peft.GraloraConfig(target_modules=TARGETS),
+    "HiRA": peft.HiraConfig(target_modules=TARGETS),
+    "KaSA": lora(kasa_config=peft.KasaConfig()),
+    "Lily": peft.LilyConfig(target_modules=TARGETS),
+    "MiSS": peft.MissConfig(target_modules=TARGETS, r=4),
+    "OSF": peft.OSFConfig(target_modules=TARGETS),
+    "PEANUT": peft.PeanutConfig(target_modules=TARGETS),
+    "PSOFT": peft.PsoftConfig(target_modules=TARGETS, r=4),
+    "PVeRA": peft.PveraConfig(target_modules=TARGETS),
+    "RoAd": peft.RoadConfig(target_modules=["q_proj", "down_proj"], group_size=8),
+    "Shadow": peft.ShadowConfig(task_type="CAUSAL_LM"),
+    "SHiRA": peft.ShiraConfig(target_modules=TARGETS, r=1),
+    "SuperTuning": peft.SupertuningConfig(target_modules=TARGETS),
+    "TinyLoRA": peft.TinyLoraConfig(target_modules=TARGETS),
+    "trainable tokens": peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=TOKENS),
+    "UniLoRA": peft.UniLoraConfig(target_modules=TARGETS),
+    "WaveFT": peft.WaveFTConfig(target_modules=TARGETS, n_frequency=10),
+}
 WITHOUT_REFERENCE = ("PiSSA", "OLoRA", "LoRA, bias")
 # The adapters that allow no second one, with the beginning of the reason.
 REFUSED = {
@@ -101,7 +131,12 @@ REFUSED = {
     "prompt tuning": "PROMPT_TUNING has virtual tokens",
     "p-tuning": "P_TUNING has virtual tokens",
     "prefix tuning": "PREFIX_TUNING has virtual tokens",
+    "Cartridge": "CARTRIDGE has virtual tokens",
+    "KaSA": "`kasa_config`, which cuts",
+    "Shadow": "SHADOW, because",
 }
+CASES = [(kind, critic) for kind in ADAPTERS for critic in CRITICS]
+CASES += [pytest.param(kind, critic, marks=pytest.mark.slow) for kind in RARE for critic in ("none", "adapter")]
 
 
 def base_folder(family, folder):
@@ -114,7 +149,7 @@ def loaded(folder):
 
 
 def ids() -> torch.Tensor:
-    return torch.tensor([[*COMMON_TOKENS, *END_OF_PROMPT, 40, 41, 42], [*range(60, 72), 100, 101]])
+    return torch.tensor([[*range(20, 70), *END_OF_PROMPT], [*range(70, 122)]])
 
 
 @torch.no_grad()
@@ -133,11 +168,10 @@ def trainer_of(family, folder, model, config=None, *, critic, **settings):
     )
 
 
-@pytest.mark.parametrize("critic", CRITICS)
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(("kind", "critic"), CASES)
 @TEXT_FAMILY
 def test_the_policy_starts_as_itself_and_loads_as_it_was_saved(family, kind, critic, tmp_path):
-    base, config = base_folder(family, tmp_path / "base"), ADAPTERS[kind]
+    base, config = base_folder(family, tmp_path / "base"), (ADAPTERS | RARE)[kind]
     settings = {"critic": critic, "beta": 0.0 if kind in WITHOUT_REFERENCE else 0.1}
     if critic == "adapter" and kind in REFUSED:
         with pytest.raises(ValueError, match=f'does not allow: {re.escape(REFUSED[kind])}.*"shared"'):
@@ -182,7 +216,13 @@ def test_the_policy_starts_as_itself_and_loads_as_it_was_saved(family, kind, cri
     torch.testing.assert_close(logits(again), trained, rtol=0, atol=1e-6)  # nor did the critic change it while loading
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind not in REFUSED])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *sorted(ADAPTERS.keys() - REFUSED),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(RARE.keys() - REFUSED)),
+    ],
+)
 @TEXT_FAMILY
 def test_each_optimizer_moves_its_own_adapter(family, kind, tmp_path):
     for rates, still, moves in (
@@ -190,7 +230,14 @@ def test_each_optimizer_moves_its_own_adapter(family, kind, tmp_path):
         ({"critic_learning_rate": 0.0}, ".critic", ".default"),
     ):
         trainer = trainer_of(
-            family, tmp_path, family.build_model(), ADAPTERS[kind], critic="adapter", beta=0.0, max_steps=2, **rates
+            family,
+            tmp_path,
+            family.build_model(),
+            (ADAPTERS | RARE)[kind],
+            critic="adapter",
+            beta=0.0,
+            max_steps=2,
+            **rates,
         )
         policy = trainer.accelerator.unwrap_model(trainer.model)
         before = state_of(policy)
@@ -308,6 +355,56 @@ class TestReference:
 def test_a_start_that_cannot_be_repeated_cannot_be_loaded(family, start, tmp_path):
     with pytest.raises(ValueError, match=f"init_lora_weights='{start}' changes the base model.*use \"pissa\""):
         trainer_of(family, tmp_path, family.build_model(), lora(init_lora_weights=start), critic="none", beta=0.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "error"),
+    [
+        (MultitaskPromptTuningConfig(**VIRTUAL, num_tasks=2), {}, "type MULTITASK_PROMPT_TUNING, which asks for the"),
+        (XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, adapters={}), {}, "type XLORA, which allows no cache"),
+        (
+            PrefixTuningConfig(**VIRTUAL),
+            {"gradient_checkpointing": True},
+            "drops the cache: set gradient_checkpointing=False",
+        ),
+        (PromptTuningConfig(**VIRTUAL), {"use_vllm": True}, "virtual tokens cannot be merged. Set use_vllm=False"),
+    ],
+)
+@TEXT_FAMILY
+def test_adapters_that_trl_cannot_train_are_an_error(family, config, settings, error, tmp_path):
+    with pytest.raises(ValueError, match=error):
+        trainer_of(family, tmp_path, family.build_model(), config, critic="none", **settings)
+
+
+@TEXT_FAMILY
+def test_trained_tokens_of_a_tied_lm_head_are_an_error(family, tmp_path):
+    model = family.build_model()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    with pytest.raises(ValueError, match=r"`trainable_token_indices`, and its embeddings are also the LM head"):
+        trainer_of(family, tmp_path, model, lora(trainable_token_indices=[30]), critic="none")
+
+
+@pytest.mark.parametrize("critic", ["none", "adapter"])
+@TEXT_FAMILY
+def test_layers_are_replicated_once(family, critic, tmp_path):
+    def build():
+        set_seed(0)
+        config = family.config(family.tokenizer).to_dict()
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        sizes = {name: config[name] for name in (*names, "initializer_range", "eos_token_id", "pad_token_id")}
+        return LlamaForCausalLM(LlamaConfig(**sizes))  # Qwen's layers know their numbers
+
+    config = lora(layer_replication=[(0, 2), (0, 2)])
+    trainer = trainer_of(family, tmp_path, build(), config, critic=critic, beta=0.0)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    assert len(policy.get_base_model().model.layers) == 4
+    assert torch.equal(logits(policy), logits(get_peft_model(build(), config)))
+    before = state_of(policy)
+    trainer.train()
+    assert len(unmoved(before, policy)) < len(before)
+    with pytest.raises(ValueError, match=r"has `layer_replication`, and with beta=0.1.*pass the base model"):
+        trainer_of(family, tmp_path, get_peft_model(build(), config), critic="none", beta=0.1)
 
 
 class TestNames:
