@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
 from ..distributed import sharded_like
+from .adapter_config import critic_config
 
 
 ADAPTER_NAME = "critic"
@@ -34,8 +35,8 @@ class CriticAdapter:
     Args:
         policy ([`~peft.PeftModel`]): the policy. Gets an adapter named `"critic"` unless it has one.
         config ([`~peft.PeftConfig`], *optional*):
-            configuration of the adapter. Defaults to a copy of the policy's active adapter's configuration. Prompt
-            learning is an error: its virtual tokens are no part of the layers.
+            configuration of the policy's adapter, by default of its active one. The critic's adapter gets a copy,
+            see [`~sapo_trl.critic.adapter_config.critic_config`].
     """
 
     def __init__(self, policy: PeftModel, config: PeftConfig | None = None):
@@ -44,19 +45,15 @@ class CriticAdapter:
                 'A critic of mode "adapter" lives beside the policy\'s adapter: the policy must be a `PeftModel` '
                 f"(pass `peft_config`), got {type(policy).__name__}."
             )
-        config = config or policy.peft_config[policy.active_adapter]
-        if config.is_prompt_learning:
+        active = policy.active_adapter
+        if active == ADAPTER_NAME:
             raise ValueError(
-                f'`critic="adapter"` needs an adapter within the layers, such as LoRA, got {config.peft_type.value}, '
-                'whose keys and values only the whole policy reads. Use `critic="shared"` or `critic="separate"`.'
+                f"The policy's own adapter is named {ADAPTER_NAME!r}, the name of the critic's: load it under another "
+                'name, such as `PeftModel.from_pretrained(base, folder, adapter_name="default")`.'
             )
         self.policy = policy
         if ADAPTER_NAME not in policy.peft_config:
-            active = policy.active_adapter
-            config = copy.deepcopy(config)
-            # Whole copies of modules, such as an LM head, are the policy's. A sampler would also receive the critic's.
-            config.modules_to_save = None
-            policy.add_adapter(ADAPTER_NAME, config)
+            policy.add_adapter(ADAPTER_NAME, critic_config(config or policy.peft_config[active]))
             # Adding an adapter may have made it trainable.
             policy.set_adapter(active)
 
@@ -108,7 +105,8 @@ class CriticAdapter:
         """
         folder = Path(folder)
         state = self.state_dict() if state is None else state
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        # Copies: adapters of some types, such as RandLora, have one tensor in many layers, and files refuse that.
+        state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
         save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config = copy.deepcopy(self.policy.peft_config[ADAPTER_NAME])
         config.inference_mode = True

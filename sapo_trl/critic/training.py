@@ -150,6 +150,17 @@ class Critic:
         """The model, unwrapped."""
         return self.accelerator.unwrap_model(self.module)
 
+    def at(self, mode: str) -> nn.Module:
+        """
+        The model at the weights of a mode, `"train"` or `"eval"`: schedule-free optimizers have weights for each.
+
+        The mode is the policy's, whose optimizer transformers switches together with the policy.
+        """
+        switch = getattr(self.optimizer, mode, None)
+        if callable(switch):
+            switch()
+        return self.module
+
     @property
     def learning_rate(self) -> float:
         """Current learning rate."""

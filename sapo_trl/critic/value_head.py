@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -107,7 +107,7 @@ class SegmentValueHead(nn.Module):
 
         Args:
             policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                causal LM or image-text model. Adapters are merged into the critic's copy.
+                causal LM or image-text model. Adapters are merged into the critic's copy; virtual tokens are left out.
             mode (`str`, *optional*, defaults to `"separate"`):
                 `"separate"`: copy the policy's backbone, frozen parameters staying frozen (the paper); `"shared"`:
                 only a head, on the policy's hidden states; `"adapter"`: a second adapter on the base model of a policy
@@ -134,7 +134,7 @@ class SegmentValueHead(nn.Module):
                 'loaded, or pass a `value_model`, or use `critic="shared"`.'
             )
         if _is_peft_model(policy):
-            backbone = backbone_of(copy.deepcopy(policy).merge_and_unload()).requires_grad_(True)
+            backbone = _merged_backbone(policy).requires_grad_(True)
         else:
             backbone = copy.deepcopy(backbone_of(policy))
         return cls(hidden_size_of(backbone), backbone)
@@ -257,6 +257,23 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
 def hidden_size_of(model: PreTrainedModel) -> int:
     """Width of a text or image-text model's hidden states."""
     return model.config.get_text_config().hidden_size
+
+
+def _merged_backbone(policy: PeftModel) -> PreTrainedModel:
+    """A copy of the policy's backbone, with its adapter merged in. Virtual tokens are left out."""
+    config = policy.peft_config[policy.active_adapter]
+    if config.is_prompt_learning:
+        return copy.deepcopy(backbone_of(policy))
+    merged = copy.deepcopy(policy)
+    try:
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError("`alora_invocation_tokens` acts on a part of a row.")
+        return backbone_of(merged.merge_and_unload())
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"The policy's adapter, of type {PeftType(config.peft_type).value}, cannot be merged into the critic's "
+            f'copy of the policy: pass a `value_model`, or use `critic="shared"`. PEFT says: {error}'
+        ) from error
 
 
 def _is_peft_model(model: nn.Module) -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
-from peft import PeftType
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from ..config import SAPOConfig
 from ..critic.deepspeed import DeepSpeedCritic
@@ -28,12 +26,8 @@ from ..segmentation import (
     StepSegmenter,
     TokenSegmenter,
 )
+from .adapters import check_adapters, disable_dropout, prepare_adapters
 from .checks import check_adapter_name, check_prompt_column, datasets_of
-
-
-logger = logging.getLogger(__name__)
-
-_PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.CPT)
 
 
 def default_arguments(model: str | PreTrainedModel) -> SAPOConfig:
@@ -90,6 +84,7 @@ def check_arguments(
                     f"`critic={args.critic!r}` continues responses from their tokens alone; `{name}` decides on "
                     "responses in another way and cannot be combined with it."
                 )
+    check_adapters(model, others.get("peft_config"), args)
     check_adapter_name(model, args.beta)
     if args.critic == "adapter" and others.get("peft_config") is None and not hasattr(model, "peft_config"):
         raise ValueError(
@@ -191,7 +186,9 @@ def make_critic(
     """
     check_value_model(value_head, policy, tokenizer)
     if args.disable_dropout:
-        disable_dropout_in_model(value_head)
+        disable_dropout(value_head)
+        if value_head.adapter is not None:  # in the policy, added after TRL has disabled its dropout
+            disable_dropout(policy)
     if value_head.backbone is not None and args.gradient_checkpointing:
         value_head.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
     has_engine = value_head.mode == "separate" and accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -221,27 +218,11 @@ def check_tokenizer_of(value_model: str, tokenizer: PreTrainedTokenizerBase) -> 
     check_same_tokenizer(value_tokenizer, tokenizer, value_model)
 
 
-def _check_adapters(model: PreTrainedModel) -> None:
-    # An adapter's own tokens before the prompt: outputs then have more columns than inputs, and TRL would read the
-    # log-probabilities of other tokens.
-    for config in getattr(model, "peft_config", {}).values():
-        if config.peft_type in _PROMPT_TYPES:
-            raise ValueError(
-                f"The policy's adapter is of type {config.peft_type.value}, whose virtual tokens move the columns of "
-                "the log-probabilities. Use LoRA, or prefix tuning, whose virtual tokens are keys and values."
-            )
-        if getattr(config, "prefix_projection", False):
-            logger.warning(
-                "The policy's adapter has `prefix_projection=True`. PEFT saves the output of the projection, not its "
-                "weights: the saved policy can be used, but no run can be resumed from a checkpoint."
-            )
-
-
-def check_policy(policy: PreTrainedModel, weighs_tokens: bool) -> None:
-    """Raise a `ValueError` for a policy whose adapters, or whose inputs, do not fit the run."""
-    _check_adapters(policy)
+def prepare_policy(policy: PreTrainedModel, args: SAPOConfig, weighs_tokens: bool) -> None:
+    """Complete TRL's preparations of a policy. Raises a `ValueError` if it does not take the run's inputs."""
     if weighs_tokens:
         _check_takes_images(policy)
+    prepare_adapters(policy, args)
 
 
 def _check_takes_images(model: PreTrainedModel) -> None:

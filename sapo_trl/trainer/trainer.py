@@ -44,13 +44,13 @@ from .checks import (
 from .model_card import complete_model_card
 from .setup import (
     check_arguments,
-    check_policy,
     check_tokenizer_of,
     default_arguments,
     make_critic,
     make_role_aware_weighting,
     make_segmenter,
     make_value_head,
+    prepare_policy,
 )
 from .step import MicroBatchLoss, StepInProgress, StepTotals, combined, loss_mask
 from .step_guard import StepGuard
@@ -161,14 +161,15 @@ class SAPOTrainer(GRPOBridge):
         self.token_weighting = token_weighting
         if token_weighting is None and args.advantage_weighting == "role_aware":
             self.token_weighting = make_role_aware_weighting(args)
-        check_policy(self.accelerator.unwrap_model(self.model), weighs_tokens=self.token_weighting is not None)
+        policy = self.accelerator.unwrap_model(self.model)
+        prepare_policy(policy, args, weighs_tokens=self.token_weighting is not None)
 
         if args.critic == "adapter":
             # On the policy as TRL has wrapped it. By now each process has random numbers of its own, but the critic is
             # one: it is drawn from the common seed, and later draws do not depend on it.
             with torch.random.fork_rng():
                 torch.manual_seed(args.seed)
-                value_head = make_value_head(self.accelerator.unwrap_model(self.model), value_model, args)
+                value_head = make_value_head(policy, value_model, args)
         self.critic: Critic | None = None
         if value_head is not None:
             if isinstance(value_model, str):
@@ -183,7 +184,7 @@ class SAPOTrainer(GRPOBridge):
             self.trees = TreeRollouts(args, seed=args.seed + self.accelerator.process_index)
         self.value_estimator = make_value_estimator(
             args,
-            critic_forward=lambda batch: self.critic_forward(self.critic.module, batch, self._rows_per_forward),
+            critic_forward=lambda batch: self.critic_forward(self.critic.at(self.mode), batch, self._rows_per_forward),
             sampler=lambda record: self._continuations(record) if self.mode == "train" else None,
         )
         self.policy_objective = PolicyObjective(args, self.router_aux_loss_coef)
@@ -349,7 +350,7 @@ class SAPOTrainer(GRPOBridge):
         )
 
     def shared_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.critic.module(hidden_states=hidden_states)
+        return self.critic.at(self.mode)(hidden_states=hidden_states)
 
     def _continuations(self, record: RolloutRecord) -> ContinuationSampler | None:
         """The sampler of continuations of this rollout's responses, if they are made of tokens alone."""
@@ -443,7 +444,7 @@ class SAPOTrainer(GRPOBridge):
             values (`torch.Tensor`, *optional*): float32 `(B, T)`, a shared critic's, from the policy's forward.
         """
         if values is None:
-            values = self.critic_forward(self.critic.module, batch)
+            values = self.critic_forward(self.critic.at(self.mode), batch)
         return self._measured(self.value_objective(values, batch, self._totals(batch)))
 
     def _totals(self, batch: RolloutBatch) -> StepTotals:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from sapo_trl import SAPOTrainer, SegmentValueHead
@@ -275,11 +275,3 @@ class TestErrors:
             sapo_trainer(family, tmp_path, critic="adapter")
         with pytest.raises(TypeError, match="must be a `PeftModel`"):
             SegmentValueHead.from_policy(family.build_model(), mode="adapter")
-
-
-@TEXT_FAMILY
-def test_prefix_tuning_has_no_layers_for_a_second_adapter(family, tmp_path):
-    """The critic's virtual tokens would reach no forward: it would learn nothing but its head, and not be loaded."""
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match='`critic="adapter"` needs .* such as LoRA, got PREFIX_TUNING.*"shared"'):
-        adapter_trainer(family, tmp_path, trainer_kwargs={"peft_config": config})

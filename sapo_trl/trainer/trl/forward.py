@@ -25,6 +25,7 @@ from ...rollouts.types import PolicyForward, RolloutBatch
 from ...segments import accumulation_dtype
 from ..image_features import ImageFeatures, ImageKey, image_keys
 from ..padding import RightAligned, equal_groups, group_rows, merge_rows, take_rows, token_positions
+from ..virtual_tokens import real_columns
 
 
 # The arguments of TRL's forward besides the model. Multimodal tensors are forwarded by name, so that a key that a new
@@ -280,8 +281,10 @@ class CompletionForward:
                     # By default a model takes the column's number, which changes with the other rows. In half
                     # precision the rotation by another angle gives other log-probabilities.
                     inputs["position_ids"] = token_positions(inputs["attention_mask"])
-            with whole_lm_head(model), _tapped(backbone, read and (lambda x: values.append(read(x, aligned, length)))):
-                outputs = model(**inputs)
+            columns = inputs["input_ids"].size(1)  # hidden states also stand at virtual tokens, in front of these
+            note = read and (lambda x: values.append(read(x[:, -columns:], aligned, length)))
+            with whole_lm_head(model), _tapped(backbone, note):
+                outputs = real_columns(model(**inputs), columns - 1)
             return outputs if aligned is None else aligned.restore_outputs(outputs)
 
         logps, entropies, aux_loss = self.trl_forward(run, **inputs)
