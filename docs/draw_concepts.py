@@ -80,7 +80,7 @@ def draw_credit(path: Path) -> None:
     middle = [position + 0.5 for position in range(len(TOKENS))]
     starts = [position for position, first in enumerate(segments.is_first[0].tolist()) if first]
     axes[0].plot(range(len(TOKENS)), VALUES, color="#999999", lw=1, ls="--", label="value before each token")
-    axes[0].plot(starts, [VALUES[start] for start in starts], "ko", label="before each segment: the ones that count")
+    axes[0].plot(starts, [VALUES[start] for start in starts], "ko", label="before each segment: these count")
     axes[0].plot([len(TOKENS)], [REWARD], "k*", ms=12, label="reward", clip_on=False)
     axes[0].set(ylabel="value", ylim=(-0.05, 0.9))
     axes[0].legend(frameon=False, fontsize=9, ncols=3, loc="upper center")

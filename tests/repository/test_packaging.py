@@ -13,6 +13,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from sapo_trl.cli import main
 from sapo_trl.run_files import run_file_names
@@ -46,6 +47,15 @@ def test_every_import_is_a_declared_dependency():
         if not {name.lower().replace("_", "-") for name in providers.get(module, [module])} & declared
     }
     assert undeclared == {}
+
+
+def test_the_pinned_versions_are_in_the_declared_ranges():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split("\n") if "==" in line)
+    pins = {distribution(name): pin for name, pin in pins.items()}
+    extras = [name for names in PROJECT["optional-dependencies"].values() for name in names]
+    pinned = [Requirement(name) for name in PROJECT["dependencies"] + extras if distribution(name) in pins]
+    assert len(pinned) > 20
+    assert [str(each) for each in pinned if pins[distribution(each.name)] not in each.specifier] == []
 
 
 def test_the_version_is_printed(capsys):
