@@ -22,11 +22,13 @@ from .settings import (
     PositiveFloat,
     PositiveInt,
     Probability,
+    Share,
     UnitInterval,
     check_setting,
     check_settings,
     help_from_docstring,
 )
+from .token_mask import TokenScope
 from .token_rewards import KLEstimator
 
 
@@ -50,14 +52,12 @@ _TRL_RANGES = {
 
 # GRPO settings that have no meaning in this package's losses, with the only value they may have there.
 _SETTINGS_OF_TRL_LOSSES = {
-    "top_entropy_quantile": 1.0,
     "off_policy_mask_threshold": None,
     "use_adaptive_entropy": False,
 }
 
 # Settings of this package's losses that have no meaning in TRL's, with the only value they may have there.
 _SETTINGS_OF_SEGMENT_LOSSES = {
-    "confident_token_threshold": None,
     "positive_lm_coef": 0.0,
     "ratio_reduction": "mean",
     "loss_aggregation": "token-mean",
@@ -263,6 +263,12 @@ class SAPOConfig(GRPOConfig):
         confident_token_threshold (`float`, *optional*):
             Leave tokens with at least this probability out of the policy loss (SPO); `None` for no mask. It is the
             probability under the old policy. The tokens are also left out of the loss's KL term and of whitening.
+            A token must pass this mask, `entropy_token_share` and `visual_token_share` to be learned from.
+        entropy_token_share (`float`, *optional*):
+            Learn from the tokens with the highest entropy under the old policy alone: this share of them, rounded up.
+            `None` for no mask. Values, returns and segments stay the same.
+        entropy_token_scope (`str`, *optional*, defaults to `"response"`):
+            Tokens that `entropy_token_share` is a share of: each response's, or the rollout's (`"batch"`).
         positive_lm_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the negative log-likelihood of correct responses (VAPO).
         positive_lm_threshold (`float`, *optional*, defaults to `0.5`):
@@ -385,6 +391,8 @@ class SAPOConfig(GRPOConfig):
     importance_sampling_level: Literal["segment", "token", "sequence"] = "segment"
     ratio_reduction: RatioReduction = "mean"
     confident_token_threshold: Probability | None = None
+    entropy_token_share: Share | None = None
+    entropy_token_scope: TokenScope = "response"
     positive_lm_coef: NonNegativeFloat = 0.0
     positive_lm_threshold: float = 0.5
     loss_aggregation: Aggregation = "token-mean"
@@ -414,6 +422,11 @@ class SAPOConfig(GRPOConfig):
         for name in overrides.keys() - known:
             raise ValueError(f"`{name}` is no setting of `{cls.__name__}`.{nearest_name(name, known)}")
         return cls(output_dir=output_dir, **{**settings, **overrides})
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether the policy learns from a part of its tokens."""
+        return self.confident_token_threshold is not None or self.entropy_token_share is not None
 
     @property
     def learns_critic(self) -> bool:
@@ -489,9 +502,21 @@ def _check_combinations(args: SAPOConfig) -> None:
                 '`kl_placement="loss"` and `kl_estimator="k3"`, or `beta=0`; got '
                 f"kl_placement={args.kl_placement!r}, kl_estimator={args.kl_estimator!r}, beta={args.beta}."
             )
+        if args.masks_tokens and args.importance_sampling_level == "sequence":
+            raise ValueError(
+                f"`loss_type={args.loss_type!r}` is TRL's, which would take a response's ratio over the tokens that "
+                'the policy learns from alone: `importance_sampling_level` must be "token", or '
+                '`loss_type="segment_clip"`, got "sequence".'
+            )
         _check_unused(args, _SETTINGS_OF_SEGMENT_LOSSES)
     else:
         _check_unused(args, _SETTINGS_OF_TRL_LOSSES)
+        if args.top_entropy_quantile != 1.0:
+            raise ValueError(
+                f"`top_entropy_quantile` is read by TRL's losses alone, and `loss_type={args.loss_type!r}` is none of "
+                f"them: it must stay 1.0, got {args.top_entropy_quantile}. Set "
+                f'`entropy_token_share={args.top_entropy_quantile}` and `entropy_token_scope="batch"` instead.'
+            )
     if args.enable_jit_checkpoint:
         raise ValueError(
             "`enable_jit_checkpoint=True` may save between the critic's update and the policy's: it must be False. "

@@ -50,6 +50,8 @@ AXES: dict[str, tuple[str, ...]] = {
         "delta",
         "loss_aggregation",
         "confident_token_threshold",
+        "entropy_token_share",
+        "entropy_token_scope",
         "positive_lm_coef",
     ),
     "KL": ("beta", "kl_placement", "kl_estimator", "kl_aggregation", "use_bias_correction_kl"),
@@ -124,6 +126,15 @@ _GRPO = {
     "kl_estimator": "k3",
     "use_bias_correction_kl": False,
     "beta": 0.01,
+}
+
+# DAPO's loss: a higher upper clip, a mean over tokens, no KL. Its sampling of further prompts is not part of it.
+_DAPO = {
+    **_GROUP,
+    "advantage_estimator": "group",
+    "importance_sampling_level": "token",
+    "epsilon_high": 0.28,
+    "beta": 0.0,
 }
 
 # Shared by VinePPO and SPO: one-step differences of sampled values, PPO's token ratio, a small KL loss.
@@ -249,6 +260,11 @@ PRESETS = MappingProxyType(
             "GRPO with one ratio per response",
             "arXiv 2507.18071",
             _derived(_GRPO, importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0),
+        ),
+        "entropy_mask": Preset(
+            "DAPO's loss on the fifth of the tokens with the highest entropy",
+            "arXiv 2506.01939",
+            _derived(_DAPO, entropy_token_share=0.2, entropy_token_scope="batch"),
         ),
         "rloo": Preset(
             "Leave-one-out baseline, one ratio per response (the product of its tokens')",

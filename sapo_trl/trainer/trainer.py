@@ -237,7 +237,7 @@ class SAPOTrainer(GRPOBridge):
         self._check_sampler_once(forward, batch, mask)
         correction, sampler_metrics = stages.sampler_correction(forward, batch, mask, args)
         segments = self.segment(forward, batch, mask)
-        policy_mask = stages.learned_tokens(forward, segments, args.confident_token_threshold)
+        policy_mask, mask_metrics = stages.learned_tokens(forward, segments, args, self.processes)
         started = time.perf_counter()
         estimate = self.estimate_values(forward, batch, segments, policy_mask, record)
         values, value_metrics = checked_estimate(estimate)
@@ -269,13 +269,14 @@ class SAPOTrainer(GRPOBridge):
             images=stages.images_of(record.inputs),
         )
         metrics = record.metrics | stages.measured(rollout, policy_mask, args, self.processes)
-        metrics |= sampler_metrics | value_metrics | reward_metrics | changes | weight_metrics
+        metrics |= sampler_metrics | mask_metrics | value_metrics | reward_metrics | changes | weight_metrics
         self._log_rollout(rollout, metrics, seconds)
         if record.given is not None:
             # TRL's is the mean over the edges that were drawn. All edges matter.
             self.pending_log.replace("reward", stages.mean_root_value(record.given, self.processes), self.mode)
 
         columns = stages.training_columns(rollout, policy_mask)
+        columns |= stages.mask_of_trl_losses(policy_mask, args, self.processes)
         if args.loss_type not in TRL_LOSS_TYPES or record.given is not None or "old_per_token_logps" in batch:
             # Without them TRL's losses take the ratio as exactly 1, which it is when it needs none.
             columns["old_per_token_logps"] = forward.logps

@@ -15,6 +15,7 @@ MATHEMATICS = {
     "token_rewards",
     "losses",
     "role_aware",
+    "token_mask",
     "metrics",
     "sampler_correction",
 }

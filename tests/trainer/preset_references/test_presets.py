@@ -15,6 +15,7 @@ import torch
 
 from sapo_trl.presets import PRESETS
 from sapo_trl.rollouts import TokenizedPrompts
+from tests.trainer.preset_references.by_token import TOKEN_REFERENCES
 from tests.trainer.preset_references.comparison import EXACT, Comparison, compare_losses, compare_rollout
 from tests.trainer.preset_references.definitions import REFERENCES as DEFINITIONS
 from tests.trainer.preset_references.definitions import k3, mean
@@ -39,7 +40,7 @@ from tests.trainer.preset_references.responses import (
 from tests.trainer.preset_references.single_rollout import SINGLE_ROLLOUT_REFERENCES
 
 
-REFERENCES = {**DEFINITIONS, **SINGLE_ROLLOUT_REFERENCES}
+REFERENCES = {**DEFINITIONS, **SINGLE_ROLLOUT_REFERENCES, **TOKEN_REFERENCES}
 
 
 def test_every_preset_is_compared():
