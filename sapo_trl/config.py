@@ -10,6 +10,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from .advantages import LengthRule
+from .image_corruption import ImageCorruption
 from .losses import Aggregation, RatioReduction
 from .names import nearest_name
 from .presets import AXES, preset_settings
@@ -224,12 +225,16 @@ class SAPOConfig(GRPOConfig):
             Regular expression whose first group (or whole match) is the perception span.
         role_reasoning_pattern (`str`, *optional*, defaults to `r"<think>(.*?)</think>"`):
             Regular expression whose first group (or whole match) is the reasoning span.
-        role_mask_ratio (`float`, *optional*, defaults to `0.6`):
-            Share of image patches that are hidden to measure how far a token depends on the image.
         role_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the role-aware weights. The larger it is, the closer the weights are to one.
         role_clip (`float`, *optional*, defaults to `1.0`):
             Bound on the absolute logarithm of a role-aware weight. It acts before the weights are scaled to mean one.
+        image_corruption (`str`, *optional*, defaults to `"tokens"`):
+            Images to compare with, to measure the dependence of tokens on images. `"tokens"`: a share of the visual
+            tokens is black; `"blur"`: a Gaussian blur as wide as a patch; `"other_image"`: another image of this
+            process's rollout; `"none"`: the images themselves, so that no token depends on them.
+        image_corruption_share (`float`, *optional*, defaults to `0.5`):
+            Share of the visual tokens that `image_corruption="tokens"` hides. Others are hidden in each rollout.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
             Shift and scale the advantages of all tokens of a rollout to mean 0 and variance 1. Where all rewards of
             a rollout are equal, there is nothing to scale but the position and the critic's errors: the advantages
@@ -269,6 +274,10 @@ class SAPOConfig(GRPOConfig):
             `None` for no mask. Values, returns and segments stay the same.
         entropy_token_scope (`str`, *optional*, defaults to `"response"`):
             Tokens that `entropy_token_share` is a share of: each response's, or the rollout's (`"batch"`).
+        visual_token_share (`float`, *optional*):
+            Learn from the tokens of each response that depend most on its images alone: this share of them, rounded
+            up (VPPO). `None` for no mask. It costs one more forward per rollout, see `image_corruption`. A response
+            of which no token depends on an image keeps all its tokens.
         positive_lm_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the negative log-likelihood of correct responses (VAPO).
         positive_lm_threshold (`float`, *optional*, defaults to `0.5`):
@@ -378,9 +387,10 @@ class SAPOConfig(GRPOConfig):
     advantage_weighting: Literal["none", "role_aware"] = "none"
     role_perception_pattern: str = PERCEPTION_PATTERN
     role_reasoning_pattern: str = REASONING_PATTERN
-    role_mask_ratio: UnitInterval = 0.6
     role_temperature: PositiveFloat = 1.0
     role_clip: PositiveFloat = 1.0
+    image_corruption: ImageCorruption = "tokens"
+    image_corruption_share: UnitInterval = 0.5
     whiten_advantages: bool = True
     advantage_clamp: PositiveFloat | None = 5.0
     kl_placement: Literal["reward", "loss"] = "reward"
@@ -393,6 +403,7 @@ class SAPOConfig(GRPOConfig):
     confident_token_threshold: Probability | None = None
     entropy_token_share: Share | None = None
     entropy_token_scope: TokenScope = "response"
+    visual_token_share: Share | None = None
     positive_lm_coef: NonNegativeFloat = 0.0
     positive_lm_threshold: float = 0.5
     loss_aggregation: Aggregation = "token-mean"
@@ -426,7 +437,13 @@ class SAPOConfig(GRPOConfig):
     @property
     def masks_tokens(self) -> bool:
         """Whether the policy learns from a part of its tokens."""
-        return self.confident_token_threshold is not None or self.entropy_token_share is not None
+        masks = (self.confident_token_threshold, self.entropy_token_share, self.visual_token_share)
+        return any(mask is not None for mask in masks)
+
+    @property
+    def reads_visual_dependency(self) -> bool:
+        """Whether each rollout is scored once more with corrupted images, for every token's dependence on them."""
+        return self.visual_token_share is not None
 
     @property
     def learns_critic(self) -> bool:

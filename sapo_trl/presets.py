@@ -41,6 +41,8 @@ AXES: dict[str, tuple[str, ...]] = {
         "advantage_clamp",
         "scale_rewards",
         "advantage_weighting",
+        "image_corruption",
+        "image_corruption_share",
     ),
     "Ratio": ("importance_sampling_level", "ratio_reduction"),
     "Clip and loss": (
@@ -52,6 +54,7 @@ AXES: dict[str, tuple[str, ...]] = {
         "confident_token_threshold",
         "entropy_token_share",
         "entropy_token_scope",
+        "visual_token_share",
         "positive_lm_coef",
     ),
     "KL": ("beta", "kl_placement", "kl_estimator", "kl_aggregation", "use_bias_correction_kl"),
@@ -321,7 +324,7 @@ PRESETS = MappingProxyType(
         "srpo": Preset(
             "GRPO with role-aware weights on perception and reasoning tokens",
             "arXiv 2605.07274 (abstract; formulas ours)",
-            _derived(_GRPO, advantage_weighting="role_aware"),
+            _derived(_GRPO, advantage_weighting="role_aware", image_corruption_share=0.6),
         ),
     }
 )

@@ -158,6 +158,10 @@ class SegmentedRollout:
         completion_mask (`torch.Tensor`, *optional*):
             int64 `(B, T)`, 1 on every token. It includes tools' answers, which are in no segment.
         images (`list[list]`, *optional*): the images of each response's prompt.
+        policy_mask (`torch.Tensor`, *optional*): bool `(B, T)`, the tokens that the policy learns from.
+        visual_dependency (`torch.Tensor`, *optional*):
+            float32 `(B, T)`, each token's dependence on the images, see [`~sapo_trl.visual_dependency`]; `None` if no
+            setting asks for it.
     """
 
     segments: Segments
@@ -176,3 +180,5 @@ class SegmentedRollout:
     continuations: ContinuationSampler | None = None
     completion_mask: torch.Tensor | None = None
     images: list[list[Any]] | None = None
+    policy_mask: torch.Tensor | None = None
+    visual_dependency: torch.Tensor | None = None

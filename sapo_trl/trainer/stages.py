@@ -94,7 +94,11 @@ def sampler_difference(
 
 
 def learned_tokens(
-    forward: PolicyForward, segments: Segments, args: SAPOConfig, processes: Processes
+    forward: PolicyForward,
+    dependency: torch.Tensor | None,
+    segments: Segments,
+    args: SAPOConfig,
+    processes: Processes,
 ) -> tuple[torch.Tensor, Measurements]:
     """bool `(B, T)`: the tokens that the policy learns from, which pass every mask of the settings."""
     chosen = mask = segments.mask
@@ -106,6 +110,10 @@ def learned_tokens(
         entropies, everyone = processes.gather_padded(forward.entropies), processes.gather_padded(mask.int()).bool()
         uncertain = largest_share(entropies.view(1, -1), everyone.view(1, -1), args.entropy_token_share)
         chosen = chosen & processes.own_rows(uncertain.view_as(everyone), len(mask))[:, : mask.size(1)]
+    if args.visual_token_share is not None:
+        # Equal numbers tell no tokens apart: a response that depends on no image, or has none, keeps its tokens.
+        depends = (dependency > 0).any(dim=1, keepdim=True)
+        chosen = chosen & (largest_share(dependency, mask, args.visual_token_share) | ~depends)
     return chosen, {"policy_mask/share": (chosen.sum(), mask.sum())} if args.masks_tokens else {}
 
 

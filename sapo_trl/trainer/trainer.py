@@ -30,6 +30,7 @@ from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutR
 from ..segmentation import Segmenter, accepted_inputs
 from ..segments import Segments
 from . import stages
+from .adapters import prepare_adapters
 from .checkpoint_parts import CallbackStates, CriticPart, ReplayPart, SkippedSteps, WarmupPart
 from .checks import (
     check_finite_weights,
@@ -48,11 +49,11 @@ from .setup import (
     check_tokenizer_of,
     default_arguments,
     make_critic,
-    make_role_aware_weighting,
     make_segmenter,
+    make_token_weighting,
     make_value_head,
-    prepare_policy,
 )
+from .sight import CorruptedForward, CorruptedImages, dependency_of, patch_layout, token_weights
 from .step import MicroBatchLoss, StepInProgress, StepTotals, combined, loss_mask
 from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
@@ -159,11 +160,12 @@ class SAPOTrainer(GRPOBridge):
         self.segmenter: Segmenter = segmenter if segmenter is not None else make_segmenter(args)
         self._segmenter_is_configured = segmenter is None
         self._segmenter_inputs = accepted_inputs(self.segmenter)
-        self.token_weighting = token_weighting
-        if token_weighting is None and args.advantage_weighting == "role_aware":
-            self.token_weighting = make_role_aware_weighting(args)
+        self.token_weighting = token_weighting or make_token_weighting(args)
         policy = self.accelerator.unwrap_model(self.model)
-        prepare_policy(policy, args, weighs_tokens=self.token_weighting is not None)
+        prepare_adapters(policy, args)
+        self.corrupted_images: CorruptedImages | None = None
+        if args.reads_visual_dependency or self.token_weighting is not None:
+            self.corrupted_images = CorruptedImages(patch_layout(policy, self.processing_class), args)
 
         if args.critic == "adapter":
             # On the policy as TRL has wrapped it. By now each process has random numbers of its own, but the critic is
@@ -231,13 +233,16 @@ class SAPOTrainer(GRPOBridge):
         starts = self.critic is not None and self.mode == "train" and self.critic.start_at(record.rewards)
         if forward is None or (starts and forward.values is not None):  # values from before the critic's start
             forward = self.policy_forward(self.model, batch, self._rows_per_forward)
+        seed = args.seed + self.state.global_step
+        look = CorruptedForward(self.corrupted_images, batch, self._logps, seed, self.tokenizer)
         if record.given is not None:
             mask, forward = stages.last_edges(forward, mask, record.given)
         seconds["score"] += time.perf_counter() - started
         self._check_sampler_once(forward, batch, mask)
         correction, sampler_metrics = stages.sampler_correction(forward, batch, mask, args)
         segments = self.segment(forward, batch, mask)
-        policy_mask, mask_metrics = stages.learned_tokens(forward, segments, args, self.processes)
+        dependency, dependency_metrics = dependency_of(forward, look, segments.mask, args)
+        policy_mask, mask_metrics = stages.learned_tokens(forward, dependency, segments, args, self.processes)
         started = time.perf_counter()
         estimate = self.estimate_values(forward, batch, segments, policy_mask, record)
         values, value_metrics = checked_estimate(estimate)
@@ -245,7 +250,7 @@ class SAPOTrainer(GRPOBridge):
         token_rewards, reward_metrics = stages.rewards_of_tokens(rewards, forward, batch, mask, args)
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
         advantages, changes = stages.normalized(advantages, policy_mask, record.rewards, args, self.processes)
-        weights, weight_metrics = self._token_weights(forward, batch, mask)
+        weights, weight_metrics = token_weights(self.token_weighting, forward, look, mask, self.processes)
         advantages = advantages if weights is None else advantages * weights
         if args.loss_type in TRL_LOSS_TYPES and not args.use_vllm and correction is not None:
             # TRL's losses correct for its own samplers alone. A positive factor may as well go into the advantage.
@@ -267,10 +272,20 @@ class SAPOTrainer(GRPOBridge):
             continuations=self._continuations(record),
             completion_mask=batch["completion_mask"],
             images=stages.images_of(record.inputs),
+            policy_mask=policy_mask,
+            visual_dependency=dependency,
         )
         metrics = record.metrics | stages.measured(rollout, policy_mask, args, self.processes)
-        metrics |= sampler_metrics | mask_metrics | value_metrics | reward_metrics | changes | weight_metrics
-        self._log_rollout(rollout, metrics, seconds)
+        metrics |= (
+            sampler_metrics
+            | dependency_metrics
+            | mask_metrics
+            | value_metrics
+            | reward_metrics
+            | changes
+            | weight_metrics
+        )
+        self._log_rollout(rollout, metrics, seconds | look.seconds)
         if record.given is not None:
             # TRL's is the mean over the edges that were drawn. All edges matter.
             self.pending_log.replace("reward", stages.mean_root_value(record.given, self.processes), self.mode)
@@ -282,6 +297,9 @@ class SAPOTrainer(GRPOBridge):
             columns["old_per_token_logps"] = forward.logps
         batch.pop("importance_sampling_ratio", None)
         return {**batch, **columns, **({} if correction is None else {"importance_sampling_ratio": correction})}
+
+    def _logps(self, batch: RolloutBatch) -> torch.Tensor:
+        return self.policy_forward(self.model, batch, self._rows_per_forward).logps
 
     def segment(self, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor) -> Segments:
         """
@@ -358,25 +376,6 @@ class SAPOTrainer(GRPOBridge):
         self._compared_with_sampler = True
         difference = stages.sampler_difference(forward, batch["sampling_per_token_logps"], mask, self.processes)
         check_sampler(difference, self.args.max_sampler_logp_difference)
-
-    def _token_weights(
-        self, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor
-    ) -> tuple[torch.Tensor | None, Measurements]:
-        """float32 `(B, T)`: the factor of each token's advantage; `None` without any."""
-        if self.token_weighting is None:
-            return None, {}
-        # Other patches are hidden in every rollout.
-        weighting = replace(self.token_weighting, seed=self.token_weighting.seed + self.state.global_step)
-        return weighting(
-            batch=batch,
-            completion_ids=batch["completion_ids"],
-            mask=mask,
-            logps=forward.logps,
-            tokenizer=self.tokenizer,
-            forward=lambda changed: self.policy_forward(self.model, changed, self._rows_per_forward).logps,
-            pad_id=self.tokenizer.pad_token_id,
-            reduce=self.processes.sum,
-        )
 
     def _log_rollout(self, rollout: SegmentedRollout, metrics: Measurements, seconds: dict[str, float]) -> None:
         """Show a rollout to the callbacks, and write the measurements to the log."""

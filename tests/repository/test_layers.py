@@ -16,6 +16,8 @@ MATHEMATICS = {
     "losses",
     "role_aware",
     "token_mask",
+    "visual_dependency",
+    "image_corruption",
     "metrics",
     "sampler_correction",
 }
