@@ -60,6 +60,8 @@ _SETTINGS_OF_TRL_LOSSES = {
 # Settings of this package's losses that have no meaning in TRL's, with the only value they may have there.
 _SETTINGS_OF_SEGMENT_LOSSES = {
     "positive_lm_coef": 0.0,
+    "entropy_penalty_coef": 0.0,
+    "perception_kl_coef": 0.0,
     "ratio_reduction": "mean",
     "loss_aggregation": "token-mean",
     "kl_aggregation": None,
@@ -229,6 +231,12 @@ class SAPOConfig(GRPOConfig):
             Temperature of the role-aware weights. The larger it is, the closer the weights are to one.
         role_clip (`float`, *optional*, defaults to `1.0`):
             Bound on the absolute logarithm of a role-aware weight. It acts before the weights are scaled to mean one.
+        response_weighting (`str`, *optional*, defaults to `"none"`):
+            Weights of whole responses. `"visual_dependency"`: a response's advantages are multiplied by a weight that
+            rises linearly with the mean dependence of its tokens on its images (VPPO). It goes from
+            `smallest_response_weight` up, with a mean of 1 over the responses of an optimizer step.
+        smallest_response_weight (`float`, *optional*, defaults to `0.9`):
+            Weight of the response of an optimizer step that depends least on its images.
         image_corruption (`str`, *optional*, defaults to `"tokens"`):
             Images to compare with, to measure the dependence of tokens on images. `"tokens"`: a share of the visual
             tokens is black; `"blur"`: a Gaussian blur as wide as a patch; `"other_image"`: another image of this
@@ -278,6 +286,17 @@ class SAPOConfig(GRPOConfig):
             Learn from the tokens of each response that depend most on its images alone: this share of them, rounded
             up (VPPO). `None` for no mask. It costs one more forward per rollout, see `image_corruption`. A response
             of which no token depends on an image keeps all its tokens.
+        entropy_penalty_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of a penalty on the entropy: minus the mean log-probability of all sampled tokens, also of tokens
+            that a mask leaves out of the policy loss (VPPO, PAPO). `entropy_coef` is a bonus, on exact entropies.
+        perception_kl_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of PAPO's perception loss. It raises the divergence between the policy with the images and with
+            corrupted images, up to 10 per token.
+        perception_kl_gradient (`bool`, *optional*, defaults to `False`):
+            Whether the perception loss also has a gradient through the log-probabilities with corrupted images. This
+            costs one more forward and backward per micro-batch. Otherwise they are the old policy's, computed once.
+        corrupted_entropy_penalty_coef (`float`, *optional*, defaults to `0.0`):
+            `entropy_penalty_coef` for the policy with corrupted images. It needs `perception_kl_gradient=True`.
         positive_lm_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the negative log-likelihood of correct responses (VAPO).
         positive_lm_threshold (`float`, *optional*, defaults to `0.5`):
@@ -389,6 +408,8 @@ class SAPOConfig(GRPOConfig):
     role_reasoning_pattern: str = REASONING_PATTERN
     role_temperature: PositiveFloat = 1.0
     role_clip: PositiveFloat = 1.0
+    response_weighting: Literal["none", "visual_dependency"] = "none"
+    smallest_response_weight: UnitInterval = 0.9
     image_corruption: ImageCorruption = "tokens"
     image_corruption_share: UnitInterval = 0.5
     whiten_advantages: bool = True
@@ -404,6 +425,10 @@ class SAPOConfig(GRPOConfig):
     entropy_token_share: Share | None = None
     entropy_token_scope: TokenScope = "response"
     visual_token_share: Share | None = None
+    entropy_penalty_coef: NonNegativeFloat = 0.0
+    perception_kl_coef: NonNegativeFloat = 0.0
+    perception_kl_gradient: bool = False
+    corrupted_entropy_penalty_coef: NonNegativeFloat = 0.0
     positive_lm_coef: NonNegativeFloat = 0.0
     positive_lm_threshold: float = 0.5
     loss_aggregation: Aggregation = "token-mean"
@@ -442,8 +467,14 @@ class SAPOConfig(GRPOConfig):
 
     @property
     def reads_visual_dependency(self) -> bool:
-        """Whether each rollout is scored once more with corrupted images, for every token's dependence on them."""
-        return self.visual_token_share is not None
+        """Whether every token's dependence on its images is measured."""
+        return self.visual_token_share is not None or self.response_weighting == "visual_dependency"
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether the policy also sees corrupted images."""
+        weighs_tokens = self.advantage_weighting == "role_aware"
+        return self.reads_visual_dependency or weighs_tokens or self.perception_kl_coef != 0.0
 
     @property
     def learns_critic(self) -> bool:
@@ -609,6 +640,7 @@ def _check_combinations(args: SAPOConfig) -> None:
             '`length_adaptive_lam_rule="root"` takes a root of `length_adaptive_lam`, which must lie in (0, 1], got '
             f"{args.length_adaptive_lam}."
         )
+    _check_perception(args)
     _check_critic(args)
     if not args.learns_critic and args.critic_warmup_steps > 0:
         raise ValueError(
@@ -631,6 +663,25 @@ def _check_combinations(args: SAPOConfig) -> None:
     if args.kl_placement == "loss" and args.kl_estimator == "k1" and args.beta != 0.0:
         raise ValueError(
             '`kl_estimator="k1"` has zero expected gradient in the loss: use "k2" or "k3", or `kl_placement="reward"`.'
+        )
+
+
+def _check_perception(args: SAPOConfig) -> None:
+    """Raise a `ValueError` for settings of the perception loss that would have no effect or cannot be had."""
+    if args.perception_kl_gradient and args.perception_kl_coef == 0.0:
+        raise ValueError(
+            "`perception_kl_gradient=True` is about the perception loss, but `perception_kl_coef` is 0.0: it must be "
+            "False."
+        )
+    if args.corrupted_entropy_penalty_coef != 0.0 and not args.perception_kl_gradient:
+        raise ValueError(
+            f"`corrupted_entropy_penalty_coef={args.corrupted_entropy_penalty_coef}` would have no gradient: it must "
+            "be 0.0, or `perception_kl_gradient=True`."
+        )
+    if args.perception_kl_gradient and args.image_corruption == "other_image":
+        raise ValueError(
+            '`image_corruption="other_image"` needs a whole rollout, and `perception_kl_gradient=True` corrupts the '
+            'images of each micro-batch again: it must be "tokens" or "blur", got "other_image".'
         )
 
 

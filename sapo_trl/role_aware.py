@@ -7,7 +7,8 @@ dependence of its log-probability on the image. The weight of a reasoning token 
 log-probability on the preceding description. The weights are positive and average one, so they redistribute a
 response's advantage over its tokens and never change its sign.
 
-Only the abstract of the paper is public. It names the two roles, the two contrasts under one policy, the shared
+Only the abstract and the introduction of the paper are public; no code was found, and its formulas could not be read.
+The abstract names the two roles, the two contrasts under one policy, the shared
 baseline and the positive weights; every formula and default in this module is proposed here.
 """
 

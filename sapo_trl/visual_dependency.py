@@ -66,6 +66,10 @@ class ResponseScale(NamedTuple):
         n = torch.where(known, (dependencies - low) / (high - low), 0)
         return cls(low, high, (1 - smallest) * known.to(n.dtype).sum() / n.sum())
 
+    def largest(self, smallest: float) -> torch.Tensor:
+        """0-dimensional, the largest weight."""
+        return self.weights(self.high.unsqueeze(0), smallest)[0]
+
     def weights(self, dependencies: torch.Tensor, smallest: float) -> torch.Tensor:
         """`(B,)`: the responses' weights. They are 1 without tokens, or if dependencies differ by less than 1e-6."""
         weights = smallest + self.slope * (dependencies - self.low) / (self.high - self.low)

@@ -53,6 +53,10 @@ class RolloutBatch(TypedDict, total=False):
     segment_ids: torch.Tensor  # int64 (B, T), -1 outside the segments
     segment_counts: list[int]  # B, segments of each row
     policy_mask: torch.Tensor  # bool (B, T), the tokens that the policy learns from
+    response_dependency: torch.Tensor  # float32 (B,), mean dependence of tokens on images, NaN without tokens
+    corrupted_per_token_logps: torch.Tensor  # float32 (B, T), under the old policy with corrupted images
+    corruption_seeds: list[int]  # B, seed of the corruption of each row's images
+    has_image: torch.Tensor  # bool (B,)
     rollout_rows: torch.Tensor  # int64 (B,), place of each row in the rollout
 
     # From the bridge: known once for a rollout, so that no micro-batch asks the device for them.
@@ -72,12 +76,14 @@ class PolicyForward:
         entropies (`torch.Tensor`): the same, entropies of these distributions.
         values (`torch.Tensor`, *optional*): the same, with a shared critic.
         aux_loss (`torch.Tensor`, *optional*): 0-dimensional, the load-balancing loss of a mixture of experts.
+        corrupted_logps (`torch.Tensor`, *optional*): the same as `logps`, with corrupted images.
     """
 
     logps: torch.Tensor
     entropies: torch.Tensor
     values: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    corrupted_logps: torch.Tensor | None = None
 
 
 @dataclass

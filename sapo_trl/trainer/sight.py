@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..image_corruption import PatchLayout, blur, hide_tokens, other_images, pat
 from ..metrics import Measurements
 from ..role_aware import RoleAwareWeighting
 from ..rollouts.types import PolicyForward, RolloutBatch
-from ..visual_dependency import visual_dependency
+from ..visual_dependency import mean_dependency, visual_dependency
 from .image_features import image_keys
 
 
@@ -81,6 +81,19 @@ class CorruptedImages:
         # The keys of features that are kept belong to the original images.
         return {**{name: value for name, value in batch.items() if name != "image_keys"}, "pixel_values": pixels}
 
+    def again(self, batch: RolloutBatch) -> RolloutBatch:
+        """A micro-batch with the images as they were corrupted in its rollout."""
+        return self(batch, batch["corruption_seeds"][0])
+
+
+def corrupted_images(
+    policy: PreTrainedModel, processing_class: Any, args: SAPOConfig, weighting: RoleAwareWeighting | None
+) -> CorruptedImages | None:
+    """The corruption that a configuration asks for; `None` if nothing compares images. See [`patch_layout`]."""
+    if not args.compares_images and weighting is None:
+        return None
+    return CorruptedImages(patch_layout(policy, processing_class), args)
+
 
 class CorruptedForward:
     """
@@ -134,6 +147,39 @@ def dependency_of(
     # Also without a single image here: the forward of other processes may wait for this one.
     dependency = torch.where(has_image & mask, visual_dependency(forward.logps, look()), 0)
     return dependency, {"visual_dependency/mean": (dependency.sum(), mask.sum())}
+
+
+def looking_again(
+    run: Callable[[RolloutBatch], PolicyForward], corrupt: CorruptedImages | None, batch: RolloutBatch
+) -> PolicyForward:
+    """
+    The forward of a micro-batch, and its log-probabilities with corrupted images if its losses need their gradient.
+
+    Args:
+        run (`Callable`): runs the policy.
+        corrupt ([`CorruptedImages`], *optional*): corrupts the images.
+        batch (`RolloutBatch`): the micro-batch.
+    """
+    forward = run(batch)
+    if "corruption_seeds" not in batch:
+        return forward
+    return replace(forward, corrupted_logps=run(corrupt.again(batch)).logps)
+
+
+def columns_of_images(
+    dependency: torch.Tensor | None, look: CorruptedForward, mask: torch.Tensor, args: SAPOConfig
+) -> RolloutBatch:
+    """The columns by which the losses compare with corrupted images, of a rollout."""
+    columns: RolloutBatch = {}
+    if args.response_weighting == "visual_dependency":
+        columns["response_dependency"] = mean_dependency(dependency, mask)
+    if args.perception_kl_coef != 0.0:
+        columns["has_image"] = (patches_per_row(look.batch, len(mask)) > 0).to(mask.device)
+        if args.perception_kl_gradient:
+            columns["corruption_seeds"] = [look.seed] * len(mask)
+        else:
+            columns["corrupted_per_token_logps"] = look()
+    return columns
 
 
 def token_weights(

@@ -117,14 +117,6 @@ def learned_tokens(
     return chosen, {"policy_mask/share": (chosen.sum(), mask.sum())} if args.masks_tokens else {}
 
 
-def mask_of_trl_losses(policy_mask: torch.Tensor, args: SAPOConfig, processes: Processes) -> RolloutBatch:
-    """The columns by which TRL's losses leave tokens out; none where the policy learns from all of its tokens."""
-    if not args.masks_tokens or args.loss_type not in TRL_LOSS_TYPES:
-        return {}
-    # TRL multiplies its mask by this one, and divides by a number of tokens that it has counted before.
-    return {"tool_mask": policy_mask.long(), "num_items_in_batch": processes.sum(policy_mask.sum())}
-
-
 def rewards_of_tokens(
     rewards: torch.Tensor, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor, args: SAPOConfig
 ) -> tuple[torch.Tensor, Measurements]:
@@ -211,9 +203,14 @@ def measured(
     return metrics
 
 
-def training_columns(rollout: SegmentedRollout, policy_mask: torch.Tensor) -> RolloutBatch:
+def training_columns(rollout: SegmentedRollout, args: SAPOConfig, processes: Processes) -> RolloutBatch:
     """The columns that the losses read besides TRL's, of a rollout."""
+    policy_mask, columns = rollout.policy_mask, {}
+    if args.masks_tokens and args.loss_type in TRL_LOSS_TYPES:
+        # TRL multiplies its mask by this one, and divides by a number of tokens that it has counted before.
+        columns = {"tool_mask": policy_mask.long(), "num_items_in_batch": processes.sum(policy_mask.sum())}
     return {
+        **columns,
         "advantages": rollout.advantages,
         "returns": rollout.returns,
         "old_values": rollout.values,

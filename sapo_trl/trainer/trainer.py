@@ -53,8 +53,8 @@ from .setup import (
     make_token_weighting,
     make_value_head,
 )
-from .sight import CorruptedForward, CorruptedImages, dependency_of, patch_layout, token_weights
-from .step import MicroBatchLoss, StepInProgress, StepTotals, combined, loss_mask
+from .sight import CorruptedForward, columns_of_images, corrupted_images, dependency_of, looking_again, token_weights
+from .step import MicroBatchLoss, StepInProgress, StepTotals, combined, loss_mask, weighted_responses
 from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
 from .trl.bridge import GRPOBridge
@@ -163,9 +163,7 @@ class SAPOTrainer(GRPOBridge):
         self.token_weighting = token_weighting or make_token_weighting(args)
         policy = self.accelerator.unwrap_model(self.model)
         prepare_adapters(policy, args)
-        self.corrupted_images: CorruptedImages | None = None
-        if args.reads_visual_dependency or self.token_weighting is not None:
-            self.corrupted_images = CorruptedImages(patch_layout(policy, self.processing_class), args)
+        self.corrupted_images = corrupted_images(policy, self.processing_class, args, self.token_weighting)
 
         if args.critic == "adapter":
             # On the policy as TRL has wrapped it. By now each process has random numbers of its own, but the critic is
@@ -290,8 +288,8 @@ class SAPOTrainer(GRPOBridge):
             # TRL's is the mean over the edges that were drawn. All edges matter.
             self.pending_log.replace("reward", stages.mean_root_value(record.given, self.processes), self.mode)
 
-        columns = stages.training_columns(rollout, policy_mask)
-        columns |= stages.mask_of_trl_losses(policy_mask, args, self.processes)
+        columns = stages.training_columns(rollout, args, self.processes)
+        columns |= columns_of_images(dependency, look, segments.mask, args)
         if args.loss_type not in TRL_LOSS_TYPES or record.given is not None or "old_per_token_logps" in batch:
             # Without them TRL's losses take the ratio as exactly 1, which it is when it needs none.
             columns["old_per_token_logps"] = forward.logps
@@ -413,10 +411,11 @@ class SAPOTrainer(GRPOBridge):
             # A leaf: its gradient reaches no parameter, so the optimizer has nothing to apply.
             loss = torch.zeros((), device=self.accelerator.device, requires_grad=True)
         elif self.args.loss_type in TRL_LOSS_TYPES:
-            loss, values = self.trl_loss(model, batch)
+            loss, values = self.trl_loss(model, weighted_responses(batch, totals, self.args))
         else:
-            forward = self.policy_forward(model, batch)
-            loss, values = self._measured(self.policy_objective(forward, batch, totals)), forward.values
+            forward = looking_again(lambda rows: self.policy_forward(model, rows), self.corrupted_images, batch)
+            output = self.policy_objective(forward, weighted_responses(batch, totals, self.args), totals)
+            loss, values = self._measured(output), forward.values
             if is_training and "rollout_rows" in batch:  # the rest of a rollout may be an older checkpoint's
                 log_ratios = forward.logps.detach() - batch["old_per_token_logps"]
                 for callback in self._rollout_callbacks:

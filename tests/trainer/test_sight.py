@@ -5,8 +5,9 @@ import torch
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.callbacks import RolloutCallback
+from sapo_trl.presets import preset_settings
 from sapo_trl.trainer.sight import CorruptedImages
-from tests.testing_utils import length_reward, logged, sapo_config, sapo_trainer
+from tests.testing_utils import length_reward, logged, sapo_config, sapo_trainer, state_of, unmoved
 from tests.trainer.vision_families import VISION_FAMILIES, pictured_prompts
 
 
@@ -130,3 +131,24 @@ def test_each_rollout_hides_other_tokens(family, tmp_path):
     one, same, other = (corrupt(batch, seed) for seed in (1, 1, 2))
     assert torch.equal(one["pixel_values"], same["pixel_values"]) and "image_keys" not in one
     assert not torch.equal(one["pixel_values"], other["pixel_values"])
+
+
+@PICTURES
+@pytest.mark.parametrize("preset", ["vppo", "papo"])
+@pytest.mark.parametrize("frozen_tower", [False, True])
+def test_presets_train(family, preset, frozen_tower, tmp_path):
+    """Real models, several micro-batches; with a frozen tower the features of images are kept."""
+    model = family.build_model()
+    if frozen_tower:
+        model.model.visual.requires_grad_(False)
+    before = state_of(model)
+    settings = {**preset_settings(preset), "num_generations": 2, "entropy_penalty_coef": 0.0, "beta": 0.0}
+    trainer = sapo_trainer(family, tmp_path, model=model, gradient_accumulation_steps=2, max_steps=1, **settings)
+    trainer.train()
+    still = unmoved(before, model)
+    assert not [name for name in still if "visual" not in name and "lm_head" not in name]
+    assert all("visual" in name for name in before if name in still) or not frozen_tower
+    if preset == "papo":
+        assert logged(trainer, "perception_kl")[0] > 0
+    else:
+        assert logged(trainer, "response_weight/max")[0] > 1

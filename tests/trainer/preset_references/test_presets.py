@@ -44,7 +44,7 @@ REFERENCES = {**DEFINITIONS, **SINGLE_ROLLOUT_REFERENCES, **TOKEN_REFERENCES}
 
 
 def test_every_preset_is_compared():
-    assert REFERENCES.keys() | {"spo_tree", "srpo"} == PRESETS.keys()
+    assert REFERENCES.keys() | {"spo_tree", "srpo", "vppo", "papo"} == PRESETS.keys()
 
 
 def compare_preset(compare: Comparison, trainer, preset: str, tokenizer, seed: int) -> list[Response]:
