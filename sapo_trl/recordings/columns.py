@@ -68,6 +68,9 @@ REWARD = Kind("a number or empty", NUMBER.fits, optional=True)
 NUMBERS_OF_TOKENS = ("logps", "entropies", "values", "advantages", "returns")
 """Columns of numbers, with one entry per loss token."""
 
+OPTIONAL_NUMBERS_OF_TOKENS = ("visual_dependency", "policy_mask")
+"""The same, of runs whose settings ask for them: the dependence on images; 1 where the policy learns, else 0."""
+
 TOKEN_COLUMNS = {"tokens": TEXTS, "segment_ids": SEGMENTS, **dict.fromkeys(NUMBERS_OF_TOKENS, NUMBERS)}
 """Columns of lists with one entry per loss token, in every file of responses."""
 
@@ -76,6 +79,7 @@ RESPONSE_COLUMNS = {
     "prompt": TEXT,
     "reward": REWARD,
     **TOKEN_COLUMNS,
+    **dict.fromkeys(OPTIONAL_NUMBERS_OF_TOKENS, replace(NUMBERS, optional=True)),
     "special": Kind("a list of true and false", holds("b"), optional=True),
     "masked_tokens": replace(TEXTS, optional=True),
     "masked_positions": Kind("a list of integers", holds("iu"), optional=True),

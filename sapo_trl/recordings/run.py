@@ -18,6 +18,7 @@ from .columns import (
     INTEGER,
     NUMBER,
     NUMBERS_OF_TOKENS,
+    OPTIONAL_NUMBERS_OF_TOKENS,
     RATIO_COLUMNS,
     RESPONSE_COLUMNS,
     TOKEN_COLUMNS,
@@ -28,7 +29,7 @@ from .log import read_log
 from .tables import read_frame, recorded_files
 
 
-NUMBER_COLUMNS = (*NUMBERS_OF_TOKENS, "log_ratios")
+NUMBER_COLUMNS = (*NUMBERS_OF_TOKENS, *OPTIONAL_NUMBERS_OF_TOKENS, "log_ratios")
 """Numbers of each token that a run may have recorded."""
 
 _WRITER = "SegmentationCallback"
@@ -148,7 +149,11 @@ def _read_segments(folder: Path, notes: list[str]) -> pd.DataFrame:
         ratios = _read_ratios(path.with_name(path.name.replace("segments_", "ratios_", 1)), notes)
         for place, row in enumerate(frame.to_dict("records")):
             number = len(row["tokens"])
-            if uneven := {name: len(row[name]) for name in TOKEN_COLUMNS if len(row[name]) != number}:
+            for name in OPTIONAL_NUMBERS_OF_TOKENS:
+                if not hasattr(row.get(name), "__len__"):  # not asked for, or of an earlier version
+                    row[name] = np.full(number, np.nan)
+            columns = (*TOKEN_COLUMNS, *OPTIONAL_NUMBERS_OF_TOKENS)
+            if uneven := {name: len(row[name]) for name in columns if len(row[name]) != number}:
                 raise ValueError(f"{path}: response {place} has {number} `tokens`, but {uneven}.")
             row["log_ratios"] = ratios.get(place)
             if row["log_ratios"] is None or len(row["log_ratios"]) != number:
