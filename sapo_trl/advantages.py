@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 
 from .segments import Segments, accumulation_dtype
+
+
+LengthRule = Literal["reciprocal", "root"]
 
 
 def discounted_suffix_sum(x: torch.Tensor, discount: float | torch.Tensor) -> torch.Tensor:
@@ -90,25 +94,34 @@ def segment_gae(
     return segments.expand(advantages), segments.expand(returns)
 
 
-def length_adaptive_lam(segments: Segments, alpha: float) -> torch.Tensor:
+def length_adaptive_lam(segments: Segments, number: float, rule: LengthRule = "reciprocal") -> torch.Tensor:
     """
-    λ that grows with a response's length `l`, so that rewards reach its beginning: `max(0, 1 - 1 / (alpha * l))`
-    (VAPO, https://huggingface.co/papers/2504.05118).
+    λ that grows with a response's length `l`, so that rewards reach its beginning.
 
-    VAPO counts tokens; here `l` counts the time steps of the estimation, which are segments (of one token, in PPO).
-    The published formula is negative for `l < 1 / alpha`. A λ cannot be negative, so it is clamped at 0.
+    `"reciprocal"` is `max(0, 1 - 1 / (number * l))` (VAPO, https://huggingface.co/papers/2504.05118). The published
+    formula is negative for `l < 1 / number`. A λ cannot be negative, so it is clamped at 0. `"root"` is
+    `number ** (1 / l)` (JustRL-II): after `l` steps a reward keeps the share `number`, whatever the length. For long
+    responses it is `"reciprocal"` with `-1 / log(number)`.
+
+    The sources count tokens; here `l` counts the time steps of the estimation, which are segments (of one token, in
+    PPO).
 
     Args:
         segments ([`Segments`]): the partition of the tokens of `B` rows.
-        alpha (`float`): positive; the larger, the closer to 1.
+        number (`float`): the larger, the closer to 1; positive, and for `"root"` at most 1.
+        rule (`str`, *optional*, defaults to `"reciprocal"`): `"reciprocal"` or `"root"`.
 
     Returns:
-        `torch.Tensor`: float64 `(B, 1)`, in `[0, 1)`.
+        `torch.Tensor`: float64 `(B, 1)`, in `[0, 1]`.
     """
-    if alpha <= 0.0:
-        raise ValueError(f"`alpha` must be positive, got {alpha}.")
+    if number <= 0.0 or (rule == "root" and number > 1.0):
+        raise ValueError(f'`number` must be positive, and at most 1 with `rule="root"`, got {number} ({rule=}).')
     lengths = segments.count.clamp(min=1).unsqueeze(1).double()
-    return (1 - 1 / (alpha * lengths)).clamp(min=0)
+    if rule == "reciprocal":
+        return (1 - 1 / (number * lengths)).clamp(min=0)
+    if rule == "root":
+        return number ** (1 / lengths)
+    raise ValueError(f"`rule` must be one of {get_args(LengthRule)}, got {rule!r}.")
 
 
 def leave_one_out_advantages(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args
 
 from transformers import SchedulerType
 from trl import GRPOConfig
 
+from .advantages import LengthRule
 from .losses import Aggregation, RatioReduction
 from .names import nearest_name
 from .presets import AXES, preset_settings
@@ -28,7 +30,7 @@ from .settings import (
 from .token_rewards import KLEstimator
 
 
-SegmentLoss = Literal["segment_clip", "soft_adaptive_gate"]
+SegmentLoss = Literal["segment_clip", "soft_adaptive_gate", "double_sided_mask", "divergence_mask"]
 """Losses of this package, of any segmentation."""
 
 TRLLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "vespo"]
@@ -122,6 +124,17 @@ class SAPOConfig(GRPOConfig):
         value_state (`str`, *optional*, defaults to `"start"`):
             State that gives a segment its value: before its first (`"start"`) or its last token (`"end"`). The paper
             has `"start"`, the official code `"end"`.
+        critic_initial_value (`str`, *optional*, defaults to `"zero"`):
+            Start of a new critic's values: about 0 (`"zero"`), or the first rollout's mean reward (`"reward_mean"`).
+            With `"reward_mean"` the critic need not learn this number first, while its errors already move the
+            policy. A critic that was saved keeps its values.
+        value_range (`list[float]`, *optional*):
+            Range of the rewards, `[low, high]`, to bound a learned critic's values to; `None` for no bounds. The
+            value is `low + (high - low) * (1/2 + atan(z) / pi)` of the head's output `z` (BPCO).
+        critic_updates_per_step (`int`, *optional*, defaults to `1`):
+            Updates of the critic for each optimizer step of the policy, on the same micro-batches and targets.
+        freeze_critic_attention (`bool`, *optional*, defaults to `False`):
+            For `critic="separate"`: leave the critic's attention layers as they are (SAO).
         critic_learning_rate (`float`, *optional*, defaults to `2e-6`):
             Initial learning rate of the critic.
         critic_lr_scheduler_type (`str`, *optional*):
@@ -200,7 +213,10 @@ class SAPOConfig(GRPOConfig):
         critic_lam (`float`, *optional*):
             λ of the critic's targets; by default `lam`. `1.0` regresses on Monte-Carlo returns (VC-PPO).
         length_adaptive_lam (`float`, *optional*):
-            VAPO's α: `max(0, 1 - 1 / (α * l))` replaces `lam` for a response of `l` segments.
+            Number that makes λ grow with a response's length, see `length_adaptive_lam_rule`. That λ replaces `lam`.
+        length_adaptive_lam_rule (`str`, *optional*, defaults to `"reciprocal"`):
+            λ of a response of `l` segments: `"reciprocal"` is `max(0, 1 - 1 / (x * l))`, `"root"` is `x ** (1 / l)`.
+            `x` is `length_adaptive_lam`. VAPO, SAO and BPCO take `"reciprocal"`, JustRL-II takes `"root"` with 0.5.
         advantage_weighting (`str`, *optional*, defaults to `"none"`):
             Weights on the tokens' advantages: `"none"`, or by the token's role (`"role_aware"`, SRPO). The weights of
             perception and reasoning tokens are positive, with mean one. The next five parameters are for them.
@@ -215,7 +231,9 @@ class SAPOConfig(GRPOConfig):
         role_clip (`float`, *optional*, defaults to `1.0`):
             Bound on the absolute logarithm of a role-aware weight. It acts before the weights are scaled to mean one.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
-            Shift and scale the advantages of all tokens of a rollout to mean 0 and variance 1.
+            Shift and scale the advantages of all tokens of a rollout to mean 0 and variance 1. Where all rewards of
+            a rollout are equal, there is nothing to scale but the position and the critic's errors: the advantages
+            are then 0, unless the values are sampled (`critic="monte_carlo"`, `"tree"`).
         advantage_clamp (`float`, *optional*, defaults to `5.0`):
             Bound on the absolute value of advantages; `None` for no bound. It acts after whitening.
         kl_placement (`str`, *optional*, defaults to `"reward"`):
@@ -226,9 +244,13 @@ class SAPOConfig(GRPOConfig):
         > Parameters that control the policy loss
 
         loss_type (`str`, *optional*, defaults to `"segment_clip"`):
-            Policy loss: `"segment_clip"` (PPO's clip), `"soft_adaptive_gate"`, or one of TRL's own.
+            Policy loss: PPO's clip (`"segment_clip"`), a gate or a mask in its place, or one of TRL's own losses.
             `"soft_adaptive_gate"` is Qwen's Soft Adaptive gate instead of the clip (TRL calls it `"sapo"`, with
-            `sapo_temperature_pos` and `sapo_temperature_neg`). Both work at any `importance_sampling_level`. TRL's
+            `sapo_temperature_pos` and `sapo_temperature_neg`). `"double_sided_mask"` drops tokens whose ratio is not
+            between `1 - epsilon` and `1 + epsilon_high`, whatever their advantage (SAO). These three work at any
+            `importance_sampling_level`. `"divergence_mask"` drops tokens whose probability has moved by more than
+            `epsilon` or `epsilon_high` in their advantage's direction (DPPO); it needs the level `"token"`. Dropped
+            tokens still count in the mean. `delta` acts with `"segment_clip"` alone. TRL's
             losses `"grpo"`, `"dr_grpo"`, `"bnpo"`, `"dapo"`, `"cispo"`, `"luspo"` and `"vespo"` know no segments. They
             need `importance_sampling_level` `"token"` or `"sequence"`, and `kl_placement="loss"` with
             `kl_estimator="k3"` (or `beta=0`); `ratio_reduction`, `confident_token_threshold`, `positive_lm_coef`,
@@ -311,6 +333,10 @@ class SAPOConfig(GRPOConfig):
     # Parameters that control the critic
     critic: Literal["separate", "shared", "adapter", "monte_carlo", "tree", "none"] = "separate"
     value_state: Literal["start", "end"] = "start"
+    critic_initial_value: Literal["zero", "reward_mean"] = "zero"
+    value_range: list[float] | None = None
+    critic_updates_per_step: PositiveInt = 1
+    freeze_critic_attention: bool = False
     critic_learning_rate: NonNegativeFloat = 2e-6
     critic_lr_scheduler_type: str | None = None
     critic_lr_warmup_steps: NonNegativeInt = 0
@@ -342,6 +368,7 @@ class SAPOConfig(GRPOConfig):
     lam: UnitInterval = 0.99
     critic_lam: UnitInterval | None = None
     length_adaptive_lam: PositiveFloat | None = None
+    length_adaptive_lam_rule: LengthRule = "reciprocal"
     advantage_weighting: Literal["none", "role_aware"] = "none"
     role_perception_pattern: str = PERCEPTION_PATTERN
     role_reasoning_pattern: str = REASONING_PATTERN
@@ -530,6 +557,17 @@ def _check_combinations(args: SAPOConfig) -> None:
             f"`kl_aggregation={args.kl_aggregation!r}` averages the KL term of the loss, but `kl_placement` is "
             '"reward": it must be "loss".'
         )
+    if args.loss_type == "divergence_mask" and args.importance_sampling_level != "token":
+        raise ValueError(
+            '`loss_type="divergence_mask"` compares the probabilities of single tokens: `importance_sampling_level` '
+            f'must be "token", got {args.importance_sampling_level!r}.'
+        )
+    if args.length_adaptive_lam_rule == "root" and not 0 < (args.length_adaptive_lam or 0) <= 1:
+        raise ValueError(
+            '`length_adaptive_lam_rule="root"` takes a root of `length_adaptive_lam`, which must lie in (0, 1], got '
+            f"{args.length_adaptive_lam}."
+        )
+    _check_critic(args)
     if not args.learns_critic and args.critic_warmup_steps > 0:
         raise ValueError(
             f"`critic_warmup_steps={args.critic_warmup_steps}` with `critic={args.critic!r}` would train nothing: "
@@ -551,6 +589,26 @@ def _check_combinations(args: SAPOConfig) -> None:
     if args.kl_placement == "loss" and args.kl_estimator == "k1" and args.beta != 0.0:
         raise ValueError(
             '`kl_estimator="k1"` has zero expected gradient in the loss: use "k2" or "k3", or `kl_placement="reward"`.'
+        )
+
+
+def _check_critic(args: SAPOConfig) -> None:
+    """Raise a `ValueError` for settings of a learned critic that do not fit it, or that no critic would read."""
+    if args.value_range is not None:
+        bounds = args.value_range
+        if len(bounds) != 2 or not all(map(math.isfinite, bounds)) or bounds[0] >= bounds[1]:
+            raise ValueError(f"`value_range` must be `[low, high]`, two finite numbers with low < high, got {bounds}.")
+    only_for_learned = {"critic_initial_value": "zero", "value_range": None, "critic_updates_per_step": 1}
+    for name, only in only_for_learned.items():
+        if not args.learns_critic and getattr(args, name) != only:
+            raise ValueError(
+                f"`{name}` has no meaning with `critic={args.critic!r}`, which learns nothing: it must stay {only!r}, "
+                f"got {getattr(args, name)!r}."
+            )
+    if args.freeze_critic_attention and args.critic != "separate":
+        raise ValueError(
+            f"`freeze_critic_attention=True` with `critic={args.critic!r}`, which has no attention layers of its own: "
+            'it must be False, or `critic="separate"`.'
         )
 
 

@@ -12,6 +12,7 @@ from .segments import Segments, accumulation_dtype
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 RatioReduction = Literal["mean", "sum"]
+TrustRegion = Literal["ratio", "probability"]
 
 
 @dataclass
@@ -371,6 +372,79 @@ def soft_adaptive_policy_loss(
     token_loss = _weighted(-gate * advantages, weights, mask)
     metrics = {**_ratio_metrics(log_ratios, ratio, mask), **bias_metrics}
     return LossOutput(_sum_up(token_loss, mask, aggregation, normalizer), metrics)
+
+
+def masked_policy_loss(
+    logps: torch.Tensor,
+    old_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    segments: Segments | None = None,
+    low: float = 0.3,
+    high: float = 5.0,
+    trust_region: TrustRegion = "ratio",
+    aggregation: Aggregation = "token-mean",
+    normalizer: float | torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    ratio_reduction: str = "mean",
+) -> LossOutput:
+    """
+    Surrogate that drops tokens outside of a trust region, where PPO clips their ratio.
+
+    The loss of a token is `-ratio * A` inside of the region and 0 outside. Dropped tokens still count in the mean. The
+    gradient of the ratio is the ratio times that of the log-probability. So this has the gradient of
+    `-ratio.detach() * A * logp`, the form in which SAO is written.
+
+    Args:
+        logps (`torch.Tensor`): float tensor of shape `(B, T)`, log-probabilities under the current policy.
+        old_logps (`torch.Tensor`): the same under the policy that produced the rollout.
+        advantages (`torch.Tensor`): float tensor of shape `(B, T)`.
+        mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens that count.
+        segments ([`Segments`], *optional*): the partition; `None` gives every token its own ratio.
+        low (`float`, *optional*, defaults to `0.3`): bound on the lower side.
+        high (`float`, *optional*, defaults to `5.0`): bound on the upper side.
+        trust_region (`str`, *optional*, defaults to `"ratio"`):
+            `"ratio"`: `1 - low < ratio < 1 + high`, whatever the sign of the advantage (SAO,
+            https://huggingface.co/papers/2607.07508). `"probability"`: `p - p_old <= high` where `A > 0` and
+            `p - p_old >= -low` elsewhere, the total variation of DPPO (https://huggingface.co/papers/2602.04879). It
+            needs each token's own ratio.
+        aggregation (`str`, *optional*, defaults to `"token-mean"`): see [`aggregate`].
+        normalizer (`float` or `torch.Tensor`, *optional*): see [`aggregate`].
+        weights (`torch.Tensor`, *optional*): factors on the token losses, see [`clipped_policy_loss`].
+        ratio_reduction (`str`, *optional*, defaults to `"mean"`): see [`segment_log_ratio`].
+
+    Returns:
+        [`LossOutput`]: the loss, and the metrics `clip_fraction` (dropped tokens), `clip_fraction_low` and
+        `clip_fraction_high` (dropped tokens with a ratio below and above 1), and all others of
+        [`soft_adaptive_policy_loss`].
+    """
+    if trust_region not in get_args(TrustRegion):
+        raise ValueError(f"`trust_region` must be one of {get_args(TrustRegion)}, got {trust_region!r}.")
+    if trust_region == "probability" and segments is not None:
+        raise ValueError('`trust_region="probability"` needs each token\'s own ratio: `segments` must be None.')
+    mask = mask.bool()
+    log_ratios, advantages, bias_metrics = _masked_policy_inputs(
+        logps, old_logps, advantages, mask, segments, ratio_reduction
+    )
+    ratio = torch.exp(log_ratios)
+    with torch.no_grad():
+        if trust_region == "ratio":
+            is_dropped = (ratio <= 1 - low) | (ratio >= 1 + high)
+        else:
+            change = torch.exp(torch.where(mask, old_logps, 0).to(ratio.dtype)) * (ratio - 1)
+            is_dropped = torch.where(advantages > 0, change > high, change < -low)
+        is_dropped = is_dropped & mask
+    token_loss = torch.where(is_dropped, 0, -ratio * advantages)
+    with torch.no_grad():
+        count = mask.count_nonzero().clamp(min=1)
+        metrics = {
+            "clip_fraction": is_dropped.count_nonzero().to(ratio.dtype) / count,
+            "clip_fraction_low": (is_dropped & (ratio < 1)).count_nonzero().to(ratio.dtype) / count,
+            "clip_fraction_high": (is_dropped & (ratio > 1)).count_nonzero().to(ratio.dtype) / count,
+            **_ratio_metrics(log_ratios, ratio, mask),
+            **bias_metrics,
+        }
+    return LossOutput(_sum_up(_weighted(token_loss, weights, mask), mask, aggregation, normalizer), metrics)
 
 
 def segment_value_loss(

@@ -7,6 +7,7 @@ them as YAML. Both are written from this file, see `docs/generate/preset_table.p
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,10 @@ AXES: dict[str, tuple[str, ...]] = {
         "critic_lam",
         "critic_warmup_steps",
         "critic_warmup_tolerance",
+        "critic_learning_rate",
+        "critic_updates_per_step",
+        "freeze_critic_attention",
+        "value_range",
         "max_valued_segments",
         "truncated_continuation_reward",
     ),
@@ -31,6 +36,7 @@ AXES: dict[str, tuple[str, ...]] = {
         "advantage_estimator",
         "lam",
         "length_adaptive_lam",
+        "length_adaptive_lam_rule",
         "whiten_advantages",
         "advantage_clamp",
         "scale_rewards",
@@ -50,6 +56,9 @@ AXES: dict[str, tuple[str, ...]] = {
     "Rollouts": ("num_generations",),
 }
 """The axes on which algorithms differ, with their settings: every setting of a preset is in exactly one axis."""
+
+RUN_SETTINGS = frozenset({"critic_learning_rate"})
+"""Settings of a run, to which a recipe may give a value. They depend on the model: all other presets leave them."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,18 @@ _SAMPLED_VALUES = {
     "num_generations": 8,
 }
 
+# One response for each prompt, values per token, Monte-Carlo targets, no KL, no whitening.
+_SINGLE_ROLLOUT = {
+    "segmentation": "token",
+    "importance_sampling_level": "token",
+    "critic_lam": 1.0,
+    "critic_learning_rate": 5e-6,
+    "whiten_advantages": False,
+    "advantage_clamp": None,
+    "delta": None,
+    "beta": 0.0,
+}
+
 _SAPO_PAPER = "arXiv 2605.01327"
 _SPO_PAPER = "arXiv 2505.23564"
 
@@ -188,6 +209,34 @@ PRESETS = MappingProxyType(
                 positive_lm_coef=0.1,
                 beta=0.0,
                 num_generations=16,
+            ),
+        ),
+        "sao": Preset(
+            "One response per prompt: double-sided mask, length-adaptive λ, two critic updates, frozen attention",
+            "arXiv 2607.07508, from notes and ports of it",
+            _derived(
+                _SINGLE_ROLLOUT,
+                loss_type="double_sided_mask",
+                epsilon=0.3,
+                epsilon_high=5.0,
+                length_adaptive_lam=1.5,
+                cliprange_value=None,
+                critic_updates_per_step=2,
+                freeze_critic_attention=True,
+                critic_warmup_steps=10,
+            ),
+        ),
+        "bpco": Preset(
+            "One response per prompt: bounded values, divergence mask, length-adaptive λ, raw advantages",
+            "arXiv 2608.23566, its code",
+            _derived(
+                _SINGLE_ROLLOUT,
+                loss_type="divergence_mask",
+                epsilon_high=None,
+                loss_aggregation="seq-mean-token-sum",
+                length_adaptive_lam=0.4,
+                value_range=[0.0, 1.0],
+                critic_warmup_steps=60,
             ),
         ),
         "grpo": Preset("Group-relative advantages, TRL's loss", f"arXiv 2402.03300; {_SAPO_PAPER}, Table 7(b)", _GRPO),
@@ -288,4 +337,4 @@ def preset_settings(preset: str) -> dict[str, Any]:
         raise ValueError(
             f"There is no preset {preset!r}.{nearest_name(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
         )
-    return dict(PRESETS[preset].settings)
+    return copy.deepcopy(PRESETS[preset].settings)

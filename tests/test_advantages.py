@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -142,6 +144,27 @@ def test_length_adaptive_lam_equals_the_definition(segments, alpha):
     """Short responses, for which the published formula is negative, included."""
     expected = [max(0.0, 1 - 1 / (alpha * max(len(row), 1))) for row in token_lists(segments)]
     assert length_adaptive_lam(segments, alpha).squeeze(1).tolist() == pytest.approx(expected)
+
+
+@given(partitions(), st.sampled_from([0.01, 0.5, 0.9, 1.0]))
+def test_a_root_leaves_the_same_share_of_every_response(segments, share):
+    lam = length_adaptive_lam(segments, share, "root").squeeze(1)
+    for row, own in zip(token_lists(segments), lam.tolist(), strict=True):
+        assert own ** max(len(row), 1) == pytest.approx(share)
+
+
+def test_both_rules_agree_on_long_responses():
+    """JustRL-II's first form was 1 - 1 / (1.5 l), which is the root of exp(-1 / 1.5)."""
+    segments = Segments(torch.arange(1000).unsqueeze(0))
+    one, other = length_adaptive_lam(segments, 1.5), length_adaptive_lam(segments, math.exp(-1 / 1.5), "root")
+    assert one.item() == pytest.approx(other.item(), abs=1e-6)
+    assert one.item() != other.item()
+
+
+@pytest.mark.parametrize(("number", "rule"), [(0.0, "reciprocal"), (0.0, "root"), (1.5, "root")])
+def test_numbers_without_a_lam_are_errors(number, rule):
+    with pytest.raises(ValueError, match="`number` must be positive, and at most 1 with"):
+        length_adaptive_lam(Segments(torch.zeros(1, 3, dtype=torch.long)), number, rule)
 
 
 @pytest.mark.parametrize("discount", [0.0, 1e-3, 0.5, 0.95, 1.0])

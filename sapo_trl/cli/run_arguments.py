@@ -17,7 +17,7 @@ from trl import TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..names import nearest_name
-from ..presets import PRESETS, preset_settings
+from ..presets import PRESETS, RUN_SETTINGS, preset_settings
 from ..run_files import find_run_file, run_file_names
 from ..settings import first_sentence
 
@@ -181,7 +181,7 @@ def _with_preset(settings: dict[str, Any], preset: str | None) -> dict[str, Any]
     of_file = settings.pop("preset", None)
     if preset is None:
         return settings if of_file is None else {**preset_settings(of_file), **settings}
-    decided = {name for known in PRESETS.values() for name in known.settings}
+    decided = {name for known in PRESETS.values() for name in known.settings} - RUN_SETTINGS
     others = {name: value for name, value in settings.items() if name not in decided}
     return {**others, **preset_settings(preset)}
 

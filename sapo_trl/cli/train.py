@@ -53,9 +53,14 @@ EMBEDDED = "embedded"
 @dataclass
 class TrainArguments:
     """
-    Settings for data and rewards; the model is in [`~trl.ModelConfig`], everything else in [`SAPOConfig`].
+    Settings for data, rewards and the critic's start; the model is in [`~trl.ModelConfig`], everything else in
+    [`SAPOConfig`].
 
     Args:
+        value_model (`str`, *optional*):
+            Model to start the critic from, a folder or a hub id; by default the policy. It may be smaller than the
+            policy or a reward model, but must read the same tokens and images. A critic that was saved is loaded as
+            a whole. `model_revision` is the policy's alone.
         dataset_name (`str`, *optional*, defaults to `"embedded"`):
             Data set: `"embedded"`, a hub id, a file or a folder. See [`~sapo_trl.data.load_rows`]. `"embedded"` is
             taken as it is: of the settings below only the splits and `embedded_problems` concern it.
@@ -104,6 +109,7 @@ class TrainArguments:
             `OUTPUT_DIR/segments`. By default nothing is recorded.
     """
 
+    value_model: str | None = None
     dataset_name: str = EMBEDDED
     dataset_config: str | None = None
     dataset_format: str | None = None
@@ -212,6 +218,7 @@ def _train(request: RunRequest) -> int:
             reward_funcs,
             training_args,
             train_dataset,
+            value_model=arguments.value_model,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,

@@ -55,8 +55,9 @@ class DeepSpeedCritic(Critic):
         """Nothing: the optimizer's parameters are DeepSpeed's flat tensors by now."""
 
     @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
-        self.engine.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
+    def accumulate(self, is_last: bool | None = None) -> Iterator[None]:
+        is_last = self.accelerator.sync_gradients if is_last is None else is_last
+        self.engine.set_gradient_accumulation_boundary(is_boundary=is_last)
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -69,8 +70,8 @@ class DeepSpeedCritic(Critic):
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device).float()
 
-    def step(self, skip: bool = False) -> None:
-        if self.scheduler is not None:
+    def step(self, skip: bool = False, advance: bool = True) -> None:
+        if advance and self.scheduler is not None:
             self.scheduler.step()
 
     def save_weights(self, folder: str | Path) -> None:
@@ -102,11 +103,13 @@ class DeepSpeedCritic(Critic):
             self.load_weights(checkpoint)
             return False
         self.engine.load_checkpoint(str(folder), tag=_TAG)
+        self.value_head.load_output(Path(checkpoint) / CRITIC_FOLDER)
         self._load_schedule(torch.load(state_file, map_location="cpu", weights_only=True))
         return True
 
     def load_weights(self, checkpoint: str | Path) -> None:
         self.check_folder(checkpoint)
+        self.value_head.load_output(Path(checkpoint) / CRITIC_FOLDER)
         saved = SegmentValueHead.from_pretrained(Path(checkpoint) / CRITIC_FOLDER, mode=self.value_head.mode)
         with self._whole():
             if self.stage < 3 or self.accelerator.is_main_process:

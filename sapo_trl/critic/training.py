@@ -186,11 +186,33 @@ class Critic:
         )
         self._settings = optimizer_settings(self.optimizer)
 
+    def start_at(self, rewards: torch.Tensor) -> bool:
+        """
+        Let a new critic's values start at a mean reward, if the run asks for it.
+
+        Args:
+            rewards (`torch.Tensor`): `(N,)`, of the first rollout on all processes; NaN for a missing one.
+
+        Returns:
+            `bool`: whether the values have changed.
+        """
+        output = self.value_head.output
+        if self.args.critic_initial_value != "reward_mean" or output.is_set or rewards.isnan().all():
+            return False
+        output.start_at(rewards.double().nanmean().item())
+        return True
+
     @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Context of one micro-batch's forward and backward: gradients are synchronised on the last one only."""
+    def accumulate(self, is_last: bool | None = None) -> Iterator[None]:
+        """
+        Context of one micro-batch's forward and backward: gradients are synchronised on the last one only.
+
+        Args:
+            is_last (`bool`, *optional*): whether this is an update's last micro-batch; by default the policy's is.
+        """
+        is_last = self.accelerator.sync_gradients if is_last is None else is_last
         with self.value_head.active(), contextlib.ExitStack() as stack:
-            if self._is_wrapped and not self.accelerator.sync_gradients:
+            if self._is_wrapped and not is_last:
                 stack.enter_context(self.accelerator.no_sync(self.module))
             yield
 
@@ -211,18 +233,19 @@ class Critic:
         norm = clip_grad_norm(self._parameters, self.args.critic_max_grad_norm)
         return norm.to(self.accelerator.device)
 
-    def step(self, skip: bool = False) -> None:
+    def step(self, skip: bool = False, advance: bool = True) -> None:
         """
         Update the critic and advance the schedule.
 
         Args:
             skip (`bool`, *optional*, defaults to `False`): whether to drop the gradient instead of applying it.
+            advance (`bool`, *optional*, defaults to `True`): whether to advance the schedule.
         """
         if not skip:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.scheduler is not None:
+        if advance and self.scheduler is not None:
             self.scheduler.step()
 
     def _average_gradients(self) -> None:

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from ..distributed import gathered_state, sharded_like
 from ..segments import accumulation_dtype
 from .adapter import CriticAdapter
+from .output import ValueOutput
 
 
 HEAD_WEIGHTS_NAME = "value_head.safetensors"
@@ -77,6 +78,7 @@ class SegmentValueHead(nn.Module):
         # gradient on to the backbone.
         nn.init.normal_(self.head.weight, std=0.1 / hidden_size**0.5)
         nn.init.zeros_(self.head.bias)
+        self.output = ValueOutput()
 
     @property
     def mode(self) -> str:
@@ -178,11 +180,13 @@ class SegmentValueHead(nn.Module):
                     f"The critic in {str(path)!r} is an adapter on its policy's base model: pass the `policy`."
                 )
             critic = cls.from_policy(policy, mode="adapter")
+            critic.output = ValueOutput.saved(config)
             critic.load_weights(path)
             return critic
         backbone = AutoModel.from_pretrained(path, **kwargs) if config["mode"] == "separate" else None
         critic = cls(config["hidden_size"], backbone)
         critic.head.load_state_dict(load_file(_resolve(path, HEAD_WEIGHTS_NAME)))
+        critic.output = ValueOutput.saved(config)
         return critic
 
     def load_weights(self, path: str | Path) -> None:
@@ -192,6 +196,7 @@ class SegmentValueHead(nn.Module):
         Args:
             path (`str` or `Path`): folder written by [`SegmentValueHead.save_pretrained`].
         """
+        self.load_output(path)
         if self.adapter is None:
             own = self.state_dict()
             saved = type(self).from_pretrained(path, mode=self.mode).state_dict()
@@ -199,6 +204,20 @@ class SegmentValueHead(nn.Module):
             return
         self.head.load_state_dict(load_file(_resolve(path, HEAD_WEIGHTS_NAME)))
         self.adapter.load(path)
+
+    def load_output(self, path: str | Path) -> None:
+        """
+        Read the numbers between a saved head's output and its values.
+
+        Args:
+            path (`str` or `Path`): folder written by [`SegmentValueHead.save_pretrained`].
+
+        Raises:
+            ValueError: if the saved critic has another range of values.
+        """
+        saved = ValueOutput.saved(json.loads(Path(_resolve(path, HEAD_CONFIG_NAME)).read_text()))
+        saved.set_range(self.output.value_range)
+        self.output = saved
 
     def save_pretrained(self, path: str | Path, is_main_process: bool = True) -> None:
         """
@@ -222,7 +241,7 @@ class SegmentValueHead(nn.Module):
         if self.adapter is not None:
             self.adapter.save(path, adapter_state)
         save_file(_below("head.", state), path / HEAD_WEIGHTS_NAME)
-        config = {"mode": self.mode, "hidden_size": self.head.in_features}
+        config = {"mode": self.mode, "hidden_size": self.head.in_features, **self.output.settings()}
         (path / HEAD_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
     def forward(self, *, hidden_states: torch.Tensor | None = None, **model_inputs) -> torch.Tensor:
@@ -244,7 +263,7 @@ class SegmentValueHead(nn.Module):
                 else:
                     hidden_states = self.backbone(**model_inputs, use_cache=False).last_hidden_state
         # Clone: FSDP2 cannot hook into the backward of a view that is changed in place.
-        return self.head(hidden_states).squeeze(-1).clone()
+        return self.output(self.head(hidden_states).squeeze(-1).clone())
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..config import SAPOConfig, default_settings
-from ..presets import PRESETS, preset_settings
+from ..presets import PRESETS, RUN_SETTINGS, preset_settings
 from ..segmentation import Segmenter
 
 
@@ -66,9 +66,12 @@ class ClosestPreset:
 
 
 def closest_preset(args: SAPOConfig) -> ClosestPreset:
-    """The preset that a configuration is, or is nearest to. The number of responses per prompt does not count."""
-    defaults = default_settings()
-    del defaults["num_generations"]
+    """
+    The preset that a configuration is, or is nearest to. The number of responses per prompt and the critic's learning
+    rate do not count.
+    """
+    ignored = RUN_SETTINGS | {"num_generations"}
+    defaults = {name: default for name, default in default_settings().items() if name not in ignored}
     candidates = {DEFAULTS: defaults}
     for name in PRESETS:
         settings = preset_settings(name)

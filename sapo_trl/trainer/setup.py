@@ -13,6 +13,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config import SAPOConfig
 from ..critic.deepspeed import DeepSpeedCritic
+from ..critic.freezing import freeze_attention
 from ..critic.training import Critic
 from ..critic.value_head import SegmentValueHead, backbone_of, hidden_size_of
 from ..role_aware import RoleAwareWeighting
@@ -150,7 +151,8 @@ def make_value_head(
         return source
     if isinstance(source, str):
         policy = {"policy": model} if args.critic == "adapter" else {}
-        value_head = SegmentValueHead.from_pretrained(source, mode=args.critic, **policy, **_loading_kwargs(args))
+        kwargs = policy | _loading_kwargs(args, is_policy=source == model)
+        value_head = SegmentValueHead.from_pretrained(source, mode=args.critic, **kwargs)
         _check_not_quantized(value_head.backbone)
         return value_head
     if value_model is None:
@@ -191,6 +193,9 @@ def make_critic(
             disable_dropout(policy)
     if value_head.backbone is not None and args.gradient_checkpointing:
         value_head.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    value_head.output.set_range(args.value_range)
+    if args.freeze_critic_attention:
+        freeze_attention(value_head.backbone)
     has_engine = value_head.mode == "separate" and accelerator.distributed_type == DistributedType.DEEPSPEED
     critic_class = DeepSpeedCritic if has_engine else Critic
     return critic_class(value_head, args, accelerator, [*decayed(value_head), *decayed(policy)])
@@ -201,10 +206,11 @@ def _check_not_quantized(value_model: PreTrainedModel | None) -> None:
         raise ValueError("`value_model` is quantized, which cannot be trained: load it in a floating-point dtype.")
 
 
-def _loading_kwargs(args: SAPOConfig) -> dict[str, Any]:
-    """How TRL loads the policy, for a critic that starts from the same checkpoint."""
+def _loading_kwargs(args: SAPOConfig, is_policy: bool) -> dict[str, Any]:
+    """How TRL loads the policy, for a critic from a folder or the Hub. `revision` is the policy's alone."""
     kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    for name in ("device_map", "quantization_config"):  # the critic is trained as a whole, on one device
+    # The critic is trained as a whole, on one device.
+    for name in ("device_map", "quantization_config", *(() if is_policy else ("revision",))):
         kwargs.pop(name, None)
     return kwargs
 

@@ -123,7 +123,7 @@ def advantages_and_returns(
     if args.advantage_estimator == "gae":
         lam = args.lam
         if args.length_adaptive_lam is not None:
-            lam = length_adaptive_lam(segments, args.length_adaptive_lam)
+            lam = length_adaptive_lam(segments, args.length_adaptive_lam, args.length_adaptive_lam_rule)
         return segment_gae(token_rewards, values, segments, args.gamma, lam, args.value_state, args.critic_lam)
     # A response without tokens to learn from (truncated and masked, or unscored: NaN) keeps its reward.
     outcomes = torch.where(segments.count > 0, token_rewards.sum(dim=1), batch["rewards"])
@@ -137,14 +137,31 @@ def advantages_and_returns(
     return tuple(torch.where(segments.mask, row.unsqueeze(1), 0) for row in (advantages, outcomes))
 
 
+def lacks_differences(rewards: torch.Tensor) -> bool:
+    """Whether two or more rewards of a rollout `(N,)` are there, and all are equal; NaN is a missing one."""
+    known = rewards[~rewards.isnan()]
+    return len(known) > 1 and bool(known.amax() == known.amin())
+
+
 def normalized(
-    advantages: torch.Tensor, policy_mask: torch.Tensor, args: SAPOConfig, processes: Processes
+    advantages: torch.Tensor, policy_mask: torch.Tensor, rewards: torch.Tensor, args: SAPOConfig, processes: Processes
 ) -> tuple[torch.Tensor, Measurements]:
-    """float32 `(B, T)`: whitened and clamped, as the loss uses them; 0 where the policy does not learn."""
+    """
+    float32 `(B, T)`: whitened and clamped, as the loss uses them; 0 where the policy does not learn.
+
+    `rewards` are all processes' `(N,)`. If they are all equal, nothing tells good tokens from bad ones but the critic,
+    whose errors whitening would scale to size 1: with a constant critic, the distance of a token to the end. An
+    optimizer like Adam scales small gradients as well. So the advantages are 0. Sampled values are measurements: they
+    differ where states do, whatever the rollout's own rewards.
+    """
     advantages = torch.where(policy_mask, advantages, 0)
     metrics: Measurements = {"advantages/raw_mean": (advantages.sum(), policy_mask.sum())}
     if args.whiten_advantages:
         advantages = masked_whiten(advantages, policy_mask, processes.sum)
+    if args.whiten_advantages and args.critic not in ("monte_carlo", "tree"):
+        is_empty = lacks_differences(rewards)
+        advantages = torch.zeros_like(advantages) if is_empty else advantages
+        metrics["advantages/zeroed"] = (torch.tensor(float(is_empty)), 1.0)
     if args.advantage_clamp is not None:
         advantages = advantages.clamp(-args.advantage_clamp, args.advantage_clamp)
     return advantages, metrics
@@ -166,6 +183,21 @@ def measured(
         metrics["value/mean"] = (torch.where(states, values, 0).sum(), states.sum())
         metrics["value/explained_variance"] = (explained_variance(values, returns, states, processes.sum), 1.0)
     return metrics
+
+
+def training_columns(rollout: SegmentedRollout, policy_mask: torch.Tensor) -> RolloutBatch:
+    """The columns that the losses read besides TRL's, of a rollout."""
+    return {
+        "advantages": rollout.advantages,
+        "returns": rollout.returns,
+        "old_values": rollout.values,
+        "segment_ids": rollout.segments.ids,
+        # On the host: a micro-batch that had to ask the device for its largest would wait for it.
+        "segment_counts": rollout.segments.count.tolist(),
+        "policy_mask": policy_mask,
+        # TRL shuffles: with these, callbacks know the rows of micro-batches again.
+        "rollout_rows": torch.arange(len(rollout.rewards), device=rollout.rewards.device),
+    }
 
 
 def images_of(inputs: list[dict[str, Any]]) -> list[list[Any]] | None:

@@ -41,6 +41,7 @@ from .checks import (
     check_special_tokens,
     datasets_of,
 )
+from .critic_updates import further_updates
 from .model_card import complete_model_card
 from .setup import (
     check_arguments,
@@ -227,7 +228,8 @@ class SAPOTrainer(GRPOBridge):
         batch = {**batch, "rewards": rewards}
         started = time.perf_counter()
         forward = record.forward_behind(batch.get("old_per_token_logps"))
-        if forward is None:
+        starts = self.critic is not None and self.mode == "train" and self.critic.start_at(record.rewards)
+        if forward is None or (starts and forward.values is not None):  # values from before the critic's start
             forward = self.policy_forward(self.model, batch, self._rows_per_forward)
         if record.given is not None:
             mask, forward = stages.last_edges(forward, mask, record.given)
@@ -242,7 +244,7 @@ class SAPOTrainer(GRPOBridge):
         seconds["value"] = time.perf_counter() - started
         token_rewards, reward_metrics = stages.rewards_of_tokens(rewards, forward, batch, mask, args)
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
-        advantages, advantage_metrics = stages.normalized(advantages, policy_mask, args, self.processes)
+        advantages, changes = stages.normalized(advantages, policy_mask, record.rewards, args, self.processes)
         weights, weight_metrics = self._token_weights(forward, batch, mask)
         advantages = advantages if weights is None else advantages * weights
         if args.loss_type in TRL_LOSS_TYPES and not args.use_vllm and correction is not None:
@@ -267,23 +269,13 @@ class SAPOTrainer(GRPOBridge):
             images=stages.images_of(record.inputs),
         )
         metrics = record.metrics | stages.measured(rollout, policy_mask, args, self.processes)
-        metrics |= sampler_metrics | value_metrics | reward_metrics | advantage_metrics | weight_metrics
+        metrics |= sampler_metrics | value_metrics | reward_metrics | changes | weight_metrics
         self._log_rollout(rollout, metrics, seconds)
         if record.given is not None:
             # TRL's is the mean over the edges that were drawn. All edges matter.
             self.pending_log.replace("reward", stages.mean_root_value(record.given, self.processes), self.mode)
 
-        columns = {
-            "advantages": advantages,
-            "returns": returns,
-            "old_values": values,
-            "segment_ids": segments.ids,
-            # On the host: a micro-batch that had to ask the device for its largest would wait for it.
-            "segment_counts": segments.count.tolist(),
-            "policy_mask": policy_mask,
-            # TRL shuffles: with these, callbacks know the rows of micro-batches again.
-            "rollout_rows": torch.arange(len(rewards), device=rewards.device),
-        }
+        columns = stages.training_columns(rollout, policy_mask)
         if args.loss_type not in TRL_LOSS_TYPES or record.given is not None or "old_per_token_logps" in batch:
             # Without them TRL's losses take the ratio as exactly 1, which it is when it needs none.
             columns["old_per_token_logps"] = forward.logps
@@ -417,8 +409,7 @@ class SAPOTrainer(GRPOBridge):
         if is_training:
             self._update = self._update.begin(batch)
         if is_training and self.critic_warmup.is_active(self.state.global_step):
-            if self.args.critic == "shared":
-                values = self.policy_forward(model, batch, frozen=True).values
+            values = self._frozen_values(batch)
             # A leaf: its gradient reaches no parameter, so the optimizer has nothing to apply.
             loss = torch.zeros((), device=self.accelerator.device, requires_grad=True)
         elif self.args.loss_type in TRL_LOSS_TYPES:
@@ -446,6 +437,12 @@ class SAPOTrainer(GRPOBridge):
         if values is None:
             values = self.critic_forward(self.critic.at(self.mode), batch)
         return self._measured(self.value_objective(values, batch, self._totals(batch)))
+
+    def _critic_loss_again(self, batch: RolloutBatch) -> torch.Tensor:
+        return self.critic_loss(batch, self._frozen_values(batch))
+
+    def _frozen_values(self, batch: RolloutBatch) -> torch.Tensor | None:
+        return self.policy_forward(self.model, batch, frozen=True).values if self.args.critic == "shared" else None
 
     def _totals(self, batch: RolloutBatch) -> StepTotals:
         """Totals of the optimizer step that a micro-batch belongs to; its first micro-batch begins the step."""
@@ -505,7 +502,9 @@ class SAPOTrainer(GRPOBridge):
                 self.optimizer.zero_grad()
         if self.critic is not None:
             self.critic.step(skip or no_segments)
-        logged = combined(step.outputs, self.accelerator, metrics)
+            if not (skip or no_segments):
+                further_updates(self.critic, self.args, step.batches, self._critic_loss_again, self._step_guard)
+        logged = combined(self._update.outputs, self.accelerator, metrics)
         self._update = None
         if self.critic_warmup.is_active(self.state.global_step):
             self.critic_warmup.record(logged["value_loss"])

@@ -7,18 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from ..config import SAPOConfig
-from ..losses import (
-    LossOutput,
-    aggregate,
-    clipped_policy_loss,
-    log_ratio,
-    segment_value_loss,
-    soft_adaptive_policy_loss,
-)
+from ..losses import aggregate, log_ratio, segment_value_loss
 from ..metrics import Measurements, mean_over
 from ..rollouts.types import PolicyForward, RolloutBatch
 from ..segments import Segments
 from ..token_rewards import kl_estimate
+from .policy_terms import policy_term
 from .step import MicroBatchLoss, StepTotals, read_tokens, segments_of
 
 
@@ -63,7 +57,8 @@ class PolicyObjective:
         if args.importance_sampling_level == "sequence":
             ratio_segments = Segments(torch.where(segments.mask, 0, segments.ids), max_count=1)
 
-        output = self._policy_term(forward.logps, batch, ratio_segments, totals)
+        normalizer = totals.normalizer(args.loss_aggregation, "tokens", args.max_completion_length)
+        output = policy_term(forward.logps, batch, ratio_segments, normalizer, args)
         loss, share = output.loss, 1 / totals.micro_batches
         # Losses of micro-batches add up to the optimizer step's loss.
         metrics: Measurements = {"policy_loss": (output.loss.detach(), share)}
@@ -89,33 +84,6 @@ class PolicyObjective:
             # By tokens that the policy reads.
             loss = loss + self.router_aux_loss_coef * forward.aux_loss * (read_tokens(batch) / totals.own_read_tokens)
         return MicroBatchLoss(loss, metrics, {"ratio/max": output.metrics["ratio_max"]})
-
-    def _policy_term(
-        self, logps: torch.Tensor, batch: RolloutBatch, ratio_segments: Segments | None, totals: StepTotals
-    ) -> LossOutput:
-        args = self.args
-        inputs = (logps, batch["old_per_token_logps"], batch["advantages"], batch["policy_mask"])
-        common = {
-            "segments": ratio_segments,
-            "aggregation": args.loss_aggregation,
-            "normalizer": totals.normalizer(args.loss_aggregation, "tokens", args.max_completion_length),
-            "weights": batch.get("importance_sampling_ratio"),
-            "ratio_reduction": args.ratio_reduction,
-        }
-        if args.loss_type == "soft_adaptive_gate":
-            return soft_adaptive_policy_loss(
-                *inputs,
-                temperature_pos=args.sapo_temperature_pos,
-                temperature_neg=args.sapo_temperature_neg,
-                **common,
-            )
-        return clipped_policy_loss(
-            *inputs,
-            clip_low=args.epsilon,
-            clip_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-            dual_clip=args.delta,
-            **common,
-        )
 
     def _kl_term(
         self, logps: torch.Tensor, batch: RolloutBatch, ratio_segments: Segments | None, totals: StepTotals

@@ -42,6 +42,14 @@ def test_a_preset_replaces_the_algorithm_of_a_file_and_nothing_else(preset, newl
     assert config.learning_rate == 1.0e-6 and config.num_mini_batches == 2
 
 
+@pytest.mark.parametrize(("preset", "expected"), [("ppo", 2e-5), ("vc_ppo", 2e-5), ("sao", 5e-6)])
+def test_the_critics_learning_rate_stays_unless_the_preset_has_one(preset, expected, newline_file):
+    """It depends on the model: ten times larger with LoRA."""
+    with Path(newline_file).open("a") as file:
+        file.write("critic_learning_rate: 2.0e-5\n")
+    assert config_of("--config", newline_file, "--preset", preset, *CPU).critic_learning_rate == expected
+
+
 def test_single_settings_come_before_the_preset(newline_file):
     config = config_of("--config", newline_file, "--preset", "vc_ppo", "--lam", "0.7", "--learning_rate", "5e-7", *CPU)
     assert (config.lam, config.learning_rate, config.critic_lam) == (0.7, 5e-7, 1.0)

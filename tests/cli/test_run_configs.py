@@ -13,7 +13,7 @@ from docs.generate.run_configs import FOLDER, MINI_BATCHES, RUNS, Run, yaml_text
 from sapo_trl import SAPOConfig
 from sapo_trl.cli.train import TrainArguments
 from sapo_trl.planner.reading import read_header
-from sapo_trl.presets import AXES, preset_settings
+from sapo_trl.presets import AXES, RUN_SETTINGS, preset_settings
 from sapo_trl.rewards.lookup import find_reward
 
 
@@ -33,7 +33,7 @@ def parse(path: Path, *arguments: str) -> tuple[TrainArguments, SAPOConfig, Mode
 
 
 def algorithm_of(args: SAPOConfig) -> dict[str, object]:
-    return {name: getattr(args, name) for names in AXES.values() for name in names}
+    return {name: getattr(args, name) for names in AXES.values() for name in names if name not in RUN_SETTINGS}
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)

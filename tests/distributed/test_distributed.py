@@ -13,6 +13,14 @@ from tests.distributed.distributed_run import main
 
 
 ROOT = Path(__file__).parents[2]
+# The mean reward is of all processes; an update synchronises gradients on its last micro-batch.
+CRITIC_SETTINGS = {
+    "max_steps": 2,
+    "gradient_accumulation_steps": 2,
+    "critic_updates_per_step": 2,
+    "critic_initial_value": "reward_mean",
+    "value_range": [0.0, 1.0],
+}
 
 
 def run_in_two_processes(folder: Path, family: str, settings: dict, global_batch: int = 4) -> list[dict]:
@@ -62,6 +70,8 @@ def launch(folder: Path, module: str, *arguments: str) -> list:
         ("qwen2", {"max_steps": 2, "critic": "none", "advantage_estimator": "batch"}),
         # Its gradients are averaged by hand.
         ("qwen2", {"max_steps": 3, "critic": "adapter", "gradient_accumulation_steps": 2, "beta": 0.1}),
+        ("qwen2", {**CRITIC_SETTINGS, "critic": "separate", "freeze_critic_attention": True}),
+        ("qwen2", {**CRITIC_SETTINGS, "critic": "shared"}),
     ],
 )
 def test_two_processes_equal_one(family, settings, tmp_path):

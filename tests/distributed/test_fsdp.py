@@ -48,6 +48,17 @@ def elements(state: dict[str, torch.Tensor]) -> int:
         ("qwen2", {"critic": "separate", "gradient_accumulation_steps": 2, "beta": 0.1}),
         ("qwen2", {"critic": "shared", "gradient_accumulation_steps": 2}),
         ("qwen2", {"critic": "adapter", "gradient_accumulation_steps": 2, "beta": 0.1}),
+        (
+            "qwen2",
+            {
+                "critic": "separate",
+                "gradient_accumulation_steps": 2,
+                "critic_updates_per_step": 2,
+                "critic_initial_value": "reward_mean",
+                "value_range": [0.0, 1.0],
+                "freeze_critic_attention": True,
+            },
+        ),
         # Its LM head is not tied: TRL's gradient of it is one process's (see `_whole_lm_head`).
         ("qwen2_5_vl", {"critic": "separate", "beta": 0.1, "gradient_accumulation_steps": 2}),
         # With the default optimizer, whose fused step takes no mixture of pieces and whole tensors.

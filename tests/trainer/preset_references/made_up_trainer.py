@@ -50,7 +50,8 @@ def trainer_of(preset: str, family, tmp_path, **overrides):
         )
 
     def critic_forward(critic, batch, batch_size=None) -> torch.Tensor:
-        return batch["current_values" if "current_values" in batch else "made_up_values"]
+        output = batch["current_values" if "current_values" in batch else "made_up_values"]
+        return trainer.critic.value_head.output(output)
 
     trainer.policy_forward = policy_forward
     trainer.critic_forward = critic_forward

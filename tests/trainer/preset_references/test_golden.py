@@ -7,6 +7,7 @@ import torch
 
 from sapo_trl import Segments
 from sapo_trl.advantages import length_adaptive_lam, masked_whiten, segment_gae
+from sapo_trl.critic.output import ValueOutput
 from sapo_trl.losses import soft_adaptive_policy_loss
 from sapo_trl.presets import preset_settings
 from sapo_trl.rollouts import StateValues, TokenizedPrompts
@@ -81,6 +82,23 @@ def test_golden_lambda_of_vapo(length, expected):
     alpha = preset_settings("vapo")["length_adaptive_lam"]
     lam = length_adaptive_lam(Segments(torch.arange(length).unsqueeze(0)), alpha)
     assert lam.tolist() == [[pytest.approx(expected, abs=1e-7)]]
+
+
+@pytest.mark.parametrize(
+    ("preset", "length", "expected"),
+    [("sao", 100, 0.9933333333), ("sao", 1, 0.3333333333), ("bpco", 4, 0.375), ("bpco", 40, 0.9375), ("bpco", 2, 0.0)],
+)
+def test_golden_lambda_of_single_rollouts(preset, length, expected):
+    number = preset_settings(preset)["length_adaptive_lam"]
+    lam = length_adaptive_lam(Segments(torch.arange(length).unsqueeze(0)), number)
+    assert lam.tolist() == [[pytest.approx(expected, abs=1e-9)]]
+
+
+def test_golden_values_of_bpco():
+    low_high = preset_settings("bpco")["value_range"]
+    outputs = torch.tensor([0.0, 1.0, -1.0, 1e9, -1e9], dtype=torch.float64)
+    # atan(1) is pi / 4.
+    assert ValueOutput(low_high)(outputs).tolist() == pytest.approx([0.5, 0.75, 0.25, 1.0, 0.0], abs=1e-9)
 
 
 @pytest.mark.parametrize(

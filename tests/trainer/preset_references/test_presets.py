@@ -16,7 +16,8 @@ import torch
 from sapo_trl.presets import PRESETS
 from sapo_trl.rollouts import TokenizedPrompts
 from tests.trainer.preset_references.comparison import EXACT, Comparison, compare_losses, compare_rollout
-from tests.trainer.preset_references.definitions import REFERENCES, k3, mean
+from tests.trainer.preset_references.definitions import REFERENCES as DEFINITIONS
+from tests.trainer.preset_references.definitions import k3, mean
 from tests.trainer.preset_references.made_up_trainer import (
     IMAGE_FAMILY,
     NUM_CONTINUATIONS,
@@ -35,6 +36,10 @@ from tests.trainer.preset_references.responses import (
     Response,
     made_up_responses,
 )
+from tests.trainer.preset_references.single_rollout import SINGLE_ROLLOUT_REFERENCES
+
+
+REFERENCES = {**DEFINITIONS, **SINGLE_ROLLOUT_REFERENCES}
 
 
 def test_every_preset_is_compared():
@@ -90,11 +95,28 @@ def compare_preset(compare: Comparison, trainer, preset: str, tokenizer, seed: i
 @pytest.mark.parametrize("preset", REFERENCES)
 def test_rollout_and_losses(family, preset, tmp_path):
     trainer = trainer_of(preset, family, tmp_path)
-    trainer.state.global_step = 50  # behind VC-PPO's and VAPO's value pretraining
+    trainer.state.global_step = 60  # behind the longest value pretraining, BPCO's
     compare = Comparison(EXACT)
     rows = [compare_preset(compare, trainer, preset, family.tokenizer, seed) for seed in range(4)]
+    if preset in SINGLE_ROLLOUT_REFERENCES:
+        check_single_rollout_cases(preset, [row for case in rows for row in case])
     if preset == "sapo_official":
         assert max(a for row in rows[1] for a in row.advantages.values()) == 5.0
+
+
+def check_single_rollout_cases(preset: str, rows: list[Response]) -> None:
+    """The made-up numbers reach both sides of the trust region, for advantages of both signs."""
+    reached = set()
+    for row in rows:
+        for t in row.tokens:
+            ratio = math.exp(row.new_logps[t] - row.logps[t])
+            change = math.exp(row.new_logps[t]) - math.exp(row.logps[t])
+            limits = (ratio - 0.7, ratio - 6) if preset == "sao" else (change + 0.2, change - 0.2)
+            side = "low" if limits[0] < 0 else "high" if limits[1] > 0 else "inside"
+            reached.add((side, row.advantages[t] > 0))
+    # No made-up drift makes a token six times as probable.
+    sides = ("low", "inside") if preset == "sao" else ("low", "inside", "high")
+    assert reached == {(side, positive) for side in sides for positive in (True, False)}
 
 
 @IMAGE_FAMILY
@@ -145,7 +167,7 @@ def test_unscored_response_cannot_spoil_the_kl_penalty(family, tmp_path):
 
 
 @TEXT_FAMILY
-@pytest.mark.parametrize("preset", ["vc_ppo", "vapo"])
+@pytest.mark.parametrize("preset", ["vc_ppo", "vapo", "sao", "bpco"])
 def test_only_the_critic_learns_during_value_pretraining(family, preset, tmp_path):
     trainer = trainer_of(preset, family, tmp_path)
     rows = made_up_responses(family.tokenizer, 0, trainer.args.num_generations)
@@ -153,7 +175,7 @@ def test_only_the_critic_learns_during_value_pretraining(family, preset, tmp_pat
     micro_batch, *_ = micro_batches_of(
         trainer, trainer.score_rollout(batch, record_of(rows)), list(range(len(rows))), rows
     )
-    for step in (0, 49):
+    for step in (0, {"sao": 9, "bpco": 59}.get(preset, 49)):
         trainer.state.global_step = step
         loss = trainer.policy_loss(trainer.model, micro_batch)
         loss.backward()
