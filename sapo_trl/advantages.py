@@ -100,7 +100,7 @@ def length_adaptive_lam(segments: Segments, number: float, rule: LengthRule = "r
 
     `"reciprocal"` is `max(0, 1 - 1 / (number * l))` (VAPO, https://huggingface.co/papers/2504.05118). The published
     formula is negative for `l < 1 / number`. A λ cannot be negative, so it is clamped at 0. `"root"` is
-    `number ** (1 / l)` (JustRL-II): after `l` steps a reward keeps the share `number`, whatever the length. For long
+    `number ** (1 / l)` (JustRL-II): after `l` steps a reward keeps the share `number` at any length. For long
     responses it is `"reciprocal"` with `-1 / log(number)`.
 
     The sources count tokens; here `l` counts the time steps of the estimation, which are segments (of one token, in

@@ -247,7 +247,7 @@ class SAPOConfig(GRPOConfig):
             Policy loss: PPO's clip (`"segment_clip"`), a gate or a mask in its place, or one of TRL's own losses.
             `"soft_adaptive_gate"` is Qwen's Soft Adaptive gate instead of the clip (TRL calls it `"sapo"`, with
             `sapo_temperature_pos` and `sapo_temperature_neg`). `"double_sided_mask"` drops tokens whose ratio is not
-            between `1 - epsilon` and `1 + epsilon_high`, whatever their advantage (SAO). These three work at any
+            between `1 - epsilon` and `1 + epsilon_high`, for advantages of both signs (SAO). These three work at any
             `importance_sampling_level`. `"divergence_mask"` drops tokens whose probability has moved by more than
             `epsilon` or `epsilon_high` in their advantage's direction (DPPO); it needs the level `"token"`. Dropped
             tokens still count in the mean. `delta` acts with `"segment_clip"` alone. TRL's

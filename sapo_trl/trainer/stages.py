@@ -152,7 +152,7 @@ def normalized(
     `rewards` are all processes' `(N,)`. If they are all equal, nothing tells good tokens from bad ones but the critic,
     whose errors whitening would scale to size 1: with a constant critic, the distance of a token to the end. An
     optimizer like Adam scales small gradients as well. So the advantages are 0. Sampled values are measurements: they
-    differ where states do, whatever the rollout's own rewards.
+    differ where states do, also in a rollout of equal rewards.
     """
     advantages = torch.where(policy_mask, advantages, 0)
     metrics: Measurements = {"advantages/raw_mean": (advantages.sum(), policy_mask.sum())}
