@@ -19,14 +19,14 @@ ROLLOUT = [
     ("4  cut into segments", OURS, ("segmenter",), "segment_ids (B, T)"),
     ("5  values", OURS, ("estimate_values", "value_model"), "values (B, T)"),
     ("6  advantages", OURS, ("estimate_advantages", "token_weighting"), "advantages, returns (B, T)"),
-    ("7  batch: a dictionary of columns", OURS, ("RolloutCallback",), ""),
+    ("7  batch: a dictionary of columns", OURS, ("RolloutCallback",), "columns (B, T)"),
+    ("8  shuffle, cut into micro-batches", TRL, (), ""),
 ]
 STEP = [
-    ("8  shuffle, cut into micro-batches", TRL, (), "columns (b, T)"),
     ("9  policy loss, backward", OURS, ("on_policy_forward",), "the same micro-batch"),
     ("10  critic loss, backward", OURS, (), "after the last micro-batch"),
-    ("11  optimizer steps", OURS, (), "after the last optimizer step"),
-    ("12  log, checkpoint", TRL, (), ""),
+    ("11  optimizers: policy (TRL), critic", OURS, (), "after each optimizer step"),
+    ("12  log, checkpoint (through TRL)", OURS, (), ""),
 ]
 
 
@@ -73,16 +73,16 @@ def repeat(axes: Axes, x: float, first: int, last: int, shift: float, text: str,
 
 def main() -> None:
     """Draw the picture."""
-    figure, axes = plt.subplots(figsize=(11.5, 6.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11.5, 7.0), layout="constrained")
     column(axes, 0.0, "Once a rollout", ROLLOUT)
     second = 7.2
     column(axes, second, "Every optimizer step", STEP)
-    repeat(axes, second, 1, 2, 0.3, "micro-batch", -0.1)
-    repeat(axes, second, 1, 3, 0.75, "next optimizer step", 0.14)
+    repeat(axes, second, 0, 1, 0.3, "micro-batch", -0.1)
+    repeat(axes, second, 0, 3, 0.75, "next optimizer step", 0.14)
     legend = -5.6 * (HEIGHT + GAP)
     for number, (text, colours) in enumerate((("TRL", TRL), ("this package", OURS), ("yours to replace", YOURS))):
         box(axes, second + 1.75 * number, legend, 1.6, text, colours)
-    axes.set(xlim=(-0.2, second + 5.6), ylim=(-6.4 * (HEIGHT + GAP), 1.1), aspect="equal")
+    axes.set(xlim=(-0.2, second + 5.6), ylim=(-7.4 * (HEIGHT + GAP), 1.1), aspect="equal")
     axes.axis("off")
     figure.savefig(IMAGES / "step.png", dpi=130)
 

@@ -114,7 +114,9 @@ def make_segmenter(args: SAPOConfig) -> Segmenter:
         return StepSegmenter(args.step_pattern)
     if args.segmentation == "token":
         return TokenSegmenter()
-    return SequenceSegmenter()
+    if args.segmentation == "sequence":
+        return SequenceSegmenter()
+    raise ValueError(f"`segmentation={args.segmentation!r}` has no segmenter here.")
 
 
 def make_role_aware_weighting(args: SAPOConfig) -> RoleAwareWeighting:

@@ -101,7 +101,11 @@ class StepTotals:
         """
         if aggregation == "token-mean":
             return getattr(self, unit)
-        return self.rows * max_completion_length if aggregation == "seq-mean-token-sum-norm" else self.rows
+        if aggregation == "seq-mean-token-sum-norm":
+            return self.rows * max_completion_length
+        if aggregation in ("seq-mean-token-mean", "seq-mean-token-sum"):
+            return self.rows
+        raise ValueError(f"{aggregation!r} has no denominator here.")
 
 
 def _total(numbers: Any) -> torch.Tensor:
