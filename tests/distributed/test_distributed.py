@@ -42,6 +42,8 @@ def launch(folder: Path, module: str, *arguments: str) -> list:
     ("family", "settings"),
     [
         ("qwen2", {"max_steps": 2, "critic": "shared", "gradient_accumulation_steps": 2, "critic_warmup_steps": 1}),
+        ("qwen2", {"max_steps": 3, "critic": "ladder", "gradient_accumulation_steps": 2, "critic_warmup_steps": 1}),
+        ("qwen2_5_vl", {"max_steps": 2, "critic": "ladder", "gradient_checkpointing": True}),
         ("qwen2_5_vl", {"max_steps": 3, "value_loss_aggregation": "seq-mean-token-mean", "critic_warmup_steps": 1}),
         # One process has correct responses, the other has none; confident tokens are spread unevenly.
         (
@@ -149,7 +151,7 @@ def test_processes_with_unequal_work_stay_in_step(family, settings, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["adapter", "shared"])
+@pytest.mark.parametrize("mode", ["adapter", "shared", "ladder"])
 def test_gradients_of_a_critic_are_averaged_once_a_step(mode, tmp_path):
     """Also where a process has none, as of a vision tower's LoRA without an image; where none has, nothing moves."""
     steps = list(zip(*launch(tmp_path / "two", "tests.distributed.critic_run", mode), strict=True))

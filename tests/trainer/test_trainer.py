@@ -481,6 +481,7 @@ class TestMicroBatches:
             ("qwen2", {"kl_placement": "loss", "kl_estimator": "k3", "beta": 0.5, "entropy_coef": 0.1}),
             ("qwen2", {"critic_warmup_steps": 1}),
             ("qwen2", {"critic_warmup_steps": 1, "critic": "shared"}),
+            ("qwen2", {"critic_warmup_steps": 1, "critic": "ladder"}),
             ("qwen2_5_vl", {}),
             pytest.param("qwen2_5_vl", {"critic": "shared"}, marks=pytest.mark.slow),
         ],
