@@ -24,7 +24,7 @@ _EXACT = 256
 # An attention score that no other reaches; half precision has it.
 _MASKED = -30_000.0
 # Columns behind a head's own: the distance needs two, the mask one, and fused kernels multiples of eight.
-_EXTRA = 8
+EXTRA_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class LadderSizes:
 
     def parameters(self, hidden_size: int) -> int:
         """Number of parameters, without the value head's."""
-        heads = _heads(self.width)
+        heads = heads_of(self.width)
         block = 8 * self.width**2 + 2 * self.width + heads
         return self.reads * hidden_size * self.width + self.layers * block + self.width
 
@@ -155,7 +155,7 @@ class _Block(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        heads = _heads(width)
+        heads = heads_of(width)
         linear = {"bias": False, "dtype": torch.float32}
         self.attention_norm = nn.RMSNorm(width, eps=_EPSILON, dtype=torch.float32)
         self.queries_keys_values = nn.Linear(width, 3 * width, **linear)
@@ -187,10 +187,10 @@ class _Block(nn.Module):
         output = F.scaled_dot_product_attention(
             _extended(queries * queries.size(-1) ** -0.5, columns),
             _extended(keys, key_columns[:, None].to(keys.dtype)),
-            F.pad(values, (0, _EXTRA)),
+            F.pad(values, (0, EXTRA_COLUMNS)),
             is_causal=True,
             scale=1.0,
-        )[..., :-_EXTRA]
+        )[..., :-EXTRA_COLUMNS]
         return self.attention_output(output.transpose(1, 2).flatten(2))
 
 
@@ -207,11 +207,12 @@ def _key_columns(attention_mask: torch.Tensor) -> torch.Tensor:
 
 def _extended(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """`(B, heads, S, d)` with further columns, which are broadcast."""
-    columns = F.pad(columns, (0, _EXTRA - columns.size(-1)))
+    columns = F.pad(columns, (0, EXTRA_COLUMNS - columns.size(-1)))
     return torch.cat([x, columns.expand(*x.shape[:-1], -1)], dim=-1)
 
 
-def _heads(width: int) -> int:
+def heads_of(width: int) -> int:
+    """Attention heads of a ladder's layer."""
     return max(width // _HEAD_WIDTH, _MIN_HEADS)
 
 
