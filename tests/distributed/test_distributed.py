@@ -93,6 +93,20 @@ def test_two_processes_equal_one(family, settings, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("family", "checkpointing"), [("qwen2", False), ("qwen2_5_vl", True)])
+def test_a_critic_that_reads_the_policy_leaves_its_updates_as_they_are(family, checkpointing, tmp_path):
+    """To the last bit, at equal advantages: those of a run without a critic."""
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing}
+    settings |= {"equal_advantages": True, "beta": 0.0}
+    without = run_in_two_processes(tmp_path / "none", family, {**settings, "critic": "none"})
+    ladder = run_in_two_processes(tmp_path / "ladder", family, {**settings, "critic": "ladder", "critic_reads": 3})
+    for own, other in zip(ladder, without, strict=True):
+        assert own["world_size"] == other["world_size"] == 2 and min(own["log"]["critic_grad_norm"]) > 1e-3
+        for name, tensor in other["policy"].items():
+            assert torch.equal(own["policy"][name], tensor), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "frozen_tower"), [("qwen2", False), ("qwen2_5_vl", False), ("qwen2_5_vl", True)])
 def test_two_processes_without_padding_equal_one_with_it(family, frozen_tower, tmp_path):
     """Each sorts its own rows into micro-batches: other ones than one process has. In float64, by SGD."""

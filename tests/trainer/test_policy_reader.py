@@ -17,6 +17,7 @@ from sapo_trl.trainer.policy_reader import PolicyReader
 from tests.testing_utils import (
     Recorder,
     WeightRecorder,
+    advantages_of_tokens,
     fixed_rollout,
     logged,
     random_completions,
@@ -92,14 +93,7 @@ class TestNothingReachesThePolicy:
         recorder, model = GradientRecorder(), family.build_model()
         model = with_lora(model) if lora else model
         trainer = reading_trainer(family, tmp_path, critic, model=model, callbacks=[recorder], **settings)
-
-        def advantages(token_rewards, values, segments, batch):
-            # Of the tokens alone, and of whole segments.
-            drawn = torch.sin(batch["completion_ids"].double() * 12.9898).float()
-            drawn = segments.expand(segments.mean(drawn)) * segments.mask
-            return drawn, token_rewards.new_ones(()) * segments.mask
-
-        trainer.estimate_advantages = advantages
+        trainer.estimate_advantages = advantages_of_tokens
         trainer.train()
         if critic != "none":
             assert min(logged(trainer, "critic_grad_norm")) > 1e-3
