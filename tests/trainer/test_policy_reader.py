@@ -8,13 +8,22 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig, TrainerCallback
+from transformers import (
+    PretrainedConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    TrainerCallback,
+)
 
 from sapo_trl import SegmentValueHead
 from sapo_trl.critic.ladder import LadderSizes
 from sapo_trl.critic.policy_states import decoder_layers
+from sapo_trl.critic.value_head import backbone_of
 from sapo_trl.trainer.policy_reader import PolicyReader
 from tests.testing_utils import (
+    Family,
     Recorder,
     WeightRecorder,
     advantages_of_tokens,
@@ -257,6 +266,43 @@ class TestWarmup:
             moved.append(state_of(trainer.critic.value_head))
         for name, tensor in moved[0].items():
             torch.testing.assert_close(moved[1][name], tensor, rtol=0, atol=1e-7, msg=name)
+
+
+SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+SIZES |= {"num_key_value_heads": 1, "num_hidden_layers": 4, "bos_token_id": None}
+LINEAR_ATTENTION = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+LINEAR_ATTENTION |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 16}
+
+
+def qwen2_vl_config(tokenizer) -> Qwen2VLConfig:
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32}
+    return Qwen2VLConfig(text_config={**SIZES, "rope_parameters": rope}, vision_config=vision)
+
+
+def qwen3_5_config(tokenizer) -> Qwen3_5TextConfig:
+    return Qwen3_5TextConfig(**SIZES, **LINEAR_ATTENTION, pad_token_id=tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class"),
+    [(qwen2_vl_config, Qwen2VLForConditionalGeneration), (qwen3_5_config, Qwen3_5ForCausalLM)],
+    ids=["qwen2_vl", "qwen3_5"],
+)
+def test_other_families(tokenizer, config, model_class, tmp_path):
+    """Layers under other names, and layers of unlike kinds: the states are those that transformers itself returns."""
+    family = Family("other", tokenizer, config, model_class)
+    recorder = Recorder()
+    trainer = reading_trainer(family, tmp_path, "ladder", callbacks=[recorder], max_steps=1, learning_rate=0.0)
+    before = state_of(trainer.critic.value_head)
+    model = trainer.model
+    value_head, values, ids = trainer.critic.value_head, [], torch.arange(20, 34).view(2, 7)
+    with torch.no_grad(), PolicyReader(value_head, learns=False).tapped(backbone_of(model), ids, values.append):
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert value_head.depths(model) == [0, 2, 4]
+    assert torch.equal(values[0], value_head(hidden_states=[hidden[depth] for depth in (0, 2, 4)]))
+    trainer.train()
+    assert unmoved(before, value_head) == [] and recorder.rollouts[0].values.std() > 0
 
 
 @TEXT_FAMILY
