@@ -180,6 +180,32 @@ class TestValues:
             critic(hidden_states=states(1, 3)[0])
 
 
+@TEXT_FAMILY
+def test_learns_what_a_linear_layer_on_one_state_cannot(family):
+    """Whether one of two tokens was read anywhere before, of a random policy whose last state forgets it."""
+    policy, explained = family.build_model().eval(), {}
+
+    def batch(rows: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        ids = torch.randint(20, 40, (rows, 12), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            hidden = policy(input_ids=ids, output_hidden_states=True).hidden_states
+        return hidden, ((ids == 33) | (ids == 31)).cumsum(1).clamp(max=1).float()
+
+    for mode, rate in (("shared", 1e-2), ("ladder", 3e-3)):
+        torch.manual_seed(0)
+        critic = SegmentValueHead.from_policy(policy, mode)
+        optimizer = torch.optim.Adam(critic.parameters(), lr=rate)
+        for step in range(101):
+            hidden, target = batch(16 if step < 100 else 256, step)
+            values = critic(hidden_states=[hidden[depth] for depth in critic.depths(policy)])
+            optimizer.zero_grad()
+            (values - target).square().mean().backward()
+            nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+            optimizer.step()
+        explained[mode] = float(1 - (target - values).var() / target.var())
+    assert explained["ladder"] > 0.9 and explained["shared"] < 0.4, explained
+
+
 class TestSharedReads:
     @torch.no_grad()
     def test_several_are_normalised_and_concatenated(self):
