@@ -162,7 +162,8 @@ def make_value_head(
         return SegmentValueHead.from_policy(source, mode=args.critic, **sizes)
     if args.critic != "separate":
         raise ValueError(
-            f"`value_model` is a whole model, but a critic of mode {args.critic!r} is a part of the policy."
+            f"`value_model` is a whole model, but a critic of mode {args.critic!r} is none: leave `value_model` out, "
+            "or pass a saved critic of this mode."
         )
     _check_not_quantized(source)
     if source is model or hasattr(source, "peft_config"):

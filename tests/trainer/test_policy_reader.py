@@ -3,6 +3,7 @@
 import weakref
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,7 +18,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from sapo_trl import SegmentValueHead
+from sapo_trl import SegmentValueHead, ValueDiagnostics
 from sapo_trl.critic.ladder import LadderSizes
 from sapo_trl.critic.policy_states import decoder_layers
 from sapo_trl.critic.value_head import backbone_of
@@ -237,6 +238,34 @@ class TestTaps:
                 continue
             with pytest.raises(ValueError, match=error):
                 sapo_trainer(family, tmp_path, critic="ladder", trainer_kwargs=kwargs, **settings)
+
+    @TEXT_FAMILY
+    def test_value_model_of_another_kind(self, family, tmp_path):
+        policy = family.build_model()
+        for value_model, error in (
+            (policy, "`value_model` is a whole model, but a critic of mode 'ladder' is none: leave `value_model` out"),
+            (SegmentValueHead.from_policy(policy, mode="shared"), "is a 'shared' critic, but `critic='ladder'`"),
+            (SegmentValueHead(24, ladder=LadderSizes(2, 64, 2)), "of size 24, but the policy's have size 16"),
+            (SegmentValueHead(16, ladder=LadderSizes(4, 64, 4)), "`critic_reads` is 4, but a policy of 2 layers"),
+        ):
+            with pytest.raises(ValueError, match=error):
+                sapo_trainer(family, tmp_path, critic="ladder", trainer_kwargs={"value_model": value_model})
+
+    @TEXT_FAMILY
+    def test_beside_monte_carlo_values(self, family, tmp_path):
+        """Continuations are sampled in the middle of a rollout; they feed the critic nothing."""
+        diagnostics, recorder = (
+            ValueDiagnostics(every=1, num_continuations=2, output_dir=tmp_path / "values"),
+            Recorder(),
+        )
+        trainer = sapo_trainer(
+            family, tmp_path, critic="ladder", trainer_kwargs={"callbacks": [diagnostics, recorder]}, max_steps=1
+        )
+        trainer.train()
+        (file,) = (tmp_path / "values").iterdir()
+        table, (rollout,) = pd.read_parquet(file), recorder.rollouts
+        own = rollout.values[table["response"].to_list(), table["token"].to_list()]
+        assert table["value"].to_list() == own.tolist() and table["value"].std() > 0
 
 
 class TestWarmup:
