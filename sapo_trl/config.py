@@ -459,7 +459,7 @@ class SAPOConfig(GRPOConfig):
             check_setting(name, getattr(self, name), hint)
         _check_combinations(self)
         if self.critic_learning_rate is None:
-            self.critic_learning_rate = _CRITIC_LEARNING_RATES.get(self.critic, _CRITIC_LEARNING_RATE)
+            self.critic_learning_rate = _learning_rate_of(self.critic)
 
         if self.num_mini_batches is None and self.steps_per_generation is None and self.generation_batch_size is None:
             self.num_mini_batches = 4
@@ -487,9 +487,15 @@ class SAPOConfig(GRPOConfig):
         self.num_mini_batches = mini_batches
 
 
+def _learning_rate_of(critic: str) -> float:
+    """The default of `critic_learning_rate`."""
+    return _CRITIC_LEARNING_RATES.get(critic, _CRITIC_LEARNING_RATE)
+
+
 def default_settings() -> dict[str, Any]:
     """The defaults of [`SAPOConfig`] for all settings of [`~sapo_trl.presets.AXES`]."""
     defaults = {setting.name: setting.default for setting in fields(SAPOConfig)}
+    defaults["critic_learning_rate"] = _learning_rate_of(defaults["critic"])
     return {name: defaults[name] for names in AXES.values() for name in names}
 
 
