@@ -129,4 +129,4 @@ def make_value_estimator(
         return SampledValues(args, sampler)
     if args.reads_policy:
         return SharedValues()
-    return TreeValues() if args.critic == "tree" else NoValues()
+    return {"tree": TreeValues, "none": NoValues}[args.critic]()
