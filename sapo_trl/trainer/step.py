@@ -136,7 +136,7 @@ class StepInProgress:
         seconds (`float`): spent on them.
         started (`float`): when the latest micro-batch began.
         micro_batch (`RolloutBatch`): the latest.
-        values (`torch.Tensor`, *optional*): float32 `(b, T)`, a shared critic's for it.
+        values (`torch.Tensor`, *optional*): float32 `(b, T)`, read for it in the policy's forward.
         outputs (`tuple[MicroBatchLoss, ...]`): this package's losses so far, detached, for their measurements.
     """
 

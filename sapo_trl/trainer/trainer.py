@@ -341,8 +341,8 @@ class SAPOTrainer(GRPOBridge):
             token_rewards, values, segments, batch, self.args, generations, self.processes
         )
 
-    def shared_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.critic.at(self.mode)(hidden_states=hidden_states)
+    def reading_critic(self) -> SegmentValueHead:
+        return self.critic.at(self.mode)
 
     def _continuations(self, record: RolloutRecord) -> ContinuationSampler | None:
         """The sampler of continuations of this rollout's responses, if they are made of tokens alone."""
@@ -432,7 +432,7 @@ class SAPOTrainer(GRPOBridge):
 
         Args:
             batch (`RolloutBatch`): the micro-batch that the policy's loss was computed on.
-            values (`torch.Tensor`, *optional*): float32 `(B, T)`, a shared critic's, from the policy's forward.
+            values (`torch.Tensor`, *optional*): float32 `(B, T)`, if read in the policy's forward.
         """
         if values is None:
             values = self.critic_forward(self.critic.at(self.mode), batch)
@@ -442,7 +442,7 @@ class SAPOTrainer(GRPOBridge):
         return self.critic_loss(batch, self._frozen_values(batch))
 
     def _frozen_values(self, batch: RolloutBatch) -> torch.Tensor | None:
-        return self.policy_forward(self.model, batch, frozen=True).values if self.args.critic == "shared" else None
+        return self.policy_forward(self.model, batch, frozen=True).values if self.args.reads_policy else None
 
     def _totals(self, batch: RolloutBatch) -> StepTotals:
         """Totals of the optimizer step that a micro-batch belongs to; its first micro-batch begins the step."""
