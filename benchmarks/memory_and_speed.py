@@ -84,12 +84,20 @@ def build_processor_for(image_size: int) -> Any:
     return processor
 
 
+QUESTION = "Find the length of AB in the figure. " * 8
+
+
 def build_dataset(rows: int, image_size: int) -> Dataset:
     """Prompts with one picture each. Every picture has another colour."""
     pictures = [Image.new("RGB", (image_size, image_size), (13 * i % 256, 7 * i % 256, 99)) for i in range(rows)]
-    content = [{"type": "image"}, {"type": "text", "text": "Find the length of AB in the figure. " * 8}]
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompts = [[{"role": "user", "content": content}]] * rows
     return Dataset.from_dict({"prompt": prompts, "images": [[picture] for picture in pictures]})
+
+
+def build_text_dataset(rows: int) -> Dataset:
+    """The same prompts without pictures."""
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": QUESTION}]] * rows})
 
 
 def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
