@@ -10,7 +10,8 @@ Qwen2.5-VL's shape. Nothing is downloaded.
 
 First it counts: the floating-point operations of a rollout (`operations.py`) and the peak of the tensors' memory. The
 operations are the same on each run, also where other programs use the machine. Then it takes times, with each row in a
-process of its own. Rows take turns, and a ratio compares two rows of the same turn. `--turns 0` only counts.
+process of its own. Rows take turns, and a ratio compares two rows of the same turn. `--turns 0` only counts. On a
+machine with other programs, the time of the CPU says more than the time of day; on a GPU it says nothing.
 
 It writes `update_cost.json` and, as tables for `docs/performance.md`, `update_cost.md`.
 """
@@ -22,6 +23,7 @@ import contextlib
 import statistics
 import sys
 import tempfile
+import time
 from typing import Any
 
 import numpy as np
@@ -64,8 +66,10 @@ ROWS = {
     "grpo": ("TRL GRPO", None, False, None),
     "sapo_none": ('SAPO, `critic="none"`', "none", False, "grpo"),
     "sapo_shared": ('SAPO, `critic="shared"`', "shared", False, "grpo"),
+    "sapo_ladder": ('SAPO, `critic="ladder"`', "ladder", False, "grpo"),
     "sapo_separate": ('SAPO, `critic="separate"`', "separate", False, "grpo"),
     "grpo_lora": ("TRL GRPO, LoRA", None, True, None),
+    "sapo_ladder_lora": ('SAPO, LoRA, `critic="ladder"`', "ladder", True, "grpo_lora"),
     "sapo_adapter": ('SAPO, LoRA, `critic="adapter"`', "adapter", True, "grpo_lora"),
 }
 MINI_BATCHES = 2
@@ -167,11 +171,14 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train a few rollouts in this process, and measure their time."""
-    timer = StepTimer()
-    make_trainer(name, options, [timer]).train()
+    timers = {"seconds": StepTimer(), "cpu_seconds": StepTimer(time.process_time)}
+    make_trainer(name, options, list(timers.values())).train()
     # A rollout's first step also scores it. The first rollout also makes the optimizer's state and fills caches.
-    rollouts = range(MINI_BATCHES, len(timer.seconds), MINI_BATCHES)
-    return {"seconds": statistics.median(sum(timer.seconds[first : first + MINI_BATCHES]) for first in rollouts)}
+    rollouts = range(MINI_BATCHES, options.rollouts * MINI_BATCHES, MINI_BATCHES)
+    return {
+        what: statistics.median(sum(timer.seconds[first : first + MINI_BATCHES]) for first in rollouts)
+        for what, timer in timers.items()
+    }
 
 
 def count(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -210,15 +217,15 @@ def as_markdown(report: dict[str, Any]) -> str:
     options, counts, turns = report["options"], report["counts"], report["turns"]
     lines = [
         "| Trainer | operations, 10⁹ | peak GiB of tensors | padding | seconds | compared with | operations | tensors "
-        "| time, min / median / max |",
-        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+        "| CPU time, min / median / max | time, min / median / max |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for name, found in counts.items():
         title, _, _, against = ROWS[name]
         times = [turn[name] for turn in turns if name in turn]
         error = next((row["error"] for row in [found, *times] if "error" in row), None)
         if error is not None:
-            lines.append(f"| {title} | {error.replace('|', ' ')} |{' |' * 7}")
+            lines.append(f"| {title} | {error.replace('|', ' ')} |{' |' * 8}")
             continue
         cells = [f"{found['operations'] / 1e9:.2f}", f"{found['peak_bytes'] / GIB:.3f}", f"{found['padding']:.1%}"]
         cells += [f"{statistics.median(row['seconds'] for row in times):.2f}" if times else ""]
@@ -239,18 +246,16 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def compared(report: dict[str, Any], name: str, against: str | None) -> list[str]:
-    """The other row's title, and the ratios to it: operations, tensors' peak, times turn by turn."""
+    """The other row's title, and the ratios to it: operations, tensors' peak, and both times turn by turn."""
     counts = report["counts"]
     if against is None or "error" in counts.get(against, {"error": "not counted"}):
-        return [""] * 4
+        return [""] * 5
     ratios = [f"{counts[name][what] / counts[against][what]:.3f}" for what in ("operations", "peak_bytes")]
-    times = [
-        turn[name]["seconds"] / turn[against]["seconds"]
-        for turn in report["turns"]
-        if all("seconds" in turn.get(row, {}) for row in (name, against))
-    ]
-    spread = f"{min(times):.2f} / **{statistics.median(times):.2f}** / {max(times):.2f}" if times else ""
-    return [ROWS[against][0], *ratios, spread]
+    turns = [turn for turn in report["turns"] if all("seconds" in turn.get(row, {}) for row in (name, against))]
+    for what in ("cpu_seconds", "seconds"):
+        times = [turn[name][what] / turn[against][what] for turn in turns]
+        ratios.append(f"{min(times):.2f} / **{statistics.median(times):.2f}** / {max(times):.2f}" if times else "")
+    return [ROWS[against][0], *ratios]
 
 
 def parser() -> argparse.ArgumentParser:

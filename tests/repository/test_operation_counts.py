@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sapo_trl import SegmentValueHead
+from sapo_trl.critic.ladder import LadderSizes
+
 from .test_benchmarks import BENCHMARKS, load
 
 
@@ -160,3 +163,59 @@ class TestRows:
         }
         assert torch.ops.aten.addmm_ in products
         assert sorted(map(str, products - known.keys())) == []
+
+
+class TestLadder:
+    """A ladder's promise: at most a tenth of the operations more than TRL's GRPO."""
+
+    # A quarter of the policy's width, as for large policies. At smaller widths a ladder cannot shrink any more.
+    REALISTIC = TINY.replace(f"--hidden_size {HIDDEN} --layers {LAYERS}", "--hidden_size 256 --layers 3").split()
+
+    @pytest.mark.parametrize("row", ["sapo_ladder", "sapo_ladder_lora"])
+    def test_rows(self, update_cost, count, row):
+        arguments = (*self.REALISTIC, "--completion_length", str(RESPONSE), "--same_length", "--text")
+        ratio = count(row, *arguments) / count(update_cost.ROWS[row][3], *arguments)
+        assert 1.005 < ratio <= 1.1
+
+    def test_ladder_is_counted_as_by_hand(self, script):
+        """Two layers of width 64 and four heads, which read two states. Its inputs need no gradient."""
+        scaling = script("operations_scaling")
+        critic = SegmentValueHead(256, ladder=LadderSizes.for_policy(256, 8))
+        length, width = 40, 64
+        reads = 2 * products((length, 256, width))
+        layer = products((length, width, 3 * width), (length, width, width), *2 * [(length, width, 2 * width)])
+        # Queries, keys and values have eight further columns in each head.
+        square = 4 * products((length, width // 4 + 8, length))
+        head = products((length, width, 1))
+        forward = reads + 2 * (layer + 2 * square) + head
+        backward = reads + 2 * (2 * layer + 5 * square) + 2 * head
+        assert scaling.reading_operations(critic, 256, length) == 2 * forward + backward
+
+
+class TestScaling:
+    """`operations_scaling.py` counts fake tensors."""
+
+    @pytest.fixture
+    def scaling(self, script):
+        return script("operations_scaling")
+
+    def test_backbone_is_counted_as_by_hand(self, scaling):
+        """Two layers of width 128: four heads of 32 channels, and two of keys and values. They run three times."""
+        length, layers, width = 40, 2, 128
+        linear = 2 * products((length, width, width)) + 2 * products((length, width, width // 2))
+        feed_forward = 3 * products((length, width, 3 * width))
+        square = products((length, width, length))
+        forward = layers * (linear + feed_forward + 2 * square)
+        backward = layers * (2 * (linear + feed_forward) + 5 * square)
+        again = forward - layers * products((length, 3 * width, width))
+        with scaling.FakeTensorMode():
+            policy = scaling.build_policy("embedded", False, layers)
+            assert scaling.backbone_operations(policy, length) == 2 * forward + backward + again
+
+    def test_table(self, scaling):
+        (found,) = scaling.ratios("embedded", 1, 16, (8,))
+        assert 1 < found["shared"] < found["ladder"] < found["separate"] < 2
+        assert 1 < found["shared, LoRA"] < found["ladder, LoRA"] < found["adapter, LoRA"] < 2
+        options = {"layers": [1], "lengths": [8], "prompt": 16}
+        printed = scaling.as_markdown({"options": options, "depth": [found], "length": {"embedded": [found]}})
+        assert printed.count(f"| ladder | {found['ladder']:.4f} |") == 2
