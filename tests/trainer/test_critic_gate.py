@@ -111,8 +111,8 @@ def test_equal_returns_close_it(tmp_path):
 def test_all_processes_decide_alike(tmp_path):
     """The rows of one process are explained, the rows of the other are not: the whole rollout decides."""
     segments = Segments(torch.zeros(4, 1, dtype=torch.long))
-    rewards = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
-    values = torch.tensor([[0.0], [1.0], [1.1], [0.0]])
+    rewards = torch.tensor([[0.0], [1.0], [0.0], [2.0]])  # the processes' means differ
+    values = torch.tensor([[0.0], [1.0], [2.2], [0.0]])
     advantages = torch.arange(4.0).unsqueeze(1)
     args = settings(tmp_path, critic_min_explained_variance=0.0)
     halves = (slice(0, 2), slice(2, 4))
