@@ -171,6 +171,12 @@ class SAPOConfig(GRPOConfig):
             End the critic's warm-up early, once the value loss falls by less than this share. In detail: the value
             losses of the last three rollouts are compared with the smallest value loss before them. The warm-up ends
             if none of the three is lower by more than this share.
+        critic_min_explained_variance (`float`, *optional*):
+            Smallest explained variance with which the critic's values enter the advantages; `None` for no gate.
+            It is the share of the variance of the rollout's Monte-Carlo returns that the critic's values explain,
+            before the critic learns from them. Below it, a segment's advantage is its return minus the mean return of
+            the rollout's segments, and the critic goes on learning. `0.0` asks for values that predict better than
+            the mean (EVPO).
         cliprange_value (`float`, *optional*, defaults to `0.5`):
             Clip range of the value loss: a value's change since its rollout; `None` for no clipping.
         value_loss_aggregation (`str`, *optional*, defaults to `"token-mean"`):
@@ -366,6 +372,7 @@ class SAPOConfig(GRPOConfig):
     critic_max_grad_norm: Annotated[float, Bounds(gt=0, note="`math.inf` clips nothing.")] = 1.0
     critic_warmup_steps: NonNegativeInt = 0
     critic_warmup_tolerance: NonNegativeFloat | None = None
+    critic_min_explained_variance: Annotated[float, Bounds(lt=1, note="No critic explains more than 1.")] | None = None
     cliprange_value: PositiveFloat | None = 0.5
     value_loss_aggregation: Aggregation = "token-mean"
 
@@ -615,6 +622,11 @@ def _check_combinations(args: SAPOConfig) -> None:
         raise ValueError(
             f"`critic_warmup_steps={args.critic_warmup_steps}` with `critic={args.critic!r}` would train nothing: "
             "it must be 0."
+        )
+    if not args.learns_critic and args.critic_min_explained_variance is not None:
+        raise ValueError(
+            f"`critic_min_explained_variance={args.critic_min_explained_variance}` is a gate on a critic that learns, "
+            f"but `critic` is {args.critic!r}: it must be one of {', '.join(LEARNED_CRITICS)}, or the gate None."
         )
     sampling = args.generation_kwargs or {}
     if sampling.get("num_return_sequences") not in (None, 1):

@@ -239,11 +239,11 @@ class SAPOTrainer(GRPOBridge):
         segments = self.segment(forward, batch, mask)
         policy_mask = stages.learned_tokens(forward, segments, args.confident_token_threshold)
         started = time.perf_counter()
-        estimate = self.estimate_values(forward, batch, segments, policy_mask, record)
-        values, value_metrics = checked_estimate(estimate)
+        values, value_metrics = checked_estimate(self.estimate_values(forward, batch, segments, policy_mask, record))
         seconds["value"] = time.perf_counter() - started
         token_rewards, reward_metrics = stages.rewards_of_tokens(rewards, forward, batch, mask, args)
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
+        advantages, gate_metrics = stages.gated(advantages, token_rewards, values, segments, args, self.processes)
         advantages, changes = stages.normalized(advantages, policy_mask, record.rewards, args, self.processes)
         weights, weight_metrics = self._token_weights(forward, batch, mask)
         advantages = advantages if weights is None else advantages * weights
@@ -269,7 +269,7 @@ class SAPOTrainer(GRPOBridge):
             images=stages.images_of(record.inputs),
         )
         metrics = record.metrics | stages.measured(rollout, policy_mask, args, self.processes)
-        metrics |= sampler_metrics | value_metrics | reward_metrics | changes | weight_metrics
+        metrics |= sampler_metrics | value_metrics | reward_metrics | changes | weight_metrics | gate_metrics
         self._log_rollout(rollout, metrics, seconds)
         if record.given is not None:
             # TRL's is the mean over the edges that were drawn. All edges matter.

@@ -137,7 +137,7 @@ def main(
         trainer.train(resume_from_checkpoint=checkpoint)
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
     names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
-    names += ["skipped_steps"]
+    names += ["skipped_steps", "value/gated", "value/monte_carlo_explained_variance"]
     policy = trainer.accelerator.unwrap_model(trainer.model)
     stage = 0
     if trainer.is_deepspeed_enabled:

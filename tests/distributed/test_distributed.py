@@ -70,6 +70,8 @@ def launch(folder: Path, module: str, *arguments: str) -> list:
             },
         ),
         ("qwen2", {"max_steps": 2, "critic": "none", "advantage_estimator": "batch"}),
+        # The gate on the critic: one decision for all processes, by the explained variance of the whole rollout.
+        ("qwen2", {"max_steps": 2, "critic": "separate", "critic_min_explained_variance": 0.0, "lam": 0.9}),
         # Its gradients are averaged by hand.
         ("qwen2", {"max_steps": 3, "critic": "adapter", "gradient_accumulation_steps": 2, "beta": 0.1}),
         ("qwen2", {**CRITIC_SETTINGS, "critic": "separate", "freeze_critic_attention": True}),
