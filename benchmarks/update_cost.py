@@ -2,15 +2,16 @@
 Cost of scoring and updating with each of SAPO's critics, compared with TRL's GRPO on the same responses.
 
 Both trainers get the same prompts with a picture each, and the same responses with log-normal lengths. Nothing is
-generated and rewards take no time, so a step consists of scoring and updating. Each row is measured in a separate
-process. Rows take turns, and a ratio compares two rows of the same turn. The model has random weights and Qwen2.5-VL's
-shape. Nothing is downloaded.
+generated and rewards take no time, so a step consists of scoring and updating. The model has random weights and
+Qwen2.5-VL's shape. Nothing is downloaded.
 
     python benchmarks/update_cost.py --out results                   # Qwen2.5-VL-3B's shape, on a GPU
     python benchmarks/update_cost.py --size tiny --out results       # a tiny model, on a CPU too
 
-On a GPU, memory means the tensors' memory. On a CPU it is the growth of the process, which includes memory kept by its
-allocator. `--count_tensors` counts tensors on a CPU, too. It uses PyTorch's profiler, which makes steps slower.
+First it counts: the floating-point operations of a rollout (`operations.py`) and the peak of the tensors' memory. The
+operations are the same on each run, also where other programs use the machine. Then it takes times, with each row in a
+process of its own. Rows take turns, and a ratio compares two rows of the same turn. `--turns 0` only counts. On a
+machine with other programs, the time of the CPU says more than the time of day; on a GPU it says nothing.
 
 It writes `update_cost.json` and, as tables for `docs/performance.md`, `update_cost.md`.
 """
@@ -22,6 +23,7 @@ import contextlib
 import statistics
 import sys
 import tempfile
+import time
 from typing import Any
 
 import numpy as np
@@ -35,14 +37,24 @@ from memory_and_speed import (
     build_dataset,
     build_model_config,
     build_processor_for,
+    build_text_dataset,
     peak_bytes,
     peak_of_tensors,
     reward,
     start_counting,
 )
+from operations import OperationCounter
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from sapo_trl import SAPOConfig, SAPOTrainer
@@ -54,8 +66,10 @@ ROWS = {
     "grpo": ("TRL GRPO", None, False, None),
     "sapo_none": ('SAPO, `critic="none"`', "none", False, "grpo"),
     "sapo_shared": ('SAPO, `critic="shared"`', "shared", False, "grpo"),
+    "sapo_ladder": ('SAPO, `critic="ladder"`', "ladder", False, "grpo"),
     "sapo_separate": ('SAPO, `critic="separate"`', "separate", False, "grpo"),
     "grpo_lora": ("TRL GRPO, LoRA", None, True, None),
+    "sapo_ladder_lora": ('SAPO, LoRA, `critic="ladder"`', "ladder", True, "grpo_lora"),
     "sapo_adapter": ('SAPO, LoRA, `critic="adapter"`', "adapter", True, "grpo_lora"),
 }
 MINI_BATCHES = 2
@@ -99,15 +113,24 @@ class TokenCounter:
         self.tokens += kwargs["input_ids"].numel()
 
 
+def build_model(config: Qwen2_5_VLConfig, options: argparse.Namespace) -> PreTrainedModel:
+    """The model with random weights; with `--text` its language model alone, as a Qwen2."""
+    set_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        if not options.text:
+            return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, options.dtype))
+        text = config.text_config.to_dict()
+        for name in ("model_type", "architectures", "rope_parameters", "layer_types"):
+            text.pop(name, None)
+        return Qwen2ForCausalLM._from_config(Qwen2Config(**text), dtype=getattr(torch, options.dtype))
+
+
 def make_trainer(name: str, options: argparse.Namespace, callbacks: list[TrainerCallback]) -> GRPOTrainer:
     """The trainer of a row, with its model."""
     _, critic, lora, _ = ROWS[name]
     on_gpu = torch.cuda.is_available()
     processor = build_processor_for(options.image_size)
-    config = build_model_config(options, processor.tokenizer)
-    set_seed(0)
-    with torch.device("cuda" if on_gpu else "cpu"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, options.dtype))
+    model = build_model(build_model_config(options, processor.tokenizer), options)
     responses = options.micro_batch * options.accumulation * MINI_BATCHES
     lengths = lengths_of(responses, options.completion_length, same=options.same_length)
     targets = LANGUAGE_LORA_TARGETS if options.lora_layers == "language" else LORA_TARGETS
@@ -130,8 +153,10 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
     kwargs = {
         "model": model,
         "reward_funcs": reward,
-        "train_dataset": build_dataset(responses, options.image_size),
-        "processing_class": processor,
+        "train_dataset": (
+            build_text_dataset(responses) if options.text else build_dataset(responses, options.image_size)
+        ),
+        "processing_class": processor.tokenizer if options.text else processor,
         "peft_config": LoraConfig(r=LORA_RANK, target_modules=targets) if lora else None,
         "callbacks": callbacks,
         "rollout_func": given_rollout(lengths),
@@ -145,69 +170,92 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a few steps in this process, and measure their memory and time."""
-    _, critic, lora, _ = ROWS[name]
-    timer, before = StepTimer(), start_counting()
-    memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if options.count_tensors else None
-    with memory or contextlib.nullcontext():
-        trainer = make_trainer(name, options, [timer])
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        counter = TokenCounter((policy.get_base_model() if lora else policy).base_model)
-        trainer.train()
+    """Train a few rollouts in this process, and measure their time."""
+    timers = {"seconds": StepTimer(), "cpu_seconds": StepTimer(time.process_time)}
+    make_trainer(name, options, list(timers.values())).train()
     # A rollout's first step also scores it. The first rollout also makes the optimizer's state and fills caches.
-    rollouts = range(MINI_BATCHES, len(timer.seconds), MINI_BATCHES)
-    seconds = [sum(timer.seconds[first : first + MINI_BATCHES]) for first in rollouts]
-    # The policy scores each token once and trains on it once. An adapter critic does the same on the policy's layers.
-    needed = trainer.state.num_input_tokens_seen * (4 if critic == "adapter" else 2)
+    rollouts = range(MINI_BATCHES, options.rollouts * MINI_BATCHES, MINI_BATCHES)
     return {
-        "seconds": statistics.median(seconds),
-        "peak_bytes": peak_bytes() - before if memory is None else peak_of_tensors(memory),
-        "padding": 1 - needed / counter.tokens,
+        what: statistics.median(sum(timer.seconds[first : first + MINI_BATCHES]) for first in rollouts)
+        for what, timer in timers.items()
     }
+
+
+def count(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Count the tensors' memory in two rollouts (the second has the optimizer's state), and operations in another."""
+    before = start_counting()
+    on_gpu = torch.cuda.is_available()
+    memory = None if on_gpu else profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with memory or contextlib.nullcontext():
+        trainer = make_trainer(name, with_rollouts(options, 2), [])
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        tokens = TokenCounter((policy.get_base_model() if ROWS[name][2] else policy).base_model)
+        trainer.train()
+    # The policy scores each token once and trains on it once. An adapter critic does the same on the policy's layers.
+    needed = trainer.state.num_input_tokens_seen * (4 if ROWS[name][1] == "adapter" else 2)
+    return {
+        "operations": count_operations(name, options),
+        "peak_bytes": peak_bytes() - before if memory is None else peak_of_tensors(memory),
+        "padding": 1 - needed / tokens.tokens,
+    }
+
+
+def count_operations(name: str, options: argparse.Namespace) -> int:
+    """Operations of a row's rollout: scoring it, and training on it."""
+    trainer = make_trainer(name, with_rollouts(options, 1), [])
+    with OperationCounter() as counter:
+        trainer.train()
+    return counter.total
+
+
+def with_rollouts(options: argparse.Namespace, rollouts: int) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), "rollouts": rollouts})
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a table, with the machine, the versions and the options."""
-    options, turns = report["options"], report["turns"]
+    options, counts, turns = report["options"], report["counts"], report["turns"]
     lines = [
-        "| Trainer | seconds per rollout | padding | peak GiB | compared with | time, min / median / max | memory |",
-        "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
+        "| Trainer | operations, 10⁹ | peak GiB of tensors | padding | seconds | compared with | operations | tensors "
+        "| CPU time, min / median / max | time, min / median / max |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
-    for name in turns[0]:
+    for name, found in counts.items():
         title, _, _, against = ROWS[name]
-        found = [turn[name] for turn in turns]
-        error = next((row["error"] for row in found if "error" in row), None)
+        times = [turn[name] for turn in turns if name in turn]
+        error = next((row["error"] for row in [found, *times] if "error" in row), None)
         if error is not None:
-            lines.append(f"| {title} | {error.replace('|', ' ')} | | | | | |")
+            lines.append(f"| {title} | {error.replace('|', ' ')} |{' |' * 8}")
             continue
-        seconds = statistics.median(row["seconds"] for row in found)
-        peak = statistics.median(row["peak_bytes"] for row in found)
-        cells = [f"{seconds:.2f}", f"{found[0]['padding']:.1%}", f"{peak / GIB:.2f}", "", "", ""]
-        others = [turn.get(against, {"error": "not measured"}) for turn in turns]
-        if against is not None and not any("error" in other for other in others):
-            time = [row["seconds"] / other["seconds"] for row, other in zip(found, others, strict=True)]
-            memory = statistics.median(
-                row["peak_bytes"] / other["peak_bytes"] for row, other in zip(found, others, strict=True)
-            )
-            spread = f"{min(time):.2f} / **{statistics.median(time):.2f}** / {max(time):.2f}"
-            cells[3:] = [ROWS[against][0], spread, f"{memory:.2f}"]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    memory = "of the process, without the memory of imports"
-    if report["on_gpu"] or options["count_tensors"]:
-        memory = "of tensors"
+        cells = [f"{found['operations'] / 1e9:.2f}", f"{found['peak_bytes'] / GIB:.3f}", f"{found['padding']:.1%}"]
+        cells += [f"{statistics.median(row['seconds'] for row in times):.2f}" if times else ""]
+        lines.append(f"| {title} | {' | '.join(cells + compared(report, name, against))} |")
     lora = {"all": "all linear layers", "language": "the language model's linear layers, with a frozen vision tower"}
     responses = options["micro_batch"] * options["accumulation"] * MINI_BATCHES
     lengths = lengths_of(responses, options["completion_length"], same=options["same_length"])
+    pictures = f"pictures of {options['image_size']} x {options['image_size']} pixels"
     lines += [
         "",
         f"{rows.described(report)}; rollouts of {responses} responses of {min(lengths)} to {max(lengths)} tokens "
         f"(mean {statistics.mean(lengths):.0f}), {MINI_BATCHES} optimizer steps each, micro-batches of "
-        f"{options['micro_batch']}; {options['rollouts'] - 1} rollouts timed, {len(turns)} turns; pictures of "
-        f"{options['image_size']} x {options['image_size']} pixels; gradient checkpointing "
-        f"{'on' if options['gradient_checkpointing'] else 'off'}; LoRA of {lora[options['lora_layers']]}. Peak memory "
-        f"is the peak {memory}.",
+        f"{options['micro_batch']}; {options['rollouts'] - 1} rollouts timed, {len(turns)} turns; "
+        f"{'no pictures' if options['text'] else pictures}; gradient checkpointing "
+        f"{'on' if options['gradient_checkpointing'] else 'off'}; LoRA of {lora[options['lora_layers']]}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def compared(report: dict[str, Any], name: str, against: str | None) -> list[str]:
+    """The other row's title, and the ratios to it: operations, tensors' peak, and both times turn by turn."""
+    counts = report["counts"]
+    if against is None or "error" in counts.get(against, {"error": "not counted"}):
+        return [""] * 5
+    ratios = [f"{counts[name][what] / counts[against][what]:.3f}" for what in ("operations", "peak_bytes")]
+    turns = [turn for turn in report["turns"] if all("seconds" in turn.get(row, {}) for row in (name, against))]
+    for what in ("cpu_seconds", "seconds"):
+        times = [turn[name][what] / turn[against][what] for turn in turns]
+        ratios.append(f"{min(times):.2f} / **{statistics.median(times):.2f}** / {max(times):.2f}" if times else "")
+    return [ROWS[against][0], *ratios]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,10 +269,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="by default only on a GPU"
     )
-    parser.add_argument("--turns", type=int, default=3, help="measurements of each row, in turn with the other rows")
-    parser.add_argument("--rollouts", type=int, default=4, help="number of rollouts; the first is not timed")
-    parser.add_argument("--count_tensors", action="store_true", help="on a CPU: count tensors instead of the process")
+    parser.add_argument("--text", action="store_true", help="the language model alone, and prompts without pictures")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="times of each row, in turn with the other rows; 0 only counts"
+    )
+    parser.add_argument("--rollouts", type=int, default=4, help="rollouts of a time; the first is not timed")
     parser.add_argument("--same_length", action="store_true", help="give all responses the longest length: no padding")
+    parser.add_argument("--what", choices=("counts", "times"), help=argparse.SUPPRESS)
     return parser
 
 
@@ -241,15 +292,24 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.rollouts < 2:
         parser().error(f"--rollouts must be at least 2, because the first is not timed; got {options.rollouts}")
+    if options.text and options.lora_layers == "language":
+        parser().error("--lora_layers language needs a vision tower to leave out: drop it, or drop --text")
     complete(options)
     if options.row is not None:
-        return rows.measure_here(options, measure)
-    report = rows.new_report(options) | {"turns": []}
-    for _ in range(options.turns):
-        report["turns"].append(dict(rows.measured(__file__, arguments, options.rows)))
-        rows.write(report, options.out, "update_cost", as_markdown)
+        return rows.measure_here(options, count if options.what == "counts" else measure)
+    report = rows.new_report(options) | {"counts": {}, "turns": []}
+    report["options"].pop("what")
+    found = report["counts"]
+    for turn in range(options.turns + 1):
+        if turn:
+            found = {}
+            report["turns"].append(found)
+        what = "times" if turn else "counts"
+        for name, row in rows.measured(__file__, [*arguments, "--what", what], options.rows):
+            found[name] = row
+            rows.write(report, options.out, "update_cost", as_markdown)
     print(as_markdown(report))
-    return rows.exit_code(row for turn in report["turns"] for row in turn.values())
+    return rows.exit_code(row for found in (report["counts"], *report["turns"]) for row in found.values())
 
 
 if __name__ == "__main__":

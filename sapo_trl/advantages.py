@@ -1,4 +1,4 @@
-"""Advantages: generalized estimation over segments, leave-one-out, normalisation. Pure functions on tensors."""
+"""Advantages: generalized estimation over segments, mean baselines, normalisation. Pure functions on tensors."""
 
 from __future__ import annotations
 
@@ -94,13 +94,42 @@ def segment_gae(
     return segments.expand(advantages), segments.expand(returns)
 
 
+@torch.no_grad()
+def mean_baseline_advantages(
+    rewards: torch.Tensor,
+    segments: Segments,
+    gamma: float = 1.0,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Advantages without a critic: each segment's Monte-Carlo return minus the mean of all segments' returns.
+
+    The return of segment `m` is `G_m = sum_l gamma**l * r_{m+l}`, with `r` the summed token rewards of a segment. The
+    advantage is `A_m = G_m - mean(G)`, with the mean over all segments of all rows. This is [`segment_gae`] with λ = 1
+    and `mean(G)` as the value of every state: a critic with an explained variance of exactly 0.
+
+    Args:
+        rewards (`torch.Tensor`): float tensor of shape `(B, T)`, per-token rewards.
+        segments ([`Segments`]): the partition of the `(B, T)` tokens.
+        gamma (`float`, *optional*, defaults to `1.0`): discount per segment, in `[0, 1]`.
+        reduce (`Callable`, *optional*): sums a tensor over all processes, see [`masked_moments`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: advantages and returns, shaped as in [`segment_gae`].
+    """
+    _, returns = segment_gae(rewards, torch.zeros_like(rewards), segments, gamma, lam=1.0)
+    # One token of each segment, so that every segment counts once.
+    mean, _ = masked_moments(returns, segments.is_last, reduce)
+    return torch.where(segments.mask, returns - mean, 0), returns
+
+
 def length_adaptive_lam(segments: Segments, number: float, rule: LengthRule = "reciprocal") -> torch.Tensor:
     """
     λ that grows with a response's length `l`, so that rewards reach its beginning.
 
     `"reciprocal"` is `max(0, 1 - 1 / (number * l))` (VAPO, https://huggingface.co/papers/2504.05118). The published
     formula is negative for `l < 1 / number`. A λ cannot be negative, so it is clamped at 0. `"root"` is
-    `number ** (1 / l)` (JustRL-II): after `l` steps a reward keeps the share `number`, whatever the length. For long
+    `number ** (1 / l)` (JustRL-II): after `l` steps a reward keeps the share `number` at any length. For long
     responses it is `"reciprocal"` with `-1 / log(number)`.
 
     The sources count tokens; here `l` counts the time steps of the estimation, which are segments (of one token, in

@@ -41,8 +41,15 @@ TRLLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "vespo"]
 
 TRL_LOSS_TYPES = get_args(TRLLoss)
 
-LEARNED_CRITICS = ("separate", "shared", "adapter")
+LEARNED_CRITICS = ("separate", "shared", "adapter", "ladder")
 """Values of `critic` with a model that is trained."""
+
+READING_CRITICS = ("shared", "ladder")
+"""Values of `critic` with a model that reads the policy's hidden states, in the policy's own forward."""
+
+# A ladder starts from random numbers, and has a width that learns at a larger rate than a whole policy's.
+_CRITIC_LEARNING_RATES = {"ladder": 1e-4}
+_CRITIC_LEARNING_RATE = 2e-6
 
 # Settings of TRL's, which it does not check.
 _TRL_RANGES = {
@@ -66,6 +73,9 @@ _SETTINGS_OF_SEGMENT_LOSSES = {
     "loss_aggregation": "token-mean",
     "kl_aggregation": None,
 }
+
+# Settings of some critics alone.
+_SETTINGS_OF_CRITICS = {"critic_layers": ("ladder",), "critic_width": ("ladder",), "critic_reads": READING_CRITICS}
 
 # Schedules that follow a metric. The critic's schedule gets none.
 _METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -118,12 +128,21 @@ class SAPOConfig(GRPOConfig):
         > Parameters that control the critic
 
         critic (`str`, *optional*, defaults to `"separate"`):
-            Source of the values: a model (`"separate"`, `"shared"`, `"adapter"`), samples (`"monte_carlo"`, `"tree"`)
-            or `"none"`. `"separate"`: a backbone of its own, initialised from the policy; `"shared"`: a head on the
-            policy's hidden states, through which no gradient reaches the policy; `"adapter"`: a second adapter on the
-            base model that carries the policy's (with `peft_config`); `"monte_carlo"`: no model, but the mean reward
+            Source of values: `separate`, `shared`, `adapter`, `ladder`, `monte_carlo`, `tree` or `none`. `"separate"`:
+            a backbone of its own, initialised from the policy; `"shared"`: a head on the policy's hidden states,
+            through which no gradient reaches the policy; `"adapter"`: a second adapter on the base model that carries
+            the policy's (with `peft_config`); `"ladder"`: a small transformer that reads several of the policy's
+            hidden states, also without a gradient to the policy; `"monte_carlo"`: no model, but the mean reward
             of fresh continuations from each segment's start (VinePPO, SPO-chain); `"tree"`: responses are sampled as
             a tree, and a node's value comes from its children (SPO-tree); `"none"`: every value is 0.
+        critic_layers (`int`, *optional*):
+            For `"ladder"`: number of its transformer layers; by default 2 to 4, one for 8 layers of the policy.
+        critic_width (`int`, *optional*):
+            For `"ladder"`: its width, a multiple of 64; by default a quarter of the policy's width.
+        critic_reads (`int`, *optional*):
+            For `"ladder"` and `"shared"`: number of the policy's hidden states that the critic reads. They are evenly
+            spread from the embeddings to the last hidden state, and normalised. A ladder reads as many as it has
+            layers by default. `"shared"` reads by default the last hidden state alone, as it is.
         value_state (`str`, *optional*, defaults to `"start"`):
             State that gives a segment its value: before its first (`"start"`) or its last token (`"end"`). The paper
             has `"start"`, the official code `"end"`.
@@ -138,8 +157,8 @@ class SAPOConfig(GRPOConfig):
             Updates of the critic for each optimizer step of the policy, on the same micro-batches and targets.
         freeze_critic_attention (`bool`, *optional*, defaults to `False`):
             For `critic="separate"`: leave the critic's attention layers as they are (SAO).
-        critic_learning_rate (`float`, *optional*, defaults to `2e-6`):
-            Initial learning rate of the critic.
+        critic_learning_rate (`float`, *optional*):
+            Initial learning rate of the critic; by default 2e-6, and 1e-4 with `critic="ladder"`.
         critic_lr_scheduler_type (`str`, *optional*):
             Learning rate schedule of the critic; by default `lr_scheduler_type`.
         critic_lr_warmup_steps (`int`, *optional*, defaults to `0`):
@@ -155,6 +174,12 @@ class SAPOConfig(GRPOConfig):
             End the critic's warm-up early, once the value loss falls by less than this share. In detail: the value
             losses of the last three rollouts are compared with the smallest value loss before them. The warm-up ends
             if none of the three is lower by more than this share.
+        critic_min_explained_variance (`float`, *optional*):
+            Smallest explained variance with which the critic's values enter the advantages; `None` for no gate.
+            It is the share of the variance of the rollout's Monte-Carlo returns that the critic's values explain,
+            before the critic learns from them. Below it, a segment's advantage is its return minus the mean return of
+            the rollout's segments, and the critic goes on learning. `0.0` asks for values that predict better than
+            the mean (EVPO).
         cliprange_value (`float`, *optional*, defaults to `0.5`):
             Clip range of the value loss: a value's change since its rollout; `None` for no clipping.
         value_loss_aggregation (`str`, *optional*, defaults to `"token-mean"`):
@@ -260,7 +285,7 @@ class SAPOConfig(GRPOConfig):
             Policy loss: PPO's clip (`"segment_clip"`), a gate or a mask in its place, or one of TRL's own losses.
             `"soft_adaptive_gate"` is Qwen's Soft Adaptive gate instead of the clip (TRL calls it `"sapo"`, with
             `sapo_temperature_pos` and `sapo_temperature_neg`). `"double_sided_mask"` drops tokens whose ratio is not
-            between `1 - epsilon` and `1 + epsilon_high`, whatever their advantage (SAO). These three work at any
+            between `1 - epsilon` and `1 + epsilon_high`, for advantages of both signs (SAO). These three work at any
             `importance_sampling_level`. `"divergence_mask"` drops tokens whose probability has moved by more than
             `epsilon` or `epsilon_high` in their advantage's direction (DPPO); it needs the level `"token"`. Dropped
             tokens still count in the mean. `delta` acts with `"segment_clip"` alone. TRL's
@@ -365,19 +390,23 @@ class SAPOConfig(GRPOConfig):
     step_pattern: str = r"Step\s*\d+\s*[:.]"
 
     # Parameters that control the critic
-    critic: Literal["separate", "shared", "adapter", "monte_carlo", "tree", "none"] = "separate"
+    critic: Literal["separate", "shared", "adapter", "ladder", "monte_carlo", "tree", "none"] = "separate"
+    critic_layers: PositiveInt | None = None
+    critic_width: PositiveInt | None = None
+    critic_reads: PositiveInt | None = None
     value_state: Literal["start", "end"] = "start"
     critic_initial_value: Literal["zero", "reward_mean"] = "zero"
     value_range: list[float] | None = None
     critic_updates_per_step: PositiveInt = 1
     freeze_critic_attention: bool = False
-    critic_learning_rate: NonNegativeFloat = 2e-6
+    critic_learning_rate: NonNegativeFloat | None = None
     critic_lr_scheduler_type: str | None = None
     critic_lr_warmup_steps: NonNegativeInt = 0
     critic_weight_decay: NonNegativeFloat | None = None
     critic_max_grad_norm: Annotated[float, Bounds(gt=0, note="`math.inf` clips nothing.")] = 1.0
     critic_warmup_steps: NonNegativeInt = 0
     critic_warmup_tolerance: NonNegativeFloat | None = None
+    critic_min_explained_variance: Annotated[float, Bounds(lt=1, note="No critic explains more than 1.")] | None = None
     cliprange_value: PositiveFloat | None = 0.5
     value_loss_aggregation: Aggregation = "token-mean"
 
@@ -481,6 +510,11 @@ class SAPOConfig(GRPOConfig):
         """Whether a value model is trained."""
         return self.critic in LEARNED_CRITICS
 
+    @property
+    def reads_policy(self) -> bool:
+        """Whether the value model reads the policy's hidden states instead of running a forward of its own."""
+        return self.critic in READING_CRITICS
+
     def __post_init__(self):
         if self.loss_type == "sapo":
             raise ValueError(
@@ -492,6 +526,8 @@ class SAPOConfig(GRPOConfig):
         for name, hint in _TRL_RANGES.items():
             check_setting(name, getattr(self, name), hint)
         _check_combinations(self)
+        if self.critic_learning_rate is None:
+            self.critic_learning_rate = _learning_rate_of(self.critic)
 
         if self.num_mini_batches is None and self.steps_per_generation is None and self.generation_batch_size is None:
             self.num_mini_batches = 4
@@ -519,9 +555,15 @@ class SAPOConfig(GRPOConfig):
         self.num_mini_batches = mini_batches
 
 
+def _learning_rate_of(critic: str) -> float:
+    """The default of `critic_learning_rate`."""
+    return _CRITIC_LEARNING_RATES.get(critic, _CRITIC_LEARNING_RATE)
+
+
 def default_settings() -> dict[str, Any]:
     """The defaults of [`SAPOConfig`] for all settings of [`~sapo_trl.presets.AXES`]."""
     defaults = {setting.name: setting.default for setting in fields(SAPOConfig)}
+    defaults["critic_learning_rate"] = _learning_rate_of(defaults["critic"])
     return {name: defaults[name] for names in AXES.values() for name in names}
 
 
@@ -534,6 +576,14 @@ def _check_combinations(args: SAPOConfig) -> None:
             f"`critic_lr_scheduler_type` (by default `lr_scheduler_type`) must be one of {schedules}, got "
             f"{str(schedule)!r}."
         )
+    for name, critics in _SETTINGS_OF_CRITICS.items():
+        if getattr(args, name) is not None and args.critic not in critics:
+            raise ValueError(
+                f"`{name}` has no meaning with `critic={args.critic!r}`, got {getattr(args, name)}: leave it out, or "
+                f"set `critic` to {' or '.join(map(repr, critics))}."
+            )
+    if args.critic_width is not None and args.critic_width % 64 != 0:
+        raise ValueError(f"`critic_width` must be a multiple of 64, as attention heads are, got {args.critic_width}.")
     if not args.tree_widths or min(args.tree_widths) < 1:
         raise ValueError(
             f"`tree_widths` must be a list of numbers of children, each at least 1, got {args.tree_widths}."
@@ -646,6 +696,11 @@ def _check_combinations(args: SAPOConfig) -> None:
         raise ValueError(
             f"`critic_warmup_steps={args.critic_warmup_steps}` with `critic={args.critic!r}` would train nothing: "
             "it must be 0."
+        )
+    if not args.learns_critic and args.critic_min_explained_variance is not None:
+        raise ValueError(
+            f"`critic_min_explained_variance={args.critic_min_explained_variance}` is a gate on a critic that learns, "
+            f"but `critic` is {args.critic!r}: it must be one of {', '.join(LEARNED_CRITICS)}, or the gate None."
         )
     sampling = args.generation_kwargs or {}
     if sampling.get("num_return_sequences") not in (None, 1):

@@ -392,7 +392,7 @@ def masked_policy_loss(
     Surrogate that drops tokens outside of a trust region, where PPO clips their ratio.
 
     The loss of a token is `-ratio * A` inside of the region and 0 outside. Dropped tokens still count in the mean. The
-    gradient of the ratio is the ratio times that of the log-probability. So this has the gradient of
+    gradient of the ratio is the ratio times the log-probability's gradient. So this has the gradient of
     `-ratio.detach() * A * logp`, the form in which SAO is written.
 
     Args:
@@ -404,7 +404,7 @@ def masked_policy_loss(
         low (`float`, *optional*, defaults to `0.3`): bound on the lower side.
         high (`float`, *optional*, defaults to `5.0`): bound on the upper side.
         trust_region (`str`, *optional*, defaults to `"ratio"`):
-            `"ratio"`: `1 - low < ratio < 1 + high`, whatever the sign of the advantage (SAO,
+            `"ratio"`: `1 - low < ratio < 1 + high`, for advantages of both signs (SAO,
             https://huggingface.co/papers/2607.07508). `"probability"`: `p - p_old <= high` where `A > 0` and
             `p - p_old >= -low` elsewhere, the total variation of DPPO (https://huggingface.co/papers/2602.04879). It
             needs each token's own ratio.

@@ -19,6 +19,9 @@ AXES: dict[str, tuple[str, ...]] = {
     "Segmentation": ("segmentation",),
     "Value estimate": (
         "critic",
+        "critic_layers",
+        "critic_width",
+        "critic_reads",
         "value_state",
         "cliprange_value",
         "value_loss_aggregation",

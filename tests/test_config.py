@@ -74,6 +74,24 @@ class TestDefaults:
             assert helps[name], name
             assert f"\n        {name} (`" in SAPOConfig.__doc__, name
 
+    def test_learning_rate_of_a_critic_has_its_scale(self, make):
+        assert make(critic="ladder").critic_learning_rate == 1e-4
+        assert [make(critic=critic).critic_learning_rate for critic in ("shared", "adapter", "none")] == [2e-6] * 3
+        assert make(critic="ladder", critic_learning_rate=0.0).critic_learning_rate == 0.0
+
+    @pytest.mark.parametrize(
+        ("settings", "error"),
+        [
+            ({"critic_layers": 2}, "`critic_layers` has no meaning with `critic='separate'`, got 2.*'ladder'"),
+            ({"critic_width": 64, "critic": "shared"}, "`critic_width` has no meaning with `critic='shared'`"),
+            ({"critic_reads": 2, "critic": "adapter"}, "`critic_reads` .* `critic` to 'shared' or 'ladder'"),
+            ({"critic_width": 96, "critic": "ladder"}, "`critic_width` must be a multiple of 64, .* got 96"),
+        ],
+    )
+    def test_sizes_are_for_critics_that_have_them(self, make, settings, error):
+        with pytest.raises(ValueError, match=error):
+            make(**settings)
+
     def test_math_inf_switches_critic_clipping_off(self, make):
         assert make(critic_max_grad_norm=math.inf).critic_max_grad_norm == math.inf
 
@@ -83,7 +101,10 @@ BAD = {
     "gamma": [-0.1, 1.1],
     "lam": [-0.1, 1.1],
     "critic_lam": [-0.1, 1.1],
-    "critic_learning_rate": [-1e-6, "1e-6", None],
+    "critic_learning_rate": [-1e-6, "1e-6"],
+    "critic_layers": [0, -1],
+    "critic_width": [0, 100],
+    "critic_reads": [0],
     "critic_warmup_steps": [-1],
     "critic_lr_warmup_steps": [-1],
     "critic_weight_decay": [-0.1],

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from trl.chat_template_utils import qwen3_vl_chat_template
 
-from sapo_trl import SAPOConfig, SAPOTrainer
+from sapo_trl import SAPOConfig, SAPOTrainer, Segments
 from sapo_trl.callbacks import RolloutCallback
 from sapo_trl.data import to_prompts
 from sapo_trl.embedded import build_config, make_problems
@@ -236,6 +236,14 @@ def logged(trainer: SAPOTrainer, name: str) -> list[float]:
 
 def never_logged(trainer: SAPOTrainer, name: str) -> bool:
     return not any(name in entry for entry in trainer.state.log_history)
+
+
+def advantages_of_tokens(
+    token_rewards: torch.Tensor, values: torch.Tensor, segments: Segments, batch: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of `estimate_advantages`: the same for every critic, as they follow from the tokens alone."""
+    drawn = torch.sin(batch["completion_ids"].double() * 12.9898).float()
+    return segments.expand(segments.mean(drawn)) * segments.mask, segments.mask.float()
 
 
 class Recorder(RolloutCallback):

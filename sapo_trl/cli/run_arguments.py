@@ -17,7 +17,7 @@ from trl import TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..names import nearest_name
-from ..presets import PRESETS, RUN_SETTINGS, preset_settings
+from ..presets import AXES, RUN_SETTINGS, preset_settings
 from ..run_files import find_run_file, run_file_names
 from ..settings import first_sentence
 
@@ -100,8 +100,8 @@ def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -
     Parse a command line. A mistake ends the program with a message and exit code 2.
 
     Single settings override the preset, and the preset of the command line overrides the file. It replaces the file's
-    whole algorithm: a setting that occurs in any preset has this preset's value, or the default. If the file itself
-    names a preset, the file's own settings override its preset.
+    whole algorithm: a setting of [`~sapo_trl.presets.AXES`] has this preset's value, or the default. If the file
+    itself names a preset, the file's own settings override its preset.
 
     Args:
         argv (`Sequence[str]`): arguments, with `--config FILE`, `--preset NAME`, `--dry_run`, `--accelerate_config`.
@@ -181,7 +181,7 @@ def _with_preset(settings: dict[str, Any], preset: str | None) -> dict[str, Any]
     of_file = settings.pop("preset", None)
     if preset is None:
         return settings if of_file is None else {**preset_settings(of_file), **settings}
-    decided = {name for known in PRESETS.values() for name in known.settings} - RUN_SETTINGS
+    decided = {name for names in AXES.values() for name in names} - RUN_SETTINGS
     others = {name: value for name, value in settings.items() if name not in decided}
     return {**others, **preset_settings(preset)}
 

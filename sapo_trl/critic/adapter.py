@@ -6,15 +6,17 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.functional import set_adapter
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
-from trl.trainer.utils import use_adapter
 
 from ..distributed import sharded_like
 from .adapter_config import critic_config
@@ -22,6 +24,16 @@ from .adapter_config import critic_config
 
 ADAPTER_NAME = "critic"
 _METHOD = "critic_hidden_states"
+
+
+class _Switched(NamedTuple):
+    """The modules that switching may change, found while the policy had these adapters. PEFT walks through them."""
+
+    adapters: tuple[str, ...]
+    found: list[nn.Module]
+
+    def modules(self) -> Iterator[nn.Module]:
+        return iter(self.found)
 
 
 class CriticAdapter:
@@ -52,6 +64,7 @@ class CriticAdapter:
                 'name, such as `PeftModel.from_pretrained(base, folder, adapter_name="default")`.'
             )
         self.policy = policy
+        self._switched = _Switched((), [])
         if ADAPTER_NAME not in policy.peft_config:
             policy.add_adapter(ADAPTER_NAME, critic_config(config or policy.peft_config[active]))
             # Adding an adapter may have made it trainable.
@@ -79,11 +92,32 @@ class CriticAdapter:
 
         The backward belongs inside because gradient checkpointing runs the forward again.
         """
-        if self.policy.active_adapter == ADAPTER_NAME:  # a nested forward: switching would walk through all layers
+        before = self.policy.active_adapter
+        if before == ADAPTER_NAME:  # a nested forward
             yield
             return
-        with use_adapter(self.policy, ADAPTER_NAME):
+        self._switch(ADAPTER_NAME)
+        try:
             yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, name: str) -> None:
+        """
+        [`~peft.PeftModel.set_adapter`], without its two walks through all of the model's modules.
+
+        They take longer than the switching itself, and a micro-batch switches four times.
+        """
+        tuner = self.policy.base_model
+        if type(tuner).set_adapter is not BaseTuner.set_adapter:
+            self.policy.set_adapter(name)
+            return
+        adapters = tuple(self.policy.peft_config)
+        if self._switched.adapters != adapters:
+            found = [module for module in tuner.model.modules() if hasattr(module, "set_adapter")]
+            self._switched = _Switched(adapters, found)
+        set_adapter(self._switched, name, layer_cls=tuner.tuner_layer_cls)
+        tuner.active_adapter = self.policy.active_adapter = name
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's parameters, by their names in the policy."""

@@ -20,7 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..config import SAPOConfig
 from ..distributed import clip_grad_norm, gathered_state, sharded_like
 from ..resumed_settings import Settings, optimizer_settings, restore_settings
-from .value_head import SegmentValueHead
+from .value_head import READING_MODES, SegmentValueHead
 
 
 logger = logging.getLogger(__name__)
@@ -70,14 +70,14 @@ class Critic:
                 "A critic cannot be trained under FSDP1, which PyTorch is giving up: set `fsdp_version: 2` in the "
                 'accelerate config, or `critic="none"`.'
             )
-        if uses_fsdp and accelerator.mixed_precision == "fp16" and value_head.mode != "shared":
+        if uses_fsdp and accelerator.mixed_precision == "fp16" and value_head.mode not in READING_MODES:
             raise ValueError(
                 "A critic cannot be trained under FSDP2 in fp16, whose gradient scaler would skip steps on some "
                 'processes only: set `mixed_precision: bf16` in the accelerate config, or `critic="shared"`.'
             )
         self.args = args
         self.accelerator = accelerator
-        # An adapter's parameters are none of the module's. A head alone is nothing to shard, and runs within the
+        # An adapter's parameters are none of the module's. A head or a ladder is little to shard, and runs within the
         # policy's forward, where DDP would synchronise its gradient in every micro-batch. Theirs are averaged by hand.
         uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self._is_wrapped = value_head.mode == "separate"

@@ -5,25 +5,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from peft import PeftModel, PeftType
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..distributed import gathered_state, sharded_like
 from ..segments import accumulation_dtype
 from .adapter import CriticAdapter
+from .ladder import Ladder, LadderSizes
 from .output import ValueOutput
+from .policy_states import normalised, num_layers_of, read_depths
 
 
 HEAD_WEIGHTS_NAME = "value_head.safetensors"
 HEAD_CONFIG_NAME = "value_head.json"
-MODES = ("separate", "shared", "adapter")
+LADDER_WEIGHTS_NAME = "ladder.safetensors"
+MODES = ("separate", "shared", "adapter", "ladder")
+READING_MODES = ("shared", "ladder")
+"""Modes without a forward of their own: they read hidden states in the policy's forward."""
 
 
 class _Float32Linear(nn.Linear):
@@ -34,6 +40,13 @@ class _Float32Linear(nn.Linear):
         with torch.autocast(x.device.type, enabled=False):
             dtype = accumulation_dtype(x)
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+    def share(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        """The share in the output of the inputs from number `first` on, without the bias."""
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight[:, first : first + x.size(-1)]
+            dtype = accumulation_dtype(x)
+            return nn.functional.linear(x.to(dtype), weight.to(dtype))
 
 
 class SegmentValueHead(nn.Module):
@@ -51,6 +64,12 @@ class SegmentValueHead(nn.Module):
             critic, which reads the policy's hidden states.
         adapter ([`~sapo_trl.critic.adapter.CriticAdapter`], *optional*):
             instead of a backbone: the critic's adapter on the policy's base model.
+        reads (`int`, *optional*, defaults to `1`):
+            for a `"shared"` critic: how many of the policy's hidden states it reads, see
+            [`~sapo_trl.critic.policy_states.read_depths`]. It reads one as it is, and several normalised, one behind
+            the other.
+        ladder ([`~sapo_trl.critic.ladder.LadderSizes`], *optional*):
+            makes a `"ladder"` critic: a small transformer that reads the policy's hidden states.
 
     Example:
 
@@ -67,28 +86,47 @@ class SegmentValueHead(nn.Module):
         hidden_size: int,
         backbone: PreTrainedModel | None = None,
         adapter: CriticAdapter | None = None,
+        *,
+        reads: int = 1,
+        ladder: LadderSizes | None = None,
     ):
         super().__init__()
+        self.hidden_size = hidden_size
         self.backbone = backbone
         # Not an `nn.Module`: the policy that it refers to is no part of the critic.
         self.adapter = adapter
         # float32 for any dtype of the backbone: values are regression targets, and bf16 has three digits.
-        self.head = _Float32Linear(hidden_size, 1, dtype=torch.float32)
+        width = hidden_size * reads if ladder is None else ladder.width
+        self.head = _Float32Linear(width, 1, dtype=torch.float32)
         # Values start close to 0 (std 0.1 on normalised hidden states) but not at 0, where the head would pass no
         # gradient on to the backbone.
-        nn.init.normal_(self.head.weight, std=0.1 / hidden_size**0.5)
+        nn.init.normal_(self.head.weight, std=0.1 / width**0.5)
         nn.init.zeros_(self.head.bias)
         self.output = ValueOutput()
+        self.ladder = None if ladder is None else Ladder(hidden_size, ladder)
 
     @property
     def mode(self) -> str:
         """
         `"separate"`: with a backbone of its own; `"shared"`: on the policy's detached hidden states; `"adapter"`: with
-        an adapter of its own on the policy's base model.
+        an adapter of its own on the policy's base model; `"ladder"`: a small transformer on detached hidden states.
         """
         if self.adapter is not None:
             return "adapter"
+        if self.ladder is not None:
+            return "ladder"
         return "shared" if self.backbone is None else "separate"
+
+    @property
+    def reads(self) -> int:
+        """Number of the policy's hidden states that the critic reads; 0 with a backbone or an adapter."""
+        if self.ladder is not None:
+            return self.ladder.sizes.reads
+        return self.head.in_features // self.hidden_size if self.mode == "shared" else 0
+
+    def depths(self, policy: PreTrainedModel) -> list[int]:
+        """The hidden states that it reads of a policy, or of its backbone: indices of `output_hidden_states=True`."""
+        return read_depths(self.reads, num_layers_of(policy))
 
     def learned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the critic's optimizer, by name."""
@@ -103,7 +141,15 @@ class SegmentValueHead(nn.Module):
         return contextlib.nullcontext() if self.adapter is None else self.adapter.active()
 
     @classmethod
-    def from_policy(cls, policy: PreTrainedModel, mode: str = "separate") -> SegmentValueHead:
+    def from_policy(
+        cls,
+        policy: PreTrainedModel,
+        mode: str = "separate",
+        *,
+        layers: int | None = None,
+        width: int | None = None,
+        reads: int | None = None,
+    ) -> SegmentValueHead:
         """
         Make a critic for a policy, initialised from it.
 
@@ -113,14 +159,17 @@ class SegmentValueHead(nn.Module):
             mode (`str`, *optional*, defaults to `"separate"`):
                 `"separate"`: copy the policy's backbone, frozen parameters staying frozen (the paper); `"shared"`:
                 only a head, on the policy's hidden states; `"adapter"`: a second adapter on the base model of a policy
-                with an adapter.
+                with an adapter; `"ladder"`: a small transformer that reads the policy's hidden states.
+            layers (`int`, *optional*): `critic_layers` of [`SAPOConfig`].
+            width (`int`, *optional*): `critic_width`.
+            reads (`int`, *optional*): `critic_reads`.
 
         Returns:
             [`SegmentValueHead`]
         """
         _check_mode(mode)
-        if mode == "shared":
-            return cls(hidden_size_of(backbone_of(policy)))
+        if mode in READING_MODES:
+            return cls._reading(mode, policy.config, layers, width, reads)
         if mode == "adapter":
             adapter = CriticAdapter(policy)
             return cls(hidden_size_of(adapter.backbone), adapter=adapter)
@@ -142,8 +191,29 @@ class SegmentValueHead(nn.Module):
         return cls(hidden_size_of(backbone), backbone)
 
     @classmethod
+    def _reading(
+        cls, mode: str, config: PretrainedConfig, layers: int | None, width: int | None, reads: int | None
+    ) -> SegmentValueHead:
+        """A new critic that reads hidden states of a policy of this configuration."""
+        text = config.get_text_config()
+        ladder = None
+        if mode == "ladder":
+            ladder = LadderSizes.for_policy(text.hidden_size, text.num_hidden_layers, layers, width, reads)
+        critic = cls(text.hidden_size, reads=reads or 1, ladder=ladder)
+        read_depths(critic.reads, text.num_hidden_layers)  # raises for too many
+        return critic
+
+    @classmethod
     def from_pretrained(
-        cls, path: str | Path, mode: str | None = None, policy: PeftModel | None = None, **kwargs
+        cls,
+        path: str | Path,
+        mode: str | None = None,
+        policy: PreTrainedModel | None = None,
+        *,
+        layers: int | None = None,
+        width: int | None = None,
+        reads: int | None = None,
+        **kwargs,
     ) -> SegmentValueHead:
         """
         Load a saved critic, or make one from a policy's checkpoint.
@@ -153,10 +223,15 @@ class SegmentValueHead(nn.Module):
                 folder or hub id of a critic written by [`SegmentValueHead.save_pretrained`]. It may also be of any
                 causal LM, image-text model or backbone; then the head is new.
             mode (`str`, *optional*):
-                `"separate"`, `"shared"` or `"adapter"`; by default the saved critic's, or `"separate"`. A saved critic
-                of another mode is an error.
-            policy ([`~peft.PeftModel`], *optional*):
-                for a critic of mode `"adapter"`: a policy on the base model that the critic was trained with.
+                `"separate"`, `"shared"`, `"adapter"` or `"ladder"`; by default the saved critic's, or `"separate"`. A
+                saved critic of another mode is an error.
+            policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+                policy that the critic was trained with. A critic of mode `"adapter"` becomes a part of it. A critic
+                that reads its hidden states is checked against it.
+            layers (`int`, *optional*):
+                `critic_layers` of [`SAPOConfig`]. A saved critic with another number is an error.
+            width (`int`, *optional*): `critic_width`, in the same way.
+            reads (`int`, *optional*): `critic_reads`, in the same way.
             kwargs: passed to [`~transformers.AutoModel.from_pretrained`], e.g. `dtype` or `attn_implementation`.
 
         Returns:
@@ -165,9 +240,9 @@ class SegmentValueHead(nn.Module):
         if mode is not None:
             _check_mode(mode)
         config_file = _resolve(path, HEAD_CONFIG_NAME)
-        if config_file is None and mode == "shared":
+        if config_file is None and mode in READING_MODES:
             known = {name: kwargs[name] for name in ("revision", "trust_remote_code") if name in kwargs}
-            return cls(AutoConfig.from_pretrained(path, **known).get_text_config().hidden_size)
+            return cls._reading(mode, AutoConfig.from_pretrained(path, **known), layers, width, reads)
         if config_file is None:
             backbone = AutoModel.from_pretrained(path, **kwargs)
             return cls(hidden_size_of(backbone), backbone)
@@ -183,11 +258,35 @@ class SegmentValueHead(nn.Module):
             critic.output = ValueOutput.saved(config)
             critic.load_weights(path)
             return critic
+        for name, wanted in (("layers", layers), ("width", width), ("reads", reads)):
+            if wanted is not None and wanted != config.get(name, 1):
+                raise ValueError(
+                    f"The critic in {str(path)!r} was saved with `critic_{name}={config.get(name, 1)}`, not {wanted}: "
+                    f"set `critic_{name}={config.get(name, 1)}`, or start with a new critic."
+                )
         backbone = AutoModel.from_pretrained(path, **kwargs) if config["mode"] == "separate" else None
-        critic = cls(config["hidden_size"], backbone)
+        ladder = None
+        if config["mode"] == "ladder":
+            ladder = LadderSizes(config["layers"], config["width"], config["reads"])
+        critic = cls(config["hidden_size"], backbone, reads=config.get("reads", 1), ladder=ladder)
         critic.head.load_state_dict(load_file(_resolve(path, HEAD_WEIGHTS_NAME)))
         critic.output = ValueOutput.saved(config)
+        if critic.ladder is not None:
+            critic.ladder.load_state_dict(load_file(_resolve(path, LADDER_WEIGHTS_NAME)))
+        if policy is not None:
+            critic.check_reads(policy)
         return critic
+
+    def check_reads(self, policy: PreTrainedModel) -> None:
+        """Raise a `ValueError` if the policy has not the hidden states that the critic reads."""
+        size = hidden_size_of(backbone_of(policy))
+        if self.hidden_size != size:
+            raise ValueError(
+                f"The critic of mode {self.mode!r} reads hidden states of size {self.hidden_size}, but the policy's "
+                f"have size {size}: use a critic that was made for this policy."
+            )
+        if self.reads:
+            self.depths(policy)
 
     def load_weights(self, path: str | Path) -> None:
         """
@@ -199,7 +298,9 @@ class SegmentValueHead(nn.Module):
         self.load_output(path)
         if self.adapter is None:
             own = self.state_dict()
-            saved = type(self).from_pretrained(path, mode=self.mode).state_dict()
+            sizes = {"reads": self.reads} if self.ladder is None else asdict(self.ladder.sizes)
+            sizes = sizes if self.reads else {}
+            saved = type(self).from_pretrained(path, mode=self.mode, **sizes).state_dict()
             self.load_state_dict({name: sharded_like(tensor, own[name]) for name, tensor in saved.items()})
             return
         self.head.load_state_dict(load_file(_resolve(path, HEAD_WEIGHTS_NAME)))
@@ -241,22 +342,38 @@ class SegmentValueHead(nn.Module):
         if self.adapter is not None:
             self.adapter.save(path, adapter_state)
         save_file(_below("head.", state), path / HEAD_WEIGHTS_NAME)
-        config = {"mode": self.mode, "hidden_size": self.head.in_features, **self.output.settings()}
+        config = {"mode": self.mode, "hidden_size": self.hidden_size, **self.output.settings()}
+        if self.ladder is not None:
+            save_file(_below("ladder.", state), path / LADDER_WEIGHTS_NAME)
+            config |= asdict(self.ladder.sizes)
+        elif self.reads > 1:
+            config["reads"] = self.reads
         (path / HEAD_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
-    def forward(self, *, hidden_states: torch.Tensor | None = None, **model_inputs) -> torch.Tensor:
+    def forward(
+        self, *, hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None, **model_inputs
+    ) -> torch.Tensor:
         """
         Args:
-            hidden_states (`torch.Tensor`, *optional*):
-                float tensor of shape `(B, S, H)` to read instead of running the backbone; required in `"shared"` mode.
+            hidden_states (`torch.Tensor` or `Sequence[torch.Tensor]`, *optional*):
+                float tensor of shape `(B, S, H)` to read instead of running the backbone. A critic that reads the
+                policy's hidden states must have them: one for each of [`SegmentValueHead.depths`], in order. No
+                gradient reaches them.
             model_inputs: `input_ids`, `attention_mask` and the backbone's other inputs (images).
 
         Returns:
             `torch.Tensor`: float32 `(B, S)`, the value after each position.
         """
+        if self.reads:
+            states = [hidden_states] if isinstance(hidden_states, torch.Tensor) else list(hidden_states or ())
+            if len(states) != self.reads:
+                raise ValueError(
+                    f"A {self.mode!r} critic has no backbone: pass {self.reads} of the policy's `hidden_states`, got "
+                    f"{len(states)}."
+                )
+            taken = [self.take(index, state.detach()) for index, state in enumerate(states)]
+            return self.values_of(taken, model_inputs.get("attention_mask"))
         if hidden_states is None:
-            if self.mode == "shared":
-                raise ValueError('A "shared" critic has no backbone: pass the policy\'s `hidden_states`.')
             with self.active():
                 if self.adapter is not None:
                     hidden_states = self.adapter.hidden_states(**model_inputs, use_cache=False)
@@ -264,6 +381,45 @@ class SegmentValueHead(nn.Module):
                     hidden_states = self.backbone(**model_inputs, use_cache=False).last_hidden_state
         # Clone: FSDP2 cannot hook into the backward of a view that is changed in place.
         return self.output(self.head(hidden_states).squeeze(-1).clone())
+
+    def take(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Reduce one of the policy's hidden states to the part that its value needs, so that the state is not kept.
+
+        Args:
+            index (`int`): place of the state in [`SegmentValueHead.depths`].
+            hidden_states (`torch.Tensor`): detached, float `(B, S, H)`.
+
+        Returns:
+            `torch.Tensor`: for [`SegmentValueHead.values_of`].
+        """
+        if self.ladder is not None:
+            return self.ladder.take(index, hidden_states)
+        if self.reads == 1:
+            return self.head(hidden_states)
+        return self.head.share(normalised(hidden_states), index * self.hidden_size)
+
+    def values_of(self, taken: Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Values from all that was taken of the policy's hidden states.
+
+        Args:
+            taken (`Sequence[torch.Tensor]`): of [`SegmentValueHead.take`], in order.
+            attention_mask (`torch.Tensor`, *optional*):
+                `(B, S)`, not 0 on tokens. A ladder attends to these; by default to all.
+
+        Returns:
+            `torch.Tensor`: float32 `(B, S)`, the value after each position.
+        """
+        if self.ladder is not None:
+            if attention_mask is None:
+                attention_mask = torch.ones(taken[0].shape[:2], device=taken[0].device)
+            values = self.head(self.ladder(taken, attention_mask))
+        elif self.reads == 1:
+            values = taken[0]
+        else:
+            values = torch.stack(list(taken)).sum(0) + self.head.bias
+        return self.output(values.squeeze(-1))
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .ladder import kept_activation_bytes, ladder_sizes
 from .setup import GIB, Setup
 from .shapes import ModelShape, lora_parameters, model_shape
 
@@ -96,13 +97,13 @@ def plan_memory(setup: Setup) -> MemoryPlan:
     shape = model_shape(setup.model)
     each = _bytes(setup)
     trained, frozen = _policy_parameters(setup, shape)
-    critic = _critic_parameters(setup, shape)
+    critic, reader = _critic_parameters(setup, shape), _reader_parameters(setup, shape)
     resident = {
         "policy": trained * each.weight + frozen,
-        "critic": critic * each.weight,
+        "critic": critic * each.weight + reader * 4,
         "reference": _reference_parameters(setup, shape) * each.reference,
-        "gradients": (trained + critic) * each.gradient,
-        "optimizer": (trained + critic) * each.states,
+        "gradients": (trained + critic) * each.gradient + reader * 4,
+        "optimizer": (trained + critic) * each.states + reader * 4 * setup.optimizer_states,
         "rollout buffer": _rollout_buffer(setup, shape),
         "overhead": OVERHEAD_BYTES,
     }
@@ -159,7 +160,17 @@ def _critic_parameters(setup: Setup, shape: ModelShape) -> int:
         return shape.backbone_parameters + head
     if setup.critic == "adapter" and setup.lora is not None:
         return lora_parameters(setup.model, setup.lora.rank, setup.lora.targets) + head
-    return head if setup.critic == "shared" else 0
+    return 0
+
+
+def _reader_parameters(setup: Setup, shape: ModelShape) -> int:
+    """Parameters of a critic that reads the policy's hidden states: in float32, and whole on every GPU."""
+    if setup.critic == "shared":
+        return (setup.critic_reads or 1) * shape.hidden + 1
+    if setup.critic != "ladder":
+        return 0
+    sizes = ladder_sizes(setup, shape)
+    return sizes.parameters(shape.hidden) + sizes.width + 1
 
 
 def _reference_parameters(setup: Setup, shape: ModelShape) -> int:
@@ -273,8 +284,9 @@ def _learning(setup: Setup, shape: ModelShape, each: _Bytes, trained: int, criti
     if setup.sharding == "none" and each.residual != each.compute:
         # Autocast keeps its copies of the weights until the forward ends.
         engine["half-precision copies"] = each.compute * (shape.parameters - shape.embedding_parameters)
+    ladder = kept_activation_bytes(setup, shape, each.compute) if setup.critic == "ladder" else 0.0
     return {
-        "activations": activation_bytes(setup, shape, each.residual, each.compute),
+        "activations": activation_bytes(setup, shape, each.residual, each.compute) + ladder,
         "LM head": head,
         **engine,
     }

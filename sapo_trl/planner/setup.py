@@ -61,6 +61,9 @@ class Setup:
         completion_length (`int`): `max_completion_length`.
         gradient_checkpointing (`bool`): as in [`SAPOConfig`].
         critic (`str`): as in [`SAPOConfig`].
+        critic_layers (`int`, *optional*): as in [`SAPOConfig`].
+        critic_width (`int`, *optional*): as in [`SAPOConfig`].
+        critic_reads (`int`, *optional*): as in [`SAPOConfig`].
         beta (`float`): as in [`SAPOConfig`]; not 0 keeps a reference model, unless there is an adapter.
         weight_bytes (`int`): bytes of a loaded number.
         mixed_precision (`bool`): whether the forward runs in half precision.
@@ -89,6 +92,9 @@ class Setup:
     completion_length: int = 2048
     gradient_checkpointing: bool = True
     critic: str = "separate"
+    critic_layers: int | None = None
+    critic_width: int | None = None
+    critic_reads: int | None = None
     beta: float = 0.001
     weight_bytes: int = 4
     mixed_precision: bool = True
@@ -140,6 +146,9 @@ class Setup:
             completion_length=args.max_completion_length,
             gradient_checkpointing=args.gradient_checkpointing,
             critic=args.critic,
+            critic_layers=args.critic_layers,
+            critic_width=args.critic_width,
+            critic_reads=args.critic_reads,
             beta=args.beta,
             weight_bytes=_WEIGHT_BYTES[model_args.dtype],
             mixed_precision=bool(args.bf16 or args.fp16),

@@ -74,7 +74,7 @@ class PolicyForward:
             float32 (float64 of a model in float64) `(B, T)`, log-probabilities of the completion tokens at the
             sampling temperature.
         entropies (`torch.Tensor`): the same, entropies of these distributions.
-        values (`torch.Tensor`, *optional*): the same, with a shared critic.
+        values (`torch.Tensor`, *optional*): the same, with a critic that reads the policy's hidden states.
         aux_loss (`torch.Tensor`, *optional*): 0-dimensional, the load-balancing loss of a mixture of experts.
         corrupted_logps (`torch.Tensor`, *optional*): the same as `logps`, with corrupted images.
     """

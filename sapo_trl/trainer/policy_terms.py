@@ -45,4 +45,6 @@ def policy_term(
         return masked_policy_loss(*inputs, low=low, high=high, trust_region="ratio", **common)
     if args.loss_type == "divergence_mask":
         return masked_policy_loss(*inputs, low=low, high=high, trust_region="probability", **common)
-    return clipped_policy_loss(*inputs, clip_low=low, clip_high=high, dual_clip=args.delta, **common)
+    if args.loss_type == "segment_clip":
+        return clipped_policy_loss(*inputs, clip_low=low, clip_high=high, dual_clip=args.delta, **common)
+    raise ValueError(f"`loss_type={args.loss_type!r}` has no policy loss here.")

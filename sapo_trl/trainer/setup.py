@@ -114,7 +114,9 @@ def make_segmenter(args: SAPOConfig) -> Segmenter:
         return StepSegmenter(args.step_pattern)
     if args.segmentation == "token":
         return TokenSegmenter()
-    return SequenceSegmenter()
+    if args.segmentation == "sequence":
+        return SequenceSegmenter()
+    raise ValueError(f"`segmentation={args.segmentation!r}` has no segmenter here.")
 
 
 def make_token_weighting(args: SAPOConfig) -> RoleAwareWeighting | None:
@@ -145,21 +147,23 @@ def make_value_head(
         [`SegmentValueHead`]
     """
     source = model if value_model is None else value_model
+    sizes = {name: getattr(args, f"critic_{name}") for name in ("layers", "width", "reads")}
     if isinstance(source, SegmentValueHead):
         if source.mode != args.critic:
             raise ValueError(f"`value_model` is a {source.mode!r} critic, but `critic={args.critic!r}`.")
         return source
     if isinstance(source, str):
         policy = {"policy": model} if args.critic == "adapter" else {}
-        kwargs = policy | _loading_kwargs(args, is_policy=source == model)
+        kwargs = policy | sizes | _loading_kwargs(args, is_policy=source == model)
         value_head = SegmentValueHead.from_pretrained(source, mode=args.critic, **kwargs)
         _check_not_quantized(value_head.backbone)
         return value_head
     if value_model is None:
-        return SegmentValueHead.from_policy(source, mode=args.critic)
+        return SegmentValueHead.from_policy(source, mode=args.critic, **sizes)
     if args.critic != "separate":
         raise ValueError(
-            f"`value_model` is a whole model, but a critic of mode {args.critic!r} is a part of the policy."
+            f"`value_model` is a whole model, but a critic of mode {args.critic!r} is none: leave `value_model` out, "
+            "or pass a saved critic of this mode."
         )
     _check_not_quantized(source)
     if source is model or hasattr(source, "peft_config"):
@@ -196,6 +200,8 @@ def make_critic(
     value_head.output.set_range(args.value_range)
     if args.freeze_critic_attention:
         freeze_attention(value_head.backbone)
+    if value_head.ladder is not None:
+        value_head.ladder.checkpoints = args.gradient_checkpointing
     has_engine = value_head.mode == "separate" and accelerator.distributed_type == DistributedType.DEEPSPEED
     critic_class = DeepSpeedCritic if has_engine else Critic
     return critic_class(value_head, args, accelerator, [*decayed(value_head), *decayed(policy)])
@@ -238,15 +244,11 @@ def check_value_model(
     Raises:
         ValueError: if the vocabularies or the kinds of input differ.
     """
-    policy_backbone = backbone_of(policy)
     if value_head.backbone is None:
-        if value_head.head.in_features != hidden_size_of(policy_backbone):
-            raise ValueError(
-                f"The shared value head reads hidden states of size {value_head.head.in_features}, but the policy's "
-                f"have size {hidden_size_of(policy_backbone)}."
-            )
+        value_head.check_reads(policy)
         return
 
+    policy_backbone = backbone_of(policy)
     policy_parameters = {id(parameter) for parameter in policy.parameters()}
     if any(id(parameter) in policy_parameters for parameter in value_head.parameters()):
         raise ValueError(

@@ -102,6 +102,7 @@ class CorruptedForward:
     Args:
         corrupt ([`CorruptedImages`], *optional*): makes the batch with corrupted images; `None` if no setting asks.
         batch (`RolloutBatch`): the rollout.
+        logps (`torch.Tensor`): float32 `(B, T)`, of the same policy with the images as they are.
         run (`Callable`): a batch to the policy's log-probabilities `(B, T)`.
         seed (`int`): hides other tokens of the images than other seeds.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the completions.
@@ -111,29 +112,30 @@ class CorruptedForward:
         self,
         corrupt: CorruptedImages | None,
         batch: RolloutBatch,
+        logps: torch.Tensor,
         run: Callable[[RolloutBatch], torch.Tensor],
         seed: int,
         tokenizer: PreTrainedTokenizerBase,
     ):
         self.corrupt, self.batch, self.run, self.seed, self.tokenizer = corrupt, batch, run, seed, tokenizer
-        self._logps: torch.Tensor | None = None
+        self.logps = logps
+        self._corrupted: torch.Tensor | None = None
         self.seconds: dict[str, float] = {}
 
     def __call__(self) -> torch.Tensor:
-        if self._logps is None:
+        if self._corrupted is None:
             started = time.perf_counter()
-            self._logps = self.run(self.corrupt(self.batch, self.seed))
+            self._corrupted = self.run(self.corrupt(self.batch, self.seed))
             self.seconds = {"corrupted_images": time.perf_counter() - started}
-        return self._logps
+        return self._corrupted
 
 
 def dependency_of(
-    forward: PolicyForward, look: CorruptedForward, mask: torch.Tensor, args: SAPOConfig
+    look: CorruptedForward, mask: torch.Tensor, args: SAPOConfig
 ) -> tuple[torch.Tensor | None, Measurements]:
     """
     Args:
-        forward ([`PolicyForward`]): of the policy with the images.
-        look ([`CorruptedForward`]): of the same policy with corrupted images.
+        look ([`CorruptedForward`]): of the policy with corrupted images.
         mask (`torch.Tensor`): bool `(B, T)`, the tokens that count.
         args ([`SAPOConfig`]): settings of the run.
 
@@ -145,7 +147,7 @@ def dependency_of(
         return None, {}
     has_image = (patches_per_row(look.batch, len(mask)) > 0).to(mask.device).unsqueeze(1)
     # Also without a single image here: the forward of other processes may wait for this one.
-    dependency = torch.where(has_image & mask, visual_dependency(forward.logps, look()), 0)
+    dependency = torch.where(has_image & mask, visual_dependency(look.logps, look()), 0)
     return dependency, {"visual_dependency/mean": (dependency.sum(), mask.sum())}
 
 

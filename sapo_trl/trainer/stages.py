@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from ..advantages import leave_one_out_advantages, length_adaptive_lam, masked_whiten, segment_gae
+from ..advantages import (
+    leave_one_out_advantages,
+    length_adaptive_lam,
+    masked_whiten,
+    mean_baseline_advantages,
+    segment_gae,
+)
 from ..config import TRL_LOSS_TYPES, SAPOConfig
 from ..data.columns import row_images
 from ..distributed import Processes
@@ -157,6 +163,45 @@ def advantages_and_returns(
     return tuple(torch.where(segments.mask, row.unsqueeze(1), 0) for row in (advantages, outcomes))
 
 
+def gated(
+    advantages: torch.Tensor,
+    token_rewards: torch.Tensor,
+    values: torch.Tensor,
+    segments: Segments,
+    args: SAPOConfig,
+    processes: Processes,
+) -> tuple[torch.Tensor, Measurements]:
+    """
+    The gate on the critic: advantages without it as long as it explains too little of the rollout's returns.
+
+    The values were estimated before the critic learns from this rollout, so the measurement is out of sample. It is
+    taken over the rollout of all processes, which therefore all decide alike.
+
+    Args:
+        advantages (`torch.Tensor`): float32 `(B, T)`, computed with the critic's values.
+        token_rewards (`torch.Tensor`): float32 `(B, T)`.
+        values (`torch.Tensor`): float32 `(B, T)`, the critic's.
+        segments ([`Segments`]): the partition.
+        args ([`SAPOConfig`]): settings of the run; without `critic_min_explained_variance` nothing changes.
+        processes ([`~sapo_trl.distributed.Processes`]): of the run.
+
+    Returns:
+        `tuple`: float32 `(B, T)`, of [`~sapo_trl.advantages.mean_baseline_advantages`] where the gate is closed; and
+        metrics.
+    """
+    if args.critic_min_explained_variance is None:
+        return advantages, {}
+    fallback, returns = mean_baseline_advantages(token_rewards, segments, args.gamma, processes.sum)
+    explained = explained_variance(values, returns, segments.state_mask(args.value_state), processes.sum)
+    # Returns that do not vary (NaN) leave nothing to explain: the critic has nothing to tell responses apart by.
+    is_trusted = explained >= args.critic_min_explained_variance
+    metrics: Measurements = {
+        "value/gated": ((~is_trusted).float(), 1.0),
+        "value/monte_carlo_explained_variance": (explained, 1.0),
+    }
+    return torch.where(is_trusted, advantages, fallback.to(advantages.dtype)), metrics
+
+
 def lacks_differences(rewards: torch.Tensor) -> bool:
     """Whether two or more rewards of a rollout `(N,)` are there, and all are equal; NaN is a missing one."""
     known = rewards[~rewards.isnan()]
@@ -172,7 +217,7 @@ def normalized(
     `rewards` are all processes' `(N,)`. If they are all equal, nothing tells good tokens from bad ones but the critic,
     whose errors whitening would scale to size 1: with a constant critic, the distance of a token to the end. An
     optimizer like Adam scales small gradients as well. So the advantages are 0. Sampled values are measurements: they
-    differ where states do, whatever the rollout's own rewards.
+    differ where states do, also in a rollout of equal rewards.
     """
     advantages = torch.where(policy_mask, advantages, 0)
     metrics: Measurements = {"advantages/raw_mean": (advantages.sum(), policy_mask.sum())}

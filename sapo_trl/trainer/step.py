@@ -110,7 +110,11 @@ class StepTotals:
         """
         if aggregation == "token-mean":
             return getattr(self, unit)
-        return self.rows * max_completion_length if aggregation == "seq-mean-token-sum-norm" else self.rows
+        if aggregation == "seq-mean-token-sum-norm":
+            return self.rows * max_completion_length
+        if aggregation in ("seq-mean-token-mean", "seq-mean-token-sum"):
+            return self.rows
+        raise ValueError(f"{aggregation!r} has no denominator here.")
 
 
 def _response_scale(
@@ -161,7 +165,7 @@ class StepInProgress:
         seconds (`float`): spent on them.
         started (`float`): when the latest micro-batch began.
         micro_batch (`RolloutBatch`): the latest.
-        values (`torch.Tensor`, *optional*): float32 `(b, T)`, a shared critic's for it.
+        values (`torch.Tensor`, *optional*): float32 `(b, T)`, read for it in the policy's forward.
         outputs (`tuple[MicroBatchLoss, ...]`): this package's losses so far, detached, for their measurements.
     """
 

@@ -232,21 +232,21 @@ class SAPOTrainer(GRPOBridge):
         if forward is None or (starts and forward.values is not None):  # values from before the critic's start
             forward = self.policy_forward(self.model, batch, self._rows_per_forward)
         seed = args.seed + self.state.global_step
-        look = CorruptedForward(self.corrupted_images, batch, self._logps, seed, self.tokenizer)
+        look = CorruptedForward(self.corrupted_images, batch, forward.logps, self._logps, seed, self.tokenizer)
         if record.given is not None:
             mask, forward = stages.last_edges(forward, mask, record.given)
         seconds["score"] += time.perf_counter() - started
         self._check_sampler_once(forward, batch, mask)
         correction, sampler_metrics = stages.sampler_correction(forward, batch, mask, args)
         segments = self.segment(forward, batch, mask)
-        dependency, dependency_metrics = dependency_of(forward, look, segments.mask, args)
+        dependency, sight_metrics = dependency_of(look, segments.mask, args)
         policy_mask, mask_metrics = stages.learned_tokens(forward, dependency, segments, args, self.processes)
         started = time.perf_counter()
-        estimate = self.estimate_values(forward, batch, segments, policy_mask, record)
-        values, value_metrics = checked_estimate(estimate)
+        values, value_metrics = checked_estimate(self.estimate_values(forward, batch, segments, policy_mask, record))
         seconds["value"] = time.perf_counter() - started
         token_rewards, reward_metrics = stages.rewards_of_tokens(rewards, forward, batch, mask, args)
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
+        advantages, gate_metrics = stages.gated(advantages, token_rewards, values, segments, args, self.processes)
         advantages, changes = stages.normalized(advantages, policy_mask, record.rewards, args, self.processes)
         weights, weight_metrics = token_weights(self.token_weighting, forward, look, mask, self.processes)
         advantages = advantages if weights is None else advantages * weights
@@ -274,15 +274,8 @@ class SAPOTrainer(GRPOBridge):
             visual_dependency=dependency,
         )
         metrics = record.metrics | stages.measured(rollout, policy_mask, args, self.processes)
-        metrics |= (
-            sampler_metrics
-            | dependency_metrics
-            | mask_metrics
-            | value_metrics
-            | reward_metrics
-            | changes
-            | weight_metrics
-        )
+        metrics |= sampler_metrics | sight_metrics | mask_metrics | value_metrics | reward_metrics | changes
+        metrics |= weight_metrics | gate_metrics
         self._log_rollout(rollout, metrics, seconds | look.seconds)
         if record.given is not None:
             # TRL's is the mean over the edges that were drawn. All edges matter.
@@ -358,8 +351,8 @@ class SAPOTrainer(GRPOBridge):
             token_rewards, values, segments, batch, self.args, generations, self.processes
         )
 
-    def shared_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.critic.at(self.mode)(hidden_states=hidden_states)
+    def reading_critic(self) -> SegmentValueHead:
+        return self.critic.at(self.mode)
 
     def _continuations(self, record: RolloutRecord) -> ContinuationSampler | None:
         """The sampler of continuations of this rollout's responses, if they are made of tokens alone."""
@@ -431,7 +424,7 @@ class SAPOTrainer(GRPOBridge):
 
         Args:
             batch (`RolloutBatch`): the micro-batch that the policy's loss was computed on.
-            values (`torch.Tensor`, *optional*): float32 `(B, T)`, a shared critic's, from the policy's forward.
+            values (`torch.Tensor`, *optional*): float32 `(B, T)`, if read in the policy's forward.
         """
         if values is None:
             values = self.critic_forward(self.critic.at(self.mode), batch)
@@ -441,7 +434,7 @@ class SAPOTrainer(GRPOBridge):
         return self.critic_loss(batch, self._frozen_values(batch))
 
     def _frozen_values(self, batch: RolloutBatch) -> torch.Tensor | None:
-        return self.policy_forward(self.model, batch, frozen=True).values if self.args.critic == "shared" else None
+        return self.policy_forward(self.model, batch, frozen=True).values if self.args.reads_policy else None
 
     def _totals(self, batch: RolloutBatch) -> StepTotals:
         """Totals of the optimizer step that a micro-batch belongs to; its first micro-batch begins the step."""

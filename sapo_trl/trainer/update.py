@@ -18,7 +18,7 @@ from .step import MicroBatchLoss, StepTotals, read_tokens, segments_of
 
 
 # The losses' metrics by their names in the log.
-_POLICY_METRICS = {
+POLICY_METRICS = {
     "clip_fraction": "clip_ratio/region_mean",
     "clip_fraction_low": "clip_ratio/low_mean",
     "clip_fraction_high": "clip_ratio/high_mean",
@@ -27,7 +27,7 @@ _POLICY_METRICS = {
     "approx_kl_k3": "approx_kl_k3",
     "ratio_mean": "ratio/mean",
 }
-_SEGMENT_RATIO_METRICS = {
+SEGMENT_RATIO_METRICS = {
     "geometric_bias": "ratio/geometric_bias",
     "geometric_bias_bound": "ratio/geometric_bias_bound",
 }
@@ -63,10 +63,10 @@ class PolicyObjective:
         loss, share = output.loss, 1 / totals.micro_batches
         # Losses of micro-batches add up to the optimizer step's loss.
         metrics: Measurements = {"policy_loss": (output.loss.detach(), share)}
-        for key in _POLICY_METRICS.keys() & output.metrics.keys():
-            metrics[_POLICY_METRICS[key]] = mean_over(output.metrics[key], mask.sum())
-        for key in _SEGMENT_RATIO_METRICS.keys() & output.metrics.keys():
-            metrics[_SEGMENT_RATIO_METRICS[key]] = mean_over(output.metrics[key], ratio_segments.count.sum())
+        for key in POLICY_METRICS.keys() & output.metrics.keys():
+            metrics[POLICY_METRICS[key]] = mean_over(output.metrics[key], mask.sum())
+        for key in SEGMENT_RATIO_METRICS.keys() & output.metrics.keys():
+            metrics[SEGMENT_RATIO_METRICS[key]] = mean_over(output.metrics[key], ratio_segments.count.sum())
         entropies = torch.where(segments.mask, forward.entropies.detach(), 0)
         metrics["entropy"] = (entropies.sum(), segments.mask.sum())
 

@@ -127,4 +127,6 @@ def make_value_estimator(
         return LearnedValues(critic_forward)
     if args.critic == "monte_carlo":
         return SampledValues(args, sampler)
-    return {"shared": SharedValues, "tree": TreeValues, "none": NoValues}[args.critic]()
+    if args.reads_policy:
+        return SharedValues()
+    return {"tree": TreeValues, "none": NoValues}[args.critic]()

@@ -50,6 +50,15 @@ def test_the_critics_learning_rate_stays_unless_the_preset_has_one(preset, expec
     assert config_of("--config", newline_file, "--preset", preset, *CPU).critic_learning_rate == expected
 
 
+def test_a_preset_leaves_the_sizes_of_the_files_critic_out(tmp_path):
+    """Which another critic would refuse."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"critic: ladder\ncritic_layers: 2\ncritic_reads: 3\noutput_dir: {tmp_path}\n")
+    assert config_of("--config", str(path), *CPU).critic_layers == 2
+    config = config_of("--config", str(path), "--preset", "grpo", *CPU)
+    assert (config.critic, config.critic_layers, config.critic_reads) == ("none", None, None)
+
+
 def test_single_settings_come_before_the_preset(newline_file):
     config = config_of("--config", newline_file, "--preset", "vc_ppo", "--lam", "0.7", "--learning_rate", "5e-7", *CPU)
     assert (config.lam, config.learning_rate, config.critic_lam) == (0.7, 5e-7, 1.0)

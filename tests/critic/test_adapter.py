@@ -2,13 +2,15 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from sapo_trl import SAPOTrainer, SegmentValueHead
+from sapo_trl.critic.adapter import CriticAdapter
 from tests.testing_utils import WeightRecorder, fixed_rollout, logged, random_completions, sapo_trainer, state_of
 
 
@@ -44,6 +46,15 @@ def randomized(policy: PeftModel, seed: int = 0) -> PeftModel:
             if "lora_B" in name:
                 parameter.normal_(0, 0.3, generator=generator)
     return policy
+
+
+def switches(policy: PeftModel) -> dict[str, Any]:
+    """Everything that a switch sets: adapters that are active, and parameters that require a gradient."""
+    found: dict[str, Any] = {"policy": policy.active_adapter, "tuner": policy.base_model.active_adapter}
+    for name, module in policy.named_modules():
+        if hasattr(module, "_active_adapter"):
+            found[name] = list(module.active_adapters)
+    return found | {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
 
 
 class TestValues:
@@ -196,6 +207,45 @@ class TestSwitching:
         assert policy.active_adapter == "default"
         assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
         assert trainable and not any(".critic." in name for name in trainable)
+
+    @TEXT_FAMILY
+    @pytest.mark.parametrize("kind", ["lora", "modules_to_save", "ia3", "added_later"])
+    def test_it_leaves_every_layer_as_peft_does(self, family, kind):
+        """`PeftModel.set_adapter` is the reference, on a copy."""
+        targets = LORA["target_modules"]
+        config = {
+            "modules_to_save": LoraConfig(**LORA, modules_to_save=["lm_head"]),
+            "ia3": IA3Config(target_modules=targets, feedforward_modules=["down_proj"]),
+        }.get(kind, LoraConfig(**LORA))
+        policy = get_peft_model(family.build_model(), config)
+        reference = copy.deepcopy(policy)
+        adapter = CriticAdapter(policy)
+        CriticAdapter(reference)
+        if kind == "added_later":
+            with adapter.active():
+                pass
+            for model in (policy, reference):
+                model.add_adapter("third", LoraConfig(**{**LORA, "target_modules": ["up_proj"]}))
+        for _ in range(2):
+            with adapter.active():
+                reference.set_adapter("critic")
+                assert switches(policy) == switches(reference)
+            reference.set_adapter("default")
+            assert switches(policy) == switches(reference)
+
+    @TEXT_FAMILY
+    def test_only_the_first_switch_walks_through_the_model(self, family, monkeypatch):
+        policy = get_peft_model(family.build_model(), LoraConfig(**LORA))
+        adapter = CriticAdapter(policy)
+        walks = []
+        modules = torch.nn.Module.modules
+        monkeypatch.setattr(torch.nn.Module, "modules", lambda self, *args: walks.append(self) or modules(self, *args))
+        for number in (1, 0):
+            walks.clear()
+            with adapter.active():
+                assert policy.active_adapter == "critic"
+            assert policy.active_adapter == "default"
+            assert sum(len(list(modules(walked))) > 100 for walked in walks) == number
 
     @TEXT_FAMILY
     def test_generation_and_reference_use_the_policys_adapter_and_none(self, family, tmp_path):

@@ -44,7 +44,7 @@ from tests.testing_utils import (
 
 
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
-CRITICS = ("none", "shared", "separate", "adapter")
+CRITICS = ("none", "shared", "separate", "adapter", "ladder")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 # The end of each prompt, so that the adapter of an activated LoRA acts on the responses.
@@ -203,8 +203,9 @@ def test_the_policy_starts_as_itself_and_loads_as_it_was_saved(family, kind, cri
     inputs = {"input_ids": ids(), "attention_mask": torch.ones_like(ids())}
     kwargs = {"policy": again} if critic == "adapter" else {}
     loaded_head = SegmentValueHead.from_pretrained(tmp_path / "critic", **kwargs).eval()
-    if critic == "shared":
-        assert torch.equal(loaded_head.head.weight, head.head.weight)
+    if critic in ("shared", "ladder"):
+        expected = head.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded_head.state_dict().items())
         return
     if critic == "adapter":
         own = {name for name, _ in head.adapter.named_parameters()}
@@ -464,12 +465,13 @@ class TestVirtualTokens:
 
     @CONFIGS
     @TEXT_FAMILY
-    def test_log_probabilities_and_shared_values_belong_to_the_responses_tokens(self, family, kind, tmp_path):
+    @pytest.mark.parametrize("critic", ["shared", "ladder"])
+    def test_log_probabilities_and_read_values_belong_to_the_responses_tokens(self, family, critic, kind, tmp_path):
         """Rows of a padded batch are compared with rows alone, by a loaded model."""
         base = base_folder(family, tmp_path / "base")
         for avoid_padding in (True, False):
             trainer = trainer_of(
-                family, tmp_path, loaded(base), ADAPTERS[kind], critic="shared", beta=0.0, avoid_padding=avoid_padding
+                family, tmp_path, loaded(base), ADAPTERS[kind], critic=critic, beta=0.0, avoid_padding=avoid_padding
             )
             trainer.train()
             trainer.save_model()
@@ -488,7 +490,8 @@ class TestVirtualTokens:
                     outputs = alone(input_ids=tokens, output_hidden_states=True)
                     logps = outputs.logits[0, -number - 1 : -1].log_softmax(-1)
                     logps = logps.gather(1, tokens[0, -number:, None])[:, 0]
-                    values = head.head(outputs.hidden_states[-1])[0, -number - 1 : -1, 0]
+                    read = [outputs.hidden_states[depth][:, -tokens.size(1) :] for depth in head.depths(alone)]
+                    values = head(hidden_states=read)[0, -number - 1 : -1]
                     torch.testing.assert_close(forward.logps[row][mask], logps, rtol=0, atol=2e-5)
                     torch.testing.assert_close(forward.values[row][mask], values, rtol=0, atol=2e-5)
 

@@ -13,7 +13,7 @@ from tests.testing_utils import Recorder, fixed_rollout, random_completions, sap
 
 
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
-CRITICS = pytest.mark.parametrize("critic", ["separate", "shared", "adapter"])
+CRITICS = pytest.mark.parametrize("critic", ["separate", "shared", "adapter", "ladder"])
 
 
 def run(family, folder, critic, *, resume=None, reward_funcs=None, value_model=None, **settings):

@@ -9,7 +9,7 @@ from sapo_trl.callbacks import RolloutCallback
 from tests.testing_utils import fixed_rollout, random_completions, sapo_trainer, state_of
 
 
-CRITICS = pytest.mark.parametrize("critic", ["shared", "separate", "adapter"])
+CRITICS = pytest.mark.parametrize("critic", ["shared", "separate", "adapter", "ladder"])
 pytestmark = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 
 

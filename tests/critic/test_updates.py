@@ -10,7 +10,7 @@ from tests.testing_utils import fixed_rollout, logged, random_completions, sapo_
 
 
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
-CRITICS = pytest.mark.parametrize("critic", ["separate", "shared", "adapter"])
+CRITICS = pytest.mark.parametrize("critic", ["separate", "shared", "adapter", "ladder"])
 
 
 def made(family, folder, critic="separate", **settings):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sapo_trl import SegmentValueHead
 from sapo_trl.critic.adapter import CriticAdapter
+from sapo_trl.critic.ladder import LadderSizes
 from sapo_trl.critic.training import Critic
 from sapo_trl.embedded import build_processor, build_tokenizer
 from tests.testing_utils import FAMILIES, sapo_config
@@ -18,9 +19,9 @@ from tests.testing_utils import FAMILIES, sapo_config
 def build_value_head(mode: str) -> SegmentValueHead:
     """An adapter critic with LoRA on the vision tower too, or a shared one; each process has drawn another head."""
     rank = PartialState().process_index
-    if mode == "shared":
+    if mode in ("shared", "ladder"):
         torch.manual_seed(rank)
-        return SegmentValueHead(16)
+        return SegmentValueHead(16, ladder=LadderSizes(2, 64, 1) if mode == "ladder" else None)
     policy = FAMILIES["qwen2_5_vl"](build_processor(build_tokenizer())).build_model()
     policy = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj", "qkv"], init_lora_weights=False))
     adapter = CriticAdapter(policy)
@@ -31,7 +32,7 @@ def build_value_head(mode: str) -> SegmentValueHead:
 def model_inputs(mode: str, has_image: bool) -> dict[str, torch.Tensor]:
     """Other ones on each process."""
     rank = PartialState().process_index
-    if mode == "shared":
+    if mode in ("shared", "ladder"):
         return {"hidden_states": torch.randn(2, 5, 16)}
     processor = build_processor(build_tokenizer())
     prompt = [{"role": "user", "content": [{"type": "text", "text": "abcdefg"[rank:]}]}]

@@ -19,7 +19,15 @@ from sapo_trl.critic.value_head import backbone_of
 from sapo_trl.distributed import gathered
 from sapo_trl.embedded import build_processor, build_tokenizer
 from tests.exact_arithmetic import exact_lm_head, make_exact
-from tests.testing_utils import FAMILIES, fixed_rollout, length_reward, logged, never_logged, sapo_config
+from tests.testing_utils import (
+    FAMILIES,
+    advantages_of_tokens,
+    fixed_rollout,
+    length_reward,
+    logged,
+    never_logged,
+    sapo_config,
+)
 
 
 def completions_of_prompts(prompts: list, trainer: SAPOTrainer) -> list[list[int]]:
@@ -79,7 +87,7 @@ def main(
     settings = dict(settings)
     spoiled, numbered = settings.pop("spoiled", None), settings.pop("numbered", False)
     in_float64, value_model = settings.pop("in_float64", False), None
-    frozen_tower = settings.pop("frozen_tower", False)
+    frozen_tower, equal_advantages = settings.pop("frozen_tower", False), settings.pop("equal_advantages", False)
     model, loads_it = settings.pop("model", None), settings.pop("loads_it", False)
     if model is None:
         # Before the arguments, which tell transformers about ZeRO-3: it cannot make Qwen2.5-VL's weights in pieces.
@@ -118,6 +126,8 @@ def main(
         peft_config=lora,
         value_model=value_model,
     )
+    if equal_advantages:
+        trainer.estimate_advantages = advantages_of_tokens
     if spoiled is not None:
         spoil(trainer, *spoiled)
     last = LastRollout()
@@ -127,7 +137,7 @@ def main(
         trainer.train(resume_from_checkpoint=checkpoint)
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
     names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
-    names += ["skipped_steps"]
+    names += ["skipped_steps", "value/gated", "value/monte_carlo_explained_variance"]
     policy = trainer.accelerator.unwrap_model(trainer.model)
     stage = 0
     if trainer.is_deepspeed_enabled:

@@ -66,6 +66,8 @@ def run_with_deepspeed(folder: Path, stage: int, family: str, settings: dict, ze
         (2, "qwen2", {"max_steps": 3, "critic": "adapter", "beta": 0.1}),
         (2, "qwen2_5_vl", {"max_steps": 3, "critic": "shared"}),
         (3, "qwen2", {"max_steps": 3, "critic": "shared", "gradient_accumulation_steps": 2}),
+        (2, "qwen2_5_vl", {"max_steps": 3, "critic": "ladder", "gradient_checkpointing": True}),
+        (3, "qwen2", {"max_steps": 3, "critic": "ladder", "critic_reads": 3, "gradient_accumulation_steps": 2}),
         (3, "qwen2", {"max_steps": 3, "critic": "none", "advantage_estimator": "batch"}),
         (3, "qwen2_5_vl", {"max_steps": 3, "critic": "separate", "beta": 0.1}),
     ],
@@ -107,6 +109,7 @@ def assert_same(run: dict, one: dict) -> None:
         ("qwen2", {"critic": "shared", "beta": 0.1}),
         ("qwen2_5_vl", {"critic": "separate"}),
         ("qwen2", {"critic": "shared", "loads_it": True}),
+        ("qwen2", {"critic": "ladder", "loads_it": True}),
     ],
 )
 def test_weights_that_are_loaded_in_pieces(family, settings, tmp_path):
@@ -119,7 +122,7 @@ def test_weights_that_are_loaded_in_pieces(family, settings, tmp_path):
     one = torch.load(tmp_path / "one" / "rank0.pt")
     for run in run_with_deepspeed(tmp_path / "two", 3, family, settings, zero3_init=True):
         assert (run["world_size"], run["zero_stage"], run["policy_elements"]) == (2, 3, 0)
-        assert settings["critic"] == "shared" or run["critic_elements"] == 0
+        assert settings["critic"] in ("shared", "ladder") or run["critic_elements"] == 0
         assert_same(run, one)
 
 

@@ -42,6 +42,8 @@ def launch(folder: Path, module: str, *arguments: str) -> list:
     ("family", "settings"),
     [
         ("qwen2", {"max_steps": 2, "critic": "shared", "gradient_accumulation_steps": 2, "critic_warmup_steps": 1}),
+        ("qwen2", {"max_steps": 3, "critic": "ladder", "gradient_accumulation_steps": 2, "critic_warmup_steps": 1}),
+        ("qwen2_5_vl", {"max_steps": 2, "critic": "ladder", "gradient_checkpointing": True}),
         ("qwen2_5_vl", {"max_steps": 3, "value_loss_aggregation": "seq-mean-token-mean", "critic_warmup_steps": 1}),
         # One process has correct responses, the other has none; confident tokens are spread unevenly.
         (
@@ -68,6 +70,8 @@ def launch(folder: Path, module: str, *arguments: str) -> list:
             },
         ),
         ("qwen2", {"max_steps": 2, "critic": "none", "advantage_estimator": "batch"}),
+        # The gate on the critic: one decision for all processes, by the explained variance of the whole rollout.
+        ("qwen2", {"max_steps": 2, "critic": "separate", "critic_min_explained_variance": 0.0, "lam": 0.9}),
         # Its gradients are averaged by hand.
         ("qwen2", {"max_steps": 3, "critic": "adapter", "gradient_accumulation_steps": 2, "beta": 0.1}),
         ("qwen2", {**CRITIC_SETTINGS, "critic": "separate", "freeze_critic_attention": True}),
@@ -88,6 +92,20 @@ def test_two_processes_equal_one(family, settings, tmp_path):
             torch.testing.assert_close(first[module][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
     for name, values in one["log"].items():
         assert first["log"][name] == pytest.approx(values, abs=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "checkpointing"), [("qwen2", False), ("qwen2_5_vl", True)])
+def test_a_critic_that_reads_the_policy_leaves_its_updates_as_they_are(family, checkpointing, tmp_path):
+    """To the last bit, at equal advantages: those of a run without a critic."""
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing}
+    settings |= {"equal_advantages": True, "beta": 0.0}
+    without = run_in_two_processes(tmp_path / "none", family, {**settings, "critic": "none"})
+    ladder = run_in_two_processes(tmp_path / "ladder", family, {**settings, "critic": "ladder", "critic_reads": 3})
+    for own, other in zip(ladder, without, strict=True):
+        assert own["world_size"] == other["world_size"] == 2 and min(own["log"]["critic_grad_norm"]) > 1e-3
+        for name, tensor in other["policy"].items():
+            assert torch.equal(own["policy"][name], tensor), name
 
 
 @pytest.mark.slow
@@ -149,7 +167,7 @@ def test_processes_with_unequal_work_stay_in_step(family, settings, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["adapter", "shared"])
+@pytest.mark.parametrize("mode", ["adapter", "shared", "ladder"])
 def test_gradients_of_a_critic_are_averaged_once_a_step(mode, tmp_path):
     """Also where a process has none, as of a vision tower's LoRA without an image; where none has, nothing moves."""
     steps = list(zip(*launch(tmp_path / "two", "tests.distributed.critic_run", mode), strict=True))

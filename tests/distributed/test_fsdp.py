@@ -47,6 +47,8 @@ def elements(state: dict[str, torch.Tensor]) -> int:
         ("qwen2", {"critic": "none", "advantage_estimator": "batch"}),
         ("qwen2", {"critic": "separate", "gradient_accumulation_steps": 2, "beta": 0.1}),
         ("qwen2", {"critic": "shared", "gradient_accumulation_steps": 2}),
+        ("qwen2", {"critic": "ladder", "critic_reads": 3, "gradient_accumulation_steps": 2}),
+        ("qwen2_5_vl", {"critic": "ladder", "gradient_checkpointing": True}),
         ("qwen2", {"critic": "adapter", "gradient_accumulation_steps": 2, "beta": 0.1}),
         (
             "qwen2",
@@ -115,6 +117,7 @@ def test_processes_cut_their_rows_into_micro_batches_at_the_same_places(tmp_path
         ("separate", "FULL_STATE_DICT"),
         ("adapter", "FULL_STATE_DICT"),
         ("shared", "FULL_STATE_DICT"),
+        ("ladder", "FULL_STATE_DICT"),
         ("separate", "SHARDED_STATE_DICT"),
     ],
 )

@@ -203,7 +203,7 @@ LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init
 
 @TEXT_FAMILY
 class TestWeights:
-    @pytest.mark.parametrize("critic", ["separate", "shared", "none", "adapter"])
+    @pytest.mark.parametrize("critic", ["separate", "shared", "none", "adapter", "ladder"])
     def test_the_policy_is_written_and_nothing_of_the_critic(self, family, server, tmp_path, critic):
         serve(server, family)
         trainer = trainer_on(

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM,
 from docs.generate.run_configs import FOLDER, RUNS
 from docs.generate.scaling_table import DOCUMENT, changes_table, memory_table
 from sapo_trl.cli import main as cli_main
+from sapo_trl.critic.ladder import Ladder, LadderSizes
 from sapo_trl.critic.value_head import SegmentValueHead
 from sapo_trl.embedded import build_model
 from sapo_trl.planner import Lora, Setup, model_shape, plan_memory, suggest
 from sapo_trl.planner.command import main, parser
+from sapo_trl.planner.ladder import ladder_activation_bytes
 from sapo_trl.planner.memory import OVERHEAD_BYTES, kv_bytes_per_token, layer_activation_bytes
 from sapo_trl.planner.reading import read_setup
 from sapo_trl.planner.setup import GIB
@@ -170,6 +173,54 @@ class TestAgainstRealTensors:
         plan = plan_memory(Setup(folder, critic=mode, lora=lora))
         assert plan.resident["critic"] == sum(p.nbytes for _, p in critic.learned_parameters())
 
+    @pytest.mark.parametrize("sharding", ["none", "zero3"])
+    def test_critics_that_read_the_policy_are_whole_everywhere(self, tiny, sharding):
+        config, folder = tiny[0].config, tiny[1]
+        none = plan_memory(Setup(folder, critic="none", processes=2, sharding=sharding)).resident
+        for mode, sizes in (
+            ("shared", {"reads": 3}),
+            ("ladder", {}),
+            ("ladder", {"layers": 3, "width": 128, "reads": 2}),
+        ):
+            critic = SegmentValueHead.from_policy(LlamaForCausalLM(config), mode, **sizes)
+            size = sum(parameter.nbytes for parameter in critic.parameters())
+            settings = {f"critic_{name}": size for name, size in sizes.items()}
+            found = plan_memory(Setup(folder, critic=mode, processes=2, sharding=sharding, **settings)).resident
+            assert found["critic"] == size
+            assert found["gradients"] - none["gradients"] == pytest.approx(size)
+            assert found["optimizer"] - none["optimizer"] == pytest.approx(2 * size)
+
+    @pytest.mark.parametrize(("layers", "width", "reads"), [(2, 128, 2), (3, 320, 4)])
+    @pytest.mark.parametrize(
+        ("dtype", "autocast", "compute"),
+        [(torch.float32, True, 2), (torch.bfloat16, False, 2), (torch.float32, False, 4)],
+    )
+    def test_activations_of_a_ladder(self, layers, width, reads, dtype, autocast, compute):
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.ladder = Ladder(256, LadderSizes(layers, width, reads))
+
+            def forward(self, input_ids, use_cache):
+                states = [torch.randn(*input_ids.shape, 256, dtype=dtype) for _ in range(reads)]
+                taken = [self.ladder.take(index, state) for index, state in enumerate(states)]
+                return SimpleNamespace(last_hidden_state=self.ladder(taken, torch.ones_like(input_ids)))
+
+        real = saved_bytes(Model(), (2, 192), autocast)
+        assert ladder_activation_bytes(LadderSizes(layers, width, reads), 256, compute) == pytest.approx(
+            real, rel=0.03
+        )
+
+    def test_a_ladder_beside_a_policys_backward(self):
+        """With checkpointing its projected states alone are kept; either way it is a small part of the policy's."""
+        for checkpointing, share in ((True, 0.1), (False, 0.05)):
+            setup = Setup(B3, critic="ladder", gradient_checkpointing=checkpointing)
+            found = plan_memory(setup).phases["learning"]["activations"]
+            without = plan_memory(setup.changed(critic="none")).phases["learning"]["activations"]
+            if checkpointing:
+                assert found - without == 3072 * 4 * 2 * 512
+            assert 0 < found - without < share * without
+
     def test_kv_cache(self, tiny):
         model, folder = tiny
         cache = DynamicCache(config=model.config)
@@ -265,7 +316,7 @@ SETUPS = st.builds(
     micro_batch=st.sampled_from([1, 2, 6]),
     accumulation=st.integers(1, 8),
     gradient_checkpointing=st.booleans(),
-    critic=st.sampled_from(["none", "shared", "separate"]),
+    critic=st.sampled_from(["none", "shared", "ladder", "separate"]),
     beta=st.sampled_from([0.0, 0.01]),
     lora=st.sampled_from([None, Lora(8, ALL_LINEAR)]),
     vllm=st.sampled_from([None, "colocate", "server"]),

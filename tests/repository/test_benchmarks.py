@@ -132,11 +132,35 @@ def test_update_cost_benchmark_runs(tmp_path):
     arguments = [sys.executable, str(BENCHMARKS / "update_cost.py"), *TINY_UPDATES, "--out", str(tmp_path)]
     subprocess.run([*arguments, "--rows", "grpo", "sapo_shared"], check=True, capture_output=True, timeout=600)
     report = json.loads((tmp_path / "update_cost.json").read_text())
-    rows = report["turns"][0]
-    assert rows.keys() == {"grpo", "sapo_shared"} and not any("error" in row for row in rows.values())
+    counts, (times,) = report["counts"], report["turns"]
+    for rows in (counts, times):
+        assert rows.keys() == {"grpo", "sapo_shared"} and not any("error" in row for row in rows.values())
+    ours, trl = counts["sapo_shared"], counts["grpo"]
     # TRL pads everything to the longest prompt and the longest response of the rollout.
-    assert 0 <= rows["sapo_shared"]["padding"] < rows["grpo"]["padding"] < 1
-    assert "| TRL GRPO |" in (tmp_path / "update_cost.md").read_text()
+    assert 0 <= ours["padding"] < trl["padding"] < 1
+    assert 0 < ours["operations"] < trl["operations"]
+    assert 1e6 < ours["peak_bytes"] < 16e9  # a tiny model, its gradients and activations
+    ratios = [f"{ours[what] / trl[what]:.3f}" for what in ("operations", "peak_bytes")]
+    for what in ("cpu_seconds", "seconds"):
+        time = f"{times['sapo_shared'][what] / times['grpo'][what]:.2f}"
+        ratios.append(f"{time} / **{time}** / {time}")
+    assert f"| TRL GRPO | {' | '.join(ratios)} |" in (tmp_path / "update_cost.md").read_text()
+
+
+def test_update_cost_without_a_time(monkeypatch):
+    """`--turns 0` only counts; a row that did not run says so."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = load("update_cost")
+    options = benchmark.parser().parse_args(["--size", "tiny"])
+    benchmark.complete(options)
+    counts = {"grpo": {"operations": 2e9, "peak_bytes": 2**30, "padding": 0.5}, "sapo_none": {"error": "a | b"}}
+    counts["sapo_shared"] = {"operations": 3e9, "peak_bytes": 2**29, "padding": 0.25}
+    report = {"machine": "CPU", "versions": {}, "options": vars(options), "counts": counts, "turns": []}
+    rows = benchmark.as_markdown(report).splitlines()[2:5]
+    assert rows[0] == "| TRL GRPO | 2.00 | 1.000 | 50.0% |  |  |  |  |  |  |"
+    assert rows[1].startswith('| SAPO, `critic="none"` | a   b |')
+    assert rows[2] == '| SAPO, `critic="shared"` | 3.00 | 0.500 | 25.0% |  | TRL GRPO | 1.500 | 0.500 |  |  |'
+    assert len({row.count("|") for row in rows}) == 1
 
 
 @pytest.mark.slow

@@ -368,10 +368,22 @@ def test_every_documented_metric_is_in_the_code():
 # ------------------------------------------------------------------------------------------------------ pictures, site
 
 
-def test_the_pictures_of_the_concepts_can_be_drawn(tmp_path):
-    spec = importlib.util.spec_from_file_location("draw_concepts", ROOT / "docs" / "draw_concepts.py")
+def drawing_of(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     drawing = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(drawing)
+    return drawing
+
+
+def test_the_picture_of_a_step_has_the_stages_of_its_page():
+    drawing = drawing_of("draw_step")
+    numbers = [text.split()[0] for text, *_ in drawing.ROLLOUT + drawing.STEP]
+    headings = re.findall(r"(?m)^### (\d+) ", (ROOT / "docs" / "how_a_step_runs.md").read_text(encoding="utf-8"))
+    assert numbers == headings == [str(number) for number in range(1, 13)]
+
+
+def test_the_pictures_of_the_concepts_can_be_drawn(tmp_path):
+    drawing = drawing_of("draw_concepts")
     segments = drawing.segments_of_the_example()
     ends = [drawing.TOKENS[i] for i in segments.is_last[0].nonzero().flatten().tolist()]
     assert ends == ["legs", "3", "So", "3", "+", "."]  # what the page says about them

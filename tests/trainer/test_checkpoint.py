@@ -25,7 +25,7 @@ from tests.testing_utils import (
 
 
 ALL_FAMILIES = pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl", "qwen3_vl"], indirect=True)
-CRITICS = pytest.mark.parametrize("critic", ["separate", "shared"])
+CRITICS = pytest.mark.parametrize("critic", ["separate", "shared", "ladder"])
 
 
 class TestSavedModels:
@@ -122,6 +122,8 @@ class TestResume:
             ("qwen2", "none"),
             ("qwen2_5_vl", "separate"),  # whose weights have other names in a checkpoint than in the model
             ("qwen3_vl", "shared"),
+            ("qwen2", "ladder"),
+            ("qwen2_5_vl", "ladder"),
         ],
         indirect=["family"],
     )
@@ -174,9 +176,10 @@ class TestResume:
         [
             {},
             {"critic": "shared", "gradient_accumulation_steps": 2, "steps": 12},
+            {"critic": "ladder", "gradient_checkpointing": True, "critic_warmup_steps": 3},
             {"num_iterations": 2, "critic": "none", "advantage_estimator": "batch"},
         ],
-        ids=["plain", "accumulation", "iterations"],
+        ids=["plain", "accumulation", "ladder", "iterations"],
     )
     def test_resuming_anywhere(self, family, step, settings, tmp_path, undisturbed):
         """

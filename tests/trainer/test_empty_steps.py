@@ -87,6 +87,7 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> li
         ("sapo_official", {}),
         ("sapo_official", {"critic": "shared"}),
         ("sapo_official", {"critic": "adapter"}),
+        ("sapo_official", {"critic": "ladder"}),
         ("sapo_official", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
         ("grpo", {}),
         ("dr_grpo", {}),
@@ -94,7 +95,7 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> li
         ("rloo", {}),
         ("reinforce", {}),
     ],
-    ids=["separate", "shared", "adapter", "accumulation", "grpo", "dr_grpo", "dapo", "rloo", "reinforce"],
+    ids=["separate", "shared", "adapter", "ladder", "accumulation", "grpo", "dr_grpo", "dapo", "rloo", "reinforce"],
 )
 def test_nothing_changes(family, preset, settings, tmp_path):
     peft_config = LoraConfig(r=2, target_modules="all-linear") if settings.get("critic") == "adapter" else None

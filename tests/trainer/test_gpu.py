@@ -32,7 +32,7 @@ def train(family, folder, critic, **settings):
 
 
 @FAMILIES
-@pytest.mark.parametrize("critic", ["separate", "shared", "adapter"])
+@pytest.mark.parametrize("critic", ["separate", "shared", "adapter", "ladder"])
 def test_steps_in_bfloat16(family, critic, tmp_path, monkeypatch):
     trainer, (policy_before, critic_before) = train(family, tmp_path / "gpu", critic, max_steps=4, **ON_GPU)
     assert {parameter.device.type for parameter in trainer.model.parameters()} == {"cuda"}

@@ -156,6 +156,7 @@ class TestGradients:
             ("qwen2", "separate", False),
             ("qwen2", "separate", True),
             ("qwen2", "shared", False),
+            ("qwen2", "ladder", False),
             ("qwen2_5_vl", "separate", False),
             pytest.param("qwen2_5_vl", "separate", True, marks=pytest.mark.slow),
             pytest.param("qwen2_5_vl", "shared", False, marks=pytest.mark.slow),

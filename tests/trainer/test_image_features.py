@@ -72,6 +72,7 @@ def trained(family, folder, reuse: bool, lora: dict | None = None, responses=Non
 CRITICS = {
     "separate": (None, {"critic": "separate"}, 2),
     "shared": (None, {"critic": "shared", "beta": 0.1, "avoid_padding": False}, 1),
+    "ladder": (None, {"critic": "ladder", "gradient_checkpointing": True}, 1),
     "adapter": (LANGUAGE_LORA, {"critic": "adapter", "beta": 0.1, "gradient_checkpointing": True}, 1),
 }
 
@@ -84,6 +85,7 @@ CRITICS = {
         ("qwen2_5_vl", "adapter"),
         pytest.param("qwen3_vl", "separate", marks=pytest.mark.slow),
         ("qwen3_vl", "shared"),
+        ("qwen2_5_vl", "ladder"),
         pytest.param("qwen3_vl", "adapter", marks=pytest.mark.slow),
     ],
     indirect=["family"],

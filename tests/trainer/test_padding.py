@@ -341,6 +341,7 @@ def with_images_in_one(variants: list[dict], fast: dict):
 
 PADDED = [
     {"critic": "separate"},
+    {"critic": "ladder", "critic_reads": 3},
     {
         "critic": "shared",
         "loss_aggregation": "seq-mean-token-mean",
@@ -357,7 +358,7 @@ PADDED = [
 ]
 
 
-@with_images_in_one(PADDED, fast=PADDED[1])
+@with_images_in_one(PADDED, fast=PADDED[2])
 def test_training_is_what_it_is_with_all_the_padding(family, overrides, tmp_path):
     padded, padded_rollout, padded_shapes = trained(family, tmp_path / "padded", False, **overrides)
     moved, rollout, shapes = trained(family, tmp_path / "moved", True, **overrides)
@@ -410,6 +411,7 @@ def test_responses_with_images_of_tools_are_not_cut_off_from_them(family, masked
 
 IN_FLOAT64 = [
     {"critic": "separate"},
+    {"critic": "ladder"},
     {"critic": "shared", "beta": 0.1, "kl_placement": "loss", "kl_estimator": "k3"},
     {**TRL_LOSS, "loss_type": "grpo"},
 ]

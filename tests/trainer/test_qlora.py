@@ -107,8 +107,10 @@ class TestTraining:
             torch.testing.assert_close(runs[0][name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
     @TEXT_FAMILY
-    def test_shared_critic(self, family, tmp_path):
-        trainer = qlora_trainer(family, tmp_path, critic="shared")
+    @pytest.mark.parametrize("critic", ["shared", "ladder"])
+    def test_critic_that_reads_the_policy(self, family, critic, tmp_path):
+        trainer = qlora_trainer(family, tmp_path, critic=critic)
+        assert {parameter.dtype for parameter in trainer.critic.value_head.parameters()} == {torch.float32}
         head = trainer.critic.value_head.head.weight.detach().clone()
         before = parameters_by_owner(trainer.accelerator.unwrap_model(trainer.model))
         trainer.train()

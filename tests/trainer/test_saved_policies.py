@@ -53,7 +53,7 @@ def logits(model, family: Family) -> torch.Tensor:
 CASES = [("qwen2", kind, "separate") for kind in ADAPTERS]
 CASES += [("qwen2", "full", "shared"), ("qwen2", "LoRA", "shared"), ("qwen2", "LoRA", "adapter")]
 CASES += [("qwen2", "modules_to_save", "adapter"), ("qwen2", "DoRA", "adapter")]
-CASES += [("qwen2", "prefix tuning", "shared")]
+CASES += [("qwen2", "prefix tuning", "shared"), ("qwen2", "prefix tuning", "ladder"), ("qwen2", "LoRA", "ladder")]
 CASES += [("qwen2_5_vl", kind, "separate") for kind in ("full", "LoRA", "modules_to_save")]
 
 

@@ -31,13 +31,17 @@ WITH_IMAGES = [
     pytest.param("qwen2_5_vl", "shared", marks=pytest.mark.slow),
     pytest.param("qwen3_vl", "separate", marks=pytest.mark.slow),
     ("qwen3_vl", "shared"),
+    ("qwen2_5_vl", "ladder"),
+    pytest.param("qwen3_vl", "ladder", marks=pytest.mark.slow),
 ]
 FAMILIES_AND_CRITICS = pytest.mark.parametrize(
-    ("family", "critic"), [("qwen2", "separate"), ("qwen2", "shared"), *WITH_IMAGES], indirect=["family"]
+    ("family", "critic"),
+    [*(("qwen2", critic) for critic in ("separate", "shared", "ladder")), *WITH_IMAGES],
+    indirect=["family"],
 )
 IMAGES_AND_CRITICS = pytest.mark.parametrize(("family", "critic"), WITH_IMAGES, indirect=["family"])
 TEXT_FAMILY = pytest.mark.parametrize("family", ["qwen2"], indirect=True)
-CRITICS = pytest.mark.parametrize("critic", ["separate", "shared"])
+CRITICS = pytest.mark.parametrize("critic", ["separate", "shared", "ladder"])
 
 
 def mixed_dataset(family, without: list | None) -> Dataset:
@@ -251,7 +255,7 @@ def make_batch(family, rows: list[dict], completions: list[list[int]]) -> dict:
     return batch
 
 
-def plain_forward(model, head, batch: dict, temperature: float):
+def plain_forward(model, value_head, batch: dict, temperature: float):
     """
     Of a batch of one row without padding: log-probabilities, entropies and values by the plain transformers forward of
     an untouched model, in float64 after it.
@@ -263,7 +267,11 @@ def plain_forward(model, head, batch: dict, temperature: float):
     }
     with torch.no_grad():
         logits = model(**inputs).logits[0].double() / temperature
-        hidden = model.base_model(**inputs).last_hidden_state[0].double()
+        hidden = model.base_model(**inputs, output_hidden_states=True)
+        assert torch.equal(hidden.hidden_states[-1], hidden.last_hidden_state)
+        depths = value_head.depths(model) if value_head.reads else [-1]
+        read = [hidden.hidden_states[depth].double() for depth in depths]
+        after = copy.deepcopy(value_head).double()(hidden_states=read if value_head.reads else read[0])[0]
     probabilities = torch.softmax(logits, dim=-1)
     logps, entropies, values = [], [], []
     first = batch["prompt_ids"].size(1)
@@ -271,7 +279,7 @@ def plain_forward(model, head, batch: dict, temperature: float):
         before = position - 1  # the state before this token
         logps.append(math.log(probabilities[before, token]))
         entropies.append(-(probabilities[before] * probabilities[before].log()).sum().item())
-        values.append((hidden[before] @ head.weight[0].double() + head.bias[0].double()).item())
+        values.append(after[before].item())
     return torch.tensor(logps), torch.tensor(entropies), torch.tensor(values)
 
 
@@ -294,7 +302,8 @@ class TestForward:
     @FAMILIES_AND_CRITICS
     @pytest.mark.parametrize("batch_size", [None, 2])
     def test_row_of_a_padded_batch_equals_plain_forward_alone(self, family, critic, batch_size, tmp_path):
-        trainer = sapo_trainer(family, tmp_path, critic=critic, temperature=self.TEMPERATURE)
+        sizes = {"critic_reads": 3} if critic == "ladder" else {}  # also between the two layers
+        trainer = sapo_trainer(family, tmp_path, critic=critic, temperature=self.TEMPERATURE, **sizes)
         rows = self.rows(family)
         if family.takes_images:
             rows[1] = {**rows[1], "images": rows[1]["images"] * 2}  # two pictures in the middle row
@@ -309,10 +318,10 @@ class TestForward:
                 values = trainer.critic_forward(trainer.critic.module, batch, batch_size)
         assert forward.logps.shape == forward.entropies.shape == values.shape == (3, 5)
 
-        plain_model, head = family.build_model().eval(), trainer.critic.value_head.head
+        plain_model, value_head = family.build_model().eval(), trainer.critic.value_head
         for index, (row, completion) in enumerate(zip(rows, self.COMPLETIONS, strict=True)):
             alone = make_batch(family, [row], [completion])
-            expected = plain_forward(plain_model, head, alone, self.TEMPERATURE)
+            expected = plain_forward(plain_model, value_head, alone, self.TEMPERATURE)
             got = (forward.logps[index], forward.entropies[index], values[index])
             for name, ours, theirs in zip(("logps", "entropies", "values"), got, expected, strict=True):
                 torch.testing.assert_close(
@@ -326,14 +335,14 @@ class TestForward:
         text = rows[1]["prompt"][-1]["content"][-1]
         rows[1] = {"prompt": [{"role": "user", "content": [text]}], "images": []}
         batch = make_batch(family, rows, self.COMPLETIONS)
-        plain_model, head = family.build_model().eval(), trainer.critic.value_head.head
+        plain_model, value_head = family.build_model().eval(), trainer.critic.value_head
         alone = {
             "prompt_ids": batch["prompt_ids"][1:2, batch["prompt_mask"][1].bool()],
             "completion_ids": torch.tensor(self.COMPLETIONS[1:2]),
         }
         alone |= {"prompt_mask": torch.ones_like(alone["prompt_ids"])}
         alone |= {"completion_mask": torch.ones_like(alone["completion_ids"])}
-        expected = plain_forward(plain_model, head, alone, self.TEMPERATURE)
+        expected = plain_forward(plain_model, value_head, alone, self.TEMPERATURE)
         for batch_size in (None, 1):  # together with its neighbours, and in a chunk of its own
             with torch.no_grad():
                 forward = trainer.policy_forward(trainer.model, batch, batch_size)
@@ -472,6 +481,7 @@ class TestMicroBatches:
             ("qwen2", {"kl_placement": "loss", "kl_estimator": "k3", "beta": 0.5, "entropy_coef": 0.1}),
             ("qwen2", {"critic_warmup_steps": 1}),
             ("qwen2", {"critic_warmup_steps": 1, "critic": "shared"}),
+            ("qwen2", {"critic_warmup_steps": 1, "critic": "ladder"}),
             ("qwen2_5_vl", {}),
             pytest.param("qwen2_5_vl", {"critic": "shared"}, marks=pytest.mark.slow),
         ],

@@ -289,7 +289,7 @@ class TestValueModel:
         with pytest.raises(ValueError, match="`value_model` is a 'separate' critic, but `critic='shared'`"):
             head = SegmentValueHead.from_policy(family.build_model())
             make(critic="shared", trainer_kwargs={"value_model": head})
-        with pytest.raises(ValueError, match="a critic of mode 'shared' is a part of the policy"):
+        with pytest.raises(ValueError, match="a critic of mode 'shared' is none: leave `value_model` out"):
             make(critic="shared", trainer_kwargs={"value_model": family.build_model()})
         with pytest.raises(ValueError, match="`value_model` was given, but `critic='none'`"):
             make(critic="none", trainer_kwargs={"value_model": family.build_model()})

@@ -28,7 +28,7 @@ CRITICS = {
         "kl_placement": "loss",
         "kl_estimator": "k3",
     },
-    "shared": {"critic": "shared"},
+    "ladder": {"critic": "ladder", "critic_reads": 3},
 }
 
 

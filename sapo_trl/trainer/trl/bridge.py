@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...critic.value_head import SegmentValueHead
 from ...distributed import keep_output_dtype, weights_are_in_pieces
 from ...generation.model_settings import own_settings_ignored
 from ...metrics import Measurements
@@ -77,7 +78,7 @@ class GRPOBridge(ResumableTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             placeholder_ids=self.placeholder_ids,
             has_aux_loss=self.aux_loss_enabled,
-            shared_values=self.shared_values if args.critic == "shared" else None,
+            reading_critic=self.reading_critic if args.reads_policy else None,
             image_features=image_features,
         )
         self.continuations = Continuations(
@@ -129,8 +130,8 @@ class GRPOBridge(ResumableTrainer):
         """
         raise NotImplementedError
 
-    def shared_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """A shared critic's values, float32 `(b, S)`, from the policy's detached hidden states, `(b, S, H)`."""
+    def reading_critic(self) -> SegmentValueHead:
+        """The critic that reads the policy's hidden states, see [`~sapo_trl.trainer.policy_reader.PolicyReader`]."""
         raise NotImplementedError
 
     # ------------------------------------------------- for subclasses and stages
@@ -178,8 +179,7 @@ class GRPOBridge(ResumableTrainer):
         TRL's own loss (`loss_type`) of a micro-batch.
 
         Returns:
-            `tuple`: the loss, 0-dimensional and scaled for gradient accumulation; and a shared critic's values from
-            its forward, float32 `(B, T)` or `None`.
+            `tuple`: loss, `()`, scaled for gradient accumulation; and a reading critic's values, `(B, T)`, or `None`.
         """
         with self._recording(RolloutRecord()) as record:
             loss = super()._compute_loss(model, batch)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from ...config import SAPOConfig
-from ...critic.value_head import backbone_of
+from ...critic.value_head import SegmentValueHead, backbone_of
 from ...distributed import weights_are_in_pieces, whole_lm_head
 from ...rollouts.placeholders import hide_placeholders
 from ...rollouts.prompts import has_images_by_row, one_entry_a_row
@@ -25,6 +24,7 @@ from ...rollouts.types import PolicyForward, RolloutBatch
 from ...segments import accumulation_dtype
 from ..image_features import ImageFeatures, ImageKey, image_keys
 from ..padding import RightAligned, equal_groups, group_rows, merge_rows, take_rows, token_positions
+from ..policy_reader import PolicyReader
 from ..virtual_tokens import real_columns
 
 
@@ -36,7 +36,7 @@ _OPTIONS = ("logits_to_keep", "compute_entropy", "compute_aux_loss")
 
 
 class TokenOutputs(NamedTuple):
-    """The three results of TRL's forward, and the values that a shared critic reads meanwhile."""
+    """The three results of TRL's forward, and the values that a critic reads off the policy meanwhile."""
 
     logps: torch.Tensor  # float (B, T); the values, if the model is a critic
     entropies: torch.Tensor | None  # float (B, T)
@@ -47,25 +47,6 @@ class TokenOutputs(NamedTuple):
         """The same as a [`PolicyForward`], in float32 or wider."""
         logps, entropies = (x.to(accumulation_dtype(x)) for x in (self.logps, self.entropies))
         return PolicyForward(logps, entropies, self.values, self.aux_loss)
-
-
-@dataclass(frozen=True)
-class _ValueReader:
-    """Reads a shared critic's values off the policy's hidden states, with gradients of its own or without any."""
-
-    shared_values: Callable[[torch.Tensor], torch.Tensor]
-    learns: bool
-
-    def __call__(self, hidden_states: torch.Tensor, aligned: RightAligned | None, length: int) -> torch.Tensor:
-        with torch.set_grad_enabled(self.learns):
-            # Same alignment as the log-probabilities': position p stands before token p + 1.
-            values = self.shared_values(hidden_states.detach())[:, :-1]
-            return (values if aligned is None else aligned.restore(values)[:, :-1])[:, -length:]
-
-    def joined(self, chunks: Sequence[torch.Tensor], order: torch.Tensor | None = None) -> torch.Tensor:
-        with torch.set_grad_enabled(self.learns):  # a tensor that is made without gradients stays cut off from them
-            values = torch.cat(chunks)
-            return values if order is None else values[order]
 
 
 class CompletionForward:
@@ -81,8 +62,7 @@ class CompletionForward:
         pad_token_id (`int`): token that completions are padded with.
         placeholder_ids (`Collection[int]`): tokens that stand for a piece of an image.
         has_aux_loss (`bool`): whether the policy is a mixture of experts whose load-balancing loss is trained on.
-        shared_values (`Callable`, *optional*):
-            a shared critic: detached hidden states, float `(b, S, H)`, to values, float32 `(b, S)`.
+        reading_critic (`Callable`, *optional*): returns the critic that reads the policy's hidden states.
         image_features ([`ImageFeatures`], *optional*): keeps the features of a rollout's images.
     """
 
@@ -97,7 +77,7 @@ class CompletionForward:
         pad_token_id: int,
         placeholder_ids: Collection[int] = (),
         has_aux_loss: bool = False,
-        shared_values: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        reading_critic: Callable[[], SegmentValueHead] | None = None,
         image_features: ImageFeatures | None = None,
     ):
         self.trl_forward = trl_forward
@@ -107,7 +87,7 @@ class CompletionForward:
         self.pad_token_id = pad_token_id
         self.placeholder_ids = placeholder_ids
         self.has_aux_loss = has_aux_loss
-        self.shared_values = shared_values
+        self.reading_critic = reading_critic
         self.image_features = image_features
         backbone = self.backbone_of(policy)
         text_config = backbone.config.get_text_config()
@@ -125,7 +105,7 @@ class CompletionForward:
             batch (`RolloutBatch`): a rollout or a micro-batch.
             rows (`int`, *optional*): rows of a forward; all at once by default.
             frozen (`bool`, *optional*, defaults to `False`):
-                whether only the shared critic's values carry gradients.
+                whether only the values of a critic that reads the policy carry gradients.
 
         Returns:
             [`PolicyForward`]
@@ -180,7 +160,7 @@ class CompletionForward:
             inputs (`dict`): arguments of TRL's forward; also `image_keys` and `width` (of the longest row), if known.
             rows (`int`, *optional*): rows of a forward; all at once by default.
             backbone ([`~transformers.PreTrainedModel`], *optional*): the transformer in the model; found by default.
-            with_values (`bool`, *optional*, defaults to `False`): whether a shared critic reads the hidden states.
+            with_values (`bool`, *optional*, defaults to `False`): whether a critic reads the hidden states.
             critic_learns (`bool`, *optional*): whether its values carry gradients; by default if others do.
 
         Returns:
@@ -188,10 +168,9 @@ class CompletionForward:
         """
         backbone = self.backbone_of(model) if backbone is None else backbone
         read = None
-        if with_values and self.shared_values is not None:
-            read = _ValueReader(
-                self.shared_values, torch.is_grad_enabled() if critic_learns is None else critic_learns
-            )
+        if with_values and self.reading_critic is not None:
+            learns = torch.is_grad_enabled() if critic_learns is None else critic_learns
+            read = PolicyReader(self.reading_critic(), learns)
         if has_images_by_row(inputs):
             inputs = {**inputs, "num_images": one_entry_a_row(inputs)}
         if "image_keys" not in inputs:
@@ -250,7 +229,7 @@ class CompletionForward:
         self,
         model: Callable,
         backbone: PreTrainedModel,
-        read: _ValueReader | None,
+        read: PolicyReader | None,
         *,
         width: int | None = None,
         image_keys: list[list[ImageKey]] | None = None,
@@ -281,31 +260,19 @@ class CompletionForward:
                     # By default a model takes the column's number, which changes with the other rows. In half
                     # precision the rotation by another angle gives other log-probabilities.
                     inputs["position_ids"] = token_positions(inputs["attention_mask"])
-            columns = inputs["input_ids"].size(1)  # hidden states also stand at virtual tokens, in front of these
-            note = read and (lambda x: values.append(read(x[:, -columns:], aligned, length)))
-            with whole_lm_head(model), _tapped(backbone, note):
-                outputs = real_columns(model(**inputs), columns - 1)
+            tapped = contextlib.nullcontext()
+            if read is not None:
+                tapped = read.tapped(
+                    backbone,
+                    inputs["attention_mask"],
+                    lambda found: values.append(read.at_completion(found, aligned, length)),
+                )
+            with whole_lm_head(model), tapped:
+                outputs = real_columns(model(**inputs), inputs["input_ids"].size(1) - 1)
             return outputs if aligned is None else aligned.restore_outputs(outputs)
 
         logps, entropies, aux_loss = self.trl_forward(run, **inputs)
         return TokenOutputs(logps, entropies, aux_loss, read.joined(values) if values else None)
-
-
-@contextlib.contextmanager
-def _tapped(backbone: nn.Module, read: Callable[[torch.Tensor], Any] | None) -> Iterator[None]:
-    """Show the last hidden states of the forwards run inside to `read`."""
-    if read is None:
-        yield
-        return
-
-    def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-        read(output.last_hidden_state)
-
-    handle = backbone.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _has_tokens(ids: torch.Tensor, tokens: Collection[int]) -> bool:

@@ -268,7 +268,7 @@ class TestForwards:
         assert not hasattr(output, "logits")
 
     @TEXT_FAMILY
-    @pytest.mark.parametrize("critic", ["separate", "shared"])
+    @pytest.mark.parametrize("critic", ["separate", "shared", "ladder"])
     @pytest.mark.parametrize(("mini_batches", "scoring_chunks"), [(2, 2), (1, 1)])
     def test_rollout_is_scored_by_one_forward(self, family, critic, mini_batches, scoring_chunks, tmp_path):
         """With two mini-batches TRL computes old log-probabilities, with one it does not; never is it done twice."""
