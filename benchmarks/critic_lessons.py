@@ -24,7 +24,7 @@ from sapo_trl.trainer.padding import merge_rows, take_rows
 
 STUDY = load_study(Path(__file__).parents[1] / "trainer_configs" / "study" / "granularity.yaml")
 LEARNED, HELD_OUT = STUDY.budget.rollouts * STUDY.budget.responses, 400
-STATES, CONTINUATIONS = 48, 64
+STATES, CONTINUATIONS = 192, 16
 
 
 class Task(NamedTuple):
@@ -159,7 +159,7 @@ class Lesson:
         }
 
     def limit(self) -> dict[str, float]:
-        """The two measures of the true values and of the best constant: what is left to learn."""
+        """The two measures of the true values and of the best constant."""
         outcomes = self.recorded["outcomes"]
         within = outcomes.var(dim=1).mean()
         between = outcomes.mean(dim=1).var() - within / outcomes.size(1)

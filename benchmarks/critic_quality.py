@@ -1,5 +1,5 @@
 """
-The quality of each critic: what it learns from the same responses of a frozen policy.
+The quality of each critic after it has learned from the same responses of a frozen policy.
 
 On each task a warm-started policy stays frozen. For each seed it samples responses once, and all critics learn from
 these responses, with the package's value loss and optimizer. Nothing is downloaded.
@@ -20,7 +20,7 @@ Registered before the first run on a reported seed:
 - Tuning: all critics are given the same learning rates on the tuning seeds. A critic's rate is the rate with the
   highest mean explained variance, for one pass and for two passes separately.
 - First measure: explained variance of the rewards of 400 other responses, at the states that critics learn.
-- Second measure: mean squared error against Monte-Carlo values of 48 of these states, less the mean sampling variance
+- Second measure: mean squared error against Monte-Carlo values of 192 of these states, less the mean sampling variance
   of the Monte-Carlo values.
 - Comparison: each critic minus `separate`, paired by seed, with Student's 95 % interval.
 - Limit: the share of the rewards' variance that lies between states, from the same continuations. No critic can
