@@ -77,7 +77,7 @@ def settings(**changes: Any) -> SAPOConfig:
     )
 
 
-def record(task: Task, seed: int, cache_dir: Path) -> dict[str, Any]:
+def record(task: Task, seed: int, cache_dir: Path, learned: int = LEARNED) -> dict[str, Any]:
     """
     Sample a seed's responses, and continue some of the held-out ones from the states that critics learn.
 
@@ -87,7 +87,7 @@ def record(task: Task, seed: int, cache_dir: Path) -> dict[str, Any]:
     """
     folder = task.warm_start(cache_dir)
     args = settings(seed=seed, critic="shared", max_completion_length=task.longest_response)
-    parts = [task.prompts(number, split, 1000 + seed) for number, split in ((LEARNED, "train"), (HELD_OUT, "test"))]
+    parts = [task.prompts(number, split, 1000 + seed) for number, split in ((learned, "train"), (HELD_OUT, "test"))]
     trainer = SAPOTrainer(
         AutoModelForImageTextToText.from_pretrained(folder),
         task.reward,
@@ -120,11 +120,11 @@ def record(task: Task, seed: int, cache_dir: Path) -> dict[str, Any]:
 class Lesson:
     """A seed's responses with the frozen policy's hidden states, to learn from and to be tested on."""
 
-    def __init__(self, task: Task, name: str, seed: int, cache_dir: Path):
-        path = cache_dir / "critic_quality" / f"{name}_{seed}.pt"
+    def __init__(self, name: str, seed: int, cache_dir: Path, learned: int = LEARNED):
+        task, path = TASKS[name], cache_dir / "critic_quality" / f"{name}_{seed}_{learned}.pt"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(record(task, seed, cache_dir), path)
+            torch.save(record(task, seed, cache_dir, learned), path)
         self.recorded = torch.load(path)
         self.folder = task.warm_start(cache_dir)
         self.backbone = backbone_of(self.policy())
@@ -193,5 +193,6 @@ def returns_of(batch: dict[str, Any]) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1)
-def lesson(task: str, seed: int, cache_dir: Path) -> Lesson:
-    return Lesson(TASKS[task], task, seed, cache_dir)
+def lesson(task: str, seed: int, cache_dir: Path, learned: int = LEARNED) -> Lesson:
+    """The lesson of a seed, with this many responses to learn from."""
+    return Lesson(task, seed, cache_dir, learned)

@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,48 +66,56 @@ def make_critic(name: str, policy: PreTrainedModel, seed: int, learning_rate: fl
     return Critic(head, args, Accelerator(cpu=True), decay_parameter_names=[])
 
 
-def run(task: str, seed: int, name: str, learning_rate: float, passes: int, cache_dir: Path) -> dict[str, Any]:
+def run(
+    task: str,
+    responses: int,
+    seed: int,
+    critic: str,
+    learning_rate: float,
+    *,
+    passes: int = PASSES,
+    cache_dir: Path,
+) -> dict[str, Any]:
     """Train one critic, and test it after each pass."""
-    taught = lesson(task, seed, cache_dir)
-    critic, started, measured = make_critic(name, taught.policy(), seed, learning_rate), time.process_time(), []
-    critic.create_scheduler(passes * LEARNED // ROWS_PER_STEP)
+    taught = lesson(task, seed, cache_dir, responses)
+    learner, started, measured = make_critic(critic, taught.policy(), seed, learning_rate), time.process_time(), []
+    learner.create_scheduler(passes * responses // ROWS_PER_STEP)
     order = np.random.default_rng(seed)
     for _ in range(passes):
-        for rows in order.permutation(LEARNED).reshape(-1, ROWS_PER_STEP).tolist():
+        for rows in order.permutation(responses).reshape(-1, ROWS_PER_STEP).tolist():
             batch = take_rows(taught.recorded["learned"], rows)
-            with critic.accumulate():
-                values = taught.values(critic.value_head, "learned", rows)
+            with learner.accumulate():
+                values = taught.values(learner.value_head, "learned", rows)
                 segments, returns = Segments(batch["segment_ids"]), returns_of(batch)
-                critic.backward(segment_value_loss(values, values, returns, segments, cliprange_value=None).loss)
-            critic.clip_gradient()
-            critic.step()
-        measured.append(taught.test(critic.value_head))
-    parameters = sum(parameter.numel() for _, parameter in critic.value_head.learned_parameters())
+                learner.backward(segment_value_loss(values, values, returns, segments, cliprange_value=None).loss)
+            learner.clip_gradient()
+            learner.step()
+        measured.append(taught.test(learner.value_head))
+    parameters = sum(parameter.numel() for _, parameter in learner.value_head.learned_parameters())
     return {"measured": measured, "parameters": parameters, "cpu_seconds": time.process_time() - started}
 
 
 def tune(options: argparse.Namespace, results: Results) -> None:
-    for seed in TUNING_SEEDS:
+    """Run every learning rate on the tuning seeds."""
+    common = {"task": options.task, "responses": options.responses}
+    for seed in options.seeds or TUNING_SEEDS:
         for critic in options.critics:
-            for rate in LEARNING_RATES:
-                what = {"task": options.task, "critic": critic, "seed": seed, "learning_rate": rate}
-                results.add(lambda what=what: run(**_as_call(what), passes=PASSES, cache_dir=options.cache), **what)
+            for rate in options.rates:
+                what = {**common, "critic": critic, "seed": seed, "learning_rate": rate}
+                results.add(lambda what=what: run(**what, cache_dir=options.cache), **what)
 
 
 def compare(options: argparse.Namespace, results: Results) -> None:
-    for seed in SEEDS:
-        results.add(
-            lambda seed=seed: lesson(options.task, seed, options.cache).limit(),
-            task=options.task,
-            limit=True,
-            seed=seed,
-        )
+    """Run the chosen learning rates on the reported seeds."""
+    common = {"task": options.task, "responses": options.responses}
+    for seed in options.seeds or SEEDS:
+        taught = partial(lesson, options.task, seed, options.cache, options.responses)
+        results.add(lambda taught=taught: taught().limit(), **common, limit=True, seed=seed)
         for critic in options.critics:
-            *early, last = results.tuned(options.task, critic)
-            for rate, passes in {**{rate: i + 1 for i, rate in enumerate(early)}, last: PASSES}.items():
-                what = {"task": options.task, "critic": critic, "seed": seed, "learning_rate": rate}
-                call = _as_call(what)
-                results.add(lambda call=call, n=passes: run(**call, passes=n, cache_dir=options.cache), **what)
+            one_pass, two_passes = results.tuned(options.task, critic)
+            for rate, passes in {one_pass: 1, two_passes: PASSES}.items():
+                what = {**common, "critic": critic, "seed": seed, "learning_rate": rate}
+                results.add(lambda what=what, n=passes: run(**what, passes=n, cache_dir=options.cache), **what)
 
 
 def report(options: argparse.Namespace, results: Results) -> None:
@@ -117,15 +126,14 @@ def report(options: argparse.Namespace, results: Results) -> None:
     print(table)
 
 
-def _as_call(what: dict[str, Any]) -> dict[str, Any]:
-    return {"name" if name == "critic" else name: value for name, value in what.items()}
-
-
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("tune", "compare", "report"))
     parser.add_argument("--task", choices=tuple(TASKS), default="picture_6")
     parser.add_argument("--critics", nargs="+", default=list(CRITICS), help="such as ladder:layers=3,width=64")
+    parser.add_argument("--rates", nargs="+", type=float, default=LEARNING_RATES, help="learning rates to tune over")
+    parser.add_argument("--seeds", nargs="+", type=int, help="other seeds than the command's own")
+    parser.add_argument("--responses", type=int, default=LEARNED, help="to learn from; the table has the default")
     parser.add_argument("--cache", type=Path, default=embedded.default_cache_dir(), help="folder of policies")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
     return parser

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from critic_lessons import TASKS
+from critic_lessons import LEARNED, TASKS
 
 from sapo_trl.plots import new_figure
 from sapo_trl.study.statistics import paired_difference
@@ -48,7 +48,7 @@ class Results:
 
     def tuned(self, task: str, critic: str) -> list[float]:
         """The learning rate of a critic for one pass, for two passes, …"""
-        found = self.of(task=task, critic=critic)
+        found = self.of(task=task, responses=LEARNED, critic=critic)
         means = {
             rate: np.mean(
                 [
@@ -67,7 +67,7 @@ class Results:
         rate = self.tuned(task, critic)[passes - 1]
         return {
             row["seed"]: row["measured"][passes - 1][measure]
-            for row in self.of(task=task, critic=critic, learning_rate=rate)
+            for row in self.of(task=task, responses=LEARNED, critic=critic, learning_rate=rate)
             if row["seed"] in SEEDS and len(row["measured"]) >= passes
         }
 

@@ -26,8 +26,6 @@ def scripts():
         import critic_quality
         import critic_quality_report
 
-        for module in (critic_lessons, critic_quality):
-            patch.setattr(module, "LEARNED", LEARNED)
         for name, number in (("HELD_OUT", HELD_OUT), ("STATES", STATES), ("CONTINUATIONS", CONTINUATIONS)):
             patch.setattr(critic_lessons, name, number)
         patch.setattr(critic_quality, "be_quiet_and_small", lambda: None)  # it is for whole processes
@@ -51,7 +49,7 @@ def cache_dir(tmp_path_factory, scripts):
 
 @pytest.fixture(scope="module")
 def lesson(scripts, cache_dir):
-    return scripts[0].lesson("demo", 0, cache_dir)
+    return scripts[0].lesson("demo", 0, cache_dir, LEARNED)
 
 
 @pytest.mark.parametrize("mode", ["shared", "shared:reads=3", "ladder", "separate", "adapter"])
@@ -96,7 +94,7 @@ def _last_value(critic: SegmentValueHead, policy, inputs) -> torch.Tensor:
 def test_a_longer_run_begins_with_the_shorter_one(scripts, cache_dir):
     """So a rate that was chosen for both needs one run only. Another seed learns from other responses."""
     one, two, other = (
-        scripts[1].run("demo", seed, "ladder", 1e-2, passes, cache_dir)["measured"]
+        scripts[1].run("demo", LEARNED, seed, "ladder", 1e-2, passes=passes, cache_dir=cache_dir)["measured"]
         for seed, passes in ((0, 1), (0, 2), (1, 1))
     )
     assert len(one) == 1 and len(two) == 2
@@ -130,7 +128,7 @@ def test_measures_and_limits_by_the_law_of_total_variance(scripts, lesson):
 
 def _written(report, path):
     """A file of results in which the best rate of `ladder` is another one after two passes."""
-    rng, rows = np.random.default_rng(0), []
+    rng, rows, common = np.random.default_rng(0), [], {"task": "demo", "responses": report.LEARNED}
     for critic in ("ladder", "separate"):
         for seed in (*report.TUNING_SEEDS, *report.SEEDS):
             for rate in report.LEARNING_RATES:
@@ -140,11 +138,11 @@ def _written(report, path):
                     {"explained_variance": x + y, "squared_error": 0.02 - x / 100 + y}
                     for x, y in zip(level, noise, strict=True)
                 ]
-                row = {"task": "demo", "critic": critic, "seed": seed, "learning_rate": rate, "measured": measured}
+                row = {**common, "critic": critic, "seed": seed, "learning_rate": rate, "measured": measured}
                 rows.append({**row, "parameters": 1234})
     for seed in report.SEEDS:
         row = {"explained_variance": 0.5 + seed / 100, "squared_error": 0.03, "accuracy": 0.25}
-        rows.append({"task": "demo", "limit": True, "seed": seed, **row})
+        rows.append({**common, "limit": True, "seed": seed, **row})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
