@@ -138,7 +138,7 @@ def interval(scores: dict[int, float], others: dict[int, float] | None = None) -
 def draw(path: Path, results: Results) -> None:
     """Both measures of each critic on each task: after one pass a hollow mark, after two a full one."""
     tasks = [task for task in TASKS if compared_critics(results, task)]
-    measures = {"explained_variance": "explained variance of rewards", "squared_error": "squared error of values"}
+    measures = {"explained_variance": "explained variance", "squared_error": "squared error"}
     figure = new_figure(4.8 * len(tasks), 5.2)
     for column, task in enumerate(tasks):
         critics = compared_critics(results, task)
@@ -146,8 +146,6 @@ def draw(path: Path, results: Results) -> None:
             axes = figure.add_subplot(len(measures), len(tasks), row * len(tasks) + column + 1)
             limit = np.mean(list(_limit(results, task, measure).values()))
             axes.axvline(limit, color="black", linestyle="--", linewidth=1)
-            name = "true values" if row == 0 else "best constant"
-            axes.text(limit, -0.62, f"{name} ", ha="right", va="center", fontsize=8)
             if row == 0:
                 axes.axvline(0, color="black", linewidth=0.6)
             for place, critic in enumerate(critics):
@@ -170,7 +168,9 @@ def draw(path: Path, results: Results) -> None:
                 range(len(critics)), [CRITICS[critic].replace("`", "").replace('"', "") for critic in critics]
             )
             axes.set_ylim(len(critics) - 0.4, -0.9)
-            axes.set_xlabel(f"{label}, {'larger' if row == 0 else 'smaller'} is better")
+            side = "right" if limit > np.mean(axes.get_xlim()) else "left"  # where there is more room
+            axes.text(limit, -0.62, (" true values ", " best constant ")[row], ha=side, va="center", fontsize=8)
+            axes.set_xlabel(f"{label} ({('larger', 'smaller')[row]} is better)")
             axes.grid(axis="x", alpha=0.3)
             if row == 0:
                 axes.set_title(TASKS[task].title.replace("`", ""))

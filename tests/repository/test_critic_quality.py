@@ -43,13 +43,13 @@ def cache_dir(tmp_path_factory, scripts):
     processor.save_pretrained(folder / "policy")
     lessons = scripts[0]
     task = lessons.Task("Tiny", lambda cache: cache / "policy", lessons.TASKS["demo"].prompts, accuracy_reward, 12)
-    lessons.TASKS["demo"] = task
+    lessons.TASKS["tiny"] = task
     return folder
 
 
 @pytest.fixture(scope="module")
 def lesson(scripts, cache_dir):
-    return scripts[0].lesson("demo", 0, cache_dir, LEARNED)
+    return scripts[0].lesson("tiny", 0, cache_dir, LEARNED)
 
 
 @pytest.mark.parametrize("mode", ["shared", "shared:reads=3", "ladder", "separate", "adapter"])
@@ -94,7 +94,7 @@ def _last_value(critic: SegmentValueHead, policy, inputs) -> torch.Tensor:
 def test_a_longer_run_begins_with_the_shorter_one(scripts, cache_dir):
     """So a rate that was chosen for both needs one run only. Another seed learns from other responses."""
     one, two, other = (
-        scripts[1].run("demo", LEARNED, seed, "ladder", 1e-2, passes=passes, cache_dir=cache_dir)["measured"]
+        scripts[1].run("tiny", LEARNED, seed, "ladder", 1e-2, passes=passes, cache_dir=cache_dir)["measured"]
         for seed, passes in ((0, 1), (0, 2), (1, 1))
     )
     assert len(one) == 1 and len(two) == 2
@@ -166,6 +166,13 @@ def test_the_report_has_the_tuned_rates_and_students_intervals(scripts, tmp_path
             assert f"| {sample.mean():.3f} ({low:.3f} to {high:.3f}) |" in line
     assert "| true values | | | | 0.525 (" in table and "right in 25.0% of its responses" in table
     assert (tmp_path / "critic_quality.png").stat().st_size > 10_000
+
+
+def test_the_page_has_the_table_of_the_recorded_runs(scripts):
+    recorded = BENCHMARKS / "results" / "critic_quality" / "critic_quality.jsonl"
+    table = scripts[2].as_markdown(scripts[2].Results(recorded))
+    assert table.count("| true values |") == 2
+    assert table.strip() in (BENCHMARKS.parent / "docs" / "critics.md").read_text()
 
 
 def test_finished_runs_are_not_repeated(scripts, tmp_path, monkeypatch):
