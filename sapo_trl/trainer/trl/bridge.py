@@ -63,6 +63,8 @@ class GRPOBridge(ResumableTrainer):
         self.reward_calls = RewardCalls(calculate, functions, names, self.pending_log)
         self.reward_funcs = self.reward_calls.functions
         self.placeholder_ids = placeholder_ids(self.model.config)
+        # Nobody shows a video here. TRL would look for the frames of a video token that the policy writes.
+        self._video_pad_token_id = None
         # A model that knows absolute positions is given the same ones each time: its rows stay where they are. And a
         # masked response counts as padding: moved, it would leave behind the images that a tool has put into it.
         tool_images = args.mask_truncated_completions and self.tools and self.placeholder_ids
