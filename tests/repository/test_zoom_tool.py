@@ -149,6 +149,15 @@ def test_a_video_token_in_a_turn(processor, rows, tmp_path):
     assert rollout.logps[rollout.segments.mask].isfinite().all()
 
 
+def test_a_template_that_drops_the_pictures_of_tools(processor, rows, tmp_path):
+    before, tool = processor.chat_template.split('{%- elif message.role == "tool" %}')
+    template = f'{before}{{%- elif message.role == "tool" %}}{tool.replace("<|image_pad|>", "", 1)}'
+    processor.chat_template = processor.tokenizer.chat_template = template
+    trainer, _, _ = scripted(processor, rows, tmp_path)
+    with pytest.raises(ValueError, match="Found total 0 .*image_pad.* tokens and 1 images"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("critic", ["monte_carlo", "tree"])
 def test_critics_that_continue_responses_refuse_an_environment(processor, rows, critic, tmp_path):
     settings = {"segmentation": "sequence", "num_generations": 2} if critic == "tree" else {}
