@@ -61,7 +61,7 @@ def zoom_reward(completions, side, answer, **kwargs) -> list[StepReward]:
     rewards = []
     for messages, wanted, length in zip(completions, side, answer, strict=True):
         calls = messages[0].get("tool_calls") or []
-        is_right = [call["function"]["arguments"].get("side") for call in calls] == [wanted]
+        is_right = [call["function"]["arguments"] for call in calls] == [{"side": wanted}]
         steps = [(0, None, 0.5, 0)] if is_right else []
         rewards.append(StepReward(steps, final=float(last_boxed(completion_text(messages)) == length)))
     return rewards
@@ -134,10 +134,11 @@ def make_trainer(
 ) -> SAPOTrainer:
     settings = {
         "per_device_train_batch_size": 16,
-        "num_mini_batches": 4,
-        "logging_steps": 4,
+        "gradient_accumulation_steps": 4,
+        "num_mini_batches": 1,
+        "logging_steps": 1,
         "max_completion_length": 160,  # all turns and the tool's answers
-        "learning_rate": 2e-4,
+        "learning_rate": 1e-4,
         "critic_learning_rate": 1e-3,
         "save_strategy": "no",
         "use_cpu": True,
@@ -157,8 +158,8 @@ def make_trainer(
 
 @dataclass
 class Config:
-    imitation_steps: int = 80
-    num_steps: int = 30  # rollouts, each of 64 responses
+    imitation_steps: int = 160
+    num_steps: int = 16  # rollouts of 64 responses, with an optimizer step each
     output_dir: str = "outputs/zoom"
 
 
@@ -166,7 +167,7 @@ def train(config: Config) -> SAPOTrainer:
     rows, processor = make_rows(512), make_processor()
     model = build_model(processor.tokenizer)
     imitate_calls(model, processor, rows, config.imitation_steps)
-    trainer = make_trainer(model, processor, rows, config.output_dir, max_steps=4 * config.num_steps)
+    trainer = make_trainer(model, processor, rows, config.output_dir, max_steps=config.num_steps)
     trainer.train()
     return trainer
 

@@ -124,6 +124,11 @@ class RolloutRecord:
     metrics: Measurements = field(default_factory=dict)
     forwards: list[tuple[torch.Tensor, PolicyForward]] = field(default_factory=list)
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether some rewards of this process have places in the text."""
+        return self.steps is not None and bool(self.steps.by_function)
+
     def forward_behind(self, logps: torch.Tensor | None) -> PolicyForward | None:
         """The recorded forward that produced these very log-probabilities (the same tensor), if any did."""
         return next((forward for produced, forward in self.forwards if produced is logps), None)

@@ -125,7 +125,7 @@ def placed_rewards(
     Returns:
         `torch.Tensor`: float32 `(B, T)`, 0 outside the mask.
     """
-    if record.steps is None or not record.steps.by_function:
+    if not record.has_steps:
         return outcome_token_rewards(batch["rewards"], mask)
     token_rewards = outcome_token_rewards(record.final_rewards, mask)
     prompts = zip(batch["prompt_ids"].tolist(), batch["prompt_mask"].tolist(), strict=True)
@@ -225,22 +225,22 @@ def lacks_differences(rewards: torch.Tensor) -> bool:
 
 
 def normalized(
-    advantages: torch.Tensor, policy_mask: torch.Tensor, rewards: torch.Tensor, args: SAPOConfig, processes: Processes
+    advantages: torch.Tensor, policy_mask: torch.Tensor, record: RolloutRecord, args: SAPOConfig, processes: Processes
 ) -> tuple[torch.Tensor, Measurements]:
     """
     float32 `(B, T)`: whitened and clamped, as the loss uses them; 0 where the policy does not learn.
 
-    `rewards` are all processes' `(N,)`. If they are all equal, nothing tells good tokens from bad ones but the critic,
-    whose errors whitening would scale to size 1: with a constant critic, the distance of a token to the end. An
-    optimizer like Adam scales small gradients as well. So the advantages are 0. Sampled values are measurements: they
-    differ where states do, also in a rollout of equal rewards.
+    If the rewards of all processes are equal, nothing tells good tokens from bad ones but the critic, whose errors
+    whitening would scale to size 1: with a constant critic, the distance of a token to the end. An optimizer like Adam
+    scales small gradients as well. So the advantages are 0. Sampled values are measurements: they differ where states
+    do, also in a rollout of equal rewards. And rewards of steps tell tokens apart, although their sums may be equal.
     """
     advantages = torch.where(policy_mask, advantages, 0)
     metrics: Measurements = {"advantages/raw_mean": (advantages.sum(), policy_mask.sum())}
     if args.whiten_advantages:
         advantages = masked_whiten(advantages, policy_mask, processes.sum)
     if args.whiten_advantages and args.critic not in ("monte_carlo", "tree"):
-        is_empty = lacks_differences(rewards)
+        is_empty = lacks_differences(record.rewards) and not processes.max(int(record.has_steps))
         advantages = torch.zeros_like(advantages) if is_empty else advantages
         metrics["advantages/zeroed"] = (torch.tensor(float(is_empty)), 1.0)
     if args.advantage_clamp is not None:

@@ -245,7 +245,7 @@ class SAPOTrainer(GRPOBridge):
         token_rewards, reward_metrics = stages.rewards_of_tokens(forward, batch, mask, args)
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
         advantages, gate_metrics = stages.gated(advantages, token_rewards, values, segments, args, self.processes)
-        advantages, changes = stages.normalized(advantages, policy_mask, record.rewards, args, self.processes)
+        advantages, changes = stages.normalized(advantages, policy_mask, record, args, self.processes)
         weights, weight_metrics = self._token_weights(forward, batch, mask)
         advantages = advantages if weights is None else advantages * weights
         if args.loss_type in TRL_LOSS_TYPES and not args.use_vllm and correction is not None:

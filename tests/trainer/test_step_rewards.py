@@ -161,6 +161,19 @@ def test_estimators_over_rewards_use_the_sum_alone(family, estimator, tmp_path):
     assert not torch.equal(step.token_rewards, end.token_rewards)
 
 
+@TEXT_FAMILY
+def test_equal_sums_in_different_places_are_no_equal_rewards(family, tmp_path):
+    def balanced(completions, **kwargs):
+        return [StepReward([(0, 1, 0.5)], final=0.5) for _ in completions]
+
+    settings = {"whiten_advantages": True, "critic": "separate"}
+    trainer, rollout = rollout_of(family, tmp_path, balanced, **settings)
+    assert rollout.rewards.tolist() == [1.0] * 4
+    assert logged(trainer, "advantages/zeroed") == [0.0] and rollout.advantages.abs().max() > 0.1
+    trainer, rollout = rollout_of(family, tmp_path, lambda completions, **kwargs: [1.0] * 4, "other", **settings)
+    assert logged(trainer, "advantages/zeroed") == [1.0] and rollout.advantages.abs().max() == 0
+
+
 SAMPLED = {
     "monte_carlo": {"critic": "monte_carlo", "num_continuations": 2, "lam": 0.9},
     "capped": {"critic": "monte_carlo", "num_continuations": 2, "lam": 0.9, "max_valued_segments": 2},
