@@ -48,6 +48,7 @@ def scripted(processor, rows, tmp_path, **settings) -> tuple[SAPOTrainer, Record
         str(tmp_path),
         **{
             "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
             "num_mini_batches": 2,
             "max_completion_length": 400,
             "max_steps": 2,
