@@ -5,8 +5,9 @@ A tool that returns a picture: the policy zooms into a drawing before it answers
 
 The task: read the length of one side of a drawn quadrilateral. The environment has one tool, `zoom`, whose answer is
 an enlarged quarter of the drawing. The model of 0.9M parameters runs offline on a CPU. It first imitates written
-conversations for a minute, in which only every second call zooms into the right side. Then it learns from rewards: a
-call of the right side is rewarded where it was made, the right length at the end.
+conversations, in which only every second call zooms into the right side. Then it learns from rewards: a call of the
+right side is rewarded where it was made, the right length at the end. In one run the share of such calls rose from
+53 % of the first three rollouts to 85 % of the last three. The length stays a guess: reading takes a longer imitation.
 
 For a real model pass its name to the trainer instead of `model` and `processing_class`, and leave `imitate_calls`
 out. The chat template must have a place for pictures in a tool's answer, as Qwen3-VL's has.

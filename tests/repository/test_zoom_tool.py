@@ -176,6 +176,6 @@ def test_every_side_is_enlarged():
 
 @pytest.mark.slow
 def test_the_example_runs(tmp_path):
-    trainer = example.train(example.Config(imitation_steps=40, num_steps=2, output_dir=str(tmp_path)))
+    trainer = example.train(example.Config(imitation_steps=40, num_steps=1, output_dir=str(tmp_path)))
     assert min(logged(trainer, "tools/call_frequency")) > 0.2
     assert 0 < logged(trainer, "rewards/zoom_reward/placed")[0] < 0.5
