@@ -65,11 +65,16 @@ NUMBERS = Kind("a list of numbers", holds("fiu"))
 SEGMENTS = Kind("a list of segment numbers that begins at 0 and rises by 1 or by nothing", _are_segments)
 REWARD = Kind("a number or empty", NUMBER.fits, optional=True)
 
-NUMBERS_OF_TOKENS = ("logps", "entropies", "values", "advantages", "returns")
+NUMBERS_OF_TOKENS = ("logps", "entropies", "values", "advantages", "returns", "token_rewards")
 """Columns of numbers, with one entry per loss token."""
 
-TOKEN_COLUMNS = {"tokens": TEXTS, "segment_ids": SEGMENTS, **dict.fromkeys(NUMBERS_OF_TOKENS, NUMBERS)}
-"""Columns of lists with one entry per loss token, in every file of responses."""
+TOKEN_COLUMNS = {
+    "tokens": TEXTS,
+    "segment_ids": SEGMENTS,
+    **dict.fromkeys(NUMBERS_OF_TOKENS, NUMBERS),
+    "token_rewards": replace(NUMBERS, optional=True),
+}
+"""Columns of lists with one entry per loss token. Files of earlier versions lack the optional column."""
 
 RESPONSE_COLUMNS = {
     "step": INTEGER,

@@ -148,6 +148,8 @@ def _read_segments(folder: Path, notes: list[str]) -> pd.DataFrame:
         ratios = _read_ratios(path.with_name(path.name.replace("segments_", "ratios_", 1)), notes)
         for place, row in enumerate(frame.to_dict("records")):
             number = len(row["tokens"])
+            if not hasattr(row.get("token_rewards"), "__len__"):  # of an earlier version
+                row["token_rewards"] = np.full(number, np.nan)
             if uneven := {name: len(row[name]) for name in TOKEN_COLUMNS if len(row[name]) != number}:
                 raise ValueError(f"{path}: response {place} has {number} `tokens`, but {uneven}.")
             row["log_ratios"] = ratios.get(place)
