@@ -19,14 +19,16 @@ def segment_columns(rollout: SegmentedRollout) -> dict[str, list]:
 
     Returns:
         `dict[str, list]`: `segments/text`, the text with [`CUT`] between segments; `segments/advantages`, a list with
-        the mean advantage of each segment, to 4 decimals. The text includes special tokens, has names for invisible
-        controls, and omits tokens outside segments.
+        the mean advantage of each segment, and `segments/rewards`, a list with the sum of its tokens' rewards, to 4
+        decimals. The text includes special tokens, has names for invisible controls, and omits tokens outside
+        segments.
     """
-    texts, advantages = [], []
-    for ids, segment_ids, means, count in zip(
+    texts, advantages, rewards = [], [], []
+    for ids, segment_ids, means, sums, count in zip(
         rollout.completion_ids.tolist(),
         rollout.segments.ids.tolist(),
         rollout.segments.mean(rollout.advantages).tolist(),
+        rollout.segments.sum(rollout.token_rewards).tolist(),
         rollout.segments.count.tolist(),
         strict=True,
     ):
@@ -38,4 +40,5 @@ def segment_columns(rollout: SegmentedRollout) -> dict[str, list]:
         # `batch_decode` would return one text. A control of the writing direction would also move other segments.
         texts.append(CUT.join(map(visible, rollout.tokenizer.batch_decode(pieces) if pieces else [])))
         advantages.append([round(mean, 4) for mean in means[:count]])
-    return {"segments/text": texts, "segments/advantages": advantages}
+        rewards.append([round(total, 4) for total in sums[:count]])
+    return {"segments/text": texts, "segments/advantages": advantages, "segments/rewards": rewards}

@@ -1,4 +1,4 @@
-"""From one reward per response to one reward per token. Pure functions on tensors."""
+"""From rewards of responses and their steps to one reward per token. Pure functions on tensors."""
 
 from __future__ import annotations
 

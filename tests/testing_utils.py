@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from trl import GRPOTrainer
 from trl.chat_template_utils import qwen3_vl_chat_template
 
 from sapo_trl import SAPOConfig, SAPOTrainer, Segments
@@ -303,3 +304,20 @@ def random_completions(seed: int = 0, min_length: int = 1, max_length: int = 8):
         return rows
 
     return completions
+
+
+def script_generation(trainer: GRPOTrainer, turns: list[list[str]]) -> list[list[list[int]]]:
+    """Let the policy say these texts, turn by turn, instead of its samples. Returns their token ids."""
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    ids = [[tokenizer.encode(text) for text in texts] for texts in turns]
+    remaining = iter(ids)
+
+    def generate(input_ids, **kwargs):
+        rows = next(remaining)
+        assert len(rows) == len(input_ids)
+        length = max(map(len, rows))
+        padded = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]
+        return torch.cat([input_ids, torch.tensor(padded)], dim=1)
+
+    trainer.model.generate = generate
+    return ids

@@ -65,21 +65,28 @@ NUMBERS = Kind("a list of numbers", holds("fiu"))
 SEGMENTS = Kind("a list of segment numbers that begins at 0 and rises by 1 or by nothing", _are_segments)
 REWARD = Kind("a number or empty", NUMBER.fits, optional=True)
 
-NUMBERS_OF_TOKENS = ("logps", "entropies", "values", "advantages", "returns")
+NUMBERS_OF_TOKENS = ("logps", "entropies", "values", "advantages", "returns", "token_rewards")
 """Columns of numbers, with one entry per loss token."""
 
-OPTIONAL_NUMBERS_OF_TOKENS = ("visual_dependency", "policy_mask")
+NUMBERS_IF_ASKED_FOR = ("visual_dependency", "policy_mask")
 """The same, of runs whose settings ask for them: the dependence on images; 1 where the policy learns, else 0."""
 
-TOKEN_COLUMNS = {"tokens": TEXTS, "segment_ids": SEGMENTS, **dict.fromkeys(NUMBERS_OF_TOKENS, NUMBERS)}
-"""Columns of lists with one entry per loss token, in every file of responses."""
+OPTIONAL_NUMBERS = ("token_rewards", *NUMBERS_IF_ASKED_FOR)
+"""Columns of numbers that files may lack."""
+
+TOKEN_COLUMNS = {
+    "tokens": TEXTS,
+    "segment_ids": SEGMENTS,
+    **dict.fromkeys(NUMBERS_OF_TOKENS, NUMBERS),
+    **dict.fromkeys(OPTIONAL_NUMBERS, replace(NUMBERS, optional=True)),
+}
+"""Columns of lists with one entry per loss token. Files of earlier versions lack the optional columns."""
 
 RESPONSE_COLUMNS = {
     "step": INTEGER,
     "prompt": TEXT,
     "reward": REWARD,
     **TOKEN_COLUMNS,
-    **dict.fromkeys(OPTIONAL_NUMBERS_OF_TOKENS, replace(NUMBERS, optional=True)),
     "special": Kind("a list of true and false", holds("b"), optional=True),
     "masked_tokens": replace(TEXTS, optional=True),
     "masked_positions": Kind("a list of integers", holds("iu"), optional=True),

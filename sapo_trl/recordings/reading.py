@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def read_responses(
     """
     frames = []
     for path, step, process in recorded_files(Path(folder), "segments", ("parquet", "json"), "SegmentationCallback"):
-        kinds = {name: TOKEN_COLUMNS.get(name, NUMBERS) for name in columns}
+        kinds = {name: replace(TOKEN_COLUMNS.get(name, NUMBERS), optional=False) for name in columns}
         frame, notes = read_frame(path, {"step": INTEGER, "reward": REWARD, **kinds})
         for note in notes:
             logger.warning(note)

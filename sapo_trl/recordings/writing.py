@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import replacing, write_text
-from .columns import NUMBERS_OF_TOKENS, OPTIONAL_NUMBERS_OF_TOKENS
+from .columns import NUMBERS_IF_ASKED_FOR, NUMBERS_OF_TOKENS
 
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ def segmented_responses(
 
     Returns:
         `list[dict]`: `step`, `prompt`, `reward` (`None` if unscored) and the lists `tokens` (text), `special` (whether
-        a token is special), `segment_ids`, `logps`, `entropies`, `values`, `advantages` and `returns`, and
-        if settings ask for them `visual_dependency` and `policy_mask` (1 where the policy learns). Tokens outside
-        segments, such as tokens from tools, are in `masked_tokens`. For each of them, `masked_positions` has the
-        number of segment tokens before it.
+        a token is special), `segment_ids`, `logps`, `entropies`, `values`, `advantages`, `returns` and `token_rewards`
+        (rewards where they fall due), and if settings ask for them `visual_dependency` and `policy_mask` (1 where the
+        policy learns). Tokens outside segments, such as tokens from tools, are in `masked_tokens`. For each of them,
+        `masked_positions` has the number of segment tokens before it.
     """
     per_token = {"segment_ids": rollout.segments.ids}
     per_token |= {name: getattr(rollout, name) for name in NUMBERS_OF_TOKENS}
@@ -83,7 +83,7 @@ def _asked_for(rollout: SegmentedRollout) -> dict[str, torch.Tensor | None]:
     learned, mask = rollout.policy_mask, rollout.segments.mask
     if learned is not None:
         learned = None if bool((learned == mask).all()) else learned.int()
-    return dict(zip(OPTIONAL_NUMBERS_OF_TOKENS, (rollout.visual_dependency, learned), strict=True))
+    return dict(zip(NUMBERS_IF_ASKED_FOR, (rollout.visual_dependency, learned), strict=True))
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

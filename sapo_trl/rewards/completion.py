@@ -25,7 +25,12 @@ def completion_text(completion: Completion) -> str:
     """Text of a completion. For a conversation it is the text of the last message."""
     if isinstance(completion, str):
         return completion
-    content = completion[-1]["content"] if completion else ""
+    return message_text(completion[-1]) if completion else ""
+
+
+def message_text(message: str | Mapping) -> str:
+    """Text of a message, or of a plain text."""
+    content = message if isinstance(message, str) else message.get("content")
     if isinstance(content, str):
         return content
     # The content is `None` with tool calls, or a list of blocks for vision-language models.

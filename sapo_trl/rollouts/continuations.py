@@ -17,7 +17,9 @@ class StateValues:
     Monte-Carlo values of some states, and the cost of estimating them.
 
     Args:
-        values (`torch.Tensor`): float32 `(N,)`, the mean reward of each state's continuations; NaN without any reward.
+        values (`torch.Tensor`):
+            float32 `(N,)`, the mean reward of each state's continuations; NaN without any reward. A reward for a step
+            before the state does not count.
         rewards (`torch.Tensor`): float32 `(N, K)`, NaN for a continuation that no reward function could score.
         num_states (`int`): different states among the `N`; only these were continued.
         num_tokens (`int`): tokens that were generated.
@@ -46,8 +48,8 @@ class ContinuationSampler:
             `(prompts, max_new_tokens) -> list[list[int]]`, one sampled continuation for each prompt, up to and
             including the end-of-sequence token.
         score (`Callable`):
-            `(rows, completions) -> torch.Tensor`, float32 `(N, F)` rewards of whole completions (token ids) of the
-            prompts `rows` by `F` reward functions.
+            `(rows, completions, starts) -> torch.Tensor`, float32 `(N, F)` rewards of whole completions (token ids) of
+            the prompts `rows` by `F` reward functions, without the rewards for steps before the tokens `starts`.
         weigh (`Callable`): `(N, F) -> (N,)`, one reward for each completion.
         end_token_ids (`frozenset[int]`): tokens that end a response.
         max_completion_length (`int`): tokens of a response at most, prefix included.
@@ -62,7 +64,7 @@ class ContinuationSampler:
     prompts: TokenizedPrompts
     groups: Sequence[Hashable]
     generate: Callable[[TokenizedPrompts, int], list[list[int]]]
-    score: Callable[[list[int], list[list[int]]], torch.Tensor]
+    score: Callable[[list[int], list[list[int]], list[int]], torch.Tensor]
     weigh: Callable[[torch.Tensor], torch.Tensor]
     end_token_ids: frozenset[int]
     max_completion_length: int
@@ -129,7 +131,8 @@ class ContinuationSampler:
         limits = [self.max_completion_length - len(prefix) for prefix in request_prefixes]
         continuations = self.sample(request_rows, request_prefixes, limits)
         completions = [prefix + more for prefix, more in zip(request_prefixes, continuations, strict=True)]
-        rewards = self.outcomes(self.scores(request_rows, completions), completions, truncated_reward)
+        starts = [len(prefix) for prefix in request_prefixes]
+        rewards = self.outcomes(self.scores(request_rows, completions, starts), completions, truncated_reward)
         rewards = rewards.view(len(states), num_continuations)[index]
         return StateValues(
             values=rewards.nanmean(dim=1),
@@ -175,9 +178,12 @@ class ContinuationSampler:
                 result[request] = continuation[: requests[request][2]]
         return result[: len(rows)]
 
-    def scores(self, rows: Sequence[int], completions: Sequence[list[int]]) -> torch.Tensor:
-        """float32 `(N, F)`: rewards of completions."""
-        requests = self._filled_up(list(zip(rows, completions, strict=True)), filler=(0, []))
+    def scores(
+        self, rows: Sequence[int], completions: Sequence[list[int]], starts: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """float32 `(N, F)`: rewards of completions, without the rewards for steps before the tokens `starts`."""
+        starts = [0] * len(rows) if starts is None else starts
+        requests = self._filled_up(list(zip(rows, completions, starts, strict=True)), filler=(0, [], 0))
         rewards = [self.score(*map(list, zip(*chunk, strict=True))) for chunk in self._chunks(requests)]
         return torch.cat(rewards)[: len(rows)]
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..metrics import Measurements
+from ..rewards.steps import StepRewards
 from ..segments import Segments
 from .continuations import ContinuationSampler
 from .prompts import TokenizedPrompts
@@ -48,6 +49,7 @@ class RolloutBatch(TypedDict, total=False):
 
     # From the stages that score a rollout.
     rewards: torch.Tensor  # float32 (B,), NaN for a response without a reward
+    token_rewards: torch.Tensor  # float32 (B, T), where the rewards fall due; not in the training batch
     returns: torch.Tensor  # float32 (B, T), the critic's targets
     old_values: torch.Tensor  # float32 (B, T), the critic's values at the time of the rollout
     segment_ids: torch.Tensor  # int64 (B, T), -1 outside the segments
@@ -108,18 +110,30 @@ class GivenRollout:
 
 @dataclass
 class RolloutRecord:
-    """TRL's intermediate results of a rollout, which it does not return, and their times (seconds)."""
+    """
+    TRL's intermediate results of a rollout, which it does not return, and their times (seconds).
+
+    `rewards` are all processes' responses' rewards. `final_rewards` are of this process's responses, without the parts
+    that have a place in the text; `steps` has these parts. Both are `None` for a given rollout.
+    """
 
     started: float = field(default_factory=time.perf_counter)
     generated: float | None = None
     reward_started: float | None = None
     reward_seconds: float = 0.0
     rewards: torch.Tensor | None = None
+    final_rewards: torch.Tensor | None = None
+    steps: StepRewards | None = None
     inputs: list[dict[str, Any]] = field(default_factory=list)
     prompts: TokenizedPrompts | None = None
     given: GivenRollout | None = None
     metrics: Measurements = field(default_factory=dict)
     forwards: list[tuple[torch.Tensor, PolicyForward]] = field(default_factory=list)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether some rewards of this process have places in the text."""
+        return self.steps is not None and bool(self.steps.by_function)
 
     def forward_behind(self, logps: torch.Tensor | None) -> PolicyForward | None:
         """The recorded forward that produced these very log-probabilities (the same tensor), if any did."""
@@ -153,7 +167,8 @@ class SegmentedRollout:
         logps (`torch.Tensor`): float32 `(B, T)`, log-probabilities under the policy that produced the rollout.
         entropies (`torch.Tensor`): float32 `(B, T)`, of the same policy.
         values (`torch.Tensor`): float32 `(B, T)`, values of the states before each token.
-        token_rewards (`torch.Tensor`): float32 `(B, T)`.
+        token_rewards (`torch.Tensor`):
+            float32 `(B, T)`: rewards where they fall due, minus the KL penalty if it goes into the reward.
         advantages (`torch.Tensor`): float32 `(B, T)`, as the loss uses them.
         returns (`torch.Tensor`): float32 `(B, T)`.
         rewards (`torch.Tensor`): float32 `(B,)`, NaN for a response that no reward function could score.

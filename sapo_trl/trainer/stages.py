@@ -7,9 +7,11 @@ Each is a function of its arguments. It returns its result and measurements for 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..advantages import (
     leave_one_out_advantages,
@@ -22,7 +24,7 @@ from ..config import TRL_LOSS_TYPES, SAPOConfig
 from ..data.columns import row_images
 from ..distributed import Processes
 from ..metrics import Measurements, explained_variance
-from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, SegmentedRollout
+from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutRecord, SegmentedRollout
 from ..sampler_correction import importance_correction, logp_difference
 from ..segmentation import is_uncertain
 from ..segments import Segments
@@ -123,11 +125,45 @@ def learned_tokens(
     return chosen, {"policy_mask/share": (chosen.sum(), mask.sum())} if args.masks_tokens else {}
 
 
+def placed_rewards(
+    record: RolloutRecord,
+    batch: RolloutBatch,
+    mask: torch.Tensor,
+    weights: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> torch.Tensor:
+    """
+    The rewards where they fall due: steps' at the ends of their spans, everything else on the response's last token.
+
+    Args:
+        record ([`RolloutRecord`]): its rewards.
+        batch (`RolloutBatch`): the rollout, with its `rewards`.
+        mask (`torch.Tensor`): bool `(B, T)`, the tokens that the policy learns from.
+        weights (`torch.Tensor`): float32 `(F,)`, of the reward functions.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the completions.
+
+    Returns:
+        `torch.Tensor`: float32 `(B, T)`, 0 outside the mask.
+    """
+    if not record.has_steps:
+        return outcome_token_rewards(batch["rewards"], mask)
+    token_rewards = outcome_token_rewards(record.final_rewards, mask)
+    prompts = zip(batch["prompt_ids"].tolist(), batch["prompt_mask"].tolist(), strict=True)
+    prompt_ids = [list(compress(ids, kept)) for ids, kept in prompts]
+    places = record.steps.placed(tokenizer, prompt_ids, mask.tolist())
+    if not places:
+        return token_rewards
+    columns = zip(*places, strict=True)
+    rows, positions, functions, rewards = (torch.tensor(column, device=mask.device) for column in columns)
+    rewards = rewards.to(token_rewards.dtype) * weights.to(mask.device)[functions]
+    return token_rewards.index_put((rows, positions), rewards, accumulate=True)
+
+
 def rewards_of_tokens(
-    rewards: torch.Tensor, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor, args: SAPOConfig
+    forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor, args: SAPOConfig
 ) -> tuple[torch.Tensor, Measurements]:
-    """float32 `(B, T)`: the outcome on each response's last token, and the KL penalty if it goes there."""
-    token_rewards = outcome_token_rewards(rewards, mask)
+    """float32 `(B, T)`: the rewards where they fall due, minus the KL penalty if it goes there."""
+    token_rewards = batch["token_rewards"]
     if "ref_per_token_logps" not in batch:
         return token_rewards, {}
     kl = torch.where(mask, kl_estimate(forward.logps, batch["ref_per_token_logps"], args.kl_estimator), 0)
@@ -209,22 +245,22 @@ def lacks_differences(rewards: torch.Tensor) -> bool:
 
 
 def normalized(
-    advantages: torch.Tensor, policy_mask: torch.Tensor, rewards: torch.Tensor, args: SAPOConfig, processes: Processes
+    advantages: torch.Tensor, policy_mask: torch.Tensor, record: RolloutRecord, args: SAPOConfig, processes: Processes
 ) -> tuple[torch.Tensor, Measurements]:
     """
     float32 `(B, T)`: whitened and clamped, as the loss uses them; 0 where the policy does not learn.
 
-    `rewards` are all processes' `(N,)`. If they are all equal, nothing tells good tokens from bad ones but the critic,
-    whose errors whitening would scale to size 1: with a constant critic, the distance of a token to the end. An
-    optimizer like Adam scales small gradients as well. So the advantages are 0. Sampled values are measurements: they
-    differ where states do, also in a rollout of equal rewards.
+    If the rewards of all processes are equal, nothing tells good tokens from bad ones but the critic, whose errors
+    whitening would scale to size 1: with a constant critic, the distance of a token to the end. An optimizer like Adam
+    scales small gradients as well. So the advantages are 0. Sampled values are measurements: they differ where states
+    do, also in a rollout of equal rewards. And rewards of steps tell tokens apart, although their sums may be equal.
     """
     advantages = torch.where(policy_mask, advantages, 0)
     metrics: Measurements = {"advantages/raw_mean": (advantages.sum(), policy_mask.sum())}
     if args.whiten_advantages:
         advantages = masked_whiten(advantages, policy_mask, processes.sum)
     if args.whiten_advantages and args.critic not in ("monte_carlo", "tree"):
-        is_empty = lacks_differences(rewards)
+        is_empty = lacks_differences(record.rewards) and not processes.max(int(record.has_steps))
         advantages = torch.zeros_like(advantages) if is_empty else advantages
         metrics["advantages/zeroed"] = (torch.tensor(float(is_empty)), 1.0)
     if args.advantage_clamp is not None:

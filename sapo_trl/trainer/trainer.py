@@ -225,7 +225,6 @@ class SAPOTrainer(GRPOBridge):
         rewards = self.processes.own_rows(record.rewards, len(batch["completion_ids"]))
         # Without tool outputs, padding, masked truncations, and responses that no reward function could score.
         mask = loss_mask(batch) & ~rewards.isnan().unsqueeze(1)
-        batch = {**batch, "rewards": rewards}
         started = time.perf_counter()
         forward = record.forward_behind(batch.get("old_per_token_logps"))
         starts = self.critic is not None and self.mode == "train" and self.critic.start_at(record.rewards)
@@ -235,6 +234,8 @@ class SAPOTrainer(GRPOBridge):
         look = CorruptedForward(self.corrupted_images, batch, forward.logps, self._logps, seed, self.tokenizer)
         if record.given is not None:
             mask, forward = stages.last_edges(forward, mask, record.given)
+        batch = {**batch, "rewards": rewards}
+        batch["token_rewards"] = stages.placed_rewards(record, batch, mask, self.reward_weights, self.tokenizer)
         seconds["score"] += time.perf_counter() - started
         self._check_sampler_once(forward, batch, mask)
         correction, sampler_metrics = stages.sampler_correction(forward, batch, mask, args)
@@ -244,10 +245,10 @@ class SAPOTrainer(GRPOBridge):
         started = time.perf_counter()
         values, value_metrics = checked_estimate(self.estimate_values(forward, batch, segments, policy_mask, record))
         seconds["value"] = time.perf_counter() - started
-        token_rewards, reward_metrics = stages.rewards_of_tokens(rewards, forward, batch, mask, args)
+        token_rewards, reward_metrics = stages.rewards_of_tokens(forward, batch, mask, args)
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
         advantages, gate_metrics = stages.gated(advantages, token_rewards, values, segments, args, self.processes)
-        advantages, changes = stages.normalized(advantages, policy_mask, record.rewards, args, self.processes)
+        advantages, changes = stages.normalized(advantages, policy_mask, record, args, self.processes)
         weights, weight_metrics = token_weights(self.token_weighting, forward, look, mask, self.processes)
         advantages = advantages if weights is None else advantages * weights
         if args.loss_type in TRL_LOSS_TYPES and not args.use_vllm and correction is not None:
@@ -286,8 +287,8 @@ class SAPOTrainer(GRPOBridge):
         if args.loss_type not in TRL_LOSS_TYPES or record.given is not None or "old_per_token_logps" in batch:
             # Without them TRL's losses take the ratio as exactly 1, which it is when it needs none.
             columns["old_per_token_logps"] = forward.logps
-        batch.pop("importance_sampling_ratio", None)
-        return {**batch, **columns, **({} if correction is None else {"importance_sampling_ratio": correction})}
+        kept = {name: x for name, x in batch.items() if name not in ("importance_sampling_ratio", "token_rewards")}
+        return {**kept, **columns, **({} if correction is None else {"importance_sampling_ratio": correction})}
 
     def _logps(self, batch: RolloutBatch) -> torch.Tensor:
         return self.policy_forward(self.model, batch, self._rows_per_forward).logps

@@ -101,7 +101,7 @@ class SampledValues:
             segments,
             policy_mask,
             batch["completion_ids"],
-            batch["rewards"],
+            batch["token_rewards"],
             self.args.num_continuations,
             self.args.max_valued_segments,
             self.args.truncated_continuation_reward,

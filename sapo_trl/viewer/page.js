@@ -292,6 +292,8 @@
       const value = number(name, at);
       if (!Number.isNaN(value)) facts.push([title, show(print(value))]);
     }
+    const reward = number("token_rewards", at);
+    if (reward) facts.push(["reward", show(reward)]); // neither 0, as of most tokens, nor NaN, where not recorded
     let sum = 0, count = 0;
     panel.segments.ids.forEach((id, j) => { if (id === segment) { sum += number("log_ratios", starts[panel.index] + j); count++; } });
     if (!Number.isNaN(sum)) facts.push(["segment’s ratio (geometric mean)", show(Math.exp(sum / count))]);

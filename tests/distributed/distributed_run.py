@@ -18,6 +18,8 @@ from sapo_trl.callbacks import RolloutCallback
 from sapo_trl.critic.value_head import backbone_of
 from sapo_trl.distributed import gathered
 from sapo_trl.embedded import build_processor, build_tokenizer
+from sapo_trl.rewards.completion import completion_text
+from sapo_trl.rewards.steps import StepReward
 from tests.exact_arithmetic import exact_lm_head, make_exact
 from tests.testing_utils import (
     FAMILIES,
@@ -38,6 +40,13 @@ def completions_of_prompts(prompts: list, trainer: SAPOTrainer) -> list[list[int
         length = int(torch.randint(1, trainer.max_completion_length + 1, (), generator=generator))
         rows.append(torch.randint(20, 250, (length,), generator=generator).tolist())
     return rows
+
+
+def halved_reward(completions, **kwargs) -> list[float]:
+    """[`length_reward`], half of it in the middle of the text."""
+    rewards = length_reward(**kwargs)
+    middles = [len(completion_text(completion)) // 2 or None for completion in completions]
+    return [StepReward([(0, middle, r / 2)], final=r / 2) for middle, r in zip(middles, rewards, strict=True)]
 
 
 class LastRollout(RolloutCallback):
@@ -117,7 +126,7 @@ def main(
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if args.critic == "adapter" else None
     trainer = SAPOTrainer(
         model=model,
-        reward_funcs=length_reward,
+        reward_funcs=halved_reward,
         args=args,
         train_dataset=dataset,
         processing_class=family.processing_class,

@@ -32,7 +32,7 @@ class Counter:
         return [[*range(ids[-1] + 1, 10), END][:max_new_tokens] for ids in prompts.ids]
 
 
-def score(rows: list[int], completions: list[list[int]]) -> torch.Tensor:
+def score(rows: list[int], completions: list[list[int]], starts: list[int]) -> torch.Tensor:
     """Two reward functions: the prompt's number, and the length."""
     return torch.tensor(
         [[float(row), float(len(completion))] for row, completion in zip(rows, completions, strict=True)]
@@ -104,7 +104,7 @@ class TestContinuations:
         states = sampler(
             Counter(),
             [[1], [2]],
-            score=lambda rows, completions: torch.tensor([next(rewards) for _ in rows]),
+            score=lambda rows, completions, starts: torch.tensor([next(rewards) for _ in rows]),
             weigh=lambda rewards: rewards.squeeze(1),
         )
         values = states.values([0, 1], [[], []], 2).values
@@ -114,9 +114,9 @@ class TestContinuations:
         """One of two processes has nothing to continue: it goes along, and its rewards are dropped."""
         counter, scored = Counter(), []
 
-        def count(rows, completions):
+        def count(rows, completions, starts):
             scored.append(len(rows))
-            return score(rows, completions)
+            return score(rows, completions, starts)
 
         # What the other process has: 5 states of 2 continuations, of up to 10 tokens.
         states = sampler(counter, [[1]], score=count, rows_per_call=4, max_over_processes=lambda own: max(own, 10))

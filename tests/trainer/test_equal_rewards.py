@@ -8,11 +8,12 @@ import torch
 
 from sapo_trl import Segments
 from sapo_trl.advantages import masked_whiten, segment_gae
+from sapo_trl.rollouts.types import RolloutRecord
 from sapo_trl.trainer.stages import lacks_differences, normalized
 from tests.testing_utils import Recorder, logged, sapo_trainer, state_of, unmoved
 
 
-PROCESSES = SimpleNamespace(sum=lambda totals: totals)
+PROCESSES = SimpleNamespace(max=int, sum=lambda totals: totals)
 
 
 def settings(critic: str = "separate", whiten: bool = True) -> SimpleNamespace:
@@ -34,7 +35,7 @@ def test_positions_alone_move_nothing():
     # The fault: every response has the same advantages, of size 1, by the distance to the end alone.
     whitened = masked_whiten(advantages, mask)
     assert whitened.amax() > 1.6 and whitened.amin() < -1.3 and torch.equal(whitened[0], whitened[1])
-    result, metrics = normalized(advantages, mask, torch.ones(3), settings(), PROCESSES)
+    result, metrics = normalized(advantages, mask, RolloutRecord(rewards=torch.ones(3)), settings(), PROCESSES)
     assert not result.any()
     assert metrics["advantages/zeroed"][0].item() == 1.0
     # The critic's bias still shows.
@@ -47,7 +48,7 @@ def test_positions_alone_move_nothing():
 def test_rewards_that_differ_change_nothing(rewards):
     """A single response has nothing to be compared with: it keeps its advantages."""
     advantages, mask = advantages_of(rewards)
-    result, metrics = normalized(advantages, mask, torch.tensor(rewards), settings(), PROCESSES)
+    result, metrics = normalized(advantages, mask, RolloutRecord(rewards=torch.tensor(rewards)), settings(), PROCESSES)
     assert torch.equal(result, masked_whiten(advantages, mask)) and result.any()
     assert metrics["advantages/zeroed"][0].item() == 0.0
 
@@ -55,21 +56,25 @@ def test_rewards_that_differ_change_nothing(rewards):
 def test_other_processes_rewards_count():
     """This process's rewards are equal, all processes' are not: the decision is the same everywhere."""
     advantages, mask = advantages_of([1.0, 1.0])
-    result, _ = normalized(advantages, mask, torch.tensor([1.0, 1.0, 0.0, 0.0]), settings(), PROCESSES)
+    result, _ = normalized(
+        advantages, mask, RolloutRecord(rewards=torch.tensor([1.0, 1.0, 0.0, 0.0])), settings(), PROCESSES
+    )
     assert torch.equal(result, masked_whiten(advantages, mask))
 
 
 @pytest.mark.parametrize("critic", ["monte_carlo", "tree"])
 def test_sampled_values_are_measurements(critic):
     advantages, mask = advantages_of([1.0, 1.0])
-    result, metrics = normalized(advantages, mask, torch.ones(2), settings(critic), PROCESSES)
+    result, metrics = normalized(advantages, mask, RolloutRecord(rewards=torch.ones(2)), settings(critic), PROCESSES)
     assert torch.equal(result, masked_whiten(advantages, mask))
     assert "advantages/zeroed" not in metrics
 
 
 def test_raw_advantages_stay_as_they_are():
     advantages, mask = advantages_of([1.0, 1.0])
-    result, metrics = normalized(advantages, mask, torch.ones(2), settings(whiten=False), PROCESSES)
+    result, metrics = normalized(
+        advantages, mask, RolloutRecord(rewards=torch.ones(2)), settings(whiten=False), PROCESSES
+    )
     assert torch.equal(result, advantages)
     assert "advantages/zeroed" not in metrics
 

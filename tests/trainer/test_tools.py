@@ -4,7 +4,6 @@ import json
 import math
 
 import pytest
-import torch
 from trl.chat_template_utils import qwen3_chat_template
 
 from sapo_trl import SAPOTrainer
@@ -15,6 +14,7 @@ from tests.testing_utils import (
     logged,
     sapo_config,
     sapo_trainer,
+    script_generation,
     state_of,
     unmoved,
 )
@@ -83,22 +83,6 @@ class TestTools:
         tokenizer.chat_template = qwen3_chat_template
         return FAMILIES["qwen2"](tokenizer)
 
-    def script_generation(self, trainer: SAPOTrainer, turns: list[list[str]]) -> list[list[list[int]]]:
-        """Let the policy say these texts, turn by turn, instead of what it would sample."""
-        tokenizer = trainer.tokenizer
-        ids = [[tokenizer.encode(text) for text in texts] for texts in turns]
-        remaining = iter(ids)
-
-        def generate(input_ids, **kwargs):
-            rows = next(remaining)
-            assert len(rows) == len(input_ids)
-            length = max(map(len, rows))
-            padded = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]
-            return torch.cat([input_ids, torch.tensor(padded)], dim=1)
-
-        trainer.model.generate = generate
-        return ids
-
     def check_masks(self, trainer, rollout, said: list[list[int]], heard: list[str | None]):
         """What the policy said is in segments, and what it heard is not."""
         for row, (ids, text) in enumerate(zip(said, heard, strict=True)):
@@ -126,7 +110,7 @@ class TestTools:
             trainer_kwargs={"tools": [multiply], "callbacks": [recorder]},
         )
         call = '<tool_call>\n{"name": "multiply", "arguments": {"a": 6, "b": 7}}\n</tool_call><|im_end|>'
-        first, second = self.script_generation(
+        first, second = script_generation(
             trainer, [[call, self.ANSWER, call, self.ANSWER], [self.ANSWER, self.ANSWER]]
         )
         policy = state_of(trainer.model)
@@ -149,7 +133,7 @@ class TestTools:
         def call(by):
             return f'<tool_call>\n{{"name": "count", "arguments": {{"by": {by}}}}}\n</tool_call><|im_end|>'
 
-        first, second = self.script_generation(
+        first, second = script_generation(
             trainer, [[call(3), call(5), self.ANSWER, call(8)], [self.ANSWER, self.ANSWER, self.ANSWER]]
         )
         trainer.train()
@@ -203,7 +187,7 @@ class TestTools:
             return f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>"
 
         turns = [call("count", {"by": 3}), call("shout", {"text": "AB"}), self.ANSWER, call("count", {"by": 1})]
-        first, second = self.script_generation(trainer, [turns, [self.ANSWER] * 3])
+        first, second = script_generation(trainer, [turns, [self.ANSWER] * 3])
         trainer.train()
         (rollout,) = recorder.rollouts
         said = [first[0] + second[0], first[1] + second[1], first[2], first[3] + second[2]]
@@ -244,7 +228,7 @@ class TestTools:
         calls = ['{"name": "multiply", "arguments": {"a": 6}}', '{"name": "divide", "arguments": {"a": 6, "b": 3}}']
         calls = [f"<tool_call>\n{call}\n</tool_call><|im_end|>" for call in calls]
         unread = "<tool_call>\n{not json\n</tool_call><|im_end|>"
-        first, second = self.script_generation(trainer, [[*calls, unread, self.ANSWER], [self.ANSWER] * 2])
+        first, second = script_generation(trainer, [[*calls, unread, self.ANSWER], [self.ANSWER] * 2])
         trainer.train()
         (rollout,) = recorder.rollouts
         said = [first[0] + second[0], first[1] + second[1], first[2], first[3]]

@@ -25,7 +25,7 @@ from ...rollouts import ContinuationSampler, TokenizedPrompts
 from ...rollouts.placeholders import cut_turn, placeholder_ids
 from ...rollouts.prompts import has_images_by_row, one_entry_a_row
 from ...rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutRecord
-from ..checks import check_finite_rewards, check_token_ids
+from ..checks import check_token_ids
 from ..image_features import ImageFeatures
 from ..padding import can_move_rows
 from .batching import by_length, may_exchange_rows
@@ -41,6 +41,7 @@ from .generation import (
 )
 from .reference import copy_for_reference, no_reference_by_name, prepared_reference
 from .resumable import ResumableTrainer
+from .rewards import RewardCalls
 
 
 class GRPOBridge(ResumableTrainer):
@@ -58,7 +59,12 @@ class GRPOBridge(ResumableTrainer):
             super().__init__(model, reward_funcs, args, **kwargs)
         if reference is not None:
             self.ref_model, self.beta = prepared_reference(reference, args, self.accelerator), args.beta
+        calculate, functions, names = super()._calculate_rewards, self.reward_funcs, self.reward_func_names
+        self.reward_calls = RewardCalls(calculate, functions, names, self.pending_log)
+        self.reward_funcs = self.reward_calls.functions
         self.placeholder_ids = placeholder_ids(self.model.config)
+        # Nobody shows a video here. TRL would look for the frames of a video token that the policy writes.
+        self._video_pad_token_id = None
         # A model that knows absolute positions is given the same ones each time: its rows stay where they are. And a
         # masked response counts as padding: moved, it would leave behind the images that a tool has put into it.
         tool_images = args.mask_truncated_completions and self.tools and self.placeholder_ids
@@ -83,7 +89,7 @@ class GRPOBridge(ResumableTrainer):
         )
         self.continuations = Continuations(
             generate=self._continue,
-            rewards=self._unlogged_rewards,
+            rewards=self.reward_calls.score_unlogged,
             weigh=self.weighted_rewards,
             processing_class=self.processing_class,
             tokenizer=self._tokenizer,
@@ -254,20 +260,13 @@ class GRPOBridge(ResumableTrainer):
         record.reward_started = time.perf_counter()
         if record.given is not None:
             rewards_per_func = self.processes.gather(record.given.rewards_per_func)
-        else:
-            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        check_finite_rewards(rewards_per_func, self.reward_func_names)
-        record.rewards = self.weighted_rewards(rewards_per_func)
-        if record.given is not None:
             record.rewards = self.processes.gather(record.given.outcomes)
+        else:
+            rewards_per_func, record.steps = self.reward_calls.score(inputs, prompts, completions, completion_ids_list)
+            record.rewards = self.weighted_rewards(rewards_per_func)
+            own = self.processes.own_rows(rewards_per_func, len(inputs))
+            record.final_rewards = self.weighted_rewards(record.steps.finals(own))
         record.reward_seconds = time.perf_counter() - record.reward_started
-        return rewards_per_func
-
-    def _unlogged_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
-        """Rewards of responses outside of the rollout. Reward functions log about the rollout's responses only."""
-        with self.pending_log.without_additions():
-            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        check_finite_rewards(rewards_per_func, self.reward_func_names)
         return rewards_per_func
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):

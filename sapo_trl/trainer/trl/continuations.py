@@ -12,6 +12,7 @@ from trl import is_conversational
 from trl.chat_template_utils import parse_response
 
 from ...distributed import Processes
+from ...rewards.steps import StepRewards
 from ...rollouts import ContinuationSampler, TokenizedPrompts
 from ...rollouts.types import GivenRollout
 from .generation import prompts_of
@@ -25,8 +26,9 @@ class Continuations:
     Args:
         generate (`Callable`): `(prompts, max_new_tokens) -> list[list[int]]`, by the trainer's generation backend.
         rewards (`Callable`):
-            `(inputs, prompts, completions, completion_ids) -> torch.Tensor`, float32 of shape `(P * N, F)`: the
-            rewards of all processes' completions by the trainer's reward functions.
+            `(inputs, prompts, completions, completion_ids) -> (torch.Tensor, StepRewards)`: float32 of shape
+            `(P * N, F)`, the rewards of all processes' completions by the trainer's reward functions; and this
+            process's rewards with places in the text.
         weigh (`Callable`): `(N, F) -> (N,)`, one reward of each.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): decodes.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the completions.
@@ -38,7 +40,7 @@ class Continuations:
     """
 
     generate: Callable[[TokenizedPrompts, int], list[list[int]]]
-    rewards: Callable[[list[dict[str, Any]], list, list, list[list[int]]], torch.Tensor]
+    rewards: Callable[[list[dict[str, Any]], list, list, list[list[int]]], tuple[torch.Tensor, StepRewards]]
     weigh: Callable[[torch.Tensor], torch.Tensor]
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
     tokenizer: PreTrainedTokenizerBase
@@ -71,8 +73,8 @@ class Continuations:
         # TRL repeats a prompt's row next to itself; a plan's rows come in any order, but are the same objects.
         groups = [(first_row + row) // generations if given is None else id(inputs[row]) for row in range(len(inputs))]
 
-        def score(rows: list[int], completions: list[list[int]]) -> torch.Tensor:
-            return self.scores([inputs[row] for row in rows], [prompts.ids[row] for row in rows], completions)
+        def score(rows: list[int], completions: list[list[int]], starts: list[int]) -> torch.Tensor:
+            return self.scores([inputs[row] for row in rows], [prompts.ids[row] for row in rows], completions, starts)
 
         return ContinuationSampler(
             prompts=prompts,
@@ -88,20 +90,30 @@ class Continuations:
         )
 
     def scores(
-        self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], completion_ids: list[list[int]]
+        self,
+        inputs: list[dict[str, Any]],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        starts: list[int],
     ) -> torch.Tensor:
         """
         Args:
             inputs (`list[dict]`): the row of the data set of each of `N` completions.
             prompt_ids (`list[list[int]]`): token ids of their prompts.
             completion_ids (`list[list[int]]`): their own.
+            starts (`list[int]`): tokens of each completion whose rewards do not count.
 
         Returns:
-            `torch.Tensor`: float32 `(N, F)`, the rewards of this process's completions.
+            `torch.Tensor`: float32 `(N, F)`, the rewards of this process's completions from their starts on.
         """
         prompts = prompts_of(inputs)
-        rewards = self.rewards(inputs, prompts, self._decoded(prompts, prompt_ids, completion_ids), completion_ids)
-        return self.processes.own_rows(rewards, len(inputs))
+        completions = self._decoded(prompts, prompt_ids, completion_ids)
+        rewards, steps = self.rewards(inputs, prompts, completions, completion_ids)
+        own = self.processes.own_rows(rewards, len(inputs)).clone()
+        for place in steps.placed(self.tokenizer, prompt_ids, [[True] * len(ids) for ids in completion_ids]):
+            if place.position < starts[place.row]:
+                own[place.row, place.function] -= place.reward
+        return own
 
     def _decoded(self, prompts: list, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list:
         """Completions in the form in which reward functions get them."""

@@ -145,7 +145,7 @@ class Continuations:
             prompts=prompts,
             groups=groups,
             generate=self.generate,
-            score=lambda rows, completions: torch.tensor(
+            score=lambda rows, completions, starts: torch.tensor(
                 [[self.reward(ids)] for ids in completions], dtype=torch.float64
             ).view(-1, 1),
             weigh=weigh,

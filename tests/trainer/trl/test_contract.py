@@ -71,6 +71,7 @@ METHODS = {
 # Private attributes that it reads or writes.
 ATTRIBUTES = {
     "_tokenizer",
+    "_video_pad_token_id",
     "_buffered_inputs",
     "_step",
     "_metrics",
