@@ -143,7 +143,7 @@ class SAPOTrainer(GRPOBridge):
         model, value_model = (str(m) if isinstance(m, Path) else m for m in (model, value_model))
         args = default_arguments(model) if args is None else args
         others = {**kwargs, "train_dataset": train_dataset}
-        check_arguments(model, args, value_model, segmenter, token_weighting, others)
+        check_arguments(model, args, value_model, segmenter, token_weighting, {**others, "reward_funcs": reward_funcs})
         # The critic is made before TRL sees the model, because TRL may put adapters into it and the critic starts from
         # the policy as it is now. Its random numbers begin at the common seed, as TRL's do.
         set_seed(args.seed)
