@@ -21,6 +21,7 @@ from ..names import nearest_name
 from ..presets import AXES, RUN_SETTINGS, preset_settings
 from ..run_files import find_run_file, run_file_names
 from ..settings import first_sentence
+from ..short_errors import ShortErrors, hide_negations
 
 
 PROGRAM = "sapo-trl train"
@@ -78,6 +79,10 @@ MOST_USED = {
 }
 
 
+class _Parser(ShortErrors, TrlParser):
+    pass
+
+
 @dataclass(frozen=True)
 class RunRequest:
     """
@@ -122,7 +127,8 @@ def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -
     """
     own = _own_options()
     options, rest = own.parse_known_args(list(argv))
-    parser = TrlParser(dataclasses, prog=program, add_help=False, allow_abbrev=False)
+    parser = _Parser(dataclasses, prog=program, add_help=False, allow_abbrev=False)
+    hide_negations(parser)
     known = {field.name for kind in dataclasses for field in fields(kind) if field.init}
     if options.help or options.help_all:
         print(short_help(*dataclasses) if options.help else f"{own.format_help()}\n{parser.format_help()}")
@@ -150,7 +156,7 @@ def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -
 
 
 def _own_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    options = ShortErrors(prog=PROGRAM, add_help=False, allow_abbrev=False)
     group = options.add_argument_group("the run")
     group.add_argument(
         "--config",

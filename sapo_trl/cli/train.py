@@ -48,7 +48,7 @@ from ..settings import PositiveInt, check_settings, help_from_docstring
 from ..trainer import SAPOTrainer
 from ..trainer.checkpoint_files import check_checkpoint, finish_publication
 from ..trainer.checks import check_size
-from .dry_run import show_data, show_plan, show_sample
+from .dry_run import algorithm_name, show_data, show_plan, show_sample
 from .launch import check_launched, launch
 from .run_arguments import RunRequest, parse_run
 
@@ -255,7 +255,7 @@ def _train(request: RunRequest, scratch: Path) -> int:
         return 0
     stop = StopOnSignal((signal.SIGTERM, signal.SIGINT))
     trainer.add_callback(stop)
-    show_progress(trainer)
+    show_progress(trainer, algorithm=algorithm_name(training_args))
     trainer.train(resume_from_checkpoint=checkpoint)
     if training_args.should_save and reports and arguments.streaming:  # a stream's rows have been read only now
         rich.print(*reports, sep="\n")
@@ -312,9 +312,8 @@ def _load(
 
 
 def _unloadable(model: str, error: Exception) -> str:
-    """An error of one line about a model. Transformers' own has several, of which the first names the fault."""
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    return f"model_name_or_path={model!r} cannot be loaded: {first}"
+    """An error of one line about a model. Transformers' own has several."""
+    return f"model_name_or_path={model!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def _hub_id(arguments: TrainArguments) -> str | None:

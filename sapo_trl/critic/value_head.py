@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
@@ -214,7 +215,7 @@ class SegmentValueHead(nn.Module):
         layers: int | None = None,
         width: int | None = None,
         reads: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SegmentValueHead:
         """
         Load a saved critic, or make one from a policy's checkpoint.
@@ -352,7 +353,7 @@ class SegmentValueHead(nn.Module):
         (path / HEAD_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
     def forward(
-        self, *, hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None, **model_inputs
+        self, *, hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None, **model_inputs: Any
     ) -> torch.Tensor:
         """
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -99,6 +100,5 @@ def _show(tables: Sequence[ResultTable], console: Console) -> None:
 
 
 def _failed(error: object, code: int) -> int:
-    message = f"Error: {visible(str(error))}"
-    Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+    print(f"sapo-trl eval: error: {visible(str(error))}", file=sys.stderr)
     return code
