@@ -94,7 +94,7 @@ def _run_harness(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark]) 
 
 def _show(tables: Sequence[ResultTable], console: Console) -> None:
     for table in tables:
-        console.print(as_rich(table))
+        console.print(as_rich(table, console.width))
         for note in table.notes:
             console.print(f"- {note}", style="dim", markup=False, highlight=False)
 
