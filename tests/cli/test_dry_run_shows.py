@@ -155,6 +155,7 @@ def test_a_gpu_file_without_network_ends_at_once(tmp_path):
         "HF_HOME": str(tmp_path),
         "CUDA_VISIBLE_DEVICES": "",
     }
+    environment["PYTHONPATH"] = str(ROOT)  # the folder is another one
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-m", "sapo_trl.cli", "train", "--config", str(file), "--dry_run"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
