@@ -1,7 +1,7 @@
 """
 `--dry_run`: shows the algorithm, the settings, the batches, the data and a sampled response, without training.
 
-What needs neither model nor data is shown first, so that it is also there if one of them cannot be loaded.
+The parts that need neither model nor data are shown first. So they are there even if one of these cannot be loaded.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ def _lack(plan: MemoryPlan) -> float:
 
 
 def _made(setup: Setup, changes: Sequence[Change]) -> Suggestion:
-    """Those of the changes that can be made, one after the other."""
+    """Make all possible changes, one after the other."""
     texts = []
     for change in changes:
         result = change(setup)
