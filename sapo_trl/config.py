@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args
@@ -35,6 +36,8 @@ from .token_rewards import KLEstimator
 
 SegmentLoss = Literal["segment_clip", "soft_adaptive_gate", "double_sided_mask", "divergence_mask"]
 """Losses of this package, of any segmentation."""
+
+logger = logging.getLogger(__name__)
 
 TRLLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "vespo"]
 """Losses of [`~trl.GRPOTrainer`], computed by its own code."""
@@ -467,7 +470,7 @@ class SAPOConfig(GRPOConfig):
     num_mini_batches: PositiveInt | None = None
 
     @classmethod
-    def from_preset(cls, preset: str, output_dir: str | None = None, **overrides) -> SAPOConfig:
+    def from_preset(cls, preset: str, output_dir: str | None = None, **overrides: Any) -> SAPOConfig:
         """
         The configuration of a named algorithm; `docs/algorithms.md` lists them.
 
@@ -528,6 +531,7 @@ class SAPOConfig(GRPOConfig):
         _check_combinations(self)
         if self.critic_learning_rate is None:
             self.critic_learning_rate = _learning_rate_of(self.critic)
+            _warn_of_one_learning_rate(self)
 
         if self.num_mini_batches is None and self.steps_per_generation is None and self.generation_batch_size is None:
             self.num_mini_batches = 4
@@ -558,6 +562,17 @@ class SAPOConfig(GRPOConfig):
 def _learning_rate_of(critic: str) -> float:
     """The default of `critic_learning_rate`."""
     return _CRITIC_LEARNING_RATES.get(critic, _CRITIC_LEARNING_RATE)
+
+
+def _warn_of_one_learning_rate(args: SAPOConfig) -> None:
+    """Warn if only the policy's learning rate was changed. A ladder's does not follow the policy's."""
+    default = next(setting.default for setting in fields(SAPOConfig) if setting.name == "learning_rate")
+    if args.learns_critic and args.critic != "ladder" and args.learning_rate != default:
+        logger.warning(
+            "learning_rate=%g is the policy's alone: the critic keeps its default, critic_learning_rate=%g. Set both. "
+            "The paper's are %g and %g.",
+            *(args.learning_rate, args.critic_learning_rate, default, _CRITIC_LEARNING_RATE),
+        )
 
 
 def default_settings() -> dict[str, Any]:

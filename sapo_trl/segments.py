@@ -55,6 +55,13 @@ class Segments:
                 f"{tuple(self.ids.shape)}."
             )
 
+    def __repr__(self) -> str:
+        """Short, without the tensor: the sizes and the numbers of segments."""
+        counts = self.count
+        rows, length = self.ids.shape
+        numbers = f"{int(counts.min())} to {int(counts.max())}" if rows else "no"
+        return f"Segments({rows} rows of {length} positions, {numbers} segments in a row, {self.ids.device})"
+
     @classmethod
     def from_last_tokens(cls, is_last: torch.Tensor, mask: torch.Tensor) -> Segments:
         """

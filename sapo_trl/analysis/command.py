@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..foreign_text import visible
+from ..short_errors import ShortErrors
 
 
 def main(argv: Sequence[str], console: Console | None = None) -> int:
@@ -33,9 +34,9 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ShortErrors:
     """One subcommand per analysis."""
-    own = argparse.ArgumentParser(
+    own = ShortErrors(
         prog="sapo-trl analyze",
         description="Answer questions about segments from a run's recordings. Each analysis writes a figure and a CSV "
         "file of the same name, and prints a summary. docs/analysis.md has the definitions.",
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     return own
 
 
-def _add(analyses, name: str, run: str, question: str) -> argparse.ArgumentParser:
+def _add(analyses, name: str, run: str, question: str) -> ShortErrors:
     added = analyses.add_parser(name, help=question, description=question[0].upper() + question[1:])
     added.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the figure and the table")
     added.set_defaults(run=run)

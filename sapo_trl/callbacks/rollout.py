@@ -14,7 +14,23 @@ from ..rollouts.types import SegmentedRollout
 
 
 class RolloutCallback(TrainerCallback):
-    """A [`~transformers.TrainerCallback`] that [`SAPOTrainer`] also calls with every rollout, also in evaluation."""
+    """
+    A [`~transformers.TrainerCallback`] that [`SAPOTrainer`] also calls with every rollout, also in evaluation.
+
+    Example:
+
+    ```python
+    from sapo_trl import RolloutCallback
+
+
+    class Lengths(RolloutCallback):  # the mean number of tokens of a segment, in the log
+        def on_rollout(self, args, state, control, rollout, metrics):
+            metrics.add_total("tokens_per_segment", rollout.segments.mask.sum(), rollout.segments.count.sum())
+
+
+    trainer.add_callback(Lengths())
+    ```
+    """
 
     def on_rollout(
         self,

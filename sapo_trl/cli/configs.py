@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..run_files import find_run_file, run_file_names, run_files_folder
+from ..short_errors import ShortErrors
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the names of all run files, or one file; with `--copy_to`, copy. Returns 2 for an unknown name."""
-    parser = argparse.ArgumentParser(
+    parser = ShortErrors(
         prog="sapo-trl configs",
         description="List the run files that come with the package, print one, or copy them to a folder of yours. "
         "Every --config takes these names.",

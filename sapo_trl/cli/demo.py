@@ -6,15 +6,19 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..short_errors import ShortErrors
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the demo with arguments from the command line."""
-    parser = argparse.ArgumentParser(
+    parser = ShortErrors(
         prog="sapo-trl demo",
         description="Train a tiny vision-language model on a CPU and measure its accuracy before and after SAPO.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="folder for the results")
+    parser.add_argument(
+        "--output_dir", "--output-dir", type=Path, default=Path("outputs/demo"), help="folder for the results"
+    )
     parser.add_argument("--rollouts", type=_positive, default=14, help="training rollouts, each of 256 responses")
     parser.add_argument("--problems", type=_positive, default=1024, help="test problems for each measured accuracy")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")

@@ -1,11 +1,15 @@
-"""`--dry_run`: shows the settings of a training, its batches and a sampled response, without training."""
+"""
+`--dry_run`: shows the algorithm, the settings, the batches, the data and a sampled response, without training.
+
+The parts that need neither model nor data are shown first. So they are there even if one of these cannot be loaded.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
-from enum import Enum
+from typing import Any
 
 import yaml
 from datasets import Dataset, IterableDataset
@@ -13,12 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from trl import ModelConfig
 
 from ..callbacks import RolloutCallback
 from ..config import SAPOConfig
 from ..recordings import segmented_responses
 from ..trainer import SAPOTrainer
 from ..trainer.checks import check_size
+from ..trainer.model_card import closest_preset
+from .run_arguments import RunRequest
 
 
 class _FirstRollout(RolloutCallback):
@@ -29,10 +36,69 @@ class _FirstRollout(RolloutCallback):
         self.rollout = self.rollout or rollout
 
 
-def show_dry_run(trainer: SAPOTrainer, console: Console | None = None) -> None:
+def show_plan(request: RunRequest, console: Console | None = None) -> None:
     """
-    Print three things: all settings that differ from the defaults, the resulting numbers of responses and steps, and
-    a response to one of the prompts, sampled now and cut into its segments.
+    Print everything that follows from the settings alone: the algorithm, the user's settings, the batches.
+
+    Args:
+        request ([`~sapo_trl.cli.run_arguments.RunRequest`]): the parsed command line.
+        console ([`~rich.console.Console`], *optional*): console to print to. Defaults to the terminal.
+    """
+    console = console or Console()
+    arguments, args, model_args = request.settings
+    if request.replaced:
+        settings = ", ".join(f"{name}: {str(value).lower()}" for name, value in request.replaced.items())
+        console.print(
+            "[bold]No accelerator here:[/bold] this dry run is on the CPU, in float32. It replaces settings:"
+        )
+        console.print(f"{settings}\n", highlight=False, markup=False)
+    table = Table("[bold]Run[/bold]", "", box=None)
+    split = arguments.dataset_train_split
+    for name, value in {
+        "algorithm": algorithm_name(args),
+        "model": _model_name(model_args, request),
+        "data": f"{arguments.dataset_name}, split {split}",
+        "reward functions": ", ".join(arguments.reward_funcs),
+    }.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+    for source, chosen in request.chosen.items():
+        if chosen:
+            console.print(f"\n[bold]Settings from the {escape(source)}[/bold]")
+            text = yaml.safe_dump(chosen, sort_keys=True, width=1000).rstrip()
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+    _show_numbers("Batches", batch_arithmetic(args), console)
+
+
+def show_data(
+    dataset: Dataset | IterableDataset, args: SAPOConfig, untrained: bool, console: Console | None = None
+) -> None:
+    """
+    Print the size and the columns of the training data, and whether they suffice for training.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): training data.
+        args ([`SAPOConfig`]): settings of the run.
+        untrained (`bool`): whether an untrained model stands for the embedded one.
+        console ([`~rich.console.Console`], *optional*): console to print to. Defaults to the terminal.
+    """
+    console = console or Console()
+    numbers = {"columns": ", ".join(dataset.column_names or []), **data_arithmetic(dataset, args)}
+    _show_numbers("Data", numbers, console)
+    try:
+        check_size(dataset, args.generation_batch_size, args.num_generations)
+    except ValueError as error:
+        console.print(f"[bold red]Training would not start:[/bold red] {escape(str(error))}", highlight=False)
+    if untrained:
+        console.print(
+            "\nThere is no warm start of the embedded model yet, and a dry run trains none: the response below is an "
+            "untrained model's."
+        )
+
+
+def show_sample(trainer: SAPOTrainer, console: Console | None = None) -> None:
+    """
+    Print a response to one of the prompts, sampled now and cut into its segments, and its rewards.
 
     Args:
         trainer ([`SAPOTrainer`]): a trainer that is ready to train. It is not trained.
@@ -41,21 +107,11 @@ def show_dry_run(trainer: SAPOTrainer, console: Console | None = None) -> None:
     console = console or Console()
     example = _FirstRollout()
     trainer.add_callback(example)
-    with _whole_groups(trainer):
+    with _one_group(trainer):
         trainer.evaluate(_some_prompts(trainer))
     trainer.remove_callback(example)
     if not trainer.is_world_process_zero():
         return
-    console.print("[bold]Settings that are not the defaults[/bold]")
-    console.print(yaml.safe_dump(changed_settings(trainer.args), sort_keys=True), highlight=False, markup=False)
-    table = Table("[bold]Batches[/bold]", "", box=None)
-    for name, value in batch_arithmetic(trainer).items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-    console.print(table)
-    try:
-        check_size(trainer.train_dataset, trainer.args.generation_batch_size, trainer.args.num_generations)
-    except ValueError as error:
-        console.print(f"[bold red]Training would not start:[/bold red] {escape(str(error))}", highlight=False)
     rollout = example.rollout
     prompt = rollout.prompt_ids[0][rollout.prompt_mask[0].bool()]
     console.print(f"\n[bold]A prompt[/bold] ({len(prompt)} tokens)")
@@ -69,33 +125,27 @@ def show_dry_run(trainer: SAPOTrainer, console: Console | None = None) -> None:
         if following is not None and following != segment:
             text.append("|", style="dim")
     console.print(text)
+    rewards = dict(trainer.pending_log.first_rewards(len(rollout.rewards) * trainer.args.world_size))
+    if len(rewards) != 1:
+        rewards["together"] = float("nan") if response["reward"] is None else response["reward"]
+    _show_numbers("Its rewards", {name: _number(reward) for name, reward in rewards.items()}, console)
     console.print("\nNothing was trained (--dry_run).")
 
 
-def changed_settings(args: SAPOConfig) -> dict[str, object]:
-    """Settings that differ from the defaults of [`SAPOConfig`], as plain values."""
-    changed = {}
-    for field in fields(args):
-        if not field.init:
-            continue
-        default = field.default if field.default is not MISSING else None
-        if field.default_factory is not MISSING:
-            default = field.default_factory()
-        value = getattr(args, field.name)
-        value = value.value if isinstance(value, Enum) else value
-        # Transformers replaces some defaults of `None` by empty lists or by objects of its own.
-        filled_in = default is None and (value == [] or type(value).__module__ != "builtins")
-        if value != default and not filled_in:
-            changed[field.name] = value
-    return changed
+def algorithm_name(args: SAPOConfig) -> str:
+    """The preset of a configuration, or the nearest one with the settings that differ from it."""
+    closest = closest_preset(args)
+    if not closest.differences:
+        return closest.name
+    differences = ", ".join(f"{name}: {value}" for name, value in closest.differences.items())
+    return f"nearest to {closest.name}, with {differences}"
 
 
-def batch_arithmetic(trainer: SAPOTrainer) -> dict[str, int | str]:
-    """Numbers of responses, prompts and steps that follow from the settings."""
-    args, processes = trainer.args, trainer.accelerator.num_processes
+def batch_arithmetic(args: SAPOConfig) -> dict[str, int | str]:
+    """Numbers of responses, prompts and steps that follow from the settings alone."""
     responses = args.generation_batch_size
     steps_per_rollout = args.steps_per_generation // args.gradient_accumulation_steps
-    factors = (processes, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+    factors = (args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
     numbers: dict[str, int | str] = {
         "responses of a rollout": responses,
         "prompts of a rollout": responses // args.num_generations,
@@ -103,25 +153,50 @@ def batch_arithmetic(trainer: SAPOTrainer) -> dict[str, int | str]:
         "responses of an optimizer step": responses // steps_per_rollout,
         "= processes x micro-batch x accumulation": " x ".join(map(str, factors)),
     }
-    if isinstance(trainer.train_dataset, Dataset):
-        prompts = len(trainer.train_dataset)
-        numbers["prompts of the data set"] = prompts
-        per_epoch = prompts * args.num_generations // responses * steps_per_rollout * args.num_iterations
-        numbers["optimizer steps of an epoch"] = per_epoch
-        if args.max_steps <= 0:
-            numbers["optimizer steps of the run"] = round(per_epoch * args.num_train_epochs)
     if args.max_steps > 0:
         numbers["optimizer steps of the run"] = args.max_steps
     numbers["longest response (tokens)"] = str(args.max_completion_length)
     return numbers
 
 
+def data_arithmetic(dataset: Dataset | IterableDataset, args: SAPOConfig) -> dict[str, int | str]:
+    """Numbers that follow from the size of the training data; none for a stream."""
+    if not isinstance(dataset, Dataset):
+        return {}
+    steps_per_rollout = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
+    per_epoch = len(dataset) * args.num_generations // args.generation_batch_size * steps_per_rollout
+    numbers: dict[str, int | str] = {
+        "prompts of the data set": len(dataset),
+        "optimizer steps of an epoch": per_epoch,
+    }
+    if args.max_steps <= 0:
+        numbers["optimizer steps of the run"] = round(per_epoch * args.num_train_epochs)
+    return numbers
+
+
+def _model_name(model_args: ModelConfig, request: RunRequest) -> str:
+    dtype = "float32" if request.replaced else str(model_args.dtype)
+    adapter = f", LoRA of rank {model_args.lora_r}" if model_args.use_peft else ""
+    return f"{model_args.model_name_or_path}, {dtype}{adapter}"
+
+
+def _show_numbers(title: str, numbers: dict[str, Any], console: Console) -> None:
+    table = Table(f"[bold]{title}[/bold]", "", box=None)
+    for name, value in numbers.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else escape(str(value)))
+    console.print()
+    console.print(table)
+
+
+def _number(reward: float) -> str:
+    return "none" if math.isnan(reward) else f"{reward:g}"
+
+
 @contextlib.contextmanager
-def _whole_groups(trainer: SAPOTrainer) -> Iterator[None]:
-    """Make an evaluation's batch a multiple of the responses to one prompt, because TRL compares these responses."""
-    before = trainer.args.per_device_eval_batch_size
-    if before * trainer.args.world_size % trainer.num_generations_eval:
-        trainer.args.per_device_eval_batch_size = trainer.num_generations_eval
+def _one_group(trainer: SAPOTrainer) -> Iterator[None]:
+    """Let the evaluation's batch be the responses to as few prompts as possible, whole groups of them."""
+    before, group = trainer.args.per_device_eval_batch_size, trainer.num_generations_eval
+    trainer.args.per_device_eval_batch_size = group // math.gcd(group, trainer.args.world_size)
     try:
         yield
     finally:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from .. import __version__
+from ..short_errors import ShortErrors
 
 
 def main(argv: Sequence[str]) -> int:
     """Print this package's version and the output of `trl env`."""
-    argparse.ArgumentParser(prog="sapo-trl env", description="Print versions and devices.").parse_args(list(argv))
+    ShortErrors(prog="sapo-trl env", description="Print versions and devices.").parse_args(list(argv))
     from trl.scripts.env import print_env
 
     print(f"- sapo_trl version: {__version__}", end="")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -11,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..presets import PRESETS, preset_settings
+from ..short_errors import ShortErrors
 
 
 def main(argv: Sequence[str], console: Console | None = None) -> int:
     """Print a table of all presets, or the settings of one as YAML. Returns 2 for an unknown name."""
-    parser = argparse.ArgumentParser(
+    parser = ShortErrors(
         prog="sapo-trl presets",
         description="List the algorithms, or show the settings of one as YAML, as a start for a settings file.",
     )

@@ -6,11 +6,12 @@ import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from trl import TrlParser
@@ -20,6 +21,7 @@ from ..names import nearest_name
 from ..presets import AXES, RUN_SETTINGS, preset_settings
 from ..run_files import find_run_file, run_file_names
 from ..settings import first_sentence
+from ..short_errors import ShortErrors, hide_negations
 
 
 PROGRAM = "sapo-trl train"
@@ -77,6 +79,10 @@ MOST_USED = {
 }
 
 
+class _Parser(ShortErrors, TrlParser):
+    pass
+
+
 @dataclass(frozen=True)
 class RunRequest:
     """
@@ -87,12 +93,20 @@ class RunRequest:
         dry_run (`bool`): whether to stop before training.
         launch (`list[str]`): arguments of `accelerate launch`; empty to run in this process.
         arguments (`list[str]`): all other arguments, for the launched processes.
+        chosen (`dict[str, dict[str, Any]]`): the user's settings by source, each at the source that decides.
+        replaced (`dict[str, Any]`): settings that a dry run without an accelerator has replaced.
     """
 
     settings: tuple[Any, ...]
     dry_run: bool
     launch: list[str]
     arguments: list[str]
+    chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
+    replaced: dict[str, Any] = field(default_factory=dict)
+
+    def chosen_names(self) -> set[str]:
+        """Names of all settings that the user has chosen."""
+        return {name for settings in self.chosen.values() for name in settings}
 
 
 def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -> RunRequest:
@@ -113,27 +127,36 @@ def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -
     """
     own = _own_options()
     options, rest = own.parse_known_args(list(argv))
-    parser = TrlParser(dataclasses, prog=program, add_help=False, allow_abbrev=False)
+    parser = _Parser(dataclasses, prog=program, add_help=False, allow_abbrev=False)
+    hide_negations(parser)
     known = {field.name for kind in dataclasses for field in fields(kind) if field.init}
     if options.help or options.help_all:
         print(short_help(*dataclasses) if options.help else f"{own.format_help()}\n{parser.format_help()}")
         sys.exit(0)
     settings = _file_settings(options.config, known, parser)
+    replaced: dict[str, Any] = {}
     try:
-        settings = _with_preset(settings, options.preset)
+        sources = _with_preset(settings, options.preset)
         rest, launch = _launch_arguments(rest, known, options.accelerate_config)
-        parser.set_defaults_with_config(**settings)
-        parsed = () if launch else parser.parse_args_into_dataclasses(args=rest)
+        chosen = _deciding({**sources, "command line": _named_values(rest, known)})
+        parser.set_defaults_with_config(**{k: v for source in sources.values() for k, v in source.items()})
+        changed = []
+        if options.dry_run:
+            everything = {k: v for source in chosen.values() for k, v in source.items()}
+            if not torch.accelerator.is_available() and everything.get("use_cpu") is not True:
+                replaced = _for_cpu(everything)
+            changed = _as_arguments({name: v for name, v in {**replaced, **_WITHOUT_TRACES}.items() if name in known})
+        parsed = () if launch else parser.parse_args_into_dataclasses(args=[*rest, *changed])
     except ValueError as error:  # also from the data classes' own checks
         _fail(parser, str(error))
     arguments = ["--config", str(options.config)] if options.config else []
     arguments += ["--preset", options.preset] if options.preset else []
     arguments += ["--dry_run"] if options.dry_run else []
-    return RunRequest(parsed, options.dry_run, launch, [*arguments, *rest])
+    return RunRequest(parsed, options.dry_run, launch, [*arguments, *rest], chosen, replaced)
 
 
 def _own_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    options = ShortErrors(prog=PROGRAM, add_help=False, allow_abbrev=False)
     group = options.add_argument_group("the run")
     group.add_argument(
         "--config",
@@ -177,13 +200,81 @@ def _file_settings(path: Path | None, known: set[str], parser: TrlParser) -> dic
     return settings
 
 
-def _with_preset(settings: dict[str, Any], preset: str | None) -> dict[str, Any]:
+def _with_preset(settings: dict[str, Any], preset: str | None) -> dict[str, dict[str, Any]]:
+    """The settings of the file and of the preset by source; later sources come before earlier ones."""
     of_file = settings.pop("preset", None)
     if preset is None:
-        return settings if of_file is None else {**preset_settings(of_file), **settings}
+        own = {} if of_file is None else {f"preset {of_file}": preset_settings(of_file)}
+        return {**own, "file": settings}
     decided = {name for names in AXES.values() for name in names} - RUN_SETTINGS
     others = {name: value for name, value in settings.items() if name not in decided}
-    return {**others, **preset_settings(preset)}
+    return {"file": others, f"preset {preset}": preset_settings(preset)}
+
+
+def _deciding(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each setting only at the last source that has it."""
+    last = {name: source for source, settings in sources.items() for name in settings}
+    return {
+        source: {name: value for name, value in settings.items() if last[name] == source}
+        for source, settings in sources.items()
+    }
+
+
+def _named_values(arguments: Sequence[str], known: set[str]) -> dict[str, Any]:
+    """The settings of a command line by name. Values are read as in a YAML file."""
+    texts: dict[str, list[str]] = {}
+    values: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("--"):
+            values.append(argument)
+            continue
+        name, has_value, value = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        values = [value] if has_value else []
+        if name not in known and name.removeprefix("no_") in known:
+            name, values = name.removeprefix("no_"), ["false"]
+        texts[name] = values
+    return {name: _value(texts) for name, texts in texts.items()}
+
+
+def _value(texts: list[str]) -> Any:
+    """A flag without a value is true, and several values are a list."""
+    try:
+        read = [yaml.safe_load(text) for text in texts]
+    except yaml.YAMLError:
+        read = list(texts)
+    return True if not read else read[0] if len(read) == 1 else read
+
+
+# A dry run leaves nothing behind: neither a run on a tracker nor a repository.
+_WITHOUT_TRACES = {"report_to": "none", "push_to_hub": False}
+
+_ON_CPU = {
+    "use_cpu": True,
+    "bf16": False,
+    "fp16": False,
+    "use_vllm": False,
+    "load_in_4bit": False,
+    "load_in_8bit": False,
+    "dtype": "float32",
+}
+
+
+def _for_cpu(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with which a run for GPUs is tried on a CPU."""
+    replaced = dict(_ON_CPU)
+    if "flash" in str(chosen.get("attn_implementation")):
+        replaced["attn_implementation"] = "eager"
+    if any(part in str(chosen.get("optim")) for part in ("8bit", "4bit", "paged")):
+        replaced["optim"] = "adamw_torch"
+    for name in ("tf32", "bf16_full_eval", "fp16_full_eval", "torch_compile"):
+        if chosen.get(name):
+            replaced[name] = False
+    return replaced
+
+
+def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 def _launch_arguments(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,14 @@ from ..data import (
 from ..data.columns import check_roles
 from ..data.formats import FORMAT_OF_HUB_ID
 from ..data.templates import template_text
-from ..embedded import default_cache_dir, load_processor, make_problems, warm_start
+from ..embedded import (
+    default_cache_dir,
+    load_processor,
+    make_problems,
+    save_untrained,
+    warm_start,
+    warm_start_folder,
+)
 from ..folder_lock import FolderInUseError, locked
 from ..names import nearest_name
 from ..rewards.lookup import find_reward
@@ -40,7 +48,7 @@ from ..settings import PositiveInt, check_settings, help_from_docstring
 from ..trainer import SAPOTrainer
 from ..trainer.checkpoint_files import check_checkpoint, finish_publication
 from ..trainer.checks import check_size
-from .dry_run import show_dry_run
+from .dry_run import algorithm_name, show_data, show_plan, show_sample
 from .launch import check_launched, launch
 from .run_arguments import RunRequest, parse_run
 
@@ -186,23 +194,34 @@ def main(argv: Sequence[str]) -> int:
             except (FolderInUseError, OSError) as error:
                 print(f"sapo-trl train: error: {error}", file=sys.stderr)
                 return 2
-        return _train(request)
+        return _train(request, Path(stack.enter_context(tempfile.TemporaryDirectory())))
 
 
-def _train(request: RunRequest) -> int:
+def _train(request: RunRequest, scratch: Path) -> int:
+    """Train, or show a dry run. The folder `scratch` is removed afterwards."""
     arguments, training_args, model_args = request.settings
+    shows = request.dry_run and training_args.process_index == 0
+    if shows:
+        show_plan(request)
+    if request.dry_run:  # it leaves nothing behind
+        training_args.output_dir = str(scratch / "out")
     try:
         check_launched(training_args.world_size)
         checkpoint = None if request.dry_run else _checkpoint(training_args)
         if training_args.critic == "adapter" and not model_args.use_peft:
             raise ValueError("`critic: adapter` lives beside the policy's adapter: set `use_peft: true`.")
-        reward_funcs, model, processing_class, loaded = _load(arguments, training_args, model_args)
+        untrained = None
+        if request.dry_run and not warm_start_folder(default_cache_dir()).exists():
+            untrained = scratch / "untrained"
+        reward_funcs, model, processing_class, loaded = _load(arguments, training_args, model_args, untrained)
         train_dataset = loaded[0][0]
         if not request.dry_run:  # a dry run prints this error with its other results
             check_size(train_dataset, training_args.generation_batch_size, training_args.num_generations)
     except (ValueError, OSError, ImportError) as error:
         print(f"sapo-trl train: error: {error}", file=sys.stderr)
         return 2
+    if shows:
+        show_data(train_dataset, training_args, model == str(untrained))
     eval_dataset = loaded[1][0] if len(loaded) > 1 else None
     reports = [report for _, report in loaded if report is not None]
     if training_args.should_save and reports and not arguments.streaming:
@@ -225,15 +244,18 @@ def _train(request: RunRequest) -> int:
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except (ValueError, OSError) as error:  # settings that do not fit this model, or missing files
+    except ValueError as error:  # settings that do not fit this model
         print(f"sapo-trl train: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # missing files
+        print(f"sapo-trl train: error: {_unloadable(model, error)}", file=sys.stderr)
+        return 2
     if request.dry_run:
-        show_dry_run(trainer)
+        show_sample(trainer)
         return 0
     stop = StopOnSignal((signal.SIGTERM, signal.SIGINT))
     trainer.add_callback(stop)
-    show_progress(trainer)
+    show_progress(trainer, algorithm=algorithm_name(training_args))
     trainer.train(resume_from_checkpoint=checkpoint)
     if training_args.should_save and reports and arguments.streaming:  # a stream's rows have been read only now
         rich.print(*reports, sep="\n")
@@ -254,9 +276,12 @@ def _train(request: RunRequest) -> int:
 
 
 def _load(
-    arguments: TrainArguments, training_args: SAPOConfig, model_args: ModelConfig
+    arguments: TrainArguments, training_args: SAPOConfig, model_args: ModelConfig, untrained: Path | None = None
 ) -> tuple[list[Callable], str, PreTrainedTokenizerBase | ProcessorMixin, list[tuple]]:
-    """The reward functions, the model's folder or name, its processor, and each split's [`load_prompts`]."""
+    """
+    The reward functions, the model's folder or name, its processor, and each split's [`load_prompts`]. An untrained
+    model, in the folder `untrained`, stands for the embedded one if there is such a folder's name.
+    """
     # Load everything that needs no model first, so that a mistake shows at once.
     reward_funcs = [find_reward(name, arguments.reward_settings.get(name)) for name in arguments.reward_funcs]
     training_args.model_init_kwargs = {
@@ -267,17 +292,28 @@ def _load(
         **(training_args.model_init_kwargs or {}),
     }
     model = model_args.model_name_or_path
-    if model == EMBEDDED:
+    if model == EMBEDDED and untrained is not None:
+        save_untrained(untrained)
+        model = str(untrained)
+    elif model == EMBEDDED:
         model = str(warm_start(default_cache_dir(), on_progress=_print_progress))
-    processing_class = load_processor(
-        model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-    )
+    try:
+        processing_class = load_processor(
+            model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(_unloadable(model, error)) from error
     splits = [arguments.dataset_train_split]
     if training_args.eval_strategy != "no":
         splits.append(arguments.dataset_test_split)
     with training_args.main_process_first(desc="preparing data"):  # the other processes read its cache
         loaded = [load_prompts(arguments, split, training_args.seed, processing_class) for split in splits]
     return reward_funcs, model, processing_class, loaded
+
+
+def _unloadable(model: str, error: Exception) -> str:
+    """An error of one line about a model. Transformers' own has several."""
+    return f"model_name_or_path={model!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def _hub_id(arguments: TrainArguments) -> str | None:

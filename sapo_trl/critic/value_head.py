@@ -8,18 +8,20 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..distributed import gathered_state, sharded_like
 from ..segments import accumulation_dtype
 from .adapter import CriticAdapter
 from .ladder import Ladder, LadderSizes
+from .loading import load_backbone
 from .output import ValueOutput
 from .policy_states import normalised, num_layers_of, read_depths
 
@@ -213,7 +215,7 @@ class SegmentValueHead(nn.Module):
         layers: int | None = None,
         width: int | None = None,
         reads: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SegmentValueHead:
         """
         Load a saved critic, or make one from a policy's checkpoint.
@@ -244,7 +246,7 @@ class SegmentValueHead(nn.Module):
             known = {name: kwargs[name] for name in ("revision", "trust_remote_code") if name in kwargs}
             return cls._reading(mode, AutoConfig.from_pretrained(path, **known), layers, width, reads)
         if config_file is None:
-            backbone = AutoModel.from_pretrained(path, **kwargs)
+            backbone = load_backbone(path, **kwargs)
             return cls(hidden_size_of(backbone), backbone)
         config = json.loads(Path(config_file).read_text())
         if mode is not None and mode != config["mode"]:
@@ -264,7 +266,7 @@ class SegmentValueHead(nn.Module):
                     f"The critic in {str(path)!r} was saved with `critic_{name}={config.get(name, 1)}`, not {wanted}: "
                     f"set `critic_{name}={config.get(name, 1)}`, or start with a new critic."
                 )
-        backbone = AutoModel.from_pretrained(path, **kwargs) if config["mode"] == "separate" else None
+        backbone = load_backbone(path, **kwargs) if config["mode"] == "separate" else None
         ladder = None
         if config["mode"] == "ladder":
             ladder = LadderSizes(config["layers"], config["width"], config["reads"])
@@ -351,7 +353,7 @@ class SegmentValueHead(nn.Module):
         (path / HEAD_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
     def forward(
-        self, *, hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None, **model_inputs
+        self, *, hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None, **model_inputs: Any
     ) -> torch.Tensor:
         """
         Args:

@@ -14,6 +14,23 @@ IMAGE_COLUMNS = ("images", "image")
 """The columns in which TRL looks for images, the first of them first."""
 
 
+RESERVED_NAMES = (
+    "prompts",
+    "completions",
+    "completion",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+)
+"""Arguments that TRL passes to reward functions itself. A column of the same name collides with it, or is lost."""
+
+
+CONVERSATIONS = ("messages", "chosen", "rejected")
+"""Columns that TRL takes, with pictures, as a sign that prompts are messages."""
+
+
 def image_column(found: Collection[str]) -> str | None:
     """The name of the column with the images; `None` if there is no such column."""
     return next((name for name in IMAGE_COLUMNS if name in found), None)
@@ -50,10 +67,12 @@ def own_columns(found: Collection[str], names: Mapping[str, str] | None = None) 
             "data set is a copy of a known data set. A data set with a column `prompt` in TRL's form needs neither."
         )
     columns = tuple(name for name in chosen.values() if name is not None)
+    # A reward function may know the answer by the user's name of its column. A reserved name cannot stay.
+    kept = [name for name in (chosen["answer"],) if name not in RESERVED_NAMES + CONVERSATIONS]
     return DataFormat(
         columns=columns,
         read=partial(_read, chosen=chosen),
-        consumed=tuple(name for name in columns if name != "answer"),  # the pass overwrites `answer`
+        consumed=tuple(name for name in columns if name not in ("answer", *kept)),  # the pass overwrites `answer`
         images=chosen["images"],
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
 
+from .columns import CONVERSATIONS, RESERVED_NAMES
 from .formats import FORMATS
 from .geometry3k import GEOMETRY3K
 from .question import IMAGE_PLACEHOLDER, BadRow, Question
@@ -108,24 +109,9 @@ def _check_decoded(columns: dict[str, Any]) -> dict[str, Any]:
     return columns
 
 
-# TRL passes these arguments to reward functions itself. A column of the same name collides with it, or is lost.
-_TRL_ARGUMENTS = (
-    "prompts",
-    "completions",
-    "completion",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "environments",
-)
-# With pictures, TRL takes any of these columns as a sign that prompts are messages.
-_CONVERSATIONS = ("messages", "chosen", "rejected")
-
-
 def check_names(columns: Iterable[str], has_images: bool) -> None:
     """Raises `ValueError` if one of the columns kept beside the prompt has a name that TRL reserves."""
-    taken = {*_TRL_ARGUMENTS, *(_CONVERSATIONS if has_images else ())}
+    taken = {*RESERVED_NAMES, *(CONVERSATIONS if has_images else ())}
     wrong = [name for name in columns if name in taken]
     if wrong:
         raise ValueError(

@@ -6,7 +6,14 @@ from .problems import Problem, all_problems, make_problems, sample_problems
 from .processor import Qwen2_5_VLImageTextProcessor, build_processor, load_processor
 from .solutions import reference_solution
 from .tokenizer import build_tokenizer
-from .warm_start import WarmStartConfig, WarmStartProgress, default_cache_dir, warm_start
+from .warm_start import (
+    WarmStartConfig,
+    WarmStartProgress,
+    default_cache_dir,
+    save_untrained,
+    warm_start,
+    warm_start_folder,
+)
 
 
 __all__ = [
@@ -26,5 +33,7 @@ __all__ = [
     "make_problems",
     "reference_solution",
     "sample_problems",
+    "save_untrained",
     "warm_start",
+    "warm_start_folder",
 ]

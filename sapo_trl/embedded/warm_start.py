@@ -99,7 +99,7 @@ def warm_start(
         Raises `RuntimeError` if the model has not learned to read within `max_steps`.
     """
     config = config or WarmStartConfig()
-    folder = Path(cache_dir) / f"embedded-{fingerprint(config, [Path(__file__).parent])}"
+    folder = warm_start_folder(cache_dir, config)
     if folder.exists():
         return folder
     processor = build_processor()
@@ -107,6 +107,24 @@ def warm_start(
     train(model, processor, config, on_progress)
     save_once(folder, model, processor, config)
     return folder
+
+
+def warm_start_folder(cache_dir: str | Path, config: WarmStartConfig | None = None) -> Path:
+    """The folder of a warm start, which exists once the model is trained. The arguments are [`warm_start`]'s."""
+    return Path(cache_dir) / f"embedded-{fingerprint(config or WarmStartConfig(), [Path(__file__).parent])}"
+
+
+def save_untrained(folder: str | Path, seed: int = 0) -> None:
+    """
+    Save the embedded model with random weights, and its processor.
+
+    Args:
+        folder (`str` or `Path`): where to.
+        seed (`int`, *optional*, defaults to `0`): seed of the weights.
+    """
+    processor = build_processor()
+    build_model(processor.tokenizer, seed=seed).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def default_cache_dir() -> Path:

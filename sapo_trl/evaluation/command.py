@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from trl import TrlParser
 
+from ..short_errors import ShortErrors, hide_negations
 from .settings import EvalArguments
 
 
@@ -41,17 +42,29 @@ def main(
 
         return show_runs(arguments.runs, arguments.format, arguments.output_dir, console)
     try:
-        (arguments,) = TrlParser((EvalArguments,), prog=PROGRAM).parse_args_and_config(list(argv))
+        arguments, _ = _parser().parse_args_and_config(list(argv))
     except (ValueError, OSError) as error:
-        Console(stderr=True).print("Error:", str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     from .terminal import evaluate
 
     return evaluate(arguments, benchmarks, console)
 
 
-def _table_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(ShortErrors, TrlParser):
+    pass
+
+
+def _parser() -> _Parser:
+    parser = _Parser((EvalArguments,), prog=PROGRAM, usage=f"{PROGRAM} --config FILE [--SETTING VALUE ...]")
+    # TRL takes this option out of the arguments before it parses them. Here it is for the help.
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings; the command line takes precedence")
+    hide_negations(parser)
+    return parser
+
+
+def _table_parser() -> ShortErrors:
+    parser = ShortErrors(
         prog=f"{PROGRAM} table", description="Put finished runs into one table, together with the paper's rows."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of `sapo-trl eval`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -190,20 +192,49 @@ def as_json(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
     return [asdict(table) for table in tables]
 
 
-def as_rich(table: ResultTable) -> RichTable:
-    """A table for a terminal, with each interval below its number."""
-    shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for index, name in enumerate(["", "scored by", *table.columns]):
+def as_rich(table: ResultTable, width: int | None = None) -> Group:
+    """
+    A table for a terminal, with each interval below its number.
+
+    Args:
+        table ([`ResultTable`]): the table.
+        width (`int`, *optional*):
+            characters of a line. A wider table is continued below, so that no name is split. By default there is no
+            limit.
+    """
+    heads = [["", *(row.name for row in table.rows)], ["scored by", *(row.scorer for row in table.rows)]]
+    taken = sum(max(map(len, head)) + 1 for head in heads)
+    parts: list[list[int]] = [[]]
+    left = (width or sys.maxsize) - taken
+    for column, title in enumerate(table.columns):
+        cells = [row.cells[column] for row in table.rows]
+        texts = [title, *(line for cell in cells if cell is not None for line in _lines(cell))]
+        needed = max(map(len, texts)) + 1
+        if needed > left and parts[-1]:
+            parts.append([])
+            left = (width or sys.maxsize) - taken
+        parts[-1].append(column)
+        left -= needed
+    return Group(*(_part(table, columns, table.title if columns is parts[0] else None) for columns in parts))
+
+
+def _part(table: ResultTable, columns: Sequence[int], title: str | None) -> RichTable:
+    """Some of a table's columns."""
+    shown = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for index, name in enumerate(["", "scored by", *(table.columns[column] for column in columns)]):
         shown.add_column(Text(name), justify="left" if index < 2 else "right", overflow="fold")
     for row, following in zip(table.rows, [*table.rows[1:], None], strict=True):
-        cells = [
-            Text("" if cell is None else f"{cell.value:.2f}{cell.mark}\n{cell.interval}".rstrip())
-            for cell in row.cells
-        ]
+        cells = [row.cells[column] for column in columns]
+        texts = [Text("" if cell is None else "\n".join(_lines(cell))) for cell in cells]
         is_last_published = row.scorer == PAPER and following is not None and following.scorer != PAPER
         style = "dim" if row.scorer == PAPER else ""
-        shown.add_row(Text(row.name), Text(row.scorer), *cells, style=style, end_section=is_last_published)
+        shown.add_row(Text(row.name), Text(row.scorer), *texts, style=style, end_section=is_last_published)
     return shown
+
+
+def _lines(cell: Cell) -> list[str]:
+    """The number, and its interval if there is one."""
+    return [f"{cell.value:.2f}{cell.mark}", *filter(None, [cell.interval])]
 
 
 def write_tables(folder: Path, tables: Sequence[ResultTable]) -> list[Path]:

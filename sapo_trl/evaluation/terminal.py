@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -93,12 +94,11 @@ def _run_harness(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark]) 
 
 def _show(tables: Sequence[ResultTable], console: Console) -> None:
     for table in tables:
-        console.print(as_rich(table))
+        console.print(as_rich(table, console.width))
         for note in table.notes:
             console.print(f"- {note}", style="dim", markup=False, highlight=False)
 
 
 def _failed(error: object, code: int) -> int:
-    message = f"Error: {visible(str(error))}"
-    Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+    print(f"sapo-trl eval: error: {visible(str(error))}", file=sys.stderr)
     return code

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .memory import plan_memory
+from .memory import MemoryPlan, plan_memory
 from .setup import Lora, Setup
 
 
@@ -123,6 +123,93 @@ CHANGES: tuple[Change, ...] = (
     _lora,
 )
 """The changes to try, in this order."""
+
+
+def _four_bits(setup: Setup) -> tuple[str, Setup] | None:
+    if setup.quantized_bits is not None or setup.lora is None or setup.processes > 1:
+        return None
+    critic = "adapter" if setup.critic == "separate" else setup.critic  # a quantized policy cannot be copied
+    text = "load_in_4bit: true" + ("" if critic == setup.critic else ", critic: adapter")
+    return text, setup.changed(quantized_bits=4, critic=critic)
+
+
+def _no_vllm(setup: Setup) -> tuple[str, Setup] | None:
+    if setup.vllm != "colocate":
+        return None
+    return "use_vllm: false", setup.changed(vllm=None)
+
+
+def _smaller_rollout(setup: Setup) -> tuple[str, Setup] | None:
+    if setup.mini_batches == 1:
+        return None
+    for number in range(setup.mini_batches - 1, 0, -1):  # no smaller than necessary
+        changed = setup.changed(mini_batches=number)
+        if plan_memory(changed).verdict == "fits":
+            break
+    return f"num_mini_batches {setup.mini_batches} → {changed.mini_batches}", changed
+
+
+def _shorter_responses(setup: Setup) -> tuple[str, Setup] | None:
+    changed, length = None, setup.completion_length // 2
+    while length >= SHORTEST_RESPONSE:
+        changed = setup.changed(completion_length=length)
+        if plan_memory(changed).verdict == "fits":
+            break
+        length //= 2
+    if changed is None:
+        return None
+    return f"max_completion_length {setup.completion_length} → {changed.completion_length}", changed
+
+
+LAST_RESORTS: tuple[Change, ...] = (_four_bits, _no_vllm, _smaller_rollout, _shorter_responses)
+"""Further changes of [`nearest`]: they cost speed or accuracy, or change the task."""
+
+SHORTEST_RESPONSE = 256
+"""Tokens. The planner suggests no shorter `max_completion_length`."""
+
+
+def nearest(setup: Setup) -> Suggestion:
+    """
+    The set-up that fits after changes of any number, by more than the estimate's error if there is one. None of the
+    changes can be left out. If nothing fits, it is the smallest set-up.
+
+    Args:
+        setup ([`Setup`]): a set-up that does not fit.
+
+    Returns:
+        [`Suggestion`]
+    """
+    # The micro-batch and the rollout are no smaller than necessary after the other changes.
+    taken = [change for change in CHANGES if change is not _smaller_micro_batch]
+    taken += [_smaller_micro_batch, *LAST_RESORTS]
+    target = plan_memory(_made(setup, taken).setup)
+
+    def is_as_good(plan: MemoryPlan) -> bool:
+        if target.verdict == "fits":
+            return plan.verdict == "fits"
+        return plan.fits if target.fits else _lack(plan) <= _lack(target)
+
+    for change in reversed(taken):  # the most costly first
+        others = [other for other in taken if other is not change]
+        if is_as_good(plan_memory(_made(setup, others).setup)):
+            taken = others
+    return _made(setup, taken)
+
+
+def _lack(plan: MemoryPlan) -> float:
+    """The bytes to compare set-ups by: at the peak, and vLLM's shortage."""
+    return plan.total + max(plan.vllm_shortage, 0.0)
+
+
+def _made(setup: Setup, changes: Sequence[Change]) -> Suggestion:
+    """Make all possible changes, one after the other."""
+    texts = []
+    for change in changes:
+        result = change(setup)
+        if result is not None:
+            text, setup = result
+            texts.append(text)
+    return Suggestion(tuple(texts), setup)
 
 
 def suggest(setup: Setup, most: int = 3, largest: int = 3) -> list[Suggestion]:

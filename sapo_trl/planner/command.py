@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from ..run_files import find_run_file
+from ..short_errors import ShortErrors
 from .setup import SHARDINGS
 
 
@@ -41,10 +41,10 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     return 0 if plan.fits else 1
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ShortErrors:
     """The command's own arguments; unknown ones are settings of the run."""
     # No abbreviations: `--num` must not be taken from the settings, which the trainer's parser knows.
-    own = argparse.ArgumentParser(
+    own = ShortErrors(
         prog="sapo-trl plan",
         allow_abbrev=False,
         description="Estimate the memory of a run on each GPU, from its configuration and the model's shape.",

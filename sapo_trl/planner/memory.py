@@ -8,6 +8,7 @@ more memory for a while. So the peak is the resident memory plus the largest of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .ladder import kept_activation_bytes, ladder_sizes
 from .setup import GIB, Setup
@@ -66,9 +67,14 @@ class MemoryPlan:
         return self.total <= self.setup.gpu_memory_gib * GIB and self.vllm_shortage <= 0
 
     @property
-    def is_close(self) -> bool:
-        """Whether the verdict lies within the estimate's error."""
-        return abs(self.total / GIB - self.setup.gpu_memory_gib) < ERROR_MARGIN * self.total / GIB
+    def verdict(self) -> Literal["fits", "borderline", "does not fit"]:
+        """`"borderline"` if the estimate's error decides."""
+        if self.vllm_shortage > 0:
+            return "does not fit"
+        total, available = self.total / GIB, self.setup.gpu_memory_gib
+        if abs(total - available) < ERROR_MARGIN * total:
+            return "borderline"
+        return "fits" if total <= available else "does not fit"
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,15 @@ def read_setup(arguments: argparse.Namespace, settings: Sequence[str] = ()) -> S
     args, model_args = _parse(arguments.config, settings, processes)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set")
+    sharding = machine("sharding", "sharding", "none")
+    if processes == 1 and arguments.sharding is None:  # the file's sharding is for its own number of GPUs
+        sharding = "none"
     image_tokens = arguments.image_tokens
     return Setup.from_args(
         args,
         model_args,
         processes=processes,
-        sharding=machine("sharding", "sharding", "none"),
+        sharding=sharding,
         gpu_memory_gib=machine("gpu_memory_gib", "gpu_memory_gib", 80.0),
         prompt_length=arguments.prompt_length,
         image_tokens=arguments.prompt_length // 2 if image_tokens is None else image_tokens,

@@ -7,7 +7,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from .advice import suggest
+from .advice import nearest, suggest
 from .memory import ERROR_MARGIN, MemoryPlan, plan_memory
 from .setup import GIB
 
@@ -36,9 +36,12 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
             f"vLLM's cache holds {plan.kv_cache_rows:.0f} sequences of full length per process; a rollout has "
             f"{setup.rollout_rows}, and those beyond wait."
         )
-    verdict = "It fits" if plan.fits else "It does not fit"
-    margin = f" That is within the estimate's error of {ERROR_MARGIN:.0%}." if plan.is_close else ""
-    console.print(f"{verdict}: {_gib(plan.total)} of {setup.gpu_memory_gib:g} GiB.{margin}")
+    margin = ""
+    if plan.verdict == "borderline":
+        margin = f" The estimate can be wrong by {ERROR_MARGIN:.0%}: try a first rollout before a long run."
+    console.print(
+        f"[bold]{plan.verdict.capitalize()}[/bold]: {_gib(plan.total)} of {setup.gpu_memory_gib:g} GiB.{margin}"
+    )
     if plan.fits:
         return
     if plan.vllm_shortage > 0:
@@ -47,8 +50,14 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
     for suggestion in suggestions:
         fitted = _gib(plan_memory(suggestion.setup).total)
         console.print(f"It would with {' and '.join(suggestion.changes)} ({fitted} GiB).")
-    if not suggestions:
-        console.print("No three of the planner's changes suffice: take more or larger GPUs, or a smaller model.")
+    if suggestions:
+        return
+    closest = nearest(setup)
+    found = plan_memory(closest.setup)
+    begin = "It would with" if found.fits else "The nearest set-up, which does not fit either, has"
+    console.print(f"{begin} {' and '.join(closest.changes) or 'no change'} ({_gib(found.total)} GiB).")
+    if not found.fits:
+        console.print("Take more or larger GPUs, or a smaller model.")
 
 
 def _gib(size: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..foreign_text import visible
+from ..short_errors import ShortErrors
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         `int`: 0; 1 if a run failed; 2 if the study or its folder is invalid; 130 if interrupted.
     """
-    parser = argparse.ArgumentParser(
+    parser = ShortErrors(
         prog="sapo-trl study",
         description="Compare algorithms on the study task: several seeds, equal budgets, equal tuning, one report.",
     )
@@ -36,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
             required=True,
             help="YAML file of the study, or a name that `sapo-trl configs` lists",
         )
-        command.add_argument("--output-dir", type=Path, help="folder of the runs (default: outputs/study-NAME)")
+        command.add_argument(
+            "--output_dir", "--output-dir", type=Path, help="folder of the runs (default: outputs/study-NAME)"
+        )
         command.add_argument("--report", type=Path, help="Markdown file to write (default: report.md in the folder)")
         command.add_argument("--figures", type=Path, help="folder for figures and data (default: beside the report)")
     run.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core (default: 2)")
@@ -58,10 +60,10 @@ def main(argv: Sequence[str]) -> int:
         path = arguments.report or output_dir / "report.md"
         write_report(study, load_results(study, output_dir), path, arguments.figures or path.parent / "figures")
     except CellFailed as error:
-        console.print("Error:", visible(str(error)), style="red", highlight=False, markup=False, soft_wrap=True)
+        print(f"sapo-trl study: error: {visible(str(error))}", file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
-        console.print("Error:", visible(str(error)), style="red", highlight=False, markup=False, soft_wrap=True)
+        print(f"sapo-trl study: error: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         console.print("Stopped. Finished runs are kept; run the same command to continue.")

@@ -16,6 +16,7 @@ from ..critic.deepspeed import DeepSpeedCritic
 from ..critic.freezing import freeze_attention
 from ..critic.training import Critic
 from ..critic.value_head import SegmentValueHead, backbone_of, hidden_size_of
+from ..rewards.signatures import check_reward_arguments
 from ..role_aware import RoleAwareWeighting
 from ..segmentation import (
     CutpointSegmenter,
@@ -54,7 +55,7 @@ def check_arguments(
         value_model (`Any`): the argument of this name.
         segmenter (`Any`): the argument of this name.
         token_weighting (`Any`): the argument of this name.
-        others (`dict[str, Any]`): TRL's arguments.
+        others (`dict[str, Any]`): TRL's arguments, the reward functions included.
 
     Raises:
         TypeError: for an argument of another type.
@@ -62,10 +63,15 @@ def check_arguments(
     """
     if not isinstance(args, SAPOConfig):
         raise TypeError(f"`args` must be a `SAPOConfig`, got `{type(args).__name__}`.")
+    evaluated = datasets_of(others.get("eval_dataset"))
     if others.get("environment_factory") is None:  # an environment may bring the prompts
         check_prompt_column(others.get("train_dataset"), "train_dataset")
-        for name, dataset in datasets_of(others.get("eval_dataset")).items():
+        for name, dataset in evaluated.items():
             check_prompt_column(dataset, name)
+    if others.get("environment_factory") is None and others.get("rollout_func") is None:  # they may bring arguments
+        for name, dataset in {"train_dataset": others.get("train_dataset"), **evaluated}.items():
+            if getattr(dataset, "column_names", None) is not None:
+                check_reward_arguments(others.get("reward_funcs"), dataset.column_names, name)
     if token_weighting is not None and not isinstance(token_weighting, RoleAwareWeighting):
         raise TypeError(
             f"`token_weighting` must be a `RoleAwareWeighting`, got {token_weighting!r}. Its fields take other "

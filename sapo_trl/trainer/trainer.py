@@ -139,12 +139,12 @@ class SAPOTrainer(GRPOBridge):
         value_model: str | SegmentValueHead | PreTrainedModel | None = None,
         segmenter: Segmenter | None = None,
         token_weighting: RoleAwareWeighting | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         model, value_model = (str(m) if isinstance(m, Path) else m for m in (model, value_model))
         args = default_arguments(model) if args is None else args
         others = {**kwargs, "train_dataset": train_dataset}
-        check_arguments(model, args, value_model, segmenter, token_weighting, others)
+        check_arguments(model, args, value_model, segmenter, token_weighting, {**others, "reward_funcs": reward_funcs})
         # The critic is made before TRL sees the model, because TRL may put adapters into it and the critic starts from
         # the policy as it is now. Its random numbers begin at the common seed, as TRL's do.
         set_seed(args.seed)
@@ -506,7 +506,7 @@ class SAPOTrainer(GRPOBridge):
 
     # ---------------------------------------------------------------------------------------- schedule, checkpoints
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         check_size(self.train_dataset, self.args.generation_batch_size, self.args.num_generations)
         check_finite_weights(self.model, "The policy")
         if self.critic is not None:

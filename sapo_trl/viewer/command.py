@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from ..foreign_text import visible
+from ..short_errors import ShortErrors
 
 
 def main(argv: Sequence[str], console: Console | None = None) -> int:
@@ -44,9 +44,9 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ShortErrors:
     """The command's arguments."""
-    own = argparse.ArgumentParser(
+    own = ShortErrors(
         prog="sapo-trl view",
         description="Write a page to look at a run: its learning curves, and its responses token by token. The file "
         "needs nothing but a browser. docs/viewer.md lists the recordings that it shows.",

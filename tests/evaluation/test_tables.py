@@ -47,6 +47,23 @@ def all_main(**overrides):
     return {name: entry(value, title=name, **overrides) for name, value in values.items()}
 
 
+def test_no_name_is_split_at_80_columns():
+    (table, *_) = make_tables([run(all_main()), run(all_main(), name="Qwen2.5-VL-7B-sapo-official")])
+    printed = io.StringIO()
+    Console(file=printed, width=80).print(as_rich(table, 80))
+    lines = printed.getvalue().splitlines()
+    names = {row.name for row in table.rows}
+    first = {line[: max(map(len, names))].strip() for line in lines if "rules" in line or "paper" in line.lower()}
+    assert names <= first
+    words = printed.getvalue().split()
+    assert [title for title in table.columns if title not in words] == []
+    # The numbers are those of the wide table.
+    wide = io.StringIO()
+    Console(file=wide, width=400).print(as_rich(table))
+    number = re.compile(r"\d+\.\d\d")
+    assert sorted(number.findall(printed.getvalue())) == sorted(number.findall(wide.getvalue()))
+
+
 @pytest.mark.parametrize("size", ["3B", "7B"])
 def test_the_papers_averages_are_those_of_its_numbers(size):
     assert published.MAIN[size].keys() == published.MAIN_AVERAGES[size].keys()

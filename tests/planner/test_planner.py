@@ -20,6 +20,7 @@ from sapo_trl.critic.ladder import Ladder, LadderSizes
 from sapo_trl.critic.value_head import SegmentValueHead
 from sapo_trl.embedded import build_model
 from sapo_trl.planner import Lora, Setup, model_shape, plan_memory, suggest
+from sapo_trl.planner.advice import nearest
 from sapo_trl.planner.command import main, parser
 from sapo_trl.planner.ladder import ladder_activation_bytes
 from sapo_trl.planner.memory import OVERHEAD_BYTES, kv_bytes_per_token, layer_activation_bytes
@@ -390,6 +391,46 @@ class TestSuggestions:
         assert suggest(Setup(B7, gpu_memory_gib=8.0)) == []
 
 
+class TestNearest:
+    """More than three changes, where no three suffice."""
+
+    SEVEN = Setup(B7, micro_batch=4, accumulation=4, gpu_memory_gib=24.0, vllm="colocate")
+
+    def test_a_large_model_on_a_small_gpu(self):
+        assert suggest(self.SEVEN) == []
+        found = nearest(self.SEVEN)
+        assert plan_memory(found.setup).verdict == "fits" and len(found.changes) > 3
+        assert found.setup.quantized_bits == 4 and found.setup.vllm is None
+        assert found.setup.gpu_memory_gib == 24.0 and found.setup.critic != "separate"
+
+    @pytest.mark.parametrize("memory", [16.0, 24.0, 40.0])
+    def test_no_change_can_be_left_out(self, memory):
+        """By an independent search: each set-up with one of the changes undone needs more than there is, safely."""
+        setup = self.SEVEN.changed(gpu_memory_gib=memory)
+        found = nearest(setup).setup
+        assert plan_memory(found).verdict == "fits"
+        for undone in (
+            {"quantized_bits": None},
+            {"mini_batches": setup.mini_batches},
+            {"completion_length": setup.completion_length},
+        ):
+            if any(getattr(found, name) != value for name, value in undone.items()):
+                assert plan_memory(found.changed(**undone)).verdict != "fits"
+
+    def test_where_nothing_fits_it_is_the_smallest(self):
+        setup = self.SEVEN.changed(gpu_memory_gib=2.0)
+        found = plan_memory(nearest(setup).setup)
+        assert not found.fits and found.total < plan_memory(setup).total / 10
+
+    @pytest.mark.parametrize(
+        ("memory", "verdict"), [(1.19, "borderline"), (1.21, "fits"), (0.81, "borderline"), (0.79, "does not fit")]
+    )
+    def test_verdicts(self, memory, verdict):
+        setup = Setup(B3, 8, "zero2")
+        total = plan_memory(setup).total / GIB
+        assert plan_memory(setup.changed(gpu_memory_gib=memory * total)).verdict == verdict
+
+
 # ------------------------------------------------------------------------------------------------------------ command
 
 
@@ -406,12 +447,21 @@ class TestCommand:
         code, output = run_command("--config", self.FILE)
         assert code == 0
         assert "8 x 80 GiB, sharding zero3; 4 x 4 x 8 responses per optimizer step" in output
-        assert "It fits" in output
+        assert "Borderline: 70.1 of 80 GiB" in output
 
     def test_says_what_would_help(self):
         code, output = run_command("--config", self.FILE, "--sharding", "zero2")
         assert code == 1
-        assert "It does not fit" in output and "It would with --sharding zero3" in output
+        assert "Does not fit" in output and "It would with --sharding zero3" in output
+
+    def test_one_gpu_has_no_sharding_and_a_way_out(self):
+        code, output = run_command("--config", self.FILE, "--num_processes", "1", "--gpu_memory_gib", "24")
+        assert code == 1 and "1 x 24 GiB, sharding none" in output
+        assert "Does not fit: " in output and "It would with" in output and "load_in_4bit: true" in output
+        arguments, rest = parser().parse_known_args(
+            ["--config", self.FILE, "--num_processes", "1", "--sharding", "zero3"]
+        )
+        assert read_setup(arguments, rest).sharding == "zero3"  # the user's own word
 
     def test_settings_can_be_changed(self):
         arguments, rest = parser().parse_known_args(

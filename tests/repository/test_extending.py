@@ -19,7 +19,7 @@ BLOCKS = re.findall(
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
 def test_the_example_does_what_it_says(family, tmp_path, monkeypatch):
-    definition, use = BLOCKS
+    definition, _, use = BLOCKS
     assert len(definition.splitlines()) < 40
     monkeypatch.chdir(tmp_path)
     recorder = Recorder()
@@ -36,7 +36,8 @@ def test_the_example_does_what_it_says(family, tmp_path, monkeypatch):
         "reward": length_reward,
         "dataset": family.dataset(),
         "processing_class": family.processing_class,
-        "sentence_config": lambda folder: make_config(
+        "small": {},
+        "sentence_config": lambda folder, **printed: make_config(
             folder, num_generations=2, max_completion_length=24, save_strategy="no", **tiny
         ),
         "SentenceTrainer": lambda **arguments: trainer_class(callbacks=[recorder], **arguments),
@@ -55,6 +56,14 @@ def test_the_example_does_what_it_says(family, tmp_path, monkeypatch):
             torch.testing.assert_close(advantages, wanted.expand_as(advantages), rtol=0, atol=1e-5)
     texts = family.tokenizer.batch_decode(rollout.completion_ids[rollout.segments.is_last].unsqueeze(1))
     assert sum("." in text or "\n" in text for text in texts) >= len(texts) - len(counts)
+
+
+def test_the_page_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in BLOCKS:
+        exec(block, names)
+    assert names["trainer"].state.global_step == 2
 
 
 @pytest.mark.parametrize("family", ["qwen2"], indirect=True)

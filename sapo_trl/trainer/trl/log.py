@@ -51,6 +51,11 @@ class PendingLog(TrainerCallback, Checkpointed):
             logged.pop()
         logged.extend(advantages)
 
+    def first_rewards(self, number: int) -> dict[str, float]:
+        """Rewards of the first of the latest `number` responses, by reward function; NaN is none."""
+        columns = self.trainer._logs["rewards"]
+        return {name: rewards[-number] for name, rewards in columns.items() if len(rewards) >= number}
+
     def add_columns(self, columns: dict[str, list]) -> None:
         """Add columns about the latest rollout to the completions table: an entry for each of this process's rows."""
         logs = self.trainer._logs
