@@ -11,6 +11,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from .advantages import LengthRule
+from .image_corruption import ImageCorruption
 from .losses import Aggregation, RatioReduction
 from .names import nearest_name
 from .presets import AXES, preset_settings
@@ -23,11 +24,13 @@ from .settings import (
     PositiveFloat,
     PositiveInt,
     Probability,
+    Share,
     UnitInterval,
     check_setting,
     check_settings,
     help_from_docstring,
 )
+from .token_mask import TokenScope
 from .token_rewards import KLEstimator
 
 
@@ -60,15 +63,15 @@ _TRL_RANGES = {
 
 # GRPO settings that have no meaning in this package's losses, with the only value they may have there.
 _SETTINGS_OF_TRL_LOSSES = {
-    "top_entropy_quantile": 1.0,
     "off_policy_mask_threshold": None,
     "use_adaptive_entropy": False,
 }
 
 # Settings of this package's losses that have no meaning in TRL's, with the only value they may have there.
 _SETTINGS_OF_SEGMENT_LOSSES = {
-    "confident_token_threshold": None,
     "positive_lm_coef": 0.0,
+    "entropy_penalty_coef": 0.0,
+    "perception_kl_coef": 0.0,
     "ratio_reduction": "mean",
     "loss_aggregation": "token-mean",
     "kl_aggregation": None,
@@ -252,12 +255,22 @@ class SAPOConfig(GRPOConfig):
             Regular expression whose first group (or whole match) is the perception span.
         role_reasoning_pattern (`str`, *optional*, defaults to `r"<think>(.*?)</think>"`):
             Regular expression whose first group (or whole match) is the reasoning span.
-        role_mask_ratio (`float`, *optional*, defaults to `0.6`):
-            Share of image patches that are hidden to measure how far a token depends on the image.
         role_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the role-aware weights. The larger it is, the closer the weights are to one.
         role_clip (`float`, *optional*, defaults to `1.0`):
             Bound on the absolute logarithm of a role-aware weight. It acts before the weights are scaled to mean one.
+        response_weighting (`str`, *optional*, defaults to `"none"`):
+            Weights of whole responses. `"visual_dependency"`: a response's advantages are multiplied by a weight that
+            rises linearly with the mean dependence of its tokens on its images (VPPO). It goes from
+            `smallest_response_weight` up, with a mean of 1 over the responses of an optimizer step.
+        smallest_response_weight (`float`, *optional*, defaults to `0.9`):
+            Weight of the response of an optimizer step that depends least on its images.
+        image_corruption (`str`, *optional*, defaults to `"tokens"`):
+            Images to compare with, to measure the dependence of tokens on images. `"tokens"`: a share of the visual
+            tokens is black; `"blur"`: a Gaussian blur as wide as a patch; `"other_image"`: another image of this
+            process's rollout; `"none"`: the images themselves, so that no token depends on them.
+        image_corruption_share (`float`, *optional*, defaults to `0.5`):
+            Share of the visual tokens that `image_corruption="tokens"` hides. Others are hidden in each rollout.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
             Shift and scale the advantages of all tokens of a rollout to mean 0 and variance 1. Where all rewards of
             a rollout are equal, there is nothing to scale but the position and the critic's errors: the advantages
@@ -291,6 +304,27 @@ class SAPOConfig(GRPOConfig):
         confident_token_threshold (`float`, *optional*):
             Leave tokens with at least this probability out of the policy loss (SPO); `None` for no mask. It is the
             probability under the old policy. The tokens are also left out of the loss's KL term and of whitening.
+            A token must pass this mask, `entropy_token_share` and `visual_token_share` to be learned from.
+        entropy_token_share (`float`, *optional*):
+            Learn from the tokens with the highest entropy under the old policy alone: this share of them, rounded up.
+            `None` for no mask. Values, returns and segments stay the same.
+        entropy_token_scope (`str`, *optional*, defaults to `"response"`):
+            Tokens that `entropy_token_share` is a share of: each response's, or the rollout's (`"batch"`).
+        visual_token_share (`float`, *optional*):
+            Learn from the tokens of each response that depend most on its images alone: this share of them, rounded
+            up (VPPO). `None` for no mask. It costs one more forward per rollout, see `image_corruption`. A response
+            of which no token depends on an image keeps all its tokens.
+        entropy_penalty_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of a penalty on the entropy: minus the mean log-probability of all sampled tokens, also of tokens
+            that a mask leaves out of the policy loss (VPPO, PAPO). `entropy_coef` is a bonus, on exact entropies.
+        perception_kl_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of PAPO's perception loss. It raises the divergence between the policy with the images and with
+            corrupted images, up to 10 per token.
+        perception_kl_gradient (`bool`, *optional*, defaults to `False`):
+            Whether the perception loss also has a gradient through the log-probabilities with corrupted images. This
+            costs one more forward and backward per micro-batch. Otherwise they are the old policy's, computed once.
+        corrupted_entropy_penalty_coef (`float`, *optional*, defaults to `0.0`):
+            `entropy_penalty_coef` for the policy with corrupted images. It needs `perception_kl_gradient=True`.
         positive_lm_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the negative log-likelihood of correct responses (VAPO).
         positive_lm_threshold (`float`, *optional*, defaults to `0.5`):
@@ -404,9 +438,12 @@ class SAPOConfig(GRPOConfig):
     advantage_weighting: Literal["none", "role_aware"] = "none"
     role_perception_pattern: str = PERCEPTION_PATTERN
     role_reasoning_pattern: str = REASONING_PATTERN
-    role_mask_ratio: UnitInterval = 0.6
     role_temperature: PositiveFloat = 1.0
     role_clip: PositiveFloat = 1.0
+    response_weighting: Literal["none", "visual_dependency"] = "none"
+    smallest_response_weight: UnitInterval = 0.9
+    image_corruption: ImageCorruption = "tokens"
+    image_corruption_share: UnitInterval = 0.5
     whiten_advantages: bool = True
     advantage_clamp: PositiveFloat | None = 5.0
     kl_placement: Literal["reward", "loss"] = "reward"
@@ -417,6 +454,13 @@ class SAPOConfig(GRPOConfig):
     importance_sampling_level: Literal["segment", "token", "sequence"] = "segment"
     ratio_reduction: RatioReduction = "mean"
     confident_token_threshold: Probability | None = None
+    entropy_token_share: Share | None = None
+    entropy_token_scope: TokenScope = "response"
+    visual_token_share: Share | None = None
+    entropy_penalty_coef: NonNegativeFloat = 0.0
+    perception_kl_coef: NonNegativeFloat = 0.0
+    perception_kl_gradient: bool = False
+    corrupted_entropy_penalty_coef: NonNegativeFloat = 0.0
     positive_lm_coef: NonNegativeFloat = 0.0
     positive_lm_threshold: float = 0.5
     loss_aggregation: Aggregation = "token-mean"
@@ -446,6 +490,23 @@ class SAPOConfig(GRPOConfig):
         for name in overrides.keys() - known:
             raise ValueError(f"`{name}` is no setting of `{cls.__name__}`.{nearest_name(name, known)}")
         return cls(output_dir=output_dir, **{**settings, **overrides})
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether the policy learns from a part of its tokens."""
+        masks = (self.confident_token_threshold, self.entropy_token_share, self.visual_token_share)
+        return any(mask is not None for mask in masks)
+
+    @property
+    def reads_visual_dependency(self) -> bool:
+        """Whether every token's dependence on its images is measured."""
+        return self.visual_token_share is not None or self.response_weighting == "visual_dependency"
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether the policy also sees corrupted images."""
+        weighs_tokens = self.advantage_weighting == "role_aware"
+        return self.reads_visual_dependency or weighs_tokens or self.perception_kl_coef != 0.0
 
     @property
     def learns_critic(self) -> bool:
@@ -554,9 +615,21 @@ def _check_combinations(args: SAPOConfig) -> None:
                 '`kl_placement="loss"` and `kl_estimator="k3"`, or `beta=0`; got '
                 f"kl_placement={args.kl_placement!r}, kl_estimator={args.kl_estimator!r}, beta={args.beta}."
             )
+        if args.masks_tokens and args.importance_sampling_level == "sequence":
+            raise ValueError(
+                f"`loss_type={args.loss_type!r}` is TRL's, which would take a response's ratio over the tokens that "
+                'the policy learns from alone: `importance_sampling_level` must be "token", or '
+                '`loss_type="segment_clip"`, got "sequence".'
+            )
         _check_unused(args, _SETTINGS_OF_SEGMENT_LOSSES)
     else:
         _check_unused(args, _SETTINGS_OF_TRL_LOSSES)
+        if args.top_entropy_quantile != 1.0:
+            raise ValueError(
+                f"`top_entropy_quantile` is read by TRL's losses alone, and `loss_type={args.loss_type!r}` is none of "
+                f"them: it must stay 1.0, got {args.top_entropy_quantile}. Set "
+                f'`entropy_token_share={args.top_entropy_quantile}` and `entropy_token_scope="batch"` instead.'
+            )
     if args.enable_jit_checkpoint:
         raise ValueError(
             "`enable_jit_checkpoint=True` may save between the critic's update and the policy's: it must be False. "
@@ -632,6 +705,7 @@ def _check_combinations(args: SAPOConfig) -> None:
             '`length_adaptive_lam_rule="root"` takes a root of `length_adaptive_lam`, which must lie in (0, 1], got '
             f"{args.length_adaptive_lam}."
         )
+    _check_perception(args)
     _check_critic(args)
     if not args.learns_critic and args.critic_warmup_steps > 0:
         raise ValueError(
@@ -659,6 +733,25 @@ def _check_combinations(args: SAPOConfig) -> None:
     if args.kl_placement == "loss" and args.kl_estimator == "k1" and args.beta != 0.0:
         raise ValueError(
             '`kl_estimator="k1"` has zero expected gradient in the loss: use "k2" or "k3", or `kl_placement="reward"`.'
+        )
+
+
+def _check_perception(args: SAPOConfig) -> None:
+    """Raise a `ValueError` for settings of the perception loss that would have no effect or cannot be had."""
+    if args.perception_kl_gradient and args.perception_kl_coef == 0.0:
+        raise ValueError(
+            "`perception_kl_gradient=True` is about the perception loss, but `perception_kl_coef` is 0.0: it must be "
+            "False."
+        )
+    if args.corrupted_entropy_penalty_coef != 0.0 and not args.perception_kl_gradient:
+        raise ValueError(
+            f"`corrupted_entropy_penalty_coef={args.corrupted_entropy_penalty_coef}` would have no gradient: it must "
+            "be 0.0, or `perception_kl_gradient=True`."
+        )
+    if args.perception_kl_gradient and args.image_corruption == "other_image":
+        raise ValueError(
+            '`image_corruption="other_image"` needs a whole rollout, and `perception_kl_gradient=True` corrupts the '
+            'images of each micro-batch again: it must be "tokens" or "blur", got "other_image".'
         )
 
 

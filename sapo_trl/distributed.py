@@ -59,6 +59,10 @@ class Processes:
         """The rows of all processes, as many of each, in the order of the processes."""
         return self.accelerator.gather(tensor)
 
+    def gather_padded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows `(B, T)` of all processes, as [`Processes.gather`], where `T` may differ; filled up with 0."""
+        return self.gather(self.accelerator.pad_across_processes(tensor, dim=1))
+
     def gather_objects(self, objects: list[Any]) -> list[Any]:
         """The objects of all processes in one list."""
         return gather_object(objects) if self.count > 1 else objects

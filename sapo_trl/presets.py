@@ -44,6 +44,9 @@ AXES: dict[str, tuple[str, ...]] = {
         "advantage_clamp",
         "scale_rewards",
         "advantage_weighting",
+        "response_weighting",
+        "image_corruption",
+        "image_corruption_share",
     ),
     "Ratio": ("importance_sampling_level", "ratio_reduction"),
     "Clip and loss": (
@@ -53,6 +56,13 @@ AXES: dict[str, tuple[str, ...]] = {
         "delta",
         "loss_aggregation",
         "confident_token_threshold",
+        "entropy_token_share",
+        "entropy_token_scope",
+        "visual_token_share",
+        "entropy_penalty_coef",
+        "perception_kl_coef",
+        "perception_kl_gradient",
+        "corrupted_entropy_penalty_coef",
         "positive_lm_coef",
     ),
     "KL": ("beta", "kl_placement", "kl_estimator", "kl_aggregation", "use_bias_correction_kl"),
@@ -127,6 +137,15 @@ _GRPO = {
     "kl_estimator": "k3",
     "use_bias_correction_kl": False,
     "beta": 0.01,
+}
+
+# DAPO's loss: a higher upper clip, a mean over tokens, no KL. Its sampling of further prompts is not part of it.
+_DAPO = {
+    **_GROUP,
+    "advantage_estimator": "group",
+    "importance_sampling_level": "token",
+    "epsilon_high": 0.28,
+    "beta": 0.0,
 }
 
 # Shared by VinePPO and SPO: one-step differences of sampled values, PPO's token ratio, a small KL loss.
@@ -253,6 +272,11 @@ PRESETS = MappingProxyType(
             "arXiv 2507.18071",
             _derived(_GRPO, importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0),
         ),
+        "entropy_mask": Preset(
+            "DAPO's loss on the fifth of the tokens with the highest entropy",
+            "arXiv 2506.01939",
+            _derived(_DAPO, entropy_token_share=0.2, entropy_token_scope="batch"),
+        ),
         "rloo": Preset(
             "Leave-one-out baseline, one ratio per response (the product of its tokens')",
             "arXiv 2402.14740, as trl.RLOOTrainer",
@@ -305,10 +329,34 @@ PRESETS = MappingProxyType(
                 num_generations=32,
             ),
         ),
+        "vppo": Preset(
+            "DAPO's loss on the tokens that depend most on the picture, more of it for responses that do",
+            "arXiv 2510.09285, its code",
+            _derived(
+                _DAPO,
+                delta=3.0,
+                visual_token_share=0.4,
+                response_weighting="visual_dependency",
+                entropy_penalty_coef=0.06,
+            ),
+        ),
+        "papo": Preset(
+            "DAPO's loss, and a divergence between the policy with and without the picture that is raised",
+            "arXiv 2507.06448, its code",
+            _derived(
+                _DAPO,
+                delta=3.0,
+                entropy_penalty_coef=0.03,
+                perception_kl_coef=0.01,
+                perception_kl_gradient=True,
+                corrupted_entropy_penalty_coef=0.03,
+                image_corruption_share=0.6,
+            ),
+        ),
         "srpo": Preset(
             "GRPO with role-aware weights on perception and reasoning tokens",
             "arXiv 2605.07274 (abstract; formulas ours)",
-            _derived(_GRPO, advantage_weighting="role_aware"),
+            _derived(_GRPO, advantage_weighting="role_aware", image_corruption_share=0.6),
         ),
     }
 )

@@ -7,7 +7,8 @@ dependence of its log-probability on the image. The weight of a reasoning token 
 log-probability on the preceding description. The weights are positive and average one, so they redistribute a
 response's advantage over its tokens and never change its sign.
 
-Only the abstract of the paper is public. It names the two roles, the two contrasts under one policy, the shared
+Only the abstract and the introduction of the paper are public; no code was found, and its formulas could not be read.
+The abstract names the two roles, the two contrasts under one policy, the shared
 baseline and the positive weights; every formula and default in this module is proposed here.
 """
 
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .image_corruption import patches_per_row
 from .segmentation import token_texts
 from .segments import accumulation_dtype
 
@@ -92,69 +94,6 @@ def role_spans(
     return perception, reasoning
 
 
-def mask_patches(
-    pixel_values: torch.Tensor, patches_per_row: torch.Tensor, ratio: float = 0.6, seed: int = 0
-) -> torch.Tensor:
-    """
-    Corrupt the images of each batch row: replace a random share of its patches by its mean patch.
-
-    The shape is kept, so the number of visual tokens is too. Random patches and the share of 0.6 come from PAPO (arXiv
-    2507.06448). Filling with the mean patch, which keeps the first moment of the input, is proposed here. Single
-    patches are drawn, not the blocks of neighbouring patches that a Qwen model merges into one visual token. So most
-    visual tokens see a part of their patches.
-
-    The choice of a row's patches depends only on `seed` and on the row's number of patches. So it does not depend on
-    how the batch is cut or shared among processes, and the responses to one prompt are all compared with the same
-    corrupted image. Another `seed` gives other patches.
-
-    Args:
-        pixel_values (`torch.Tensor`):
-            float tensor of shape `(patches, features)` in Qwen's layout: a patch per line, first the patches of batch
-            row 0, then of row 1, and so on. Not modified.
-        patches_per_row (`torch.Tensor`): int64 tensor of shape `(B,)`, 0 for a row without an image.
-        ratio (`float`, *optional*, defaults to `0.6`):
-            share of each row's patches to replace, in `[0, 1]`: `round(ratio * n)` of `n` patches.
-        seed (`int`, *optional*, defaults to `0`): seed of the draw.
-
-    Returns:
-        `torch.Tensor`: a new tensor of the shape, dtype and device of `pixel_values`.
-
-    Raises:
-        ValueError: if `ratio` is out of range, `pixel_values` is not two-dimensional or the counts do not add up.
-    """
-    _check_ratio("ratio", ratio)
-    if pixel_values.dim() != 2:
-        raise ValueError(
-            f"`pixel_values` must be of shape (patches, features), as Qwen's image processors make them, got "
-            f"{tuple(pixel_values.shape)}."
-        )
-    counts = patches_per_row.to("cpu", torch.int64)
-    if counts.dim() != 1 or (counts < 0).any() or counts.sum() != pixel_values.size(0):
-        raise ValueError(
-            f"`patches_per_row` must be the patches of each batch row and sum up to the {pixel_values.size(0)} of "
-            f"`pixel_values`, got {counts.tolist()}."
-        )
-    rows = torch.repeat_interleave(counts)
-    first = torch.cumsum(counts, dim=0) - counts
-    number_in_row = torch.arange(rows.size(0)) - first[rows]
-    # The n-th patch of every row gets the n-th score. Scores are drawn on the CPU: its uniform generator makes the
-    # same first n numbers for any total. So neither the other rows nor the device matter.
-    longest = int(counts.max()) if counts.numel() else 0
-    scores = torch.rand(longest, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[number_in_row]
-    # Ordered by row, and by score within a row: the position in that order is the rank within the row.
-    by_score = torch.argsort(scores, stable=True)
-    order = by_score[torch.argsort(rows[by_score], stable=True)]
-    num_masked = torch.round(ratio * counts.double()).long()
-    is_masked = torch.empty_like(rows, dtype=torch.bool)
-    is_masked[order] = number_in_row < num_masked[rows]
-
-    device, dtype = pixel_values.device, accumulation_dtype(pixel_values)
-    rows, is_masked, counts = rows.to(device), is_masked.to(device), counts.to(device)
-    sums = torch.zeros(counts.size(0), pixel_values.size(1), device=device, dtype=dtype)
-    means = sums.index_add_(0, rows, pixel_values.to(dtype)) / counts.clamp(min=1).unsqueeze(1)
-    return torch.where(is_masked.unsqueeze(1), means.to(pixel_values.dtype)[rows], pixel_values)
-
-
 def remove_span(
     ids: torch.Tensor, mask: torch.Tensor, span: torch.Tensor, pad_id: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -192,7 +131,7 @@ def remove_span(
 
 
 @torch.no_grad()
-def visual_dependency(logps: torch.Tensor, logps_corrupted: torch.Tensor) -> torch.Tensor:
+def image_contrast(logps: torch.Tensor, logps_corrupted: torch.Tensor) -> torch.Tensor:
     """
     Score of the perception tokens: how much the image raises a token's log-probability. Proposed here.
 
@@ -338,13 +277,9 @@ class RoleAwareWeighting:
     Args:
         perception_pattern (`str`, *optional*, defaults to `PERCEPTION_PATTERN`): see [`role_spans`].
         reasoning_pattern (`str`, *optional*, defaults to `REASONING_PATTERN`): see [`role_spans`].
-        mask_ratio (`float`, *optional*, defaults to `0.6`): share of the patches to corrupt, in `[0, 1]`.
         temperature (`float`, *optional*, defaults to `1.0`): above 0, see [`role_aware_weights`].
         clip (`float`, *optional*, defaults to `1.0`): above 0, see [`role_aware_weights`].
-        seed (`int`, *optional*, defaults to `0`): seed of the corruption.
-        corrupt (`Callable`, *optional*, defaults to [`mask_patches`]):
-            `(pixel_values, patches_per_row, mask_ratio, seed)` to pixel values of the same shape.
-        perception_score (`Callable`, *optional*, defaults to [`visual_dependency`]):
+        perception_score (`Callable`, *optional*, defaults to [`image_contrast`]):
             `(logps, logps_corrupted)` to the scores of the perception tokens.
         reasoning_score (`Callable`, *optional*, defaults to [`perception_consistency`]):
             `(logps, logps_without_perception)` to the scores of the reasoning tokens.
@@ -357,19 +292,15 @@ class RoleAwareWeighting:
 
     perception_pattern: str = PERCEPTION_PATTERN
     reasoning_pattern: str = REASONING_PATTERN
-    mask_ratio: float = 0.6
     temperature: float = 1.0
     clip: float = 1.0
-    seed: int = 0
-    corrupt: Callable[..., torch.Tensor] = mask_patches
-    perception_score: Callable[..., torch.Tensor] = visual_dependency
+    perception_score: Callable[..., torch.Tensor] = image_contrast
     reasoning_score: Callable[..., torch.Tensor] = perception_consistency
     weigh: Callable[..., torch.Tensor] = role_aware_weights
 
     def __post_init__(self):
         _compiled("perception_pattern", self.perception_pattern)
         _compiled("reasoning_pattern", self.reasoning_pattern)
-        _check_ratio("mask_ratio", self.mask_ratio)
         _check_positive("temperature", self.temperature)
         _check_positive("clip", self.clip)
 
@@ -382,6 +313,7 @@ class RoleAwareWeighting:
         mask: torch.Tensor,
         logps: torch.Tensor,
         tokenizer: PreTrainedTokenizerBase,
+        logps_corrupted: Callable[[], torch.Tensor],
         forward: Callable[[dict[str, Any]], torch.Tensor],
         pad_id: int,
         reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -389,12 +321,12 @@ class RoleAwareWeighting:
         """
         Weigh the tokens of a batch.
 
-        A row without an image is treated as malformed. When no row is well formed, `forward` is not called.
+        A row without an image is treated as malformed. When no row is well formed, neither function is called.
 
         Args:
             batch (`dict[str, Any]`):
-                input of `forward`, not modified. `completion_mask` `(B, T)`, `pixel_values` `(patches, features)`,
-                `image_grid_thw` `(images, 3)` and `num_images` (the images of each row) are read here. The prompt is
+                input of `forward`, not modified. `completion_mask` `(B, T)`, `image_grid_thw` `(images, 3)` and
+                `num_images` (the images of each row) are read here. The prompt is
                 not touched. Neither is `mm_token_type_ids`, which is 0 on completions of any length.
             completion_ids (`torch.Tensor`): int64 tensor of shape `(B, T)`, right-padded.
             mask (`torch.Tensor`):
@@ -404,11 +336,12 @@ class RoleAwareWeighting:
                 float tensor of shape `(B, T)`, the result of `forward` for the unchanged batch. Values from an
                 inference engine or at another temperature would add their difference to every score.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer of the completions.
+            logps_corrupted (`Callable`): returns the `(B, T)` log-probabilities of the batch with corrupted images.
             forward (`Callable`): returns the `(B, T)` log-probabilities of a batch's completions.
             pad_id (`int`): the padding token.
             reduce (`Callable`, *optional*):
-                sums a tensor over all processes. With it, `forward` is called on all processes or on none, as sharded
-                parameters require. Without it each process decides for itself.
+                sums a tensor over all processes. With it, both functions are called on all processes or on none, as
+                sharded parameters require. Without it each process decides for itself.
 
         Returns:
             `tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]`:
@@ -419,21 +352,15 @@ class RoleAwareWeighting:
             ValueError: if the number of images does not fit, or their layout is not Qwen's.
         """
         _check_shapes(completion_ids=completion_ids, mask=mask, logps=logps)
-        patches_per_row = _patches_per_row(batch, completion_ids.size(0))
         perception, reasoning = role_spans(
             completion_ids, mask, tokenizer, self.perception_pattern, self.reasoning_pattern
         )
-        has_image = (patches_per_row > 0).to(mask.device).unsqueeze(1)
+        has_image = (patches_per_row(batch, len(mask)) > 0).to(mask.device).unsqueeze(1)
         perception, reasoning = perception & has_image, reasoning & has_image
 
         num_tokens = perception.sum()
         if (num_tokens if reduce is None else reduce(num_tokens)) > 0:
-            corrupted = dict(batch)
-            if patches_per_row.any():  # else only other processes have images, and this forward matches theirs
-                pixel_values = self.corrupt(batch["pixel_values"], patches_per_row, self.mask_ratio, self.seed)
-                corrupted["pixel_values"] = pixel_values
-                corrupted.pop("image_keys", None)  # they belong to the original images
-            perception_scores = self.perception_score(logps, forward(corrupted))
+            perception_scores = self.perception_score(logps, logps_corrupted())
             ids, completion_mask, source = remove_span(completion_ids, batch["completion_mask"], perception, pad_id)
             shortened = forward({**batch, "completion_ids": ids, "completion_mask": completion_mask})
             reasoning_scores = self.reasoning_score(logps, shortened.gather(1, source))
@@ -458,25 +385,6 @@ def _only_span(pattern: re.Pattern, text: str) -> tuple[int, int] | None:
     return matches[0].span(1 if pattern.groups else 0)
 
 
-def _patches_per_row(batch: dict[str, Any], num_rows: int) -> torch.Tensor:
-    missing = [name for name in ("pixel_values", "image_grid_thw", "num_images") if batch.get(name) is None]
-    if "pixel_values" in missing:  # a rollout of prompts without images, among rollouts with images
-        return torch.zeros(num_rows, dtype=torch.int64)
-    if missing:
-        raise ValueError(
-            f"The batch has images, but no {' and no '.join(f'`{name}`' for name in missing)} to tell which row they "
-            "belong to: role-aware weighting needs a model family that lays images out as Qwen's do."
-        )
-    patches = batch["image_grid_thw"].prod(dim=-1)
-    num_images = torch.as_tensor(batch["num_images"], dtype=torch.int64, device=patches.device)
-    if num_images.shape != (num_rows,) or num_images.sum() != patches.size(0):
-        raise ValueError(
-            f"`num_images` must be the number of images of each of the {num_rows} rows and sum up to the "
-            f"{patches.size(0)} of `image_grid_thw`, got {num_images.tolist()}."
-        )
-    return patches.new_zeros(num_rows).scatter_add_(0, torch.repeat_interleave(num_images), patches)
-
-
 def _sum_and_count(x: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     where = where.bool()
     return torch.where(where, x.to(accumulation_dtype(x)), 0).sum(), where.sum()
@@ -487,11 +395,6 @@ def _compiled(name: str, pattern: str) -> re.Pattern:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ValueError(f"`{name}` is not a regular expression: {pattern!r} ({error}).") from error
-
-
-def _check_ratio(name: str, ratio: float) -> None:
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"`{name}` is a share of the patches: it must lie in [0, 1], got {ratio}.")
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -70,6 +70,7 @@ NonNegativeFloat = Annotated[float, Bounds(ge=0)]
 FiniteFloat = Annotated[float, Bounds(gt=-math.inf, lt=math.inf)]
 UnitInterval = Annotated[float, Bounds(ge=0, le=1)]
 Probability = Annotated[float, Bounds(gt=0, le=1, note="It is a probability.")]
+Share = Annotated[float, Bounds(gt=0, le=1, note="It is a share: 0.2 is a fifth.")]
 
 
 def check_settings(settings: Any) -> None:

@@ -107,14 +107,16 @@ class TestFromPreset:
             ("grpo", {"importance_sampling_level": "segment"}, "is TRL's and knows no segments"),
             ("grpo", {"positive_lm_coef": 0.1}, "`positive_lm_coef` has no meaning with `loss_type='grpo'`"),
             ("grpo", {"loss_type": "segment_clip", "kl_placement": "reward"}, "would have no effect"),
-            ("ppo", {"top_entropy_quantile": 0.2}, "`top_entropy_quantile` has no meaning with"),
+            ("ppo", {"top_entropy_quantile": 0.2}, 'Set `entropy_token_share=0.2` and `entropy_token_scope="batch"`'),
+            ("grpo", {"entropy_token_share": 0}, r"`entropy_token_share` must lie in \(0, 1\] .*, got 0"),
+            ("gspo", {"entropy_token_share": 0.2}, "over the tokens that the policy learns from alone"),
             ("spo_tree", {"mask_truncated_completions": True}, "`mask_truncated_completions=True` would drop"),
             ("spo_tree", {"kl_placement": "reward"}, "the KL penalty can only go into the"),
             ("vineppo", {"value_state": "end"}, '`value_state` must be "start"'),
             ("vc_ppo", {"critic_warmup_steps": 0}, "its longest duration, is 0"),
             ("spo_tree", {"tree_widths": [6, 0]}, "`tree_widths` must be a list of numbers of children"),
             ("spo_chain", {"confident_token_threshold": 90}, r"must lie in \(0, 1\] .*, got 90. It is a probability."),
-            ("srpo", {"role_mask_ratio": 60}, r"`role_mask_ratio` must lie in \[0, 1\], got 60"),
+            ("srpo", {"image_corruption_share": 60}, r"`image_corruption_share` must lie in \[0, 1\], got 60"),
         ],
     )
     def test_errors_name_what_is_wrong(self, preset, overrides, message, tmp_path):

@@ -13,13 +13,12 @@ from sapo_trl.role_aware import (
     PERCEPTION_PATTERN,
     REASONING_PATTERN,
     RoleAwareWeighting,
-    mask_patches,
+    image_contrast,
     perception_consistency,
     remove_span,
     role_aware_weights,
     role_means,
     role_spans,
-    visual_dependency,
 )
 from tests.strategies import masks, noise, seeds
 
@@ -190,7 +189,7 @@ def test_weights_of_half_precision_scores_and_of_nothing():
 def test_contrasts():
     logps = torch.tensor([[-1.0, -2.0]], dtype=torch.bfloat16, requires_grad=True)
     other = torch.tensor([[-1.5, -0.25]])
-    for score in (visual_dependency, perception_consistency):
+    for score in (image_contrast, perception_consistency):
         result = score(logps, other)
         assert result.dtype == torch.float32 and not result.requires_grad
         assert result.tolist() == [[0.5, -1.75]]
@@ -335,50 +334,6 @@ def patches(counts, features=5, seed=0):
     return noise(torch.empty(sum(counts), features), seed)
 
 
-def replaced(before, after, counts):
-    """For each row, which of its patches changed, after checking what they changed to."""
-    result = []
-    for old, new in zip(before.split(counts), after.split(counts), strict=True):
-        changed = [not torch.equal(o, n) for o, n in zip(old, new, strict=True)]
-        for n, is_new in zip(new, changed, strict=True):
-            if is_new:
-                torch.testing.assert_close(n, old.mean(0))
-        result.append(changed)
-    return result
-
-
-@few
-@given(st.lists(st.integers(0, 40).filter(lambda n: n != 1), min_size=1, max_size=5), st.integers(0, 10), seeds)
-def test_patches_are_replaced_by_the_mean_patch(counts, tenths, seed):
-    pixel_values = patches(counts)
-    before = pixel_values.clone()
-    masked = mask_patches(pixel_values, torch.tensor(counts), tenths / 10, seed)
-    assert torch.equal(pixel_values, before)
-    assert masked.data_ptr() != pixel_values.data_ptr() or not pixel_values.numel()
-    changed = replaced(pixel_values, masked, counts)
-    assert [sum(row) for row in changed] == [round(tenths / 10 * n) for n in counts]
-    # The same once more, and the same for each row on its own.
-    assert torch.equal(mask_patches(pixel_values, torch.tensor(counts), tenths / 10, seed), masked)
-    for n, row, whole in zip(counts, pixel_values.split(counts), masked.split(counts), strict=True):
-        torch.testing.assert_close(mask_patches(row, torch.tensor([n]), tenths / 10, seed), whole)
-
-
-def test_every_patch_is_replaced_sometimes_and_seeds_differ():
-    pixel_values, count = patches([12]), torch.tensor([12])
-    changed = [replaced(pixel_values, mask_patches(pixel_values, count, 0.5, seed), [12])[0] for seed in range(60)]
-    often = torch.tensor(changed).sum(0)
-    assert ((often > 12) & (often < 48)).all()
-    assert len({tuple(row) for row in changed}) > 50
-
-
-def test_patches_keep_their_dtype_and_one_patch_is_its_own_mean():
-    pixel_values = patches([1, 7]).bfloat16()
-    masked = mask_patches(pixel_values, torch.tensor([1, 7]))
-    assert masked.dtype == torch.bfloat16
-    assert torch.equal(masked[0], pixel_values[0])
-    assert mask_patches(pixel_values[:0], torch.tensor([0, 0])).shape == (0, 5)
-
-
 @few
 @given(masks(max_length=10), st.data(), seeds)
 def test_remove_span_equals_lists(mask, data, seed):
@@ -444,6 +399,7 @@ def rollout(tokenizer):
         "num_images": [2, 1, 0, 1],
         "mm_token_type_ids": torch.zeros(4, 3 + ids.size(1), dtype=torch.int64),
     }
+    corrupted = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
     policy = Policy()
     arguments = {
         "batch": batch,
@@ -451,6 +407,7 @@ def rollout(tokenizer):
         "mask": mask,
         "logps": policy(batch),
         "tokenizer": tokenizer,
+        "logps_corrupted": lambda: policy(corrupted),
         "forward": policy,
         "pad_id": 7,
     }
@@ -461,7 +418,7 @@ def rollout(tokenizer):
 def test_two_forwards_that_differ_from_the_batch_in_one_thing_each(rollout):
     batch, policy = rollout["batch"], rollout["forward"]
     kept = {name: value.clone() if torch.is_tensor(value) else list(value) for name, value in batch.items()}
-    weights, metrics = RoleAwareWeighting(seed=3)(**rollout)
+    weights, metrics = RoleAwareWeighting()(**rollout)
 
     assert batch.keys() == kept.keys()
     assert all(torch.equal(batch[k], v) if torch.is_tensor(v) else batch[k] == v for k, v in kept.items())
@@ -469,8 +426,6 @@ def test_two_forwards_that_differ_from_the_batch_in_one_thing_each(rollout):
     corrupted, shortened = policy.batches
     assert {k for k in batch if corrupted[k] is not batch[k]} == {"pixel_values"}
     assert {k for k in batch if shortened[k] is not batch[k]} == {"completion_ids", "completion_mask"}
-    changed = replaced(batch["pixel_values"], corrupted["pixel_values"], [12, 12, 0, 16])
-    assert [sum(row) for row in changed] == [7, 7, 0, 10]
 
     ids, mask, tokenizer = rollout["completion_ids"], rollout["mask"], rollout["tokenizer"]
     spans = loop_spans(ids, mask, tokenizer, (PERCEPTION_PATTERN, REASONING_PATTERN))
@@ -512,7 +467,8 @@ def test_contrasts_that_make_no_difference_give_a_weight_of_one(rollout):
         # A policy that ignores the image and all tokens but the one it writes.
         return -batch["completion_ids"].sin().double().abs()
 
-    rollout |= {"forward": forward, "logps": forward(rollout["batch"])}
+    logps = forward(rollout["batch"])
+    rollout |= {"forward": forward, "logps": logps, "logps_corrupted": lambda: logps}
     weights, metrics = RoleAwareWeighting()(**rollout)
     assert torch.equal(weights, torch.ones_like(rollout["logps"]))
     assert metrics["role/visual_dependency"][0] == metrics["role/perception_consistency"][0] == 0
@@ -520,7 +476,7 @@ def test_contrasts_that_make_no_difference_give_a_weight_of_one(rollout):
 
 
 def test_an_image_that_is_not_corrupted_leaves_perception_at_the_baseline(rollout):
-    weights, metrics = RoleAwareWeighting(mask_ratio=0.0)(**rollout)
+    weights, metrics = RoleAwareWeighting()(**{**rollout, "logps_corrupted": lambda: rollout["logps"]})
     assert metrics["role/visual_dependency"][0] == 0
     perception, reasoning = role_spans(rollout["completion_ids"], rollout["mask"], rollout["tokenizer"])
     for b in (0, 3):
@@ -558,29 +514,21 @@ def test_tokens_that_the_policy_only_read_stay_in_the_shortened_completion(rollo
 def test_every_part_can_be_replaced(rollout):
     seen = {}
 
-    def corrupt(pixel_values, patches_per_row, ratio, seed):
-        seen["corrupt"] = (patches_per_row.tolist(), ratio, seed)
-        return torch.zeros_like(pixel_values)
-
     def weigh(perception_scores, reasoning_scores, perception, reasoning, temperature, clip):
         seen["weigh"] = (temperature, clip)
         return torch.where(perception, perception_scores, torch.where(reasoning, reasoning_scores, 1))
 
     weighting = RoleAwareWeighting(
-        mask_ratio=0.25,
-        seed=9,
         temperature=2.0,
         clip=0.5,
-        corrupt=corrupt,
         perception_score=lambda a, b: torch.full_like(a, 2.0),
         reasoning_score=lambda a, b: torch.full_like(a, 3.0),
         weigh=weigh,
     )
     weights, _ = weighting(**rollout)
-    assert seen == {"corrupt": ([12, 12, 0, 16], 0.25, 9), "weigh": (2.0, 0.5)}
-    assert not rollout["forward"].batches[0]["pixel_values"].any()
+    assert seen == {"weigh": (2.0, 0.5)}
     assert set(weights.unique().tolist()) == {1.0, 2.0, 3.0}
-    assert replace(weighting, seed=10).seed == 10
+    assert replace(weighting, clip=0.25).clip == 0.25
 
 
 ON, OFF = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.bool)
@@ -594,15 +542,9 @@ ON, OFF = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.bool
             r"`perception_pattern` is not a regular expression: '\('",
         ),
         (lambda: RoleAwareWeighting(reasoning_pattern="["), r"`reasoning_pattern` is not a regular expression: '\['"),
-        (lambda: RoleAwareWeighting(mask_ratio=1.5), r"`mask_ratio` .* got 1.5"),
-        (lambda: RoleAwareWeighting(mask_ratio=float("nan")), r"`mask_ratio` .* got nan"),
         (lambda: RoleAwareWeighting(temperature=0.0), r"`temperature` .* got 0.0"),
         (lambda: RoleAwareWeighting(clip=-1.0), r"`clip` .* got -1.0"),
         (lambda: RoleAwareWeighting(clip=float("inf")), r"`clip` .* got inf"),
-        (lambda: mask_patches(torch.zeros(4, 3), torch.tensor([4]), -0.1), r"`ratio` .* got -0.1"),
-        (lambda: mask_patches(torch.zeros(4, 3, 2), torch.tensor([4])), r"\(patches, features\).* got \(4, 3, 2\)"),
-        (lambda: mask_patches(torch.zeros(4, 3), torch.tensor([1, 2])), r"sum up to the 4 .* got \[1, 2\]"),
-        (lambda: mask_patches(torch.zeros(4, 3), torch.tensor([5, -1])), r"got \[5, -1\]"),
         (lambda: remove_span(ON.long(), ON, torch.ones(1, 3)), r"same shape .* `span` \(1, 3\)"),
         (lambda: role_spans(ON.long(), torch.ones(2), None), r"same shape .* `mask` \(2,\)"),
         (lambda: role_aware_weights(ON.float(), ON.float(), ON, ON), r"disjoint"),
@@ -621,7 +563,9 @@ def test_a_batch_without_images(rollout):
     for name in ("pixel_values", "image_grid_thw", "num_images"):
         del rollout["batch"][name]
     calls = []
-    weights, metrics = RoleAwareWeighting()(**{**rollout, "forward": calls.append})
+    weights, metrics = RoleAwareWeighting()(
+        **{**rollout, "forward": calls.append, "logps_corrupted": lambda: calls.append(None)}
+    )
     assert weights.eq(1.0).all() and calls == []
     assert metrics["role/well_formed"][0] == 0
 
@@ -636,7 +580,14 @@ def test_a_process_without_images_keeps_the_others_company(rollout):
         calls.append(batch)
         return rollout["logps"]
 
-    weights, _ = RoleAwareWeighting()(**{**rollout, "forward": forward, "reduce": lambda own: own + 5})
+    weights, _ = RoleAwareWeighting()(
+        **{
+            **rollout,
+            "forward": forward,
+            "logps_corrupted": lambda: forward(None),
+            "reduce": lambda own: own + 5,
+        }
+    )
     assert weights.eq(1.0).all() and len(calls) == 2
 
 

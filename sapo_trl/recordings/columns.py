@@ -68,13 +68,19 @@ REWARD = Kind("a number or empty", NUMBER.fits, optional=True)
 NUMBERS_OF_TOKENS = ("logps", "entropies", "values", "advantages", "returns", "token_rewards")
 """Columns of numbers, with one entry per loss token."""
 
+NUMBERS_IF_ASKED_FOR = ("visual_dependency", "policy_mask")
+"""The same, of runs whose settings ask for them: the dependence on images; 1 where the policy learns, else 0."""
+
+OPTIONAL_NUMBERS = ("token_rewards", *NUMBERS_IF_ASKED_FOR)
+"""Columns of numbers that files may lack."""
+
 TOKEN_COLUMNS = {
     "tokens": TEXTS,
     "segment_ids": SEGMENTS,
     **dict.fromkeys(NUMBERS_OF_TOKENS, NUMBERS),
-    "token_rewards": replace(NUMBERS, optional=True),
+    **dict.fromkeys(OPTIONAL_NUMBERS, replace(NUMBERS, optional=True)),
 }
-"""Columns of lists with one entry per loss token. Files of earlier versions lack the optional column."""
+"""Columns of lists with one entry per loss token. Files of earlier versions lack the optional columns."""
 
 RESPONSE_COLUMNS = {
     "step": INTEGER,

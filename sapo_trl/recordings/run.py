@@ -17,7 +17,9 @@ from .columns import (
     ANYTHING,
     INTEGER,
     NUMBER,
+    NUMBERS_IF_ASKED_FOR,
     NUMBERS_OF_TOKENS,
+    OPTIONAL_NUMBERS,
     RATIO_COLUMNS,
     RESPONSE_COLUMNS,
     TOKEN_COLUMNS,
@@ -28,7 +30,7 @@ from .log import read_log
 from .tables import read_frame, recorded_files
 
 
-NUMBER_COLUMNS = (*NUMBERS_OF_TOKENS, "log_ratios")
+NUMBER_COLUMNS = (*NUMBERS_OF_TOKENS, *NUMBERS_IF_ASKED_FOR, "log_ratios")
 """Numbers of each token that a run may have recorded."""
 
 _WRITER = "SegmentationCallback"
@@ -148,8 +150,9 @@ def _read_segments(folder: Path, notes: list[str]) -> pd.DataFrame:
         ratios = _read_ratios(path.with_name(path.name.replace("segments_", "ratios_", 1)), notes)
         for place, row in enumerate(frame.to_dict("records")):
             number = len(row["tokens"])
-            if not hasattr(row.get("token_rewards"), "__len__"):  # of an earlier version
-                row["token_rewards"] = np.full(number, np.nan)
+            for name in OPTIONAL_NUMBERS:
+                if not hasattr(row.get(name), "__len__"):  # not asked for, or of an earlier version
+                    row[name] = np.full(number, np.nan)
             if uneven := {name: len(row[name]) for name in TOKEN_COLUMNS if len(row[name]) != number}:
                 raise ValueError(f"{path}: response {place} has {number} `tokens`, but {uneven}.")
             row["log_ratios"] = ratios.get(place)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import replacing, write_text
-from .columns import NUMBERS_OF_TOKENS
+from .columns import NUMBERS_IF_ASKED_FOR, NUMBERS_OF_TOKENS
 
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ def segmented_responses(
     Returns:
         `list[dict]`: `step`, `prompt`, `reward` (`None` if unscored) and the lists `tokens` (text), `special` (whether
         a token is special), `segment_ids`, `logps`, `entropies`, `values`, `advantages`, `returns` and `token_rewards`
-        (rewards where they fall due). Tokens outside segments, such as tokens from tools, are in `masked_tokens`. For
-        each of them, `masked_positions` has the number of segment tokens before it.
+        (rewards where they fall due), and if settings ask for them `visual_dependency` and `policy_mask` (1 where the
+        policy learns). Tokens outside segments, such as tokens from tools, are in `masked_tokens`. For each of them,
+        `masked_positions` has the number of segment tokens before it.
     """
     per_token = {"segment_ids": rollout.segments.ids}
     per_token |= {name: getattr(rollout, name) for name in NUMBERS_OF_TOKENS}
+    per_token |= {name: tensor for name, tensor in _asked_for(rollout).items() if tensor is not None}
     # Transfer each tensor once, instead of once per row.
     columns = {name: tensor[:max_responses].tolist() for name, tensor in per_token.items()}
     # Without the mask, only padding is known to lie outside segments.
@@ -74,6 +76,14 @@ def segmented_responses(
             }
         )
     return rows
+
+
+def _asked_for(rollout: SegmentedRollout) -> dict[str, torch.Tensor | None]:
+    """Columns that some settings ask for; `None` for the others."""
+    learned, mask = rollout.policy_mask, rollout.segments.mask
+    if learned is not None:
+        learned = None if bool((learned == mask).all()) else learned.int()
+    return dict(zip(NUMBERS_IF_ASKED_FOR, (rollout.visual_dependency, learned), strict=True))
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

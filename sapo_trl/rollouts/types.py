@@ -55,6 +55,10 @@ class RolloutBatch(TypedDict, total=False):
     segment_ids: torch.Tensor  # int64 (B, T), -1 outside the segments
     segment_counts: list[int]  # B, segments of each row
     policy_mask: torch.Tensor  # bool (B, T), the tokens that the policy learns from
+    response_dependency: torch.Tensor  # float32 (B,), mean dependence of tokens on images, NaN without tokens
+    corrupted_per_token_logps: torch.Tensor  # float32 (B, T), under the old policy with corrupted images
+    corruption_seeds: list[int]  # B, seed of the corruption of each row's images
+    has_image: torch.Tensor  # bool (B,)
     rollout_rows: torch.Tensor  # int64 (B,), place of each row in the rollout
 
     # From the bridge: known once for a rollout, so that no micro-batch asks the device for them.
@@ -74,12 +78,14 @@ class PolicyForward:
         entropies (`torch.Tensor`): the same, entropies of these distributions.
         values (`torch.Tensor`, *optional*): the same, with a critic that reads the policy's hidden states.
         aux_loss (`torch.Tensor`, *optional*): 0-dimensional, the load-balancing loss of a mixture of experts.
+        corrupted_logps (`torch.Tensor`, *optional*): the same as `logps`, with corrupted images.
     """
 
     logps: torch.Tensor
     entropies: torch.Tensor
     values: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    corrupted_logps: torch.Tensor | None = None
 
 
 @dataclass
@@ -173,6 +179,10 @@ class SegmentedRollout:
         completion_mask (`torch.Tensor`, *optional*):
             int64 `(B, T)`, 1 on every token. It includes tools' answers, which are in no segment.
         images (`list[list]`, *optional*): the images of each response's prompt.
+        policy_mask (`torch.Tensor`, *optional*): bool `(B, T)`, the tokens that the policy learns from.
+        visual_dependency (`torch.Tensor`, *optional*):
+            float32 `(B, T)`, each token's dependence on the images, see [`~sapo_trl.visual_dependency`]; `None` if no
+            setting asks for it.
     """
 
     segments: Segments
@@ -191,3 +201,5 @@ class SegmentedRollout:
     continuations: ContinuationSampler | None = None
     completion_mask: torch.Tensor | None = None
     images: list[list[Any]] | None = None
+    policy_mask: torch.Tensor | None = None
+    visual_dependency: torch.Tensor | None = None

@@ -28,7 +28,7 @@ from ..segmentation import (
     StepSegmenter,
     TokenSegmenter,
 )
-from .adapters import check_adapters, disable_dropout, prepare_adapters
+from .adapters import check_adapters, disable_dropout
 from .checks import check_adapter_name, check_prompt_column, datasets_of
 
 
@@ -125,15 +125,15 @@ def make_segmenter(args: SAPOConfig) -> Segmenter:
     raise ValueError(f"`segmentation={args.segmentation!r}` has no segmenter here.")
 
 
-def make_role_aware_weighting(args: SAPOConfig) -> RoleAwareWeighting:
+def make_token_weighting(args: SAPOConfig) -> RoleAwareWeighting | None:
     """The token weights that a configuration asks for."""
+    if args.advantage_weighting == "none":
+        return None
     return RoleAwareWeighting(
         perception_pattern=args.role_perception_pattern,
         reasoning_pattern=args.role_reasoning_pattern,
-        mask_ratio=args.role_mask_ratio,
         temperature=args.role_temperature,
         clip=args.role_clip,
-        seed=args.seed,
     )
 
 
@@ -234,21 +234,6 @@ def check_tokenizer_of(value_model: str, tokenizer: PreTrainedTokenizerBase) -> 
         return
     value_tokenizer = AutoTokenizer.from_pretrained(value_model)
     check_same_tokenizer(value_tokenizer, tokenizer, value_model)
-
-
-def prepare_policy(policy: PreTrainedModel, args: SAPOConfig, weighs_tokens: bool) -> None:
-    """Complete TRL's preparations of a policy. Raises a `ValueError` if it does not take the run's inputs."""
-    if weighs_tokens:
-        _check_takes_images(policy)
-    prepare_adapters(policy, args)
-
-
-def _check_takes_images(model: PreTrainedModel) -> None:
-    if getattr(model.config, "vision_config", None) is None:
-        raise ValueError(
-            '`advantage_weighting="role_aware"` measures how far tokens depend on images, but a model of type '
-            f'{model.config.model_type!r} takes none: it must be "none".'
-        )
 
 
 def check_value_model(

@@ -28,6 +28,7 @@ from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutR
 from ..sampler_correction import importance_correction, logp_difference
 from ..segmentation import is_uncertain
 from ..segments import Segments
+from ..token_mask import largest_share
 from ..token_rewards import kl_estimate, outcome_token_rewards
 
 
@@ -100,9 +101,28 @@ def sampler_difference(
     return total / max(count, 1)
 
 
-def learned_tokens(forward: PolicyForward, segments: Segments, threshold: float | None) -> torch.Tensor:
-    """bool `(B, T)`: the tokens that the policy learns from, without those it is confident of (`threshold`)."""
-    return segments.mask if threshold is None else segments.mask & is_uncertain(forward.logps, threshold)
+def learned_tokens(
+    forward: PolicyForward,
+    dependency: torch.Tensor | None,
+    segments: Segments,
+    args: SAPOConfig,
+    processes: Processes,
+) -> tuple[torch.Tensor, Measurements]:
+    """bool `(B, T)`: the tokens that the policy learns from, which pass every mask of the settings."""
+    chosen = mask = segments.mask
+    if args.confident_token_threshold is not None:
+        chosen = chosen & is_uncertain(forward.logps, args.confident_token_threshold)
+    if args.entropy_token_share is not None and args.entropy_token_scope == "response":
+        chosen = chosen & largest_share(forward.entropies, mask, args.entropy_token_share)
+    elif args.entropy_token_share is not None:
+        entropies, everyone = processes.gather_padded(forward.entropies), processes.gather_padded(mask.int()).bool()
+        uncertain = largest_share(entropies.view(1, -1), everyone.view(1, -1), args.entropy_token_share)
+        chosen = chosen & processes.own_rows(uncertain.view_as(everyone), len(mask))[:, : mask.size(1)]
+    if args.visual_token_share is not None:
+        # Equal numbers tell no tokens apart: a response that depends on no image, or has none, keeps its tokens.
+        depends = (dependency > 0).any(dim=1, keepdim=True)
+        chosen = chosen & (largest_share(dependency, mask, args.visual_token_share) | ~depends)
+    return chosen, {"policy_mask/share": (chosen.sum(), mask.sum())} if args.masks_tokens else {}
 
 
 def placed_rewards(
@@ -252,23 +272,26 @@ def measured(
     rollout: SegmentedRollout, policy_mask: torch.Tensor, args: SAPOConfig, processes: Processes
 ) -> Measurements:
     """Measurements of a rollout's advantages, returns and values."""
-    mask, states = rollout.segments.mask, rollout.segments.state_mask(args.value_state)
+    states = rollout.segments.state_mask(args.value_state)
     values, returns = rollout.values, rollout.returns
     metrics: Measurements = {
         "advantages/abs_mean": (rollout.advantages.abs().sum(), policy_mask.sum()),
         "returns/mean": (torch.where(states, returns, 0).sum(), states.sum()),
     }
-    if args.confident_token_threshold is not None:
-        metrics["policy_mask/share"] = (policy_mask.sum(), mask.sum())
     if args.learns_critic:
         metrics["value/mean"] = (torch.where(states, values, 0).sum(), states.sum())
         metrics["value/explained_variance"] = (explained_variance(values, returns, states, processes.sum), 1.0)
     return metrics
 
 
-def training_columns(rollout: SegmentedRollout, policy_mask: torch.Tensor) -> RolloutBatch:
+def training_columns(rollout: SegmentedRollout, args: SAPOConfig, processes: Processes) -> RolloutBatch:
     """The columns that the losses read besides TRL's, of a rollout."""
+    policy_mask, columns = rollout.policy_mask, {}
+    if args.masks_tokens and args.loss_type in TRL_LOSS_TYPES:
+        # TRL multiplies its mask by this one, and divides by a number of tokens that it has counted before.
+        columns = {"tool_mask": policy_mask.long(), "num_items_in_batch": processes.sum(policy_mask.sum())}
     return {
+        **columns,
         "advantages": rollout.advantages,
         "returns": rollout.returns,
         "old_values": rollout.values,

@@ -15,6 +15,7 @@ from ..distributed import Processes
 from ..metrics import Measurements, MetricAccumulator
 from ..rollouts.types import RolloutBatch
 from ..segments import Segments
+from ..visual_dependency import ResponseScale
 
 
 def segments_of(batch: RolloutBatch) -> Segments:
@@ -41,21 +42,26 @@ class StepTotals:
         tokens (`torch.Tensor`): 0-dimensional, tokens that the policy learns from.
         segments (`torch.Tensor`): 0-dimensional.
         positive_tokens (`torch.Tensor`): 0-dimensional, tokens of responses above `positive_lm_threshold`.
+        response_tokens (`torch.Tensor`): 0-dimensional, tokens of segments, whatever mask the policy has.
         rows (`int`): responses of this process.
         micro_batches (`int`): forwards of the step.
         own_tokens (`torch.Tensor`): 0-dimensional, this process's tokens that any loss reads.
         own_segments (`torch.Tensor`): 0-dimensional, this process's segments.
         own_read_tokens (`torch.Tensor`): 0-dimensional, this process's tokens, prompts included.
+        response_scale ([`~sapo_trl.visual_dependency.ResponseScale`], *optional*):
+            from a response's dependence on its images to its weight.
     """
 
     tokens: torch.Tensor
     segments: torch.Tensor
     positive_tokens: torch.Tensor
+    response_tokens: torch.Tensor
     rows: int
     micro_batches: int
     own_tokens: torch.Tensor
     own_segments: torch.Tensor
     own_read_tokens: torch.Tensor
+    response_scale: ResponseScale | None = None
 
     @classmethod
     def of(
@@ -78,7 +84,9 @@ class StepTotals:
             (batch["policy_mask"] & (batch["rewards"] > args.positive_lm_threshold).unsqueeze(1)).sum()
             for batch in batches
         )
-        counts = (_total(batch["policy_mask"].sum() for batch in batches), segments, _total(positive))
+        tokens = _total(batch["policy_mask"].sum() for batch in batches)
+        responses = _total((batch["segment_ids"] >= 0).sum() for batch in batches)
+        counts = (tokens, segments, _total(positive), responses)
         if processes is None:
             totals = [count.clamp(min=1) for count in counts]
         else:
@@ -90,6 +98,7 @@ class StepTotals:
             own_tokens=_total(_trained_tokens(batch, args) for batch in batches),
             own_segments=segments,
             own_read_tokens=_total(read_tokens(batch) for batch in batches),
+            response_scale=_response_scale(batches, args, processes),
         )
 
     def normalizer(self, aggregation: str, unit: str, max_completion_length: int | None) -> torch.Tensor | float:
@@ -108,6 +117,24 @@ class StepTotals:
         raise ValueError(f"{aggregation!r} has no denominator here.")
 
 
+def _response_scale(
+    batches: list[RolloutBatch], args: SAPOConfig, processes: Processes | None
+) -> ResponseScale | None:
+    """Of the responses of all processes."""
+    if args.response_weighting == "none":
+        return None
+    own = torch.cat([batch["response_dependency"] for batch in batches])
+    return ResponseScale.of(own if processes is None else processes.gather(own), args.smallest_response_weight)
+
+
+def weighted_responses(batch: RolloutBatch, totals: StepTotals, args: SAPOConfig) -> RolloutBatch:
+    """A micro-batch whose advantages are multiplied by the weights of its responses, if they have any."""
+    if totals.response_scale is None:
+        return batch
+    weights = totals.response_scale.weights(batch["response_dependency"], args.smallest_response_weight)
+    return {**batch, "advantages": batch["advantages"] * weights.unsqueeze(1)}
+
+
 def _total(numbers: Any) -> torch.Tensor:
     return torch.stack(list(numbers)).sum()
 
@@ -121,6 +148,8 @@ def _trained_tokens(batch: RolloutBatch, args: SAPOConfig) -> torch.Tensor:
     regularized = args.beta != 0.0 or args.entropy_coef != 0.0 or args.use_adaptive_entropy
     if args.loss_type in TRL_LOSS_TYPES and regularized:
         return loss_mask(batch).sum()  # also of responses without a reward
+    if args.entropy_penalty_coef != 0.0 or args.perception_kl_coef != 0.0:
+        return (batch["segment_ids"] >= 0).sum()  # also of tokens that a mask leaves out of the policy loss
     return batch["policy_mask"].sum()
 
 

@@ -30,6 +30,7 @@ from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutR
 from ..segmentation import Segmenter, accepted_inputs
 from ..segments import Segments
 from . import stages
+from .adapters import prepare_adapters
 from .checkpoint_parts import CallbackStates, CriticPart, ReplayPart, SkippedSteps, WarmupPart
 from .checks import (
     check_finite_weights,
@@ -48,12 +49,12 @@ from .setup import (
     check_tokenizer_of,
     default_arguments,
     make_critic,
-    make_role_aware_weighting,
     make_segmenter,
+    make_token_weighting,
     make_value_head,
-    prepare_policy,
 )
-from .step import MicroBatchLoss, StepInProgress, StepTotals, combined, loss_mask
+from .sight import CorruptedForward, columns_of_images, corrupted_images, dependency_of, looking_again, token_weights
+from .step import MicroBatchLoss, StepInProgress, StepTotals, combined, loss_mask, weighted_responses
 from .step_guard import StepGuard
 from .tree_rollout import TreeRollouts
 from .trl.bridge import GRPOBridge
@@ -159,11 +160,10 @@ class SAPOTrainer(GRPOBridge):
         self.segmenter: Segmenter = segmenter if segmenter is not None else make_segmenter(args)
         self._segmenter_is_configured = segmenter is None
         self._segmenter_inputs = accepted_inputs(self.segmenter)
-        self.token_weighting = token_weighting
-        if token_weighting is None and args.advantage_weighting == "role_aware":
-            self.token_weighting = make_role_aware_weighting(args)
+        self.token_weighting = token_weighting or make_token_weighting(args)
         policy = self.accelerator.unwrap_model(self.model)
-        prepare_policy(policy, args, weighs_tokens=self.token_weighting is not None)
+        prepare_adapters(policy, args)
+        self.corrupted_images = corrupted_images(policy, self.processing_class, args, self.token_weighting)
 
         if args.critic == "adapter":
             # On the policy as TRL has wrapped it. By now each process has random numbers of its own, but the critic is
@@ -230,6 +230,8 @@ class SAPOTrainer(GRPOBridge):
         starts = self.critic is not None and self.mode == "train" and self.critic.start_at(record.rewards)
         if forward is None or (starts and forward.values is not None):  # values from before the critic's start
             forward = self.policy_forward(self.model, batch, self._rows_per_forward)
+        seed = args.seed + self.state.global_step
+        look = CorruptedForward(self.corrupted_images, batch, forward.logps, self._logps, seed, self.tokenizer)
         if record.given is not None:
             mask, forward = stages.last_edges(forward, mask, record.given)
         batch = {**batch, "rewards": rewards}
@@ -238,7 +240,8 @@ class SAPOTrainer(GRPOBridge):
         self._check_sampler_once(forward, batch, mask)
         correction, sampler_metrics = stages.sampler_correction(forward, batch, mask, args)
         segments = self.segment(forward, batch, mask)
-        policy_mask = stages.learned_tokens(forward, segments, args.confident_token_threshold)
+        dependency, sight_metrics = dependency_of(look, segments.mask, args)
+        policy_mask, mask_metrics = stages.learned_tokens(forward, dependency, segments, args, self.processes)
         started = time.perf_counter()
         values, value_metrics = checked_estimate(self.estimate_values(forward, batch, segments, policy_mask, record))
         seconds["value"] = time.perf_counter() - started
@@ -246,7 +249,7 @@ class SAPOTrainer(GRPOBridge):
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
         advantages, gate_metrics = stages.gated(advantages, token_rewards, values, segments, args, self.processes)
         advantages, changes = stages.normalized(advantages, policy_mask, record, args, self.processes)
-        weights, weight_metrics = self._token_weights(forward, batch, mask)
+        weights, weight_metrics = token_weights(self.token_weighting, forward, look, mask, self.processes)
         advantages = advantages if weights is None else advantages * weights
         if args.loss_type in TRL_LOSS_TYPES and not args.use_vllm and correction is not None:
             # TRL's losses correct for its own samplers alone. A positive factor may as well go into the advantage.
@@ -268,20 +271,27 @@ class SAPOTrainer(GRPOBridge):
             continuations=self._continuations(record),
             completion_mask=batch["completion_mask"],
             images=stages.images_of(record.inputs),
+            policy_mask=policy_mask,
+            visual_dependency=dependency,
         )
         metrics = record.metrics | stages.measured(rollout, policy_mask, args, self.processes)
-        metrics |= sampler_metrics | value_metrics | reward_metrics | changes | weight_metrics | gate_metrics
-        self._log_rollout(rollout, metrics, seconds)
+        metrics |= sampler_metrics | sight_metrics | mask_metrics | value_metrics | reward_metrics | changes
+        metrics |= weight_metrics | gate_metrics
+        self._log_rollout(rollout, metrics, seconds | look.seconds)
         if record.given is not None:
             # TRL's is the mean over the edges that were drawn. All edges matter.
             self.pending_log.replace("reward", stages.mean_root_value(record.given, self.processes), self.mode)
 
-        columns = stages.training_columns(rollout, policy_mask)
+        columns = stages.training_columns(rollout, args, self.processes)
+        columns |= columns_of_images(dependency, look, segments.mask, args)
         if args.loss_type not in TRL_LOSS_TYPES or record.given is not None or "old_per_token_logps" in batch:
             # Without them TRL's losses take the ratio as exactly 1, which it is when it needs none.
             columns["old_per_token_logps"] = forward.logps
         kept = {name: x for name, x in batch.items() if name not in ("importance_sampling_ratio", "token_rewards")}
         return {**kept, **columns, **({} if correction is None else {"importance_sampling_ratio": correction})}
+
+    def _logps(self, batch: RolloutBatch) -> torch.Tensor:
+        return self.policy_forward(self.model, batch, self._rows_per_forward).logps
 
     def segment(self, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor) -> Segments:
         """
@@ -359,25 +369,6 @@ class SAPOTrainer(GRPOBridge):
         difference = stages.sampler_difference(forward, batch["sampling_per_token_logps"], mask, self.processes)
         check_sampler(difference, self.args.max_sampler_logp_difference)
 
-    def _token_weights(
-        self, forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor
-    ) -> tuple[torch.Tensor | None, Measurements]:
-        """float32 `(B, T)`: the factor of each token's advantage; `None` without any."""
-        if self.token_weighting is None:
-            return None, {}
-        # Other patches are hidden in every rollout.
-        weighting = replace(self.token_weighting, seed=self.token_weighting.seed + self.state.global_step)
-        return weighting(
-            batch=batch,
-            completion_ids=batch["completion_ids"],
-            mask=mask,
-            logps=forward.logps,
-            tokenizer=self.tokenizer,
-            forward=lambda changed: self.policy_forward(self.model, changed, self._rows_per_forward).logps,
-            pad_id=self.tokenizer.pad_token_id,
-            reduce=self.processes.sum,
-        )
-
     def _log_rollout(self, rollout: SegmentedRollout, metrics: Measurements, seconds: dict[str, float]) -> None:
         """Show a rollout to the callbacks, and write the measurements to the log."""
         measured = MetricAccumulator()
@@ -414,10 +405,11 @@ class SAPOTrainer(GRPOBridge):
             # A leaf: its gradient reaches no parameter, so the optimizer has nothing to apply.
             loss = torch.zeros((), device=self.accelerator.device, requires_grad=True)
         elif self.args.loss_type in TRL_LOSS_TYPES:
-            loss, values = self.trl_loss(model, batch)
+            loss, values = self.trl_loss(model, weighted_responses(batch, totals, self.args))
         else:
-            forward = self.policy_forward(model, batch)
-            loss, values = self._measured(self.policy_objective(forward, batch, totals)), forward.values
+            forward = looking_again(lambda rows: self.policy_forward(model, rows), self.corrupted_images, batch)
+            output = self.policy_objective(forward, weighted_responses(batch, totals, self.args), totals)
+            loss, values = self._measured(output), forward.values
             if is_training and "rollout_rows" in batch:  # the rest of a rollout may be an older checkpoint's
                 log_ratios = forward.logps.detach() - batch["old_per_token_logps"]
                 for callback in self._rollout_callbacks:

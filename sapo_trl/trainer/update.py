@@ -12,6 +12,7 @@ from ..metrics import Measurements, mean_over
 from ..rollouts.types import PolicyForward, RolloutBatch
 from ..segments import Segments
 from ..token_rewards import kl_estimate
+from ..visual_dependency import visual_dependency
 from .policy_terms import policy_term
 from .step import MicroBatchLoss, StepTotals, read_tokens, segments_of
 
@@ -79,11 +80,36 @@ class PolicyObjective:
         if args.entropy_coef != 0.0:
             loss = loss - args.entropy_coef * aggregate(forward.entropies, mask, normalizer=totals.tokens)
             metrics["entropy_coef"] = (torch.tensor(args.entropy_coef), 1.0)
+        if args.entropy_penalty_coef != 0.0:
+            surprise = -aggregate(forward.logps, segments.mask, normalizer=totals.response_tokens)
+            metrics["entropy_penalty"] = (surprise.detach(), share)
+            loss = loss + args.entropy_penalty_coef * surprise
+        if args.perception_kl_coef != 0.0:
+            loss, metrics["perception_kl"] = self._with_perception(loss, forward, batch, totals)
         if forward.aux_loss is not None:
             metrics["aux_loss"] = (forward.aux_loss.detach(), 1.0)
             # By tokens that the policy reads.
             loss = loss + self.router_aux_loss_coef * forward.aux_loss * (read_tokens(batch) / totals.own_read_tokens)
-        return MicroBatchLoss(loss, metrics, {"ratio/max": output.metrics["ratio_max"]})
+        maxima = {"ratio/max": output.metrics["ratio_max"]}
+        if totals.response_scale is not None:
+            maxima["response_weight/max"] = totals.response_scale.largest(args.smallest_response_weight)
+        return MicroBatchLoss(loss, metrics, maxima)
+
+    def _with_perception(
+        self, loss: torch.Tensor, forward: PolicyForward, batch: RolloutBatch, totals: StepTotals
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, float]]:
+        """The loss with PAPO's perception loss, and the divergence from the policy with corrupted images."""
+        args, mask = self.args, (batch["segment_ids"] >= 0) & batch["has_image"].unsqueeze(1)
+        corrupted = forward.corrupted_logps
+        corrupted = batch["corrupted_per_token_logps"] if corrupted is None else corrupted
+        # Masked before the exponential, as the KL term.
+        divergence = visual_dependency(torch.where(mask, forward.logps, 0), torch.where(mask, corrupted, 0))
+        divergence = aggregate(divergence, mask, normalizer=totals.response_tokens)
+        loss = loss - args.perception_kl_coef * divergence
+        if args.corrupted_entropy_penalty_coef != 0.0:
+            likelihood = aggregate(corrupted, mask, normalizer=totals.response_tokens)
+            loss = loss - args.corrupted_entropy_penalty_coef * likelihood
+        return loss, (divergence.detach(), 1 / totals.micro_batches)
 
     def _kl_term(
         self, logps: torch.Tensor, batch: RolloutBatch, ratio_segments: Segments | None, totals: StepTotals

@@ -117,6 +117,8 @@
     { name: "values", title: "Value", kind: "sequential", from: (r) => [r[1], r[2]] },
     { name: "advantages", title: "Advantage", kind: "diverging", from: (r) => symmetric(r) },
     { name: "log_ratios", title: "Ratio", kind: "diverging", from: (r) => symmetric(r), print: (x) => show(Math.exp(x)), what: "ratio to the old policy" },
+    { name: "visual_dependency", title: "Sight", kind: "sequential", from: (r) => [0, r[2]], what: "dependence on the images" },
+    { name: "policy_mask", title: "Learned", kind: "sequential", from: () => [0, 1], what: "1 where the policy learns" },
   ];
   function symmetric([least, low, high, most]) {
     const end = Math.max(-low, high) || Math.max(-least, most) || 1;
@@ -285,7 +287,7 @@
     if (special.has(token[at])) facts.push(["kind", "special token"]);
     if (masked[at]) return [...facts, ["kind", "not the policy's, or not trained on"]];
     facts.push(["segment", `${segment + 1} of ${panel.segments.count}`]);
-    const numbers = [["entropies", "entropy"], ["logps", "probability", Math.exp], ["values", "value"], ["advantages", "advantage"], ["returns", "return"], ["log_ratios", "ratio", Math.exp]];
+    const numbers = [["entropies", "entropy"], ["logps", "probability", Math.exp], ["values", "value"], ["advantages", "advantage"], ["returns", "return"], ["visual_dependency", "dependence on the images"], ["policy_mask", "learned from"], ["log_ratios", "ratio", Math.exp]];
     for (const [name, title, print = (x) => x] of numbers) {
       const value = number(name, at);
       if (!Number.isNaN(value)) facts.push([title, show(print(value))]);

@@ -1,5 +1,7 @@
 """The recorded files: what is written is read back, with the columns that the package declares."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -38,6 +40,8 @@ def rollout() -> SegmentedRollout:
         tokenizer=tokenizer,
         mode="train",
         completion_mask=torch.tensor(PRESENT),
+        visual_dependency=grid + 50,
+        policy_mask=torch.tensor([[False, True, False, True], [False, True, False, False]]),
     )
 
 
@@ -73,8 +77,22 @@ def test_all_is_read_back(folder):
         for place, name in enumerate(NUMBERS):
             expected = [[1, 2, 3], [4, 5]]
             assert [list(row) for row in table[name]] == [[x + 10 * place for x in row] for row in expected]
+    assert [list(row) for row in recording.responses["visual_dependency"]] == [[51, 52, 53], [54, 55]]
+    assert [list(row) for row in recording.responses["policy_mask"]] == [[1, 0, 1], [0, 1]]
     # Row 1 of the rollout was first in the micro-batch.
     assert [list(row) for row in recording.responses["log_ratios"]] == [[5, 6, 7], [0, 1]]
+
+
+def test_a_run_that_asks_for_neither_sight_nor_a_mask(rollout, tmp_path):
+    """Their columns are not written, and are read as unknown, like those of earlier versions."""
+    plain = replace(rollout, visual_dependency=None, policy_mask=rollout.segments.mask)
+    rows = segmented_responses(plain, step=3)
+    assert not {"visual_dependency", "policy_mask"} & rows[0].keys()
+    write_rows(tmp_path / file_name("segments", 3, 1, "parquet"), rows)
+    table = read_recording(tmp_path).responses
+    for name in ("visual_dependency", "policy_mask"):
+        assert [len(row) for row in table[name]] == list(LENGTHS)
+        assert all(np.isnan(row).all() for row in table[name])
 
 
 def test_a_missing_column_of_values_is_named(folder):

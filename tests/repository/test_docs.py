@@ -33,6 +33,7 @@ from sapo_trl.cli import main
 from sapo_trl.cli.run_arguments import short_help
 from sapo_trl.cli.train import TrainArguments
 from sapo_trl.cli.train_command import HELP
+from sapo_trl.embedded import build_tokenizer
 from sapo_trl.rollouts.types import RolloutBatch
 
 
@@ -391,6 +392,24 @@ def test_the_pictures_of_the_concepts_can_be_drawn(tmp_path):
         getattr(drawing, f"draw_{name}")(tmp_path / f"{name}.png")
         assert (ROOT / "docs" / "images" / f"concept_{name}.png").is_file()
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+
+
+def test_the_kinds_of_tokens_of_a_solution():
+    """Of the picture about the dependence on images; and its comparison of two samples, against all pairs."""
+    spec = importlib.util.spec_from_file_location("draw_sight", ROOT / "docs" / "draw_visual_dependency.py")
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    tokenizer = build_tokenizer()
+    ids = tokenizer("AB=7\nBC=3\n7+3=10\n10-3=7\n\\boxed{7}<|im_end|>")["input_ids"]
+    pieces = [tokenizer.decode([token]) for token in ids]
+    by_kind = dict.fromkeys(drawing.KINDS, "")
+    for piece, kind in zip(pieces, drawing.kinds_of(pieces), strict=True):
+        by_kind[kind] += piece
+    assert list(by_kind.values()) == ["73", "AB=\nBC=\n", "73103", "107", "+=\n-=\n", "\\boxed{7}<|im_end|>"]
+    one, other = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([1.0, 2.0])
+    pairs = [(a > b) + 0.5 * (a == b) for a in one.tolist() for b in other.tolist()]
+    assert drawing.probability_of_more(one, other) == pytest.approx(sum(pairs) / 6)
+    assert (ROOT / "docs" / "images" / "visual_dependency.png").is_file()
 
 
 # ----------------------------------------------------------------------------------------------------- how a step runs

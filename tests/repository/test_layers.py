@@ -15,6 +15,9 @@ MATHEMATICS = {
     "token_rewards",
     "losses",
     "role_aware",
+    "token_mask",
+    "visual_dependency",
+    "image_corruption",
     "metrics",
     "sampler_correction",
 }

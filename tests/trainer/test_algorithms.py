@@ -34,6 +34,9 @@ OWN_METRICS = {
     "vineppo": ["monte_carlo/states", "monte_carlo/tokens", "time/monte_carlo"],
     "spo_chain": ["monte_carlo/unique_states", "policy_mask/share"],
     "spo_tree": ["tree/leaves", "tree/dropped_edges", "tree/edge_age"],
+    "entropy_mask": ["policy_mask/share"],
+    "vppo": ["policy_mask/share", "visual_dependency/mean", "response_weight/max", "entropy_penalty"],
+    "papo": ["perception_kl", "entropy_penalty"],
     "srpo": ["role/perception_weight", "role/reasoning_weight", "role/visual_dependency"],
 }
 

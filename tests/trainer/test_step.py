@@ -48,6 +48,7 @@ def test_every_metric_of_a_policy_loss_has_a_name_in_the_log(loss):
 
 def test_an_unknown_aggregation_is_an_error():
     one = torch.tensor(1.0)
-    totals = StepTotals(one, one, one, rows=2, micro_batches=1, own_tokens=one, own_segments=one, own_read_tokens=one)
+    own = {"own_tokens": one, "own_segments": one, "own_read_tokens": one}
+    totals = StepTotals(one, one, one, one, rows=2, micro_batches=1, **own)
     with pytest.raises(ValueError, match="'seq-max' has no denominator"):
         totals.normalizer("seq-max", "tokens", 4)

@@ -40,6 +40,8 @@ KNOWN = recorded_response(
     values=[0.25, 0.5, 0.0, 1.0],
     advantages=[-1.0, -1.0, 1.0, 0.0],
     returns=[0.125, 0.125, 1.0, 0.5],
+    visual_dependency=[0.0, 0.0, 2.0, 2.0],
+    policy_mask=[1, 0, 0, 1],
     masked_tokens=["tool says 3"],
     masked_positions=[2],
 )
@@ -243,6 +245,14 @@ class TestColours:
         assert [background(known[place]) for place in (0, 1, 3, 4)] == [low, low, high, high]
         assert background(known[2]) not in (low, high)  # a tool's token has no entropy
 
+    @pytest.mark.parametrize(("mode", "places"), [("visual_dependency", (3, 4)), ("policy_mask", (0, 4))])
+    def test_sight_and_mask(self, page, mode, places):
+        colour_by(page, mode)
+        low, high = (rgb(to_hex(colormaps["YlGnBu"](end))) for end in (0.0, 1.0))
+        known = tokens(page)
+        assert [place for place in (0, 1, 3, 4) if background(known[place]) == high] == list(places)
+        assert all(background(known[place]) in (low, high) for place in (0, 1, 3, 4))
+
     def test_diverging_and_its_signs(self, page):
         colour_by(page, "advantages")
         known = tokens(page)
@@ -253,7 +263,18 @@ class TestColours:
 
     def test_by_keys(self, page):
         for key, mode in zip(
-            "123456", ("segment", "entropies", "logps", "values", "advantages", "log_ratios"), strict=True
+            "12345678",
+            (
+                "segment",
+                "entropies",
+                "logps",
+                "values",
+                "advantages",
+                "log_ratios",
+                "visual_dependency",
+                "policy_mask",
+            ),
+            strict=True,
         ):
             press(page, key)
             chosen = page.find_elements(By.CSS_SELECTOR, "#colours [aria-pressed=true]")
@@ -282,6 +303,8 @@ class TestTokens:
             "value": "0.5",
             "advantage": "−1",
             "return": "0.125",
+            "dependence on the images": "0",
+            "learned from": "0",
             "ratio": "0.8",
             "segment’s ratio (geometric mean)": "1",
         }

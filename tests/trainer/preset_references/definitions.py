@@ -289,9 +289,11 @@ class SampledValues:
 class VinePPO(SampledValues):
     """A_i = r_i + V_{i+1} - V_i over lines; from the 26th state after the prompt's on the reward is the value."""
 
+    cut = staticmethod(at_lines)
+
     def rollout(self, rows: list[Response], value: StateValue) -> None:
         for row in rows:
-            row.segments = at_lines(row)
+            row.segments = self.cut(row)
             values = [value(row, line[0]) if i <= 25 else row.reward for i, line in enumerate(row.segments)]
             for i, line in enumerate(row.segments):
                 is_last = i == len(row.segments) - 1

@@ -15,9 +15,10 @@ import torch
 
 from sapo_trl.presets import PRESETS
 from sapo_trl.rollouts import TokenizedPrompts
+from tests.trainer.preset_references.by_token import TOKEN_REFERENCES
 from tests.trainer.preset_references.comparison import EXACT, Comparison, compare_losses, compare_rollout
 from tests.trainer.preset_references.definitions import REFERENCES as DEFINITIONS
-from tests.trainer.preset_references.definitions import k3, mean
+from tests.trainer.preset_references.definitions import VinePPO, k3, mean
 from tests.trainer.preset_references.made_up_trainer import (
     IMAGE_FAMILY,
     NUM_CONTINUATIONS,
@@ -34,16 +35,17 @@ from tests.trainer.preset_references.responses import (
     ROWS_PER_MICRO_BATCH,
     ROWS_PER_STEP,
     Response,
+    at_entropies,
     made_up_responses,
 )
 from tests.trainer.preset_references.single_rollout import SINGLE_ROLLOUT_REFERENCES
 
 
-REFERENCES = {**DEFINITIONS, **SINGLE_ROLLOUT_REFERENCES}
+REFERENCES = {**DEFINITIONS, **SINGLE_ROLLOUT_REFERENCES, **TOKEN_REFERENCES}
 
 
 def test_every_preset_is_compared():
-    assert REFERENCES.keys() | {"spo_tree", "srpo"} == PRESETS.keys()
+    assert REFERENCES.keys() | {"spo_tree", "srpo", "vppo", "papo"} == PRESETS.keys()
 
 
 def compare_preset(compare: Comparison, trainer, preset: str, tokenizer, seed: int) -> list[Response]:
@@ -102,6 +104,23 @@ def test_rollout_and_losses(family, preset, tmp_path):
         check_single_rollout_cases(preset, [row for case in rows for row in case])
     if preset == "sapo_official":
         assert max(a for row in rows[1] for a in row.advantages.values()) == 5.0
+
+
+class BranchesAtEntropies(VinePPO):
+    """Values of fresh continuations behind the tokens of highest entropy: FR3E's branches, with VinePPO's loss."""
+
+    def __init__(self):
+        self.cut = at_entropies
+
+
+@TEXT_FAMILY
+def test_branches_at_uncertain_tokens(family, tmp_path, monkeypatch):
+    """The recipe of docs/algorithms.md: `segmentation="entropy"` with `critic="monte_carlo"`."""
+    monkeypatch.setitem(REFERENCES, "vineppo", BranchesAtEntropies())
+    trainer, compare = trainer_of("vineppo", family, tmp_path, segmentation="entropy"), Comparison(EXACT)
+    for seed in range(2):
+        rows = compare_preset(compare, trainer, "vineppo", family.tokenizer, seed)
+        assert any(len(row.segments) > 3 for row in rows)
 
 
 def check_single_rollout_cases(preset: str, rows: list[Response]) -> None:

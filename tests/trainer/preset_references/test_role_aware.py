@@ -79,7 +79,9 @@ def test_role_aware_weights(family, seed, tmp_path):
     ]
     reference.rollout(rows, None)
     batch = batch_of(rows, seed == 1, tokenizer.pad_token_id)
-    batch["pixel_values"] = torch.randn(4 * sum(has_image), 3, generator=torch.Generator().manual_seed(seed))
+    batch["pixel_values"] = torch.randn(
+        4 * sum(has_image), 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(seed)
+    )
     batch["image_grid_thw"] = torch.tensor([[1, 2, 2]] * sum(has_image))
     batch["num_images"] = [int(image) for image in has_image]
     seen = []
