@@ -313,7 +313,7 @@ class SAPOConfig(GRPOConfig):
         visual_token_share (`float`, *optional*):
             Learn from the tokens of each response that depend most on its images alone: this share of them, rounded
             up (VPPO). `None` for no mask. It costs one more forward per rollout, see `image_corruption`. A response
-            of which no token depends on an image keeps all its tokens.
+            without a token that depends on an image keeps all its tokens.
         entropy_penalty_coef (`float`, *optional*, defaults to `0.0`):
             Weight of a penalty on the entropy: minus the mean log-probability of all sampled tokens, also of tokens
             that a mask leaves out of the policy loss (VPPO, PAPO). `entropy_coef` is a bonus, on exact entropies.

@@ -180,7 +180,7 @@ def other_images(
     pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, layout: PatchLayout, names: Sequence[object]
 ) -> torch.Tensor:
     """
-    Put another image of the batch in the place of each, scaled to its size.
+    Replace each image by another image of the batch, scaled to its size.
 
     The batch's different images stand in a circle, in the order of their first places, and each is replaced by the
     next one. The only image of a batch becomes black.

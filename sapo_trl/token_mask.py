@@ -1,4 +1,4 @@
-"""Tokens with the largest scores: the ones that a policy learns from. Pure functions on tensors."""
+"""Masks of the tokens with the largest scores, from which a policy learns. Pure functions on tensors."""
 
 from __future__ import annotations
 

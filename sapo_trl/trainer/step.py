@@ -42,7 +42,7 @@ class StepTotals:
         tokens (`torch.Tensor`): 0-dimensional, tokens that the policy learns from.
         segments (`torch.Tensor`): 0-dimensional.
         positive_tokens (`torch.Tensor`): 0-dimensional, tokens of responses above `positive_lm_threshold`.
-        response_tokens (`torch.Tensor`): 0-dimensional, tokens of segments, whatever mask the policy has.
+        response_tokens (`torch.Tensor`): 0-dimensional, tokens of segments, with and without the policy's mask.
         rows (`int`): responses of this process.
         micro_batches (`int`): forwards of the step.
         own_tokens (`torch.Tensor`): 0-dimensional, this process's tokens that any loss reads.
