@@ -19,10 +19,11 @@ import os, sys, time
 from sapo_trl.folder_lock import locked
 with locked(sys.argv[1], "trains"):
     if os.fork() == 0:
+        # From the child: by now it has given its copy of the lock back.
+        print("held", flush=True)
         os.close(1)
         time.sleep(60)
         os._exit(0)
-    print("held", flush=True)
     sys.stdin.read()
 """
 

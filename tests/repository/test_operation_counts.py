@@ -106,6 +106,7 @@ class TestRows:
         head = products((length - 1, HIDDEN, VOCABULARY))
         assert count("grpo", *EQUAL, "--text") == ROWS * (2 * (forward + head) + backward + 3 * head)
 
+    @pytest.mark.slow
     def test_critics_are_counted_as_by_hand(self, count, length):
         forward, backward = self.by_hand(length)
         value = products((length, HIDDEN, 1))
@@ -116,6 +117,7 @@ class TestRows:
         separate = 2 * (forward + value) + backward + 2 * value
         assert count("sapo_separate", *EQUAL, "--text") == without + ROWS * separate
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("text", [True, False], ids=["text", "images"])
     @pytest.mark.parametrize(
         ("row", "least", "most"),
@@ -126,6 +128,7 @@ class TestRows:
         arguments = (*EQUAL, "--text") if text else EQUAL
         assert least <= count(row, *arguments) / count(update_cost.ROWS[row][3], *arguments) <= most
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("row", "least", "most"),
         [("sapo_none", 0.8, 0.9), ("sapo_shared", 0.8, 0.9), ("sapo_separate", 1.4, 1.7), ("sapo_adapter", 1.4, 1.7)],
@@ -134,6 +137,7 @@ class TestRows:
         """TRL pads to the longest response. Here 1 - 2483 / (4 * 732) = 15 % of its tokens are padding."""
         assert least <= count(row, *SPREAD) / count(update_cost.ROWS[row][3], *SPREAD) <= most
 
+    @pytest.mark.slow
     def test_counts_repeat(self, count):
         assert count("sapo_adapter", *EQUAL) == count("sapo_adapter", *EQUAL)
 
@@ -144,6 +148,7 @@ class TestRows:
         without = count("grpo", *EQUAL, "--text")
         assert count("grpo", *EQUAL, "--text", "--gradient_checkpointing") == without + ROWS * forward
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("text", [True, False], ids=["text", "images"])
     @pytest.mark.parametrize("row", ["grpo_lora", "sapo_separate"])
     def test_no_product_is_left_out(self, script, update_cost, count, row, text):
@@ -171,6 +176,7 @@ class TestLadder:
     # A quarter of the policy's width, as for large policies. At smaller widths a ladder cannot shrink any more.
     REALISTIC = TINY.replace(f"--hidden_size {HIDDEN} --layers {LAYERS}", "--hidden_size 256 --layers 3").split()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("row", ["sapo_ladder", "sapo_ladder_lora"])
     def test_rows(self, update_cost, count, row):
         arguments = (*self.REALISTIC, "--completion_length", str(RESPONSE), "--same_length", "--text")
@@ -212,6 +218,7 @@ class TestScaling:
             policy = scaling.build_policy("embedded", False, layers)
             assert scaling.backbone_operations(policy, length) == 2 * forward + backward + again
 
+    @pytest.mark.slow
     def test_table(self, scaling):
         (found,) = scaling.ratios("embedded", 1, 16, (8,))
         assert 1 < found["shared"] < found["ladder"] < found["separate"] < 2

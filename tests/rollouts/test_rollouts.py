@@ -363,6 +363,7 @@ class TestKnownValues:
             assert value == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / number))
 
     @WITH_SLOW_IMAGES
+    @pytest.mark.slow
     def test_the_trainer_reads_them_at_the_starts_of_segments(self, known_task):
         make, recorder = known_task
         trainer = make(
