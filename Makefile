@@ -98,10 +98,11 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks examples $(wildcard benchmarks/*.py) trainer_configs \
 	$(wildcard docs/*.md) docs/check_english.py docs/generate docs/site sapo_trl
 
-lint: $(STAMP)  ## check style, formatting and language
+lint: $(STAMP)  ## check style, formatting, language and layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python docs/check_english.py $(PLAIN_ENGLISH)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/repository/test_layers.py
 
 format: $(STAMP)  ## fix what lint can fix
 	$(BIN)/ruff check --fix
