@@ -158,6 +158,19 @@ class TestValues:
             assert (values - exact).abs().max() < 0.02 < exact.std()
             assert (values - exact)[0, 512:].std() < 1.5 * (values - exact)[0, :256].std()
 
+    def test_half_precision_keeps_the_slopes_gradient_of_long_rows(self):
+        """Rounding must not multiply the gradient's error by a position, of thousands, instead of a distance."""
+        gradients, target = {}, torch.randn(1, 2000, generator=torch.Generator().manual_seed(1))
+        for kind, dtype in (("exact", torch.float64), ("autocast", torch.float32), ("half", torch.bfloat16)):
+            critic = build(dtype=torch.float64 if kind == "exact" else torch.float32)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
+                values = critic(hidden_states=[state.to(dtype) for state in states(1, 2000)])
+            (values - target).square().mean().backward()
+            gradients[kind] = torch.stack([block.log_slope_bias.grad.double() for block in critic.ladder.blocks])
+        for kind in ("autocast", "half"):
+            error = (gradients[kind] - gradients["exact"]).norm(dim=1) / gradients["exact"].norm(dim=1)
+            assert error.max() < 0.1, kind
+
     def test_gradient_checkpointing_changes_nothing(self):
         results = []
         for checkpoints in (False, True):
