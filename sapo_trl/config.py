@@ -759,7 +759,8 @@ def _check_critic(args: SAPOConfig) -> None:
     """Raise a `ValueError` for settings of a learned critic that do not fit it, or that no critic would read."""
     if args.value_range is not None:
         bounds = args.value_range
-        if len(bounds) != 2 or not all(map(math.isfinite, bounds)) or bounds[0] >= bounds[1]:
+        are_numbers = isinstance(bounds, list | tuple) and all(isinstance(bound, int | float) for bound in bounds)
+        if not are_numbers or len(bounds) != 2 or not all(map(math.isfinite, bounds)) or bounds[0] >= bounds[1]:
             raise ValueError(f"`value_range` must be `[low, high]`, two finite numbers with low < high, got {bounds}.")
     only_for_learned = {"critic_initial_value": "zero", "value_range": None, "critic_updates_per_step": 1}
     for name, only in only_for_learned.items():

@@ -36,11 +36,23 @@ class LadderSizes:
         layers (`int`): its transformer layers.
         width (`int`): their width, a multiple of 64.
         reads (`int`): hidden states of the policy that it reads.
+
+    Raises:
+        ValueError: for sizes that no ladder has.
     """
 
     layers: int
     width: int
     reads: int
+
+    def __post_init__(self):
+        for name, size in (("layers", self.layers), ("width", self.width), ("reads", self.reads)):
+            if size < 1:
+                raise ValueError(f"`critic_{name}` must be at least 1, got {size}.")
+        if self.width % _HEAD_WIDTH != 0:
+            raise ValueError(
+                f"`critic_width` must be a multiple of {_HEAD_WIDTH}, as attention heads are, got {self.width}."
+            )
 
     @classmethod
     def for_policy(
@@ -62,9 +74,9 @@ class LadderSizes:
             width (`int`, *optional*): see [`LadderSizes`].
             reads (`int`, *optional*): see [`LadderSizes`].
         """
-        layers = layers or min(max(-(-policy_layers // 8), 2), 4)
-        width = width or _HEAD_WIDTH * max(hidden_size // (4 * _HEAD_WIDTH), 1)
-        return cls(layers, width, reads or min(layers, policy_layers + 1))
+        layers = min(max(-(-policy_layers // 8), 2), 4) if layers is None else layers
+        width = _HEAD_WIDTH * max(hidden_size // (4 * _HEAD_WIDTH), 1) if width is None else width
+        return cls(layers, width, min(layers, policy_layers + 1) if reads is None else reads)
 
     def parameters(self, hidden_size: int) -> int:
         """Number of parameters, without the value head's."""
