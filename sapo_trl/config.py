@@ -157,7 +157,9 @@ class SAPOConfig(GRPOConfig):
             Range of the rewards, `[low, high]`, to bound a learned critic's values to; `None` for no bounds. The
             value is `low + (high - low) * (1/2 + atan(z) / pi)` of the head's output `z` (BPCO).
         critic_updates_per_step (`int`, *optional*, defaults to `1`):
-            Updates of the critic for each optimizer step of the policy, on the same micro-batches and targets.
+            Updates of the critic for each optimizer step of the policy, on the same micro-batches and targets. With
+            DeepSpeed, which has updated the policy by then, a critic that reads the policy's hidden states reads the
+            new ones from its second update on.
         freeze_critic_attention (`bool`, *optional*, defaults to `False`):
             For `critic="separate"`: leave the critic's attention layers as they are (SAO).
         critic_learning_rate (`float`, *optional*):

@@ -99,7 +99,7 @@ def test_the_warmup_has_them_too(family, tmp_path):
 
 
 @TEXT_FAMILY
-def test_an_update_that_is_not_finite_is_left_out(family, tmp_path):
+def test_an_update_that_is_not_finite_is_left_out(family, tmp_path, caplog):
     trainer = made(family, tmp_path, critic_updates_per_step=3)
     calls, critic_loss = [], trainer.critic_loss
 
@@ -111,6 +111,9 @@ def test_an_update_that_is_not_finite_is_left_out(family, tmp_path):
     trainer.critic_loss = spoiled
     trainer.train()
     assert len(calls) == 4  # and no third update
+    # The step itself was taken: it is none of those that stop a run.
+    assert trainer._step_guard.in_a_row == 0 and logged(trainer, "skipped_steps") == [0.0]
+    assert "The critic's updates 2 to 3 of this step are left out" in caplog.text
     assert all(tensor.isfinite().all() for tensor in state_of(trainer.critic.value_head).values())
     expected = made(family, tmp_path / "once")
     expected.train()
