@@ -157,7 +157,9 @@ class SAPOConfig(GRPOConfig):
             Range of the rewards, `[low, high]`, to bound a learned critic's values to; `None` for no bounds. The
             value is `low + (high - low) * (1/2 + atan(z) / pi)` of the head's output `z` (BPCO).
         critic_updates_per_step (`int`, *optional*, defaults to `1`):
-            Updates of the critic for each optimizer step of the policy, on the same micro-batches and targets.
+            Updates of the critic for each optimizer step of the policy, on the same micro-batches and targets. With
+            DeepSpeed, which has updated the policy by then, a critic that reads the policy's hidden states reads the
+            new ones from its second update on.
         freeze_critic_attention (`bool`, *optional*, defaults to `False`):
             For `critic="separate"`: leave the critic's attention layers as they are (SAO).
         critic_learning_rate (`float`, *optional*):
@@ -759,7 +761,8 @@ def _check_critic(args: SAPOConfig) -> None:
     """Raise a `ValueError` for settings of a learned critic that do not fit it, or that no critic would read."""
     if args.value_range is not None:
         bounds = args.value_range
-        if len(bounds) != 2 or not all(map(math.isfinite, bounds)) or bounds[0] >= bounds[1]:
+        are_numbers = isinstance(bounds, list | tuple) and all(isinstance(bound, int | float) for bound in bounds)
+        if not are_numbers or len(bounds) != 2 or not all(map(math.isfinite, bounds)) or bounds[0] >= bounds[1]:
             raise ValueError(f"`value_range` must be `[low, high]`, two finite numbers with low < high, got {bounds}.")
     only_for_learned = {"critic_initial_value": "zero", "value_range": None, "critic_updates_per_step": 1}
     for name, only in only_for_learned.items():

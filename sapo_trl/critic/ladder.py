@@ -23,7 +23,7 @@ _MIN_HEADS = 4
 _EXACT = 256
 # An attention score that no other reaches; half precision has it.
 _MASKED = -30_000.0
-# Columns behind a head's own: the distance needs two, the mask one, and fused kernels multiples of eight.
+# Columns behind a head's own: the distance needs four, the mask one, and fused kernels multiples of eight.
 EXTRA_COLUMNS = 8
 
 
@@ -36,11 +36,23 @@ class LadderSizes:
         layers (`int`): its transformer layers.
         width (`int`): their width, a multiple of 64.
         reads (`int`): hidden states of the policy that it reads.
+
+    Raises:
+        ValueError: for sizes that no ladder has.
     """
 
     layers: int
     width: int
     reads: int
+
+    def __post_init__(self):
+        for name, size in (("layers", self.layers), ("width", self.width), ("reads", self.reads)):
+            if size < 1:
+                raise ValueError(f"`critic_{name}` must be at least 1, got {size}.")
+        if self.width % _HEAD_WIDTH != 0:
+            raise ValueError(
+                f"`critic_width` must be a multiple of {_HEAD_WIDTH}, as attention heads are, got {self.width}."
+            )
 
     @classmethod
     def for_policy(
@@ -62,9 +74,9 @@ class LadderSizes:
             width (`int`, *optional*): see [`LadderSizes`].
             reads (`int`, *optional*): see [`LadderSizes`].
         """
-        layers = layers or min(max(-(-policy_layers // 8), 2), 4)
-        width = width or _HEAD_WIDTH * max(hidden_size // (4 * _HEAD_WIDTH), 1)
-        return cls(layers, width, reads or min(layers, policy_layers + 1))
+        layers = min(max(-(-policy_layers // 8), 2), 4) if layers is None else layers
+        width = _HEAD_WIDTH * max(hidden_size // (4 * _HEAD_WIDTH), 1) if width is None else width
+        return cls(layers, width, min(layers, policy_layers + 1) if reads is None else reads)
 
     def parameters(self, hidden_size: int) -> int:
         """Number of parameters, without the value head's."""
@@ -128,7 +140,7 @@ class Ladder(nn.Module):
             `torch.Tensor`: normalised, `(B, S, width)`, float32 or wider.
         """
         with _half_precision_of(taken[0]):
-            return self._maybe_again(self._through_blocks, _key_columns(attention_mask), *taken)
+            return self._maybe_again(self._through_blocks, _columns(attention_mask), *taken)
 
     def _maybe_again(self, function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
         if not (self.checkpoints and torch.is_grad_enabled()):
@@ -139,14 +151,14 @@ class Ladder(nn.Module):
         projection = self.projections[index]
         return projection(normalised(hidden_states).to(projection.weight.dtype))
 
-    def _through_blocks(self, keys: torch.Tensor, *taken: torch.Tensor) -> torch.Tensor:
+    def _through_blocks(self, columns: torch.Tensor, *taken: torch.Tensor) -> torch.Tensor:
         dtype = accumulation_dtype(taken[0])
         x = torch.zeros_like(taken[0], dtype=dtype)
         for place, block in enumerate(self.blocks):
             for index, states in enumerate(taken):
                 if index * len(self.blocks) // len(taken) == place:
                     x = x + states.to(dtype)
-            x = block(x, keys)
+            x = block(x, columns)
         return self.output_norm(x)
 
 
@@ -167,26 +179,30 @@ class _Block(nn.Module):
         self.up = nn.Linear(width, 2 * width, **linear)
         self.down = nn.Linear(2 * width, width, **linear)
 
-    def forward(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        x = x + self._attention(self.attention_norm(x), keys)
+    def forward(self, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        x = x + self._attention(self.attention_norm(x), columns)
         return x + self.down(F.silu(self.up(self.feed_forward_norm(x))))
 
-    def _attention(self, x: torch.Tensor, key_columns: torch.Tensor) -> torch.Tensor:
+    def _attention(self, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """
         Attention with the score `q k / sqrt(d) - slope * distance`.
 
-        A row's scores may be shifted by any number. So `slope * position of the key` does the same, and needs no
-        matrix: it is a product of further columns of queries and keys. Fused kernels then keep no scores at all.
+        The distance is a difference of positions, so its product with the slope is a product of further columns of
+        queries and keys. It needs no matrix: fused kernels then keep no scores at all.
+
+        The query's position shifts all scores of a row, which changes no output. It is there for the gradient of the
+        slope. Half precision rounds the gradients of a row's scores, which then do not add up to 0. With the key's
+        position alone, the rest would be multiplied by a position instead of a distance.
         """
         heads = len(self.log_slope_bias)
         projected = self.queries_keys_values(x).unflatten(-1, (3, heads, -1))
         queries, keys, values = projected.permute(2, 0, 3, 1, 4)
-        slopes = self.log_slope_bias.exp()
-        ones = torch.ones_like(slopes)
-        columns = torch.stack([_EXACT * slopes, slopes, ones], dim=-1).to(queries.dtype)[None, :, None]
+        slopes = self.log_slope_bias.exp()[:, None, None]  # (heads, 1, 1)
+        positions, masked = columns[:, None].split([2, 1], dim=-1)  # of one head
+        base = positions.new_tensor([_EXACT, 1.0]).expand_as(positions)
         output = F.scaled_dot_product_attention(
-            _extended(queries * queries.size(-1) ** -0.5, columns),
-            _extended(keys, key_columns[:, None].to(keys.dtype)),
+            _extended(queries * queries.size(-1) ** -0.5, slopes * base, -slopes * positions, torch.ones_like(masked)),
+            _extended(keys, positions, base, masked),
             F.pad(values, (0, EXTRA_COLUMNS)),
             is_causal=True,
             scale=1.0,
@@ -194,10 +210,10 @@ class _Block(nn.Module):
         return self.attention_output(output.transpose(1, 2).flatten(2))
 
 
-def _key_columns(attention_mask: torch.Tensor) -> torch.Tensor:
+def _columns(attention_mask: torch.Tensor) -> torch.Tensor:
     """
-    `(B, S, 3)`: the position of each key among the attended tokens, in two digits so that half precision has it
-    exactly; and a score that keeps padding out.
+    `(B, S, 3)`: each position among the attended tokens, in two digits so that half precision has it exactly; and a
+    score that keeps padding out.
     """
     is_token = attention_mask.bool()
     positions = (is_token.long().cumsum(1) - 1).clamp(min=0)
@@ -205,10 +221,11 @@ def _key_columns(attention_mask: torch.Tensor) -> torch.Tensor:
     return torch.stack([(positions // _EXACT).float(), (positions % _EXACT).float(), masked], dim=-1)
 
 
-def _extended(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """`(B, heads, S, d)` with further columns, which are broadcast."""
-    columns = F.pad(columns, (0, EXTRA_COLUMNS - columns.size(-1)))
-    return torch.cat([x, columns.expand(*x.shape[:-1], -1)], dim=-1)
+def _extended(x: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+    """`(B, heads, S, d)` with further columns, `(B or 1, heads or 1, S, any)`, and zeros behind them."""
+    further = [column.to(x.dtype).expand(*x.shape[:-1], -1) for column in columns]
+    zeros = x.new_zeros(()).expand(*x.shape[:-1], EXTRA_COLUMNS - sum(column.size(-1) for column in columns))
+    return torch.cat([x, *further, zeros], dim=-1)
 
 
 def heads_of(width: int) -> int:

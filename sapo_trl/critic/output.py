@@ -72,6 +72,7 @@ class ValueOutput:
         Raises:
             ValueError: if a saved head has another range.
         """
+        value_range = None if value_range is None else list(map(float, value_range))
         if self.is_set and self.value_range != value_range:
             raise ValueError(
                 f"The saved critic was trained with `value_range={self.value_range}`, but the run's is {value_range}: "

@@ -27,7 +27,7 @@ def read_depths(reads: int, layers: int) -> list[int]:
     if not 1 <= reads <= layers + 1:
         raise ValueError(
             f"`critic_reads` is {reads}, but a policy of {layers} layers has {layers + 1} hidden states to read: the "
-            f"embeddings and one after each layer. Set `critic_reads` to at most {layers + 1}."
+            f"embeddings and one after each layer. Set `critic_reads` to at least 1 and at most {layers + 1}."
         )
     if reads == 1:
         return [layers]

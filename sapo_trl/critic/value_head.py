@@ -72,6 +72,9 @@ class SegmentValueHead(nn.Module):
             the other.
         ladder ([`~sapo_trl.critic.ladder.LadderSizes`], *optional*):
             makes a `"ladder"` critic: a small transformer that reads the policy's hidden states.
+        policy_layers (`int`, *optional*):
+            layers of the policy that the critic was made for. A critic that reads several hidden states, from other
+            places of a deeper policy, would be wrong.
 
     Example:
 
@@ -91,9 +94,11 @@ class SegmentValueHead(nn.Module):
         *,
         reads: int = 1,
         ladder: LadderSizes | None = None,
+        policy_layers: int | None = None,
     ):
         super().__init__()
         self.hidden_size = hidden_size
+        self.policy_layers = policy_layers
         self.backbone = backbone
         # Not an `nn.Module`: the policy that it refers to is no part of the critic.
         self.adapter = adapter
@@ -201,9 +206,9 @@ class SegmentValueHead(nn.Module):
         ladder = None
         if mode == "ladder":
             ladder = LadderSizes.for_policy(text.hidden_size, text.num_hidden_layers, layers, width, reads)
-        critic = cls(text.hidden_size, reads=reads or 1, ladder=ladder)
-        read_depths(critic.reads, text.num_hidden_layers)  # raises for too many
-        return critic
+        reads = ladder.reads if ladder is not None else 1 if reads is None else reads
+        read_depths(reads, text.num_hidden_layers)  # raises for too many
+        return cls(text.hidden_size, reads=reads, ladder=ladder, policy_layers=text.num_hidden_layers)
 
     @classmethod
     def from_pretrained(
@@ -250,7 +255,10 @@ class SegmentValueHead(nn.Module):
             return cls(hidden_size_of(backbone), backbone)
         config = json.loads(Path(config_file).read_text())
         if mode is not None and mode != config["mode"]:
-            raise ValueError(f"The critic in {str(path)!r} was saved in mode {config['mode']!r}, not {mode!r}.")
+            raise ValueError(
+                f"The critic in {str(path)!r} was saved in mode {config['mode']!r}, not {mode!r}: set "
+                f'`critic="{config["mode"]}"`, or start with a new critic.'
+            )
         if config["mode"] == "adapter":
             if policy is None:
                 raise ValueError(
@@ -260,17 +268,18 @@ class SegmentValueHead(nn.Module):
             critic.output = ValueOutput.saved(config)
             critic.load_weights(path)
             return critic
-        for name, wanted in (("layers", layers), ("width", width), ("reads", reads)):
-            if wanted is not None and wanted != config.get(name, 1):
-                raise ValueError(
-                    f"The critic in {str(path)!r} was saved with `critic_{name}={config.get(name, 1)}`, not {wanted}: "
-                    f"set `critic_{name}={config.get(name, 1)}`, or start with a new critic."
-                )
         backbone = load_backbone(path, **kwargs) if config["mode"] == "separate" else None
         ladder = None
         if config["mode"] == "ladder":
             ladder = LadderSizes(config["layers"], config["width"], config["reads"])
-        critic = cls(config["hidden_size"], backbone, reads=config.get("reads", 1), ladder=ladder)
+        critic = cls(
+            config["hidden_size"],
+            backbone,
+            reads=config.get("reads", 1),
+            ladder=ladder,
+            policy_layers=config.get("policy_layers"),
+        )
+        critic.check_sizes(f"The critic in {str(path)!r}", layers, width, reads)
         critic.head.load_state_dict(load_file(_resolve(path, HEAD_WEIGHTS_NAME)))
         critic.output = ValueOutput.saved(config)
         if critic.ladder is not None:
@@ -279,6 +288,27 @@ class SegmentValueHead(nn.Module):
             critic.check_reads(policy)
         return critic
 
+    def check_sizes(self, what: str, layers: int | None, width: int | None, reads: int | None) -> None:
+        """
+        Check a given critic against settings.
+
+        Args:
+            what (`str`): the critic's name in the error.
+            layers (`int`, *optional*): `critic_layers` of [`SAPOConfig`].
+            width (`int`, *optional*): `critic_width`.
+            reads (`int`, *optional*): `critic_reads`.
+
+        Raises:
+            ValueError: if a setting is not the critic's size.
+        """
+        own = {"reads": self.reads} if self.ladder is None else asdict(self.ladder.sizes)
+        for name, wanted in (("layers", layers), ("width", width), ("reads", reads)):
+            if wanted is not None and wanted != own.get(name):
+                raise ValueError(
+                    f"{what} has `critic_{name}={own.get(name)}`, not {wanted}: set "
+                    f"`critic_{name}={own.get(name)}`, or start with a new critic."
+                )
+
     def check_reads(self, policy: PreTrainedModel) -> None:
         """Raise a `ValueError` if the policy has not the hidden states that the critic reads."""
         size = hidden_size_of(backbone_of(policy))
@@ -286,6 +316,13 @@ class SegmentValueHead(nn.Module):
             raise ValueError(
                 f"The critic of mode {self.mode!r} reads hidden states of size {self.hidden_size}, but the policy's "
                 f"have size {size}: use a critic that was made for this policy."
+            )
+        layers = num_layers_of(backbone_of(policy))
+        if self.reads > 1 and self.policy_layers not in (None, layers):
+            raise ValueError(
+                f"The critic of mode {self.mode!r} reads {self.reads} hidden states of a policy of "
+                f"{self.policy_layers} layers, but the policy has {layers}: use a critic that was made for this "
+                "policy, or start with a new critic."
             )
         if self.reads:
             self.depths(policy)
@@ -350,6 +387,8 @@ class SegmentValueHead(nn.Module):
             config |= asdict(self.ladder.sizes)
         elif self.reads > 1:
             config["reads"] = self.reads
+        if self.reads > 1 and self.policy_layers is not None:
+            config["policy_layers"] = self.policy_layers
         (path / HEAD_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,9 @@ from ..config import SAPOConfig
 from ..critic.training import Critic
 from ..rollouts.types import RolloutBatch
 from .step_guard import StepGuard
+
+
+logger = logging.getLogger(__name__)
 
 
 def further_updates(
@@ -27,9 +31,10 @@ def further_updates(
         args ([`SAPOConfig`]): settings of the run; `critic_updates_per_step` counts the first update too.
         batches (`list[RolloutBatch]`): this process's micro-batches of the optimizer step.
         loss_of (`Callable`): a micro-batch to its share of the loss, 0-dimensional.
-        guard ([`StepGuard`]): tells whether an update must be skipped; then there are no more.
+        guard ([`StepGuard`]): tells whether an update must be dropped; then there are no more.
     """
-    for _ in range(args.critic_updates_per_step - 1):
+    updates = args.critic_updates_per_step
+    for update in range(2, updates + 1):
         numbers = []
         for index, batch in enumerate(batches):
             with critic.accumulate(is_last=index == len(batches) - 1):
@@ -37,7 +42,12 @@ def further_updates(
                 critic.backward(guard.for_backward(loss))
             numbers.append(loss.detach())
         numbers.append(critic.clip_gradient())
-        skip = guard.must_skip(numbers)
-        critic.step(skip, advance=False)
-        if skip:
+        drop = guard.must_drop(numbers)
+        critic.step(drop, advance=False)
+        if drop:
+            logger.warning(
+                "The critic's updates %d to %d of this step are left out: a loss or gradient is not finite.",
+                update,
+                updates,
+            )
             return

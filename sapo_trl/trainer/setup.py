@@ -15,7 +15,7 @@ from ..config import SAPOConfig
 from ..critic.deepspeed import DeepSpeedCritic
 from ..critic.freezing import freeze_attention
 from ..critic.training import Critic
-from ..critic.value_head import SegmentValueHead, backbone_of, hidden_size_of
+from ..critic.value_head import HEAD_CONFIG_NAME, SegmentValueHead, backbone_of, hidden_size_of
 from ..rewards.signatures import check_reward_arguments
 from ..role_aware import RoleAwareWeighting
 from ..segmentation import (
@@ -156,9 +156,16 @@ def make_value_head(
     sizes = {name: getattr(args, f"critic_{name}") for name in ("layers", "width", "reads")}
     if isinstance(source, SegmentValueHead):
         if source.mode != args.critic:
-            raise ValueError(f"`value_model` is a {source.mode!r} critic, but `critic={args.critic!r}`.")
+            raise ValueError(
+                f"`value_model` is a {source.mode!r} critic, but `critic={args.critic!r}`: set "
+                f'`critic="{source.mode}"`, or leave `value_model` out.'
+            )
+        source.check_sizes("`value_model`", **sizes)
         return source
     if isinstance(source, str):
+        is_saved = cached_file(source, HEAD_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None
+        if value_model is not None and args.reads_policy and not is_saved:
+            raise _no_whole_model(args)
         policy = {"policy": model} if args.critic == "adapter" else {}
         kwargs = policy | sizes | _loading_kwargs(args, is_policy=source == model)
         value_head = SegmentValueHead.from_pretrained(source, mode=args.critic, **kwargs)
@@ -167,10 +174,7 @@ def make_value_head(
     if value_model is None:
         return SegmentValueHead.from_policy(source, mode=args.critic, **sizes)
     if args.critic != "separate":
-        raise ValueError(
-            f"`value_model` is a whole model, but a critic of mode {args.critic!r} is none: leave `value_model` out, "
-            "or pass a saved critic of this mode."
-        )
+        raise _no_whole_model(args)
     _check_not_quantized(source)
     if source is model or hasattr(source, "peft_config"):
         return SegmentValueHead.from_policy(source)  # a copy, adapters merged
@@ -211,6 +215,13 @@ def make_critic(
     has_engine = value_head.mode == "separate" and accelerator.distributed_type == DistributedType.DEEPSPEED
     critic_class = DeepSpeedCritic if has_engine else Critic
     return critic_class(value_head, args, accelerator, [*decayed(value_head), *decayed(policy)])
+
+
+def _no_whole_model(args: SAPOConfig) -> ValueError:
+    return ValueError(
+        f"`value_model` is a whole model, but a critic of mode {args.critic!r} is none: leave `value_model` out, or "
+        "pass a saved critic of this mode."
+    )
 
 
 def _check_not_quantized(value_model: PreTrainedModel | None) -> None:

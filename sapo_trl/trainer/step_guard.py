@@ -63,10 +63,24 @@ class StepGuard:
 
     def must_skip(self, numbers: list[torch.Tensor]) -> bool:
         """
-        Whether a step has to be skipped, on all processes alike.
+        Whether a step has to be skipped, on all processes alike. Counts the skipped steps in a row.
 
         Args:
             numbers (`list[torch.Tensor]`): 0-dimensional, the step's losses and the norms of its gradients.
+
+        Returns:
+            `bool`: whether one of them is not finite.
+        """
+        skip = self.must_drop(numbers)
+        self.in_a_row = self.in_a_row + 1 if skip else 0
+        return skip
+
+    def must_drop(self, numbers: list[torch.Tensor]) -> bool:
+        """
+        Whether an update of a model has to be dropped, on all processes alike.
+
+        Args:
+            numbers (`list[torch.Tensor]`): 0-dimensional, the update's losses and the norms of its gradients.
 
         Returns:
             `bool`: whether one of them is not finite.
@@ -76,9 +90,7 @@ class StepGuard:
         finite = torch.stack([number.detach().isfinite().float() for number in numbers]).amin()
         if self.accelerator.num_processes > 1:
             finite = self.accelerator.reduce(finite, reduction="sum") / self.accelerator.num_processes
-        skip = bool(finite < 1)
-        self.in_a_row = self.in_a_row + 1 if skip else 0
-        return skip
+        return bool(finite < 1)
 
     def are_empty(self, *counts: torch.Tensor) -> list[bool]:
         """

@@ -158,6 +158,19 @@ class TestValues:
             assert (values - exact).abs().max() < 0.02 < exact.std()
             assert (values - exact)[0, 512:].std() < 1.5 * (values - exact)[0, :256].std()
 
+    def test_half_precision_keeps_the_slopes_gradient_of_long_rows(self):
+        """Rounding must not multiply the gradient's error by a position, of thousands, instead of a distance."""
+        gradients, target = {}, torch.randn(1, 2000, generator=torch.Generator().manual_seed(1))
+        for kind, dtype in (("exact", torch.float64), ("autocast", torch.float32), ("half", torch.bfloat16)):
+            critic = build(dtype=torch.float64 if kind == "exact" else torch.float32)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
+                values = critic(hidden_states=[state.to(dtype) for state in states(1, 2000)])
+            (values - target).square().mean().backward()
+            gradients[kind] = torch.stack([block.log_slope_bias.grad.double() for block in critic.ladder.blocks])
+        for kind in ("autocast", "half"):
+            error = (gradients[kind] - gradients["exact"]).norm(dim=1) / gradients["exact"].norm(dim=1)
+            assert error.max() < 0.1, kind
+
     def test_gradient_checkpointing_changes_nothing(self):
         results = []
         for checkpoints in (False, True):
@@ -308,6 +321,7 @@ class TestSaving:
             "mode": "shared",
             "hidden_size": 16,
             "reads": 3,
+            "policy_layers": 2,
         }
         loaded = SegmentValueHead.from_pretrained(tmp_path)
         assert loaded.reads == 3 and torch.equal(loaded.head.weight, critic.head.weight)
@@ -323,17 +337,36 @@ class TestSaving:
         policy = family.build_model()
         SegmentValueHead.from_policy(policy, mode="ladder").save_pretrained(tmp_path / "ladder")
         SegmentValueHead.from_policy(policy, mode="shared").save_pretrained(tmp_path / "shared")
-        with pytest.raises(ValueError, match="saved with `critic_width=64`, not 128: set `critic_width=64`"):
+        with pytest.raises(ValueError, match="has `critic_width=64`, not 128: set `critic_width=64`"):
             SegmentValueHead.from_pretrained(tmp_path / "ladder", width=128)
-        with pytest.raises(ValueError, match="saved with `critic_reads=1`, not 2"):
+        with pytest.raises(ValueError, match="has `critic_reads=1`, not 2"):
             SegmentValueHead.from_pretrained(tmp_path / "shared", reads=2)
-        with pytest.raises(ValueError, match="saved in mode 'shared', not 'ladder'"):
+        with pytest.raises(ValueError, match="saved in mode 'shared', not 'ladder': set `critic=.shared.`, or"):
             SegmentValueHead.from_pretrained(tmp_path / "shared", mode="ladder")
         with pytest.raises(ValueError, match="`critic_reads` is 4, but a policy of 2 layers"):
             SegmentValueHead.from_policy(policy, mode="ladder", reads=4)
+        for mode in ("ladder", "shared"):
+            with pytest.raises(ValueError, match="`critic_reads` (is 0.*|must be )at least 1"):
+                SegmentValueHead.from_policy(policy, mode=mode, reads=0)
+        for size, error in (
+            ({"layers": 0}, "`critic_layers` must be at least 1, got 0"),
+            ({"width": 0}, "`critic_width` must be at least 1, got 0"),
+            ({"width": 130}, "`critic_width` must be a multiple of 64, as attention heads are, got 130"),
+        ):
+            with pytest.raises(ValueError, match=error):
+                SegmentValueHead.from_policy(policy, mode="ladder", **size)
         SegmentValueHead(24, ladder=LadderSizes(2, 64, 2)).save_pretrained(tmp_path / "other")
         with pytest.raises(ValueError, match="reads hidden states of size 24, but the policy's have size 16"):
             SegmentValueHead.from_pretrained(tmp_path / "other", policy=policy)
+        policy.config.num_hidden_layers = 5
+        for mode, reads in (("ladder", 3), ("shared", 2)):
+            deeper = SegmentValueHead.from_policy(policy, mode=mode, reads=reads)
+            deeper.save_pretrained(tmp_path / "deeper" / mode)
+        policy.config.num_hidden_layers = 2
+        for mode, reads in (("ladder", 3), ("shared", 2)):
+            error = f"reads {reads} hidden states of a policy of 5 layers, but the policy has 2: use a critic that was"
+            with pytest.raises(ValueError, match=error):
+                SegmentValueHead.from_pretrained(tmp_path / "deeper" / mode, policy=policy)
         resumed = SegmentValueHead.from_policy(policy, mode="ladder", layers=3)
-        with pytest.raises(ValueError, match="saved with `critic_layers=2`, not 3"):
+        with pytest.raises(ValueError, match="has `critic_layers=2`, not 3"):
             resumed.load_weights(tmp_path / "ladder")

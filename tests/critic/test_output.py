@@ -80,6 +80,16 @@ class TestOutput:
         assert torch.equal(loaded(hidden_states=hidden_states), head(hidden_states=hidden_states))
         assert loaded.output == head.output
 
+    def test_a_range_is_the_same_as_a_tuple_or_a_list(self, tmp_path):
+        head = SegmentValueHead(8)
+        head.output.set_range((0, 2))
+        head.save_pretrained(tmp_path)
+        for same in ((0, 2), [0.0, 2.0]):
+            again = SegmentValueHead(8)
+            again.output.set_range(same)
+            again.load_weights(tmp_path)
+            assert again.output.value_range == [0.0, 2.0]
+
     def test_a_head_without_them_is_saved_as_before(self, tmp_path):
         SegmentValueHead(8).save_pretrained(tmp_path)
         assert json.loads((tmp_path / "value_head.json").read_text()) == {"mode": "shared", "hidden_size": 8}
@@ -173,7 +183,9 @@ def test_evaluation_sets_no_start(family, tmp_path):
     assert trainer.critic.value_head.output == ValueOutput()
 
 
-@pytest.mark.parametrize("value_range", [[1.0, 0.0], [0.0], [0.0, 1.0, 2.0], [0.0, math.inf], [math.nan, 1.0]])
+@pytest.mark.parametrize(
+    "value_range", [[1.0, 0.0], [0.0], [0.0, 1.0, 2.0], [0.0, math.inf], [math.nan, 1.0], ["0", "1"], 1.0]
+)
 @TEXT_FAMILY
 def test_ranges_that_are_none(family, value_range, tmp_path):
     with pytest.raises(ValueError, match=r"`value_range` must be `\[low, high\]`"):

@@ -99,7 +99,7 @@ def test_the_warmup_has_them_too(family, tmp_path):
 
 
 @TEXT_FAMILY
-def test_an_update_that_is_not_finite_is_left_out(family, tmp_path):
+def test_an_update_that_is_not_finite_is_left_out(family, tmp_path, caplog):
     trainer = made(family, tmp_path, critic_updates_per_step=3)
     calls, critic_loss = [], trainer.critic_loss
 
@@ -111,7 +111,24 @@ def test_an_update_that_is_not_finite_is_left_out(family, tmp_path):
     trainer.critic_loss = spoiled
     trainer.train()
     assert len(calls) == 4  # and no third update
+    assert logged(trainer, "skipped_steps") == [0.0]
+    assert "The critic's updates 2 to 3 of this step are left out" in caplog.text
     assert all(tensor.isfinite().all() for tensor in state_of(trainer.critic.value_head).values())
     expected = made(family, tmp_path / "once")
     expected.train()
     assert torch.equal(expected.critic.value_head.head.weight, trainer.critic.value_head.head.weight)
+
+
+@TEXT_FAMILY
+def test_an_update_that_is_left_out_is_no_skipped_step(family, tmp_path):
+    """The policy's step was taken, so it is none of those in a row that stop a run."""
+    trainer = made(family, tmp_path, critic_updates_per_step=2, max_steps=2, max_skipped_steps=2)
+    calls, critic_loss = [], trainer.critic_loss
+
+    def spoiled(batch, values):
+        calls.append(batch)
+        return critic_loss(batch, values) * (torch.nan if len(calls) > 2 else 1.0)  # also in the next step
+
+    trainer.critic_loss = spoiled
+    trainer.train()
+    assert logged(trainer, "skipped_steps") == [0.0, 1.0]

@@ -24,6 +24,8 @@ pytestmark = [
     ),
 ]
 ROOT = Path(__file__).parents[2]
+START = {"critic_initial_value": "reward_mean", "value_range": [0.0, 1.0]}
+UPDATES = {"critic_updates_per_step": 2, **START}
 
 
 def run_with_deepspeed(folder: Path, stage: int, family: str, settings: dict, zero3_init: bool = False) -> list[dict]:
@@ -62,14 +64,16 @@ def run_with_deepspeed(folder: Path, stage: int, family: str, settings: dict, ze
 @pytest.mark.parametrize(
     ("stage", "family", "settings"),
     [
-        (2, "qwen2", {"max_steps": 3, "critic": "separate", "gradient_accumulation_steps": 2, "beta": 0.1}),
+        (2, "qwen2", {"max_steps": 3, "critic": "separate", "gradient_accumulation_steps": 2, "beta": 0.1, **UPDATES}),
         (2, "qwen2", {"max_steps": 3, "critic": "adapter", "beta": 0.1}),
         (2, "qwen2_5_vl", {"max_steps": 3, "critic": "shared"}),
         (3, "qwen2", {"max_steps": 3, "critic": "shared", "gradient_accumulation_steps": 2}),
         (2, "qwen2_5_vl", {"max_steps": 3, "critic": "ladder", "gradient_checkpointing": True}),
         (3, "qwen2", {"max_steps": 3, "critic": "ladder", "critic_reads": 3, "gradient_accumulation_steps": 2}),
+        # Further updates read the policy after its step.
+        (2, "qwen2", {"max_steps": 3, "critic": "ladder", "learning_rate": 0.0, **UPDATES}),
         (3, "qwen2", {"max_steps": 3, "critic": "none", "advantage_estimator": "batch"}),
-        (3, "qwen2_5_vl", {"max_steps": 3, "critic": "separate", "beta": 0.1}),
+        (3, "qwen2_5_vl", {"max_steps": 3, "critic": "separate", "beta": 0.1, **UPDATES}),
     ],
 )
 def test_two_processes_equal_one(stage, family, settings, tmp_path):
@@ -130,7 +134,7 @@ def test_weights_that_are_loaded_in_pieces(family, settings, tmp_path):
 def test_four_steps_are_two_and_two_more(stage, tmp_path):
     """Policy, critic, both optimizers and the position in the data come back from the shards."""
     settings = {"critic": "separate", "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "beta": 0.0}
-    settings |= {"lr_scheduler_type": "linear", "learning_rate": 0.02, "critic_learning_rate": 0.02}
+    settings |= {"lr_scheduler_type": "linear", "learning_rate": 0.02, "critic_learning_rate": 0.02, **START}
     whole = run_with_deepspeed(tmp_path / "whole", stage, "qwen2", settings)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     assert (checkpoint / "critic" / "value_head.safetensors").is_file()

@@ -1,5 +1,6 @@
 """A critic reads the policy's hidden states in the policy's own forward: once, at once, and nothing goes back."""
 
+import itertools
 import weakref
 from types import SimpleNamespace
 
@@ -229,9 +230,14 @@ class TestTaps:
     @TEXT_FAMILY
     def test_value_model_of_other_sizes(self, family, tmp_path):
         """A saved ladder is taken as it is; settings that contradict it are an error."""
-        SegmentValueHead.from_policy(family.build_model(), mode="ladder", layers=3).save_pretrained(tmp_path / "saved")
-        for settings, error in (({}, None), ({"critic_layers": 2}, "saved with `critic_layers=3`, not 2")):
-            kwargs = {"value_model": str(tmp_path / "saved")}
+        critic = SegmentValueHead.from_policy(family.build_model(), mode="ladder", layers=3)
+        critic.save_pretrained(tmp_path / "saved")
+        contradictions = [({"critic_layers": 2}, "has `critic_layers=3`, not 2: set `critic_layers=3`")]
+        contradictions += [({"critic_width": 128}, "has `critic_width=64`, not 128")]
+        for value_model, (settings, error) in itertools.product(
+            (str(tmp_path / "saved"), critic), [({}, None), *contradictions]
+        ):
+            kwargs = {"value_model": value_model}
             if error is None:
                 trainer = sapo_trainer(family, tmp_path, critic="ladder", trainer_kwargs=kwargs, **settings)
                 assert trainer.critic.value_head.ladder.sizes.layers == 3
@@ -242,9 +248,14 @@ class TestTaps:
     @TEXT_FAMILY
     def test_value_model_of_another_kind(self, family, tmp_path):
         policy = family.build_model()
+        policy.save_pretrained(tmp_path / "whole")
         for value_model, error in (
+            (str(tmp_path / "whole"), "`value_model` is a whole model, but a critic of mode 'ladder' is none"),
             (policy, "`value_model` is a whole model, but a critic of mode 'ladder' is none: leave `value_model` out"),
-            (SegmentValueHead.from_policy(policy, mode="shared"), "is a 'shared' critic, but `critic='ladder'`"),
+            (
+                SegmentValueHead.from_policy(policy, mode="shared"),
+                "is a 'shared' critic, but `critic='ladder'`: set `critic=.shared.`",
+            ),
             (SegmentValueHead(24, ladder=LadderSizes(2, 64, 2)), "of size 24, but the policy's have size 16"),
             (SegmentValueHead(16, ladder=LadderSizes(4, 64, 4)), "`critic_reads` is 4, but a policy of 2 layers"),
         ):

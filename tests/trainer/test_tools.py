@@ -98,7 +98,7 @@ class TestTools:
             assert rollout.advantages[row][~mask].abs().max() == 0
             assert rollout.token_rewards[row].nonzero().flatten().tolist() in ([], [last])
 
-    @pytest.mark.parametrize("critic", ["separate", "shared"])
+    @pytest.mark.parametrize("critic", ["separate", "shared", "ladder"])
     def test_tool_tokens_are_masked(self, tool_family, critic, tmp_path):
         recorder = Recorder()
         trainer = sapo_trainer(
