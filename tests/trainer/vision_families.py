@@ -70,8 +70,9 @@ class VisionFamily:
     def build_model(self, seed: int = 0) -> PreTrainedModel:
         set_seed(seed)
         model = self.model_class(self.model_class.config_class(**self.settings))
+        # Some start at zero. Gemma 3's projection of the pictures does: the model would be blind.
         for name, parameter in model.named_parameters():
-            if "newline" in name or "position" in name:
+            if "newline" in name or "position" in name or "input_projection" in name:
                 parameter.data.normal_(std=0.1)
         return model
 
