@@ -101,8 +101,8 @@ def check_arguments(
     quantized = others.get("quantization_config") or (args.model_init_kwargs or {}).get("quantization_config")
     if quantized is not None and args.critic == "separate" and value_model is None:
         raise ValueError(
-            'A quantized policy cannot be copied into a trainable critic: use `critic="adapter"` or '
-            '`critic="shared"`, or pass a `value_model` in a floating-point dtype.'
+            'A quantized policy cannot be copied into a trainable critic: use `critic="ladder"`, '
+            '`"adapter"` or `"shared"`, or pass a `value_model` in a floating-point dtype.'
         )
 
 
