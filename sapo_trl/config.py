@@ -313,12 +313,13 @@ class SAPOConfig(GRPOConfig):
         entropy_token_scope (`str`, *optional*, defaults to `"response"`):
             Tokens that `entropy_token_share` is a share of: each response's, or the rollout's (`"batch"`).
         visual_token_share (`float`, *optional*):
-            Learn from the tokens of each response that depend most on its images alone: this share of them, rounded
-            up (VPPO). `None` for no mask. It costs one more forward per rollout, see `image_corruption`. A response
+            Learn only from the tokens of each response that depend most on its images: this share (VPPO). It is
+            rounded up. `None` for no mask. It costs one more forward per rollout, see `image_corruption`. A response
             without a token that depends on an image keeps all its tokens.
         entropy_penalty_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of a penalty on the entropy: minus the mean log-probability of all sampled tokens, also of tokens
-            that a mask leaves out of the policy loss (VPPO, PAPO). `entropy_coef` is a bonus, on exact entropies.
+            Weight of a penalty on the entropy, which is estimated from sampled tokens (VPPO, PAPO). It is minus the
+            mean log-probability of all sampled tokens, also of tokens that a mask leaves out of the policy loss.
+            `entropy_coef` is a bonus, on exact entropies.
         perception_kl_coef (`float`, *optional*, defaults to `0.0`):
             Weight of PAPO's perception loss. It raises the divergence between the policy with the images and with
             corrupted images, up to 10 per token.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM, set_seed
 
+from sapo_trl.critic import loading
 from sapo_trl.critic.freezing import freeze_attention
 from tests.testing_utils import logged, sapo_trainer, state_of, unmoved
 
@@ -46,17 +47,15 @@ def test_one_layer_values_a_policy_of_three(family, saved, tmp_path):
 @TEXT_FAMILY
 def test_the_policys_revision_is_not_the_critics(family, tmp_path, monkeypatch):
     """`revision` names a state of the policy's repository. A folder has none; on the Hub it would be another one."""
-    from sapo_trl.critic import value_head
-
     family.build_model().save_pretrained(tmp_path / "policy")
     model_of_layers(family, 1).save_pretrained(tmp_path / "small")
-    asked, from_pretrained = [], value_head.AutoModel.from_pretrained
+    asked, from_pretrained = [], loading.AutoModel.from_pretrained
 
     def noted(path, **kwargs):
         asked.append((str(path), kwargs.get("revision")))
         return from_pretrained(path, **kwargs)
 
-    monkeypatch.setattr(value_head.AutoModel, "from_pretrained", noted)
+    monkeypatch.setattr(loading.AutoModel, "from_pretrained", noted)
     settings = {"model_init_kwargs": {"revision": "v2"}, "model": str(tmp_path / "policy")}
     sapo_trainer(family, tmp_path / "run", trainer_kwargs={"value_model": str(tmp_path / "small")}, **settings)
     sapo_trainer(family, tmp_path / "run", **settings)

@@ -184,7 +184,8 @@ class TestFiles:
         assert reds(rows) == [[0], [80], [160]]
         assert [row["answer"] for row in rows] == ["0", "1", "2"]
         assert rows[0]["prompt"][0]["content"] == [IMAGE, {"type": "text", "text": "Find 0."}]
-        assert set(rows[0]) == {"prompt", "images", "answer"}
+        # Reward functions may ask for the answer by either name.
+        assert set(rows[0]) == {"prompt", "images", "answer", "final"}
         assert report.images == 3
 
     @pytest.mark.parametrize("streaming", [False, True])

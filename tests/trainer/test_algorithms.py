@@ -26,6 +26,7 @@ SMALL = {
     "srpo": ROLES,
     "vc_ppo": {"critic_warmup_steps": 12},
     "vapo": {"critic_warmup_steps": 8},
+    "bpco": {"critic_warmup_steps": 8},
 }
 # What an algorithm logs that others do not.
 OWN_METRICS = {
