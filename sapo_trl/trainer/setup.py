@@ -102,7 +102,7 @@ def check_arguments(
     if quantized is not None and args.critic == "separate" and value_model is None:
         raise ValueError(
             'A quantized policy cannot be copied into a trainable critic: use `critic="ladder"`, '
-            '`"adapter"` or `"shared"`, or pass a `value_model` in a floating-point dtype.'
+            '`critic="adapter"` or `critic="shared"`, or pass a `value_model` in a floating-point dtype.'
         )
 
 
