@@ -83,6 +83,7 @@ def built(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the files of the repository are git's: this is no checkout")
 class TestBuilt:
     def test_the_wheel_holds_the_package_and_the_run_files(self, built):
         (wheel,) = built.glob("*.whl")
