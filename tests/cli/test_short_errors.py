@@ -65,5 +65,6 @@ def test_no_help_has_a_hyphen_first(capsys):
         with pytest.raises(SystemExit):
             main([*command.split(), "--help"])
         options = [word for word in capsys.readouterr().out.replace(",", " ").split() if word.startswith("--")]
+        assert "--help" in options
         hyphens = {word for word in options if "-" in word[2:]}
         assert all(word.replace("-", "_").replace("__", "--", 1) in options for word in hyphens), command

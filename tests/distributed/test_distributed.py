@@ -97,7 +97,7 @@ def test_two_processes_equal_one(family, settings, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "checkpointing"), [("qwen2", False), ("qwen2_5_vl", True)])
 def test_a_critic_that_reads_the_policy_leaves_its_updates_as_they_are(family, checkpointing, tmp_path):
-    """To the last bit, at equal advantages: those of a run without a critic."""
+    """With equal advantages, the policy's weights equal the weights of a run without a critic, bit for bit."""
     settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing}
     settings |= {"equal_advantages": True, "beta": 0.0}
     without = run_in_two_processes(tmp_path / "none", family, {**settings, "critic": "none"})

@@ -57,7 +57,7 @@ def test_no_name_is_split_at_80_columns():
     assert names <= first
     words = printed.getvalue().split()
     assert [title for title in table.columns if title not in words] == []
-    # The numbers are those of the wide table.
+    # The wide table has the same numbers.
     wide = io.StringIO()
     Console(file=wide, width=400).print(as_rich(table))
     number = re.compile(r"\d+\.\d\d")

@@ -228,7 +228,7 @@ class TestDPOPLoss:
         assert {name: logs[0][name] for name in logs[1]} == pytest.approx(logs[1])
 
     def test_nothing_private_of_trl_is_overridden(self):
-        """And what is public is still there, with these parameters."""
+        """The two public methods that we override are in TRL, with these parameters."""
         ours = {name for name in vars(DPOPTrainer) if not name.startswith("__")}
         assert {name for name in ours if hasattr(DPOTrainer, name)} == {"compute_loss", "log"}
         parameters = DPOTrainer.compute_loss.__code__.co_varnames[:5]

@@ -373,5 +373,5 @@ def test_restem_trains_the_picture_task(warm_model, tmp_path):
     assert trainer.state.global_step == 30
     assert all(math.isfinite(value) for entry in trainer.state.log_history for value in entry.values())
     losses = logged(trainer, "loss")
-    assert len(losses) == 30 and sum(losses[-5:]) < sum(losses[:5])  # it learns what it kept
+    assert len(losses) == 30 and sum(losses[-5:]) < sum(losses[:5])  # it learns the kept responses
     assert all(not torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""The recorded files: what is written is read back, with the columns that the package declares."""
+"""Recorded files: reading returns the written rows, with the columns that the package declares."""
 
 from dataclasses import replace
 
@@ -84,7 +84,7 @@ def test_all_is_read_back(folder):
 
 
 def test_a_run_that_asks_for_neither_sight_nor_a_mask(rollout, tmp_path):
-    """Their columns are not written, and are read as unknown, like those of earlier versions."""
+    """Both columns are left out. Reading such a file, or one of an earlier version, gives unknown values."""
     plain = replace(rollout, visual_dependency=None, policy_mask=rollout.segments.mask)
     rows = segmented_responses(plain, step=3)
     assert not {"visual_dependency", "policy_mask"} & rows[0].keys()

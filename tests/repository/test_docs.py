@@ -473,7 +473,7 @@ def test_the_files_of_a_new_part_hold_the_names_of_its_row():
     rows = re.findall(r"^\| \w[^|]* \| (`.*) \|$|^\| \w[^|]* \| ([a-z].*) \|$", table, re.MULTILINE)
     assert len(rows) > 15
     for row in map("".join, rows):
-        files = set(re.findall(r"`((?:\w+/)*\w+\.py)`", row)) - {"command.py"}  # of whichever command
+        files = set(re.findall(r"`((?:\w+/)*\w+\.py)`", row)) - {"command.py"}  # each command has one
         assert not {name for name in files if not (PACKAGE / name).is_file() and not (ROOT / name).is_file()}
         code = "".join((PACKAGE / name).read_text(encoding="utf-8") for name in files if (PACKAGE / name).is_file())
         folders = re.findall(r"`((?:\w+/)+)`", row)

@@ -40,7 +40,7 @@ class Node:
 
 
 def grown(continuations: TreeReward, prompt: tuple[int, ...], version: str) -> list[Node]:
-    """The nodes of the tree below a prompt, from what was sampled."""
+    """The nodes of the tree below a prompt, rebuilt from the sampled edges."""
     nodes = []
 
     def visit(tokens: tuple[int, ...], depth: int, length: int) -> Node:
