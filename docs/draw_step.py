@@ -25,7 +25,7 @@ ROLLOUT = [
 STEP = [
     ("9  policy loss, backward", OURS, ("on_policy_forward",), "the same micro-batch"),
     ("10  critic loss, backward", OURS, (), "after the last micro-batch"),
-    ("11  optimizers: policy (TRL), critic", OURS, (), "after each optimizer step"),
+    ("11  optimizers: critic, then policy (TRL)", OURS, (), "after each optimizer step"),
     ("12  log, checkpoint (through TRL)", OURS, (), ""),
 ]
 

@@ -34,9 +34,9 @@ def segmented_responses(
     Returns:
         `list[dict]`: `step`, `prompt`, `reward` (`None` if unscored) and the lists `tokens` (text), `special` (whether
         a token is special), `segment_ids`, `logps`, `entropies`, `values`, `advantages`, `returns` and `token_rewards`
-        (rewards where they fall due), and if settings ask for them `visual_dependency` and `policy_mask` (1 where the
-        policy learns). Tokens outside segments, such as tokens from tools, are in `masked_tokens`. For each of them,
-        `masked_positions` has the number of segment tokens before it.
+        (rewards, placed on their tokens). If settings ask for them, there are also `visual_dependency` and
+        `policy_mask` (1 where the policy learns). Tokens outside segments, such as tokens from tools, are in
+        `masked_tokens`. For each of them, `masked_positions` has the number of segment tokens before it.
     """
     per_token = {"segment_ids": rollout.segments.ids}
     per_token |= {name: getattr(rollout, name) for name in NUMBERS_OF_TOKENS}

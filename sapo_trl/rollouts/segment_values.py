@@ -30,7 +30,7 @@ def monte_carlo_values(
         segments ([`Segments`]): partition of the `(B, T)` tokens.
         policy_mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the tokens that the policy learns from.
         completion_ids (`torch.Tensor`): int64 tensor of shape `(B, T)`.
-        token_rewards (`torch.Tensor`): float tensor of shape `(B, T)`, where the responses' rewards fall due.
+        token_rewards (`torch.Tensor`): float tensor of shape `(B, T)`: the rewards, placed on their tokens.
         num_continuations (`int`): continuations of each state.
         max_valued_segments (`int`, *optional*): number of states to value in each response, besides the prompt's.
         truncated_reward (`float`, *optional*): reward of a continuation that did not end.

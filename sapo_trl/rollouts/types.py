@@ -49,7 +49,7 @@ class RolloutBatch(TypedDict, total=False):
 
     # From the stages that score a rollout.
     rewards: torch.Tensor  # float32 (B,), NaN for a response without a reward
-    token_rewards: torch.Tensor  # float32 (B, T), where the rewards fall due; not in the training batch
+    token_rewards: torch.Tensor  # float32 (B, T): rewards, placed on their tokens; not in the training batch
     returns: torch.Tensor  # float32 (B, T), the critic's targets
     old_values: torch.Tensor  # float32 (B, T), the critic's values at the time of the rollout
     segment_ids: torch.Tensor  # int64 (B, T), -1 outside the segments
@@ -168,7 +168,7 @@ class SegmentedRollout:
         entropies (`torch.Tensor`): float32 `(B, T)`, of the same policy.
         values (`torch.Tensor`): float32 `(B, T)`, values of the states before each token.
         token_rewards (`torch.Tensor`):
-            float32 `(B, T)`: rewards where they fall due, minus the KL penalty if it goes into the reward.
+            float32 `(B, T)`: rewards, placed on their tokens, minus the KL penalty if it is part of the reward.
         advantages (`torch.Tensor`): float32 `(B, T)`, as the loss uses them.
         returns (`torch.Tensor`): float32 `(B, T)`.
         rewards (`torch.Tensor`): float32 `(B,)`, NaN for a response that no reward function could score.

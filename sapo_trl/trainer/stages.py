@@ -133,7 +133,7 @@ def placed_rewards(
     tokenizer: PreTrainedTokenizerBase,
 ) -> torch.Tensor:
     """
-    The rewards where they fall due: steps' at the ends of their spans, everything else on the response's last token.
+    The rewards, placed on tokens: a span's reward on its last token, all other rewards on the response's last token.
 
     Args:
         record ([`RolloutRecord`]): its rewards.
@@ -162,7 +162,7 @@ def placed_rewards(
 def rewards_of_tokens(
     forward: PolicyForward, batch: RolloutBatch, mask: torch.Tensor, args: SAPOConfig
 ) -> tuple[torch.Tensor, Measurements]:
-    """float32 `(B, T)`: the rewards where they fall due, minus the KL penalty if it goes there."""
+    """float32 `(B, T)`: the rewards, placed on tokens, minus the KL penalty if it is part of the reward."""
     token_rewards = batch["token_rewards"]
     if "ref_per_token_logps" not in batch:
         return token_rewards, {}

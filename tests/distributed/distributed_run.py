@@ -97,6 +97,7 @@ def main(
     spoiled, numbered = settings.pop("spoiled", None), settings.pop("numbered", False)
     in_float64, value_model = settings.pop("in_float64", False), None
     frozen_tower, equal_advantages = settings.pop("frozen_tower", False), settings.pop("equal_advantages", False)
+    with_lora = settings.pop("lora", False)
     model, loads_it = settings.pop("model", None), settings.pop("loads_it", False)
     if model is None:
         # Before the arguments, which tell transformers about ZeRO-3: it cannot make Qwen2.5-VL's weights in pieces.
@@ -123,7 +124,7 @@ def main(
         dataset = dataset.map(
             lambda row, index: {"prompt": [{"role": "user", "content": f"{index}."}]}, with_indices=True
         )
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if args.critic == "adapter" else None
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if with_lora or args.critic == "adapter" else None
     trainer = SAPOTrainer(
         model=model,
         reward_funcs=halved_reward,
@@ -146,7 +147,7 @@ def main(
         trainer.train(resume_from_checkpoint=checkpoint)
     names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
     names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
-    names += ["skipped_steps", "value/gated", "value/monte_carlo_explained_variance"]
+    names += ["grad_norm", "skipped_steps", "value/gated", "value/monte_carlo_explained_variance"]
     policy = trainer.accelerator.unwrap_model(trainer.model)
     stage = 0
     if trainer.is_deepspeed_enabled:

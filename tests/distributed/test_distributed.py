@@ -95,17 +95,28 @@ def test_two_processes_equal_one(family, settings, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "checkpointing"), [("qwen2", False), ("qwen2_5_vl", True)])
-def test_a_critic_that_reads_the_policy_leaves_its_updates_as_they_are(family, checkpointing, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "checkpointing", "critics"),
+    [
+        ("qwen2", False, ["shared", "ladder", "separate"]),
+        ("qwen2_5_vl", True, ["shared", "ladder", "separate"]),
+        ("qwen2", True, ["adapter"]),
+        ("qwen2_5_vl", False, ["adapter"]),
+    ],
+)
+def test_a_critic_leaves_the_policys_updates_as_they_are(family, checkpointing, critics, tmp_path):
     """With equal advantages, the policy's weights equal the weights of a run without a critic, bit for bit."""
     settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing}
-    settings |= {"equal_advantages": True, "beta": 0.0}
+    settings |= {"equal_advantages": True, "beta": 0.0, "lora": critics == ["adapter"]}
     without = run_in_two_processes(tmp_path / "none", family, {**settings, "critic": "none"})
-    ladder = run_in_two_processes(tmp_path / "ladder", family, {**settings, "critic": "ladder", "critic_reads": 3})
-    for own, other in zip(ladder, without, strict=True):
-        assert own["world_size"] == other["world_size"] == 2 and min(own["log"]["critic_grad_norm"]) > 1e-3
-        for name, tensor in other["policy"].items():
-            assert torch.equal(own["policy"][name], tensor), name
+    for critic in critics:
+        reads = {"critic_reads": 3} if critic == "ladder" else {}
+        runs = run_in_two_processes(tmp_path / critic, family, {**settings, **reads, "critic": critic})
+        for own, other in zip(runs, without, strict=True):
+            assert own["world_size"] == other["world_size"] == 2
+            assert min(own["log"]["grad_norm"]) > 1e-3 and min(own["log"]["critic_grad_norm"]) > 1e-3
+            for name, tensor in other["policy"].items():
+                assert torch.equal(own["policy"][name], tensor), (critic, name)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Rewards with places in the text: they fall due there, and the sum stays the reward."""
+"""Rewards with places in the text: they are placed there, and their sum is the reward."""
 
 import asyncio
 
@@ -200,7 +200,7 @@ def of_letters_at_the_end(completions, **kwargs):
 @TEXT_FAMILY
 @pytest.mark.parametrize("settings", SAMPLED.values(), ids=SAMPLED)
 def test_sampled_values_count_the_rewards_to_come(family, settings, tmp_path):
-    """With such values it makes no difference where a reward falls due, as long as it is known by then."""
+    """With such values it makes no difference where a reward is placed, as long as it is known by then."""
     texts = [family.tokenizer.decode([token]) for token in range(len(family.tokenizer))]
     is_whole = [text.isascii() and token not in family.tokenizer.all_special_ids for token, text in enumerate(texts)]
     suppressed = [
