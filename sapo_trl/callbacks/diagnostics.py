@@ -25,7 +25,7 @@ class ValueDiagnostics(RolloutCallback):
     value (https://huggingface.co/papers/2410.01679). This works for any critic of [`SAPOTrainer`]. With
     `"monte_carlo"` it measures the error of that critic's own estimate.
 
-    Logged: `value_diagnostics/mae`, `…/rank_correlation` (Spearman), `…/explained_variance` (of the Monte-Carlo
+    Logged: `critic/diagnostics/mae`, `…/rank_correlation` (Spearman), `…/explained_variance` (of the Monte-Carlo
     values, whose noise no critic can explain), `…/critic_mean`, `…/monte_carlo_mean`, and `…/standard_error`, the mean
     standard error of the Monte-Carlo values. A perfect critic's `mae` is about 0.8 of the standard error. Several
     processes compare their own states and average the results. The callback does not change training.
@@ -113,9 +113,9 @@ class ValueDiagnostics(RolloutCallback):
         table = table[["value", "monte_carlo_value", "standard_error"]].dropna()
         for name, value in value_agreement(table["value"], table["monte_carlo_value"]).items():
             known = value == value  # NaN where one of the two does not vary
-            metrics.add_total(f"value_diagnostics/{name}", torch.tensor(value if known else 0.0), float(known))
-        metrics.add_total("value_diagnostics/standard_error", torch.tensor(table["standard_error"].sum()), len(table))
-        metrics.add_total("value_diagnostics/tokens", torch.tensor(float(result.num_tokens)), 1.0)
+            metrics.add_total(f"critic/diagnostics/{name}", torch.tensor(value if known else 0.0), float(known))
+        metrics.add_total("critic/diagnostics/standard_error", torch.tensor(table["standard_error"].sum()), len(table))
+        metrics.add_total("critic/diagnostics/tokens", torch.tensor(float(result.num_tokens)), 1.0)
         metrics.add_total("time/value_diagnostics", torch.tensor(result.seconds), 1.0)
 
 

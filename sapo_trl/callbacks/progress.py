@@ -16,8 +16,8 @@ from transformers.trainer_callback import ProgressCallback
 SHOWN = {
     "reward": "reward",
     "entropy": "entropy",
-    "value_loss": "value loss",
-    "value/explained_variance": "explained",
+    "critic/loss": "value loss",
+    "critic/explained_variance": "explained",
     "completions/mean_length": "tokens",
 }
 

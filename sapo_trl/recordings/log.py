@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..json_files import read_json, read_json_lines
+from ..metric_names import with_old_names, with_present_names
 from ..run_folder import TRAINER_STATE_NAME, newest_checkpoint
 from .columns import REWARD
 from .tables import as_frame, check_column
@@ -27,7 +28,9 @@ def read_log_history(path: str | Path) -> pd.DataFrame:
             `trainer_state.json`, its last checkpoint's, its only `.jsonl` file.
 
     Returns:
-        `pd.DataFrame`: one row per entry, in order, NaN where an entry lacks a name.
+        `pd.DataFrame`:
+            one row per entry, in order, NaN where an entry lacks a name. Metrics have their present names, also in a
+            log of an earlier release; until release 0.2.0 there are columns with the old names, too.
 
     Raises:
         ValueError: if there is no log, or if it cannot be read.
@@ -35,11 +38,11 @@ def read_log_history(path: str | Path) -> pd.DataFrame:
     log, notes = read_log(Path(path))
     for note in notes:
         logger.warning(note)
-    return log
+    return pd.DataFrame(with_old_names(dict(log.items())))
 
 
 def read_log(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """[`read_log_history`], with notes instead of warnings."""
+    """[`read_log_history`], with notes instead of warnings, and without the old names."""
     if path.is_dir():
         path = _log_file(path)
     if not path.is_file():
@@ -54,7 +57,7 @@ def read_log(path: Path) -> tuple[pd.DataFrame, list[str]]:
         entries = content["log_history"]
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: the log must have at least one entry, each an object of names and numbers.")
-    log = as_frame(path, entries)
+    log = as_frame(path, [with_present_names(entry) for entry in entries])
     if "step" in log:
         check_column(path, log["step"], REWARD)
         log["step"] = pd.to_numeric(log["step"])  # of cells that are all empty, pandas would make objects

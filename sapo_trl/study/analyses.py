@@ -49,9 +49,9 @@ def write_analyses(study: StudyConfig, results: StudyResults, figures_dir: Path,
 
 def _critics(results: StudyResults, experiment: Experiment, figures_dir: Path, link: str) -> str:
     columns = {
-        "value_loss": "value loss",
-        "value/explained_variance": "explained variance of returns",
-        "value_diagnostics/explained_variance": "explained variance of Monte-Carlo values",
+        "critic/loss": "value loss",
+        "critic/explained_variance": "explained variance of returns",
+        "critic/diagnostics/explained_variance": "explained variance of Monte-Carlo values",
     }
     drawn = _curves(results, experiment, figures_dir / "critic.png", columns)
     if not drawn:

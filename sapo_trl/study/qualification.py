@@ -14,7 +14,7 @@ from .results import StudyResults, metrics_of
 from .statistics import Difference, paired_difference
 
 
-EXPLAINED_VARIANCE = "value_diagnostics/explained_variance"
+EXPLAINED_VARIANCE = "critic/diagnostics/explained_variance"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ..json_files import read_json_lines
+from ..metric_names import with_present_names
 from .cells import Cell, comparison_cells, result_of, tuning_cells
 from .config import StudyConfig
 from .run_cell import METRICS_NAME
@@ -101,7 +102,7 @@ def metrics_of(run: pd.Series) -> pd.DataFrame:
     rows, notes = read_json_lines(Path(run["folder"]) / METRICS_NAME)
     for note in notes:
         logger.warning(note)
-    metrics = pd.DataFrame(rows)
+    metrics = pd.DataFrame([with_present_names(row) for row in rows])
     per_rollout = run["completions"] / max(len(metrics), 1)
     metrics["completions"] = [index * per_rollout for index in range(len(metrics))]
     metrics["cpu_seconds"] = [index * run["cpu_seconds"] / max(len(metrics), 1) for index in range(len(metrics))]

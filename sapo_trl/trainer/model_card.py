@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..config import SAPOConfig, default_settings
+from ..metric_names import with_present_names
 from ..presets import PRESETS, RUN_SETTINGS, preset_settings
 from ..segmentation import Segmenter
 
@@ -41,7 +42,7 @@ _SETTINGS = (
 )
 _RESULTS = (
     r"(eval_)?reward|(eval_)?rewards/.+/mean|(eval_)?entropy|(eval_)?completions/mean_length|segments/count"
-    r"|value/explained_variance|value_loss|kl"
+    r"|critic/explained_variance|critic/loss|kl"
 )
 
 _QUICK_START = {
@@ -165,7 +166,7 @@ def _settings(args: SAPOConfig) -> str:
 def _results(log_history: list[dict[str, float]]) -> str:
     latest: dict[str, tuple[float, int]] = {}
     for entry in log_history:
-        for name, value in entry.items():
+        for name, value in with_present_names(entry).items():
             if re.fullmatch(_RESULTS, name) and isinstance(value, int | float):
                 latest[name] = (value, int(entry.get("step", 0)))
     if not latest:

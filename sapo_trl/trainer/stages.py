@@ -232,8 +232,8 @@ def gated(
     # Returns that do not vary (NaN) leave nothing to explain: the critic has nothing to tell responses apart by.
     is_trusted = explained >= args.critic_min_explained_variance
     metrics: Measurements = {
-        "value/gated": ((~is_trusted).float(), 1.0),
-        "value/monte_carlo_explained_variance": (explained, 1.0),
+        "critic/gated": ((~is_trusted).float(), 1.0),
+        "critic/monte_carlo_explained_variance": (explained, 1.0),
     }
     return torch.where(is_trusted, advantages, fallback.to(advantages.dtype)), metrics
 
@@ -279,8 +279,8 @@ def measured(
         "returns/mean": (torch.where(states, returns, 0).sum(), states.sum()),
     }
     if args.learns_critic:
-        metrics["value/mean"] = (torch.where(states, values, 0).sum(), states.sum())
-        metrics["value/explained_variance"] = (explained_variance(values, returns, states, processes.sum), 1.0)
+        metrics["critic/mean_value"] = (torch.where(states, values, 0).sum(), states.sum())
+        metrics["critic/explained_variance"] = (explained_variance(values, returns, states, processes.sum), 1.0)
     return metrics
 
 

@@ -479,8 +479,8 @@ class SAPOTrainer(GRPOBridge):
         metrics: Measurements = {"time/update": (torch.tensor(step.seconds), 1.0)}
         if self.critic is not None:
             numbers.append(self.critic.clip_gradient())
-            metrics["critic_lr"] = (torch.tensor(self.critic.learning_rate), 1.0)
-            metrics["critic_grad_norm"] = (numbers[-1], 1.0)
+            metrics["critic/learning_rate"] = (torch.tensor(self.critic.learning_rate), 1.0)
+            metrics["critic/grad_norm"] = (numbers[-1], 1.0)
         skip = self._step_guard.must_skip(numbers)
         if skip:
             # Gradients that are not there move nothing, nor do they decay weights.
@@ -500,8 +500,8 @@ class SAPOTrainer(GRPOBridge):
         logged = combined(self._update.outputs, self.accelerator, metrics)
         self._update = None
         if self.critic_warmup.is_active(self.state.global_step):
-            self.critic_warmup.record(logged["value_loss"])
-            logged["critic_warmup"] = 1.0
+            self.critic_warmup.record(logged["critic/loss"])
+            logged["critic/warmup"] = 1.0
         self.pending_log.add(logged, self.mode)
 
     # ---------------------------------------------------------------------------------------- schedule, checkpoints

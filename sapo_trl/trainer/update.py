@@ -158,7 +158,7 @@ class ValueObjective:
             normalizer=totals.normalizer(aggregation, "segments", args.max_completion_length),
         )
         metrics: Measurements = {
-            "value_loss": (output.loss.detach(), 1 / totals.micro_batches),
-            "value/clip_ratio": mean_over(output.metrics["value_clip_fraction"], segments.count.sum()),
+            "critic/loss": (output.loss.detach(), 1 / totals.micro_batches),
+            "critic/clip_ratio": mean_over(output.metrics["value_clip_fraction"], segments.count.sum()),
         }
         return MicroBatchLoss(output.loss, metrics)

@@ -216,7 +216,7 @@
   const runStyle = (run) => ({ color: css(`--run${run}`), dash: run ? "dash" : "solid", width: 2 });
 
   const metrics = [...new Set(meta.curves.flatMap((curves) => Object.keys(curves)))].sort();
-  const wanted = [["reward"], ["entropy"], ["value/explained_variance", "value_loss", "segments/count", "kl", "loss"]];
+  const wanted = [["reward"], ["entropy"], ["critic/explained_variance", "critic/loss", "segments/count", "kl", "loss"]];
   const charts = wanted.map((names) => names.find((name) => metrics.includes(name))).map((first, i) => ({ chosen: first ?? metrics[i] }));
 
   function drawCurve(chart) {

@@ -84,10 +84,10 @@ class TestInTheTrainer:
         assert (later["monte_carlo_value"] == later["reward"]).all() and (later["standard_error"] == 0).all()
         first = table[table["token"] == 0]
         assert (first["standard_error"] > 0).all()
-        assert len(logged(trainer, "value_diagnostics/mae")) == 1
+        assert len(logged(trainer, "critic/diagnostics/mae")) == 1
         agreement = value_agreement(table["value"], table["monte_carlo_value"])
         for name, value in agreement.items():
-            assert logged(trainer, f"value_diagnostics/{name}") == [pytest.approx(value, abs=1e-5)], name
+            assert logged(trainer, f"critic/diagnostics/{name}") == [pytest.approx(value, abs=1e-5)], name
 
     @TEXT_FAMILY
     def test_it_needs_the_trainers_own_generation(self, family, tmp_path):

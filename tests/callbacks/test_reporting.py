@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 EMBEDDED_CONFIG = ROOT / "trainer_configs" / "embedded.yaml"
 REPORTERS = ("wandb", "trackio", "tensorboard")
 # One of TRL's and transformers' each, the others ours.
-METRICS = ("reward", "grad_norm", "value_loss", "segments/count", "ratio/max", "critic_lr", "time/value")
+METRICS = ("reward", "grad_norm", "critic/loss", "segments/count", "ratio/max", "critic/learning_rate", "time/value")
 
 pytestmark = pytest.mark.slow
 

@@ -119,7 +119,7 @@ class TestTraining:
                 assert all(torch.equal(tensor, after[owner][name]) for name, tensor in before[owner].items()), owner
             assert not all(torch.equal(tensor, after[moving][name]) for name, tensor in before[moving].items())
             assert before[moving].keys() and policy.active_adapter == "default"
-            assert all(math.isfinite(value) for value in logged(trainer, "value_loss"))
+            assert all(math.isfinite(value) for value in logged(trainer, "critic/loss"))
 
     @TEXT_FAMILY
     def test_policy_is_trained_as_without_it(self, family, tmp_path):

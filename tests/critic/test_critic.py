@@ -18,7 +18,7 @@ def test_every_call_of_train_has_a_schedule_of_its_own(family, tmp_path):
     trainer.train()
     before = state_of(trainer.critic.value_head)
     trainer.train()
-    rates = [entry["critic_lr"] for entry in trainer.state.log_history if "critic_lr" in entry]
+    rates = [entry["critic/learning_rate"] for entry in trainer.state.log_history if "critic/learning_rate" in entry]
     assert rates[-2:] == pytest.approx([0.01, 0.005])
     assert any(not torch.equal(before[name], now) for name, now in state_of(trainer.critic.value_head).items())
 

@@ -41,7 +41,7 @@ def test_one_layer_values_a_policy_of_three(family, saved, tmp_path):
     before = state_of(critic), state_of(trainer.model)
     trainer.train()
     assert not unmoved(before[0], critic) and len(unmoved(before[1], trainer.model)) < len(before[1])
-    assert all(loss > 0 for loss in logged(trainer, "value_loss"))
+    assert all(loss > 0 for loss in logged(trainer, "critic/loss"))
 
 
 @TEXT_FAMILY

@@ -80,7 +80,7 @@ def test_the_policy_takes_one_step_and_the_critic_more(family, critic, tmp_path)
 def test_the_schedule_counts_the_policys_steps(family, tmp_path):
     settings = {"max_steps": 4, "lr_scheduler_type": "linear", "critic_lr_warmup_steps": 1}
     rates = [
-        logged(trainer, "critic_lr")
+        logged(trainer, "critic/learning_rate")
         for updates in (1, 2)
         if (trainer := made(family, tmp_path / str(updates), critic_updates_per_step=updates, **settings)).train()
     ]

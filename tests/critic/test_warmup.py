@@ -78,7 +78,7 @@ class TestInTheTrainer:
         moved = [any(not torch.equal(state[0][name], before[name]) for name in before) for state in recorder.states]
         frozen_steps = 2 * 4
         assert moved == [False] * frozen_steps + [True] * (10 - frozen_steps)
-        assert len(logged(trainer, "critic_warmup")) == frozen_steps
+        assert len(logged(trainer, "critic/warmup")) == frozen_steps
 
     @TEXT_FAMILY
     def test_a_resumed_run_does_not_start_over(self, family, tmp_path):
@@ -93,4 +93,4 @@ class TestInTheTrainer:
         sapo_trainer(family, tmp_path, max_steps=2, **settings).train()
         trainer = sapo_trainer(family, tmp_path, max_steps=6, **settings)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-        assert len(logged(trainer, "critic_warmup")) == 4  # two before, two after
+        assert len(logged(trainer, "critic/warmup")) == 4  # two before, two after

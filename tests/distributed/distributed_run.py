@@ -145,9 +145,9 @@ def main(
     micro_batches = note_micro_batches(trainer)
     with exact_lm_head() if in_float64 else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=checkpoint)
-    names = ["policy_loss", "value_loss", "critic_grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
+    names = ["policy_loss", "critic/loss", "critic/grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
     names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
-    names += ["grad_norm", "skipped_steps", "value/gated", "value/monte_carlo_explained_variance"]
+    names += ["grad_norm", "skipped_steps", "critic/gated", "critic/monte_carlo_explained_variance"]
     policy = trainer.accelerator.unwrap_model(trainer.model)
     stage = 0
     if trainer.is_deepspeed_enabled:

@@ -114,7 +114,7 @@ def test_a_critic_leaves_the_policys_updates_as_they_are(family, checkpointing, 
         runs = run_in_two_processes(tmp_path / critic, family, {**settings, **reads, "critic": critic})
         for own, other in zip(runs, without, strict=True):
             assert own["world_size"] == other["world_size"] == 2
-            assert min(own["log"]["grad_norm"]) > 1e-3 and min(own["log"]["critic_grad_norm"]) > 1e-3
+            assert min(own["log"]["grad_norm"]) > 1e-3 and min(own["log"]["critic/grad_norm"]) > 1e-3
             for name, tensor in other["policy"].items():
                 assert torch.equal(own["policy"][name], tensor), (critic, name)
 

@@ -103,7 +103,7 @@ def test_processes_cut_their_rows_into_micro_batches_at_the_same_places(tmp_path
     first, second = run_with_fsdp(tmp_path / "two", "qwen2", settings)
     rows, others = ([rows for rows, _ in run["micro_batches"]] for run in (first, second))
     assert len(rows) == 12 and set(rows) > {2} and rows == others
-    for name in ("policy_loss", "value_loss"):
+    for name in ("policy_loss", "critic/loss"):
         assert first["log"][name] == pytest.approx(one["log"][name], abs=5e-6), name
     for module in ("policy", "critic"):
         for name, tensor in one[module].items():

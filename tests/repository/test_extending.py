@@ -19,7 +19,7 @@ BLOCKS = re.findall(
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)
 def test_the_example_does_what_it_says(family, tmp_path, monkeypatch):
-    definition, _, use = BLOCKS
+    definition, _, use, _ = BLOCKS
     assert len(definition.splitlines()) < 40
     monkeypatch.chdir(tmp_path)
     recorder = Recorder()
@@ -63,7 +63,20 @@ def test_the_page_runs_as_printed(tmp_path, monkeypatch):
     names: dict = {}
     for block in BLOCKS:
         exec(block, names)
-    assert names["trainer"].state.global_step == 2
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 2
+
+    # The page's callback, beside one that keeps the rollouts.
+    trainer.add_callback(recorder := Recorder())
+    evaluation = trainer.evaluate(names["dataset"].select(range(8)))
+    assert recorder.rollouts
+    wrong = [rollout.segments.count[rollout.rewards < 1].float().mean().item() for rollout in recorder.rollouts]
+    assert evaluation["eval_sentences/wrong"] == pytest.approx(sum(wrong) / len(wrong))
+    counts = torch.cat([rollout.segments.count for rollout in recorder.rollouts])
+    (callback,) = [each for each in trainer.callback_handler.callbacks if type(each).__name__ == "SentenceCounts"]
+    restored = type(callback)()
+    restored.load_state_dict(callback.state_dict())
+    assert restored.most == callback.most >= counts.max()
 
 
 @pytest.mark.parametrize("family", ["qwen2"], indirect=True)

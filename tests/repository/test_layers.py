@@ -25,6 +25,7 @@ TOOLS = {"evaluation", "study", "planner", "viewer", "analysis", "recipes", "emb
 DATA_AND_REWARDS = {"data", "rewards"}
 LEAVES = {
     "names",
+    "metric_names",
     "settings",
     "lazy",
     "statistics",

@@ -212,7 +212,7 @@ def test_numbers_are_the_trainer_s(family, dtype, rollouts, tolerance, weight_to
             losses = one_file.update(policy, critic, optimizer, rollout, recorder.rows[step], config)
             # The log is in float32.
             assert losses[0] == pytest.approx(logged(trainer, "policy_loss")[step], abs=1e-6)
-            assert losses[1] == pytest.approx(logged(trainer, "value_loss")[step], abs=1e-6)
+            assert losses[1] == pytest.approx(logged(trainer, "critic/loss")[step], abs=1e-6)
             for ours, their_weights in zip((policy, critic), weights.states[step], strict=True):
                 ours = state_of(ours)
                 assert ours.keys() == their_weights.keys()

@@ -226,7 +226,7 @@ class TestVerdict:
     """What counts as broken, on hand-written results."""
 
     RIGHT = {"before": {"sums": {"right": 3.0, "questions": 8}}, "after": {"sums": {"right": 1.0, "questions": 8}}}
-    LOG = [{"step": 2, "loss": 0.1, "reward_std": 0.4, "value/explained_variance": None}]
+    LOG = [{"step": 2, "loss": 0.1, "reward_std": 0.4, "critic/explained_variance": None}]
 
     def test_falling_accuracy_is_no_error(self):
         assert what_is_wrong(self.LOG, self.RIGHT) == []

@@ -302,8 +302,8 @@ class TestReport:
             folder.mkdir(parents=True)
             rows = [json.loads(line) for line in (Path(run["folder"]) / METRICS_NAME).read_text().splitlines()]
             if of_arm.get(run["arm"]) is not None:
-                rows[0]["value_diagnostics/explained_variance"] = 0.9  # not the last one: says nothing
-                rows[2]["value_diagnostics/explained_variance"] = of_arm[run["arm"]] + rng.normal(0, 0.05)
+                rows[0]["critic/diagnostics/explained_variance"] = 0.9  # not the last one: says nothing
+                rows[2]["critic/diagnostics/explained_variance"] = of_arm[run["arm"]] + rng.normal(0, 0.05)
             (folder / METRICS_NAME).write_text("".join(json.dumps(row) + "\n" for row in rows))
             folders.append(str(folder))
         runs["folder"] = folders

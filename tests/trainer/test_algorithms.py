@@ -30,8 +30,8 @@ SMALL = {
 }
 # What an algorithm logs that others do not.
 OWN_METRICS = {
-    "vapo": ["positive_lm_loss", "critic_warmup", "value_loss"],
-    "vc_ppo": ["critic_warmup", "value_loss"],
+    "vapo": ["positive_lm_loss", "critic/warmup", "critic/loss"],
+    "vc_ppo": ["critic/warmup", "critic/loss"],
     "vineppo": ["monte_carlo/states", "monte_carlo/tokens", "time/monte_carlo"],
     "spo_chain": ["monte_carlo/unique_states", "policy_mask/share"],
     "spo_tree": ["tree/leaves", "tree/dropped_edges", "tree/edge_age"],

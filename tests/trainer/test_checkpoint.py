@@ -160,8 +160,10 @@ class TestResume:
         pairs = [(whole.model, parts.model)]
         if critic != "none":
             pairs.append((whole.critic.value_head, parts.critic.value_head))
-            assert logged(parts, "critic_lr") == logged(whole, "critic_lr")
-            assert len(set(logged(whole, "critic_lr"))) > 2  # the schedule moves, so a forgotten one would show
+            assert logged(parts, "critic/learning_rate") == logged(whole, "critic/learning_rate")
+            assert (
+                len(set(logged(whole, "critic/learning_rate"))) > 2
+            )  # the schedule moves, so a forgotten one would show
         for one, other in pairs:
             expected = state_of(one)
             assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(other).items())
@@ -435,7 +437,9 @@ class TestChangedSettings:
         changed = {"learning_rate": 0.005, "critic_learning_rate": 0.01}
         resumed = self.run(family, tmp_path / "parts", tmp_path / "checkpoint-2", **changed)
         assert logged(resumed, "learning_rate")[2:] == pytest.approx([0.005 * (1 - step / 6) for step in range(2, 6)])
-        assert logged(resumed, "critic_lr")[2:] == pytest.approx([0.01 * (1 - step / 6) for step in range(2, 6)])
+        assert logged(resumed, "critic/learning_rate")[2:] == pytest.approx(
+            [0.01 * (1 - step / 6) for step in range(2, 6)]
+        )
         said = [text for text in warnings_in(caplog) if "The new ones apply" in text]
         assert len(said) == 2
         assert "policy's" in said[0] and said[0].endswith("learning rate 0.02 → 0.005.")
@@ -447,7 +451,7 @@ class TestChangedSettings:
         resumed = self.run(family, tmp_path / "parts", tmp_path / "checkpoint-4", max_steps=8)
         expected = [*(1 - step / 4 for step in range(4)), *(1 - step / 8 for step in range(4, 8))]
         assert logged(resumed, "learning_rate") == pytest.approx([0.02 * share for share in expected])
-        assert logged(resumed, "critic_lr") == pytest.approx([0.04 * share for share in expected])
+        assert logged(resumed, "critic/learning_rate") == pytest.approx([0.04 * share for share in expected])
 
     @TEXT_FAMILY
     def test_weight_decay_and_betas(self, family, tmp_path):

@@ -93,8 +93,8 @@ def test_opens_at_the_explained_variance_of_monte_carlo_returns(seed, value_stat
         result, metrics = gated(advantages, rewards, values, segments, args, ALONE)
         expected = mean_baseline_advantages(rewards, segments, 0.9)[0] if is_closed else advantages
         assert torch.equal(result, expected)
-        assert metrics["value/gated"][0] == float(is_closed)
-        assert metrics["value/monte_carlo_explained_variance"][0].item() == pytest.approx(explained, abs=1e-5)
+        assert metrics["critic/gated"][0] == float(is_closed)
+        assert metrics["critic/monte_carlo_explained_variance"][0].item() == pytest.approx(explained, abs=1e-5)
 
 
 def test_equal_returns_close_it(tmp_path):
@@ -105,7 +105,7 @@ def test_equal_returns_close_it(tmp_path):
     args = settings(tmp_path, critic_min_explained_variance=-1e9)
     result, metrics = gated(advantages, rewards, values, segments, args, ALONE)
     assert torch.equal(result, torch.zeros(2, 3))
-    assert metrics["value/gated"][0] == 1 and metrics["value/monte_carlo_explained_variance"][0].isnan()
+    assert metrics["critic/gated"][0] == 1 and metrics["critic/monte_carlo_explained_variance"][0].isnan()
 
 
 def test_all_processes_decide_alike(tmp_path):
@@ -120,7 +120,7 @@ def test_all_processes_decide_alike(tmp_path):
         gated(advantages[rows], rewards[rows], values[rows], Segments(segments.ids[rows]), args, ALONE)[1]
         for rows in halves
     ]
-    assert [metrics["value/gated"][0].item() for metrics in alone] == [0, 1]
+    assert [metrics["critic/gated"][0].item() for metrics in alone] == [0, 1]
 
     whole, metrics = gated(advantages, rewards, values, segments, args, ALONE)
     sums = []  # of the whole rollout, in the order in which a process asks for them
@@ -131,7 +131,7 @@ def test_all_processes_decide_alike(tmp_path):
         part = gated(advantages[rows], rewards[rows], values[rows], Segments(segments.ids[rows]), args, together)
         torch.testing.assert_close(part[0], whole[rows])
         assert part[1] == metrics
-    assert metrics["value/gated"][0] == 1
+    assert metrics["critic/gated"][0] == 1
 
 
 def run(family, tmp_path, **overrides):
@@ -172,7 +172,7 @@ class TestTraining:
                 for tokens, number in zip(row, of_rows[b], strict=True):
                     for t in tokens:
                         assert rollout.advantages[b, t].item() == pytest.approx(number - mean, abs=1e-5)
-        assert logged(trainer, "value/gated") == [1.0, 1.0]
+        assert logged(trainer, "critic/gated") == [1.0, 1.0]
         trainable = {
             name for name, parameter in trainer.critic.value_head.named_parameters() if parameter.requires_grad
         }
@@ -182,9 +182,9 @@ class TestTraining:
         """The same run as without a gate, bit for bit."""
         trainer, _, _ = run(family, tmp_path / "gate", critic=critic, critic_min_explained_variance=-1e9)
         plain, _, _ = run(family, tmp_path / "plain", critic=critic)
-        assert logged(trainer, "value/gated") == [0.0, 0.0]
-        assert all(math.isfinite(number) for number in logged(trainer, "value/monte_carlo_explained_variance"))
-        assert never_logged(plain, "value/gated") and never_logged(plain, "value/monte_carlo_explained_variance")
+        assert logged(trainer, "critic/gated") == [0.0, 0.0]
+        assert all(math.isfinite(number) for number in logged(trainer, "critic/monte_carlo_explained_variance"))
+        assert never_logged(plain, "critic/gated") and never_logged(plain, "critic/monte_carlo_explained_variance")
         ours, theirs = state_of(trainer.model), state_of(plain.model)
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():

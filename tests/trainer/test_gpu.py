@@ -48,7 +48,7 @@ def test_steps_in_bfloat16(family, critic, tmp_path, monkeypatch):
     # The first step's numbers follow from the seed alone; bfloat16 has three digits.
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)  # set by the first run's arguments
     cpu, _ = train(family, tmp_path / "cpu", critic, max_steps=1)
-    for name in ("value_loss", "entropy", "reward"):
+    for name in ("critic/loss", "entropy", "reward"):
         assert math.isclose(logged(trainer, name)[0], logged(cpu, name)[0], rel_tol=0.02), name
 
 

@@ -307,10 +307,10 @@ class TestGradients:
         )
         assert policy == pytest.approx(1e-2, rel=1e-2) and value == pytest.approx(2e-3, rel=1e-2)
         # Logged are the norms before clipping.
-        assert logged(trainer, "grad_norm")[0] > 0.1 and logged(trainer, "critic_grad_norm")[0] > 0.1
+        assert logged(trainer, "grad_norm")[0] > 0.1 and logged(trainer, "critic/grad_norm")[0] > 0.1
         (policy, value), trainer = run(max_grad_norm=1e6, critic_max_grad_norm=math.inf)
         assert policy == pytest.approx(0.1 * logged(trainer, "grad_norm")[0], rel=1e-3)
-        assert value == pytest.approx(0.1 * logged(trainer, "critic_grad_norm")[0], rel=1e-3)
+        assert value == pytest.approx(0.1 * logged(trainer, "critic/grad_norm")[0], rel=1e-3)
 
     @TEXT_FAMILY
     def test_weight_decay_spares_biases_and_norms(self, family, tmp_path):
@@ -348,7 +348,7 @@ class TestGradients:
         run = {"max_steps": 4, "num_mini_batches": 4, "per_device_train_batch_size": 1}
         trainer = sapo_trainer(family, tmp_path, critic_learning_rate=0.02, **run, **settings)
         trainer.train()
-        assert logged(trainer, "critic_lr") == pytest.approx([0.02 * factor for factor in expected])
+        assert logged(trainer, "critic/learning_rate") == pytest.approx([0.02 * factor for factor in expected])
 
     @FAMILIES_AND_CRITICS
     def test_critic_warm_up_leaves_the_policy_alone(self, family, critic, tmp_path):
@@ -366,4 +366,4 @@ class TestGradients:
             same = [name for name in policy if torch.equal(policy[name], new_policy[name])]
             assert same == (list(policy) if step < 2 else [])
             assert not any(torch.equal(critic_state[name], new_critic_state[name]) for name in critic_state)
-        assert len(logged(trainer, "value_loss")) == 4 and len(logged(trainer, "policy_loss")) == 2
+        assert len(logged(trainer, "critic/loss")) == 4 and len(logged(trainer, "policy_loss")) == 2

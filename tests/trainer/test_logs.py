@@ -103,10 +103,10 @@ class TestLogs:
         trainer.train()
         first = trainer.state.log_history[0]
         names = """reward completions/mean_length entropy policy_loss clip_ratio/low_mean clip_ratio/high_mean
-            clip_ratio/dual_mean approx_kl value_loss value/explained_variance grad_norm critic_grad_norm kl
+            clip_ratio/dual_mean approx_kl critic/loss critic/explained_variance grad_norm critic/grad_norm kl
             segments/count segments/length segments/max_length segments/single_token_share segments/entropy_at_cuts
             segments/entropy_elsewhere segments/value_change_at_cuts segments/value_change_elsewhere
-            time/generate time/score time/value time/reward time/update critic_lr"""
+            time/generate time/score time/value time/reward time/update critic/learning_rate"""
         assert not [name for name in names.split() if not math.isfinite(first[name])]
         assert all(first[name] > 0 for name in first if name.startswith("time/"))
         assert first["loss"] == pytest.approx(first["policy_loss"], abs=1e-6)
@@ -124,7 +124,7 @@ class TestLogs:
             )
             trainer.train()
             runs[every] = trainer
-        for name in ("policy_loss", "value_loss", "critic_grad_norm", "entropy"):
+        for name in ("policy_loss", "critic/loss", "critic/grad_norm", "entropy"):
             one = logged(runs[1], name)
             means = [(one[0] + one[1]) / 2, (one[2] + one[3]) / 2]
             assert logged(runs[2], name) == pytest.approx(means, abs=1e-6), name
@@ -145,4 +145,4 @@ class TestLogs:
         assert "- sapo" in card and "- trl" in card
         citations = card[card.index("## Citations") :]
         assert "gao2026segment" in citations and "2511.20347" not in citations  # Qwen's SAPO is another one
-        assert "| `value_loss` |" in card
+        assert "| `critic/loss` |" in card

@@ -55,8 +55,8 @@ def test_the_card_of_a_run(family, tmp_path):
     last = [entry for entry in trainer.state.log_history if "reward" in entry][-1]
     assert f"| `reward` | {last['reward']:.4g} | {last['step']} |" in card.text
     assert f"| `rewards/length_reward/mean` | {last['reward']:.4g} | {last['step']} |" in card.text
-    value_loss = [entry["value_loss"] for entry in trainer.state.log_history if "value_loss" in entry][-1]
-    assert f"| `value_loss` | {value_loss:.4g} | 2 |" in card.text
+    value_loss = [entry["critic/loss"] for entry in trainer.state.log_history if "critic/loss" in entry][-1]
+    assert f"| `critic/loss` | {value_loss:.4g} | 2 |" in card.text
     assert "None" not in card.text.replace("`None`", "")
     # Nothing that is not there to be saved elsewhere.
     trainer.save_model(str(tmp_path / "copy"))

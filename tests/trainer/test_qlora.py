@@ -83,7 +83,7 @@ class TestTraining:
             unmoved = [name for name, tensor in before[owner].items() if torch.equal(tensor, after[owner][name])]
             assert before[owner] and unmoved == [], owner
         assert not torch.equal(head.weight, head_before)
-        for name in ("policy_loss", "value_loss", "critic_grad_norm", "kl"):
+        for name in ("policy_loss", "critic/loss", "critic/grad_norm", "kl"):
             assert all(math.isfinite(value) for value in logged(trainer, name)) and logged(trainer, name), name
         assert logged(trainer, "skipped_steps") == [0] * 4
 

@@ -312,7 +312,8 @@ class TestEvaluation:
         metrics = trainer.evaluate()
         assert len(unmoved(policy, trainer.model)) == len(policy)
         assert len(unmoved(value_head, trainer.critic.value_head)) == len(value_head)
-        names = "loss reward policy_loss value/mean value/explained_variance segments/count entropy time/generate kl"
+        names = "loss reward policy_loss critic/mean_value critic/explained_variance segments/count entropy kl"
+        names += " time/generate"
         logs = trainer.state.log_history[-1]
         assert all(math.isfinite(logs[f"eval_{name}"]) for name in names.split())
         assert math.isfinite(metrics["eval_loss"])
@@ -346,7 +347,7 @@ class TestEvaluation:
         assert len(logged(runs[1], "eval_reward")) == 2
         for one, other in ((runs[0].model, runs[1].model), (runs[0].critic.value_head, runs[1].critic.value_head)):
             assert torch.equal(flat(state_of(one)), flat(state_of(other)))
-        for name in ("policy_loss", "value_loss", "reward", "segments/count", "critic_grad_norm"):
+        for name in ("policy_loss", "critic/loss", "reward", "segments/count", "critic/grad_norm"):
             assert logged(runs[0], name) == logged(runs[1], name), name
 
     @TEXT_FAMILY

@@ -275,7 +275,7 @@ def test_second_rollout_against_loops(family, case, holes, tmp_path):
             total += BETA * kl_loss
         expected = {
             "policy_loss": policy_loss,
-            "value_loss": value_loss,
+            "critic/loss": value_loss,
             "loss": total,
             "entropy": entropy,
             "clip_ratio/low_mean": clipped_low / num_tokens,
@@ -285,7 +285,7 @@ def test_second_rollout_against_loops(family, case, holes, tmp_path):
             "ratio/mean": sum(ratios) / num_tokens,
             "ratio/max": max(ratios),
             "approx_kl": sum(-math.log(ratio) for ratio in ratios) / num_tokens,
-            "value/clip_ratio": value_clipped / num_segments,
+            "critic/clip_ratio": value_clipped / num_segments,
         }
         for name, value in expected.items():
             assert logged(trainer, name)[2 + step] == pytest.approx(value, abs=3e-4), (name, step)

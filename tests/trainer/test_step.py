@@ -31,8 +31,8 @@ def test_a_step_keeps_measurements_without_their_graphs():
 
 def test_means_are_over_all_items_and_maxima_over_all_losses():
     outputs = [a_loss(1.0, 6.0, 3.0, 5.0), a_loss(1.0, 2.0, 5.0, 4.0)]
-    logged = combined(outputs, ALONE, {"critic_lr": (torch.tensor(0.25), 1.0)})
-    assert logged == pytest.approx({"entropy": 8 / 8, "critic_lr": 0.25, "ratio/max": 5.0})
+    logged = combined(outputs, ALONE, {"critic/learning_rate": (torch.tensor(0.25), 1.0)})
+    assert logged == pytest.approx({"entropy": 8 / 8, "critic/learning_rate": 0.25, "ratio/max": 5.0})
     assert combined(outputs[:1], ALONE) == pytest.approx({"entropy": 6 / 3, "ratio/max": 5.0})  # nothing is left over
 
 

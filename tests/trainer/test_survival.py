@@ -340,4 +340,4 @@ class TestSkippedSteps:
         )
         trainer.train()
         assert sum(logged(trainer, "skipped_steps")) == 3
-        assert all(math.isfinite(loss) for loss in logged(trainer, "value_loss"))
+        assert all(math.isfinite(loss) for loss in logged(trainer, "critic/loss"))

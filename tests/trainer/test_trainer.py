@@ -59,7 +59,7 @@ def mixed_dataset(family, without: list | None) -> Dataset:
 
 
 def assert_finite(trainer: SAPOTrainer) -> None:
-    for name in ("loss", "policy_loss", "value_loss", "grad_norm", "critic_grad_norm"):
+    for name in ("loss", "policy_loss", "critic/loss", "grad_norm", "critic/grad_norm"):
         values = logged(trainer, name)
         assert len(values) == trainer.state.max_steps, name
         assert all(value is not None and math.isfinite(value) for value in values), (name, values)
@@ -102,7 +102,7 @@ class TestTraining:
         assert trainer.critic is None
         assert unmoved(policy, trainer.model) == []
         assert recorder.rollouts[0].values.abs().max() == 0
-        assert "value_loss" not in trainer.state.log_history[0]
+        assert "critic/loss" not in trainer.state.log_history[0]
 
     @TEXT_FAMILY
     @CRITICS
@@ -501,5 +501,5 @@ class TestMicroBatches:
             for update, expected in zip(parts, whole, strict=True):
                 assert expected.abs().max() > 1e-3
                 torch.testing.assert_close(update, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-            for name in ("policy_loss", "value_loss", "approx_kl_k3", "clip_ratio/low_mean", "entropy"):
+            for name in ("policy_loss", "critic/loss", "approx_kl_k3", "clip_ratio/low_mean", "entropy"):
                 assert logged(parts_trainer, name) == pytest.approx(logged(whole_trainer, name), abs=1e-5), name

@@ -65,5 +65,5 @@ def write_large_run(folder: Path, responses: int = 5000, mean_length: int = 200,
             seed = rollout * per_rollout + place
             rows.append(recorded_response([str(token) for token in tokens], seed=seed, prompt=prompt, reward=reward))
         write_rollout(folder / "segments", rows, step=4 * rollout)
-    names = ["reward", "entropy", "value/explained_variance", *(f"metric/{index}" for index in range(37))]
+    names = ["reward", "entropy", "critic/explained_variance", *(f"metric/{index}" for index in range(37))]
     write_log(folder, [{"step": step, **{name: float(random.normal()) for name in names}} for step in range(200)])

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from ...distributed import Processes
+from ...metric_names import with_old_names, with_present_names
 from ...rollouts.portable import from_portable, to_portable
 from ..checkpoint_parts import Checkpointed
 
@@ -37,7 +38,7 @@ class PendingLog(TrainerCallback, Checkpointed):
 
     def add(self, metrics: dict[str, float], mode: str) -> None:
         """Add values to the averages that the next entry of a mode reports."""
-        for name, value in metrics.items():
+        for name, value in with_old_names(metrics).items():
             self.trainer._metrics[mode][name].append(value)
 
     def replace(self, name: str, value: float, mode: str) -> None:
@@ -101,7 +102,7 @@ class PendingLog(TrainerCallback, Checkpointed):
         if loaded is None:
             return
         trainer = self.trainer
-        for name, values in loaded["metrics"].items():
+        for name, values in with_old_names(with_present_names(loaded["metrics"])).items():
             trainer._metrics["train"][name] = list(values)
         # The final entry's mean loss is over the steps that this call of `train` runs.
         trainer._total_loss_scalar -= loaded["loss"].item()
