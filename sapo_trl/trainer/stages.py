@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import compress
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +20,6 @@ from ..advantages import (
     segment_gae,
 )
 from ..config import TRL_LOSS_TYPES, SAPOConfig
-from ..data.columns import row_images
 from ..distributed import Processes
 from ..metrics import Measurements, explained_variance
 from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutRecord, SegmentedRollout
@@ -302,9 +300,3 @@ def training_columns(rollout: SegmentedRollout, args: SAPOConfig, processes: Pro
         # TRL shuffles: with these, callbacks know the rows of micro-batches again.
         "rollout_rows": torch.arange(len(rollout.rewards), device=rollout.rewards.device),
     }
-
-
-def images_of(inputs: list[dict[str, Any]]) -> list[list[Any]] | None:
-    """The images of each row of a data set; `None` if there are none."""
-    images = [row_images(row) for row in inputs]
-    return images if any(images) else None

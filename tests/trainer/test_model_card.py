@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from sapo_trl import PRESETS, SAPOConfig, Segments
+from sapo_trl.closest_preset import DEFAULTS, closest_preset
 from sapo_trl.embedded import build_model, build_processor
-from sapo_trl.trainer.model_card import DEFAULTS, closest_preset
 from tests.testing_utils import FAMILIES, sapo_trainer
 
 
