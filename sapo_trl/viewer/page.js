@@ -89,6 +89,8 @@
     return made;
   }
 
+  const counted = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+
   /** A table of names and values. */
   const pairs = (rows) => element("table", { className: "numbers" }, ...rows.map(([name, value]) => element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, value))));
 
@@ -261,8 +263,8 @@
     const rows = [...first, ...names.filter((name) => !first.includes(name)).sort()].map((name) => [name, show(curves[name][1].at(-1), 4)]);
     const steps = [...new Set(names.map((name) => curves[name][0].at(-1)))].join(", ");
     return element("div", {},
-      element("p", { className: "short-log" }, `${runs.length > 1 ? `${run}: ` : ""}the log has one step alone${steps && ` (${steps})`}, so there are no curves. For more, `
-        + "set logging_steps=1, or --logging_steps 1 on the command line."),
+      element("p", {}, `${runs.length > 1 ? `${run}: ` : ""}There are no curves, because the log has only one step${steps && ` (${steps})`}. `
+        + "To log every step, set logging_steps=1; on the command line, --logging_steps 1."),
       element("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "logged numbers" }, pairs(rows)));
   }
 
@@ -351,7 +353,9 @@
     // Beside the token and upwards where there is room, so that the next tokens and the curve stay in sight.
     const beside = box.right + size.width + 40 < window.innerWidth;
     const top = beside ? box.bottom - size.height + 8 : box.bottom + 6;
-    tip.style.left = `${beside ? box.right + 28 : Math.max(4, window.innerWidth - size.width - 8)}px`;
+    // At the right edge, so that pictures and rewards stay in sight as well.
+    const edge = panel.node.getBoundingClientRect().right - size.width - 12;
+    tip.style.left = `${beside ? Math.max(box.right + 28, edge) : Math.max(4, window.innerWidth - size.width - 8)}px`;
     tip.style.top = `${Math.max(4, Math.min(top, window.innerHeight - size.height - 8))}px`;
     markValue(panel, i);
   }
@@ -439,7 +443,7 @@
     const group = byPrompt[responses.prompt[index]], prompt = prompts[responses.prompt[index]];
     const title = element("h3", {}, place(index));
     if (runs.length > 1) title.className = `run run${responses.run[index]}`;
-    const facts = element("p", { className: "quiet" }, `prompt ${responses.prompt[index] + 1} · ${responses.length[index]} tokens · ${panel.segments.count} segments`);
+    const facts = element("p", { className: "quiet" }, `prompt ${responses.prompt[index] + 1} · ${counted(responses.length[index], "token")} · ${counted(panel.segments.count, "segment")}`);
     const others = element("select", { "aria-label": "responses to this prompt" },
       ...group.map((each, i) => element("option", { value: String(each), selected: each === index }, `${i + 1} of ${group.length}: ${place(each)}`)));
     others.addEventListener("change", () => choose(Number(others.value), side));
@@ -550,7 +554,7 @@
         fill(span, vocabulary[token[starts[panel.index] + i]]);
         if (id >= 0 && (marks[starts[panel.index] + i] >> bit) & 1) { span.classList.add("cut"); span = null; }
       });
-      grid.append(element("section", {}, element("h3", {}, element("span", {}, name), element("span", { className: "quiet" }, `${count} segment${count === 1 ? "" : "s"}`)), text));
+      grid.append(element("section", {}, element("h3", {}, element("span", {}, name), element("span", { className: "quiet" }, counted(count, "segment"))), text));
     });
     panel.cuts.append(grid);
   }
@@ -615,12 +619,11 @@
     $("filter-run").append(option("", "both"), ...runs.map((run, i) => option(i, run)));
     for (const id of ["filter-step-from", "filter-step-to"]) $(id).append(option("", "any"), ...steps.map((step) => option(step, String(step))));
     // Without the marks of chat templates and images, which tell no prompts apart.
-    const clean = (text) => text.replaceAll(/<[|｜][^<>]*[|｜]>( ×\d+)?/g, " ").replaceAll(/\s+/g, " ").trim();
-    const brief = (text) => (text.length > 70 ? `${text.slice(0, wordStart(text, 70)).trim()}…` : text);
-    const shortened = prompts.map((prompt) => clean(prompt.text));
+    const marks = /<[|｜][^<>]*[|｜]>( ×\d+)?|<\/?(start_of_|end_of_)?image(_soft_token)?>/g;
+    const shortened = prompts.map((prompt) => prompt.text.replaceAll(marks, " ").replaceAll(/\s+/g, " ").trim());
     // Skip the common start of all prompts (a system prompt): it distinguishes none of them.
     const shared = commonStart(shortened);
-    $("filter-prompt").append(option("", `any of ${prompts.length}`), ...shortened.map((text, i) => option(i, `${i + 1}: ${brief(text.slice(shared)) || "(the same text)"}`)));
+    $("filter-prompt").append(option("", `any of ${prompts.length}`), ...shortened.map((text, i) => option(i, `${i + 1}: ${brief(text.slice(shared))}`)));
     let waiting = null;
     // Not every way to choose an option is an `input` (drivers and assistive technology may only make a `change`).
     for (const kind of ["input", "change"]) {
@@ -629,19 +632,18 @@
     $("filters").addEventListener("reset", () => setTimeout(filter));
     $("filters").addEventListener("submit", (event) => event.preventDefault());
   }
+  /** Where the texts begin to differ, at the beginning of a word; 0 if they do not. */
   function commonStart(all) {
-    if (all.length < 2) return 0;
-    let length = all[0].length;
+    let length = all[0]?.length ?? 0;
     for (const text of all) { let i = 0; while (i < length && text[i] === all[0][i]) i++; length = i; }
-    return wordStart(all[0], length);
+    return all.every((text) => text.length === length) ? 0 : all[0].lastIndexOf(" ", length - 1) + 1;
   }
-  /** The last place at or before `at` where a word begins. Scripts without blanks, and very long words, are cut at `at`. */
-  function wordStart(text, at) {
-    if (at >= text.length) return text.length;
-    let place = at;
-    while (place > 0 && text[place - 1] !== " ") place--;
-    if (place > 0 || at < 40) return place;
-    return /[\uDC00-\uDFFF]/.test(text[at]) ? at - 1 : at; // not between the halves of a character
+  /** At most 70 characters, without a part of a word. Scripts without blanks are cut between characters. */
+  function brief(text) {
+    const characters = [...text];
+    if (characters.length <= 70) return text;
+    const end = characters.lastIndexOf(" ", 70);
+    return `${characters.slice(0, end > 0 ? end : 70).join("")}…`;
   }
 
   function filter() {
@@ -665,7 +667,7 @@
     const reward = (index) => (Number.isNaN(rewardOf(index)) ? -Infinity : rewardOf(index));
     const orders = { high: (a, b) => reward(b) - reward(a), low: (a, b) => reward(a) - reward(b), long: (a, b) => responses.length[b] - responses.length[a] };
     if (value("order") in orders) listed.sort((a, b) => orders[value("order")](a, b) || a - b);
-    $("count").textContent = listed.length === total ? `${total.toLocaleString("en")} responses` : `${listed.length.toLocaleString("en")} of ${total.toLocaleString("en")} responses`;
+    $("count").textContent = listed.length === total ? counted(total, "response") : `${listed.length.toLocaleString("en")} of ${total.toLocaleString("en")} responses`;
     $("list").scrollTop = 0;
     if (listed.length && !listed.includes(selected)) choose(listed[0]);
     else drawRows(true);
@@ -745,7 +747,7 @@
 
   // ------------------------------------------------------------------------------------------------------- beginning
 
-  $("summary").textContent = `${total.toLocaleString("en")} responses · ${starts[total].toLocaleString("en")} tokens · ${prompts.length.toLocaleString("en")} prompts`;
+  $("summary").textContent = [counted(total, "response"), counted(starts[total], "token"), counted(prompts.length, "prompt")].join(" · ");
   makeSetups();
   makeFilters();
   makeCurves();
