@@ -62,7 +62,7 @@ class PatchLayout:
 
     def to_bytes(self, patches: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
         """The first frame of an image's patches `(P, features)` as uint8 `(H, W, C)`, not scaled."""
-        pixels = self.to_pixels(patches.float(), grid)[0, 0].permute(1, 2, 0).cpu()
+        pixels = self.to_pixels(patches.float().unsqueeze(0), grid)[0, 0].permute(1, 2, 0).cpu()
         black, white = torch.tensor(self.black), torch.tensor(self.white)
         return (255 * (pixels - black) / (white - black)).round().clamp(0, 255).to(torch.uint8)
 

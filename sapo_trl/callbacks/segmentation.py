@@ -112,9 +112,9 @@ class SegmentationCallback(RolloutCallback):
             columns = {"images": rollout.images}
             if rollout.corrupted_images is not None:
                 columns["corrupted_images"] = rollout.corrupted_images(len(rows))
-            for name, column in columns.items():
-                for row, images in zip(rows, column, strict=False):
-                    row[name] = [save_image(image, self.output_dir / "images", self.image_size) for image in images]
+            for column, of_rows in columns.items():
+                for row, images in zip(rows, of_rows, strict=False):
+                    row[column] = [save_image(image, self.output_dir / "images", self.image_size) for image in images]
         write_rows(self.output_dir / name, rows)
 
 
