@@ -34,10 +34,10 @@ def segmented_responses(
     Returns:
         `list[dict]`: `step`, `prompt`, `reward` (`None` if unscored) and the lists `tokens` (text), `special` (whether
         a token is special), `segment_ids`, `logps`, `entropies`, `values`, `advantages`, `returns` and `token_rewards`
-        (rewards, placed on their tokens), and, of runs that have them, [`NUMBERS_OF_SOME_RUNS`]. Tokens outside segments,
-        such as tokens from tools, are in `masked_tokens`. For each of them, `masked_positions` has the number of
-        segment tokens before it. If they are known: `answer` (a text), and the lists `reward_names`, `reward_weights`
-        and `reward_values` (`None` if unscored) of the reward functions.
+        (rewards, placed on their tokens). Runs that have them also record the columns [`NUMBERS_OF_SOME_RUNS`], the
+        text `answer`, and the lists `reward_names`, `reward_weights` and `reward_values` (`None` if unscored) with one
+        entry per reward function. Tokens outside segments, such as tokens from tools, are in `masked_tokens`. For each
+        of them, `masked_positions` has the number of segment tokens before it.
     """
     per_token = {"segment_ids": rollout.segments.ids}
     per_token |= {name: getattr(rollout, name) for name in NUMBERS_OF_TOKENS}

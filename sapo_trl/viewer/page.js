@@ -128,7 +128,7 @@
     { name: "visual_dependency", title: "Sight", kind: "sequential", from: (r) => [0, r[2]], what: "dependence on the images" },
     { name: "policy_mask", title: "Learned", kind: "sequential", from: () => [0, 1], what: "1 where the policy learns" },
     { name: "td_errors", title: "TD error", kind: "diverging", from: (r) => symmetric(r), what: "TD error δ of the segment" },
-    { name: "token_rewards", title: "Reward", kind: "diverging", from: (r) => symmetric(r), what: "reward that falls due here" },
+    { name: "token_rewards", title: "Reward", kind: "diverging", from: (r) => symmetric(r), what: "reward placed on the token" },
   ];
   const KEYS = "1234567890";
   function symmetric([least, low, high, most]) {
