@@ -10,6 +10,7 @@ from .presets import AXES, PRESETS, RUN_SETTINGS, preset_settings
 
 
 DEFAULTS = "SAPOConfig's defaults"
+DEFAULTS_SUMMARY = "Segment-Aligned Policy Optimization, with the stabilisers of its official code"
 
 # Inherited settings that a reader of a run asks for. Others name folders and accounts, which are nobody's business, or
 # follow from the machine.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..closest_preset import closest_preset, other_settings
+from ..closest_preset import DEFAULTS_SUMMARY, closest_preset, other_settings
 from ..config import SAPOConfig
 from ..metrics import segment_statistics
 from ..presets import PRESETS
@@ -123,7 +123,7 @@ def recorded_settings(args: SAPOConfig) -> dict[str, Any]:
     closest = closest_preset(args)
     return {
         "preset": closest.name,
-        "summary": PRESETS[closest.name].summary if closest.name in PRESETS else "",
+        "summary": PRESETS[closest.name].summary if closest.name in PRESETS else DEFAULTS_SUMMARY,
         "differences": closest.differences,
         "other_settings": other_settings(args, closest.name),
         "value_state": args.value_state,

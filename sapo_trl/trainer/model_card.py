@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ..closest_preset import DEFAULTS, closest_preset
+from ..closest_preset import DEFAULTS, DEFAULTS_SUMMARY, closest_preset
 from ..config import SAPOConfig
 from ..metric_names import with_present_names
 from ..presets import PRESETS
@@ -103,7 +103,7 @@ print(generator({argument}messages, max_new_tokens=512, return_full_text=False)[
 def _method(args: SAPOConfig, segmenter: Segmenter | None) -> str:
     closest = closest_preset(args)
     if closest.name == DEFAULTS:
-        algorithm = f"{DEFAULTS} (Segment-Aligned Policy Optimization, with the stabilisers of its official code)"
+        algorithm = f"{DEFAULTS} ({DEFAULTS_SUMMARY})"
     else:
         preset = PRESETS[closest.name]
         algorithm = f"the preset `{closest.name}` ({preset.summary}; {preset.source})"

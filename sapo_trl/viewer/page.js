@@ -383,7 +383,7 @@
   /** Of each segment: its first token, its text, and its numbers; NaN where not recorded. */
   function segmentRows(panel) {
     if (panel.rows) return panel.rows;
-    const rows = Array.from({ length: panel.segments.count }, () => ({ first: -1, tokens: 0, text: "", value: NaN, reward: 0, delta: NaN, raw: 0, loss: 0 }));
+    const rows = Array.from({ length: panel.segments.count }, () => ({ first: -1, tokens: 0, learned: 0, text: "", value: NaN, reward: 0, delta: NaN, raw: 0, loss: 0 }));
     panel.segments.ids.forEach((id, i) => {
       if (id < 0) return;
       const at = starts[panel.index] + i, row = rows[id];
@@ -394,9 +394,10 @@
       row.reward += number("token_rewards", at);
       row.delta = number("td_errors", at);
       row.raw += number("raw_advantages", at);
-      row.loss += number("advantages", at);
+      // The loss has no other tokens.
+      if (number("policy_mask", at) !== 0) { row.learned++; row.loss += number("advantages", at); }
     });
-    for (const row of rows) { row.raw /= row.tokens; row.loss /= row.tokens; }
+    for (const row of rows) { row.raw /= row.tokens; row.loss /= row.learned; }
     panel.rows = rows;
     return rows;
   }

@@ -60,7 +60,8 @@ def opened(tmp_path_factory):
     known = recorded_response(
         WORDS, prompt=f"{MARKS}What is the length of AB?", reward=0.625, **CREDIT, **VERDICT, **pictures
     )
-    equal = {**CREDIT, "raw_advantages": [0.5] * 6, "advantages": [0.5] * 6}
+    equal = {**CREDIT, "raw_advantages": [0.5] * 6, "advantages": [0.5, 0.0, 0.5, 0.5, 0.0, 0.0]}
+    equal["policy_mask"] = [1, 0, 1, 1, 0, 0]
     long = "supercalifragilistic " * 6
     others = [
         recorded_response(WORDS, prompt=f"{MARKS}What is the length of ACE?", **equal),
@@ -189,6 +190,9 @@ def test_segments_one_by_one(page):
     ]
     box.find_elements(By.TAG_NAME, "button")[1].click()
     assert focused(page) == "2"
+    press(page, "j")  # only some tokens are learned from
+    box = panels(page)[0].find_element(By.CSS_SELECTOR, ".one-by-one")
+    assert [row[-1] for row in table(box)[1:]] == ["0.5", "0.5", "–"]
 
 
 def test_keys_to_the_best_and_the_worst_segment(page):
