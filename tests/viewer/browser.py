@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 
 selenium = pytest.importorskip("selenium", reason="the page is tested through selenium")
 from selenium import webdriver  # noqa: E402
+from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -42,7 +43,9 @@ def open_page(browser: webdriver.Chrome, path) -> None:
 
 
 def wait(browser, condition):
-    return WebDriverWait(browser, PATIENCE).until(lambda _: condition())
+    # A row may be drawn anew between finding and reading it.
+    waiting = WebDriverWait(browser, PATIENCE, ignored_exceptions=[StaleElementReferenceException])
+    return waiting.until(lambda _: condition())
 
 
 def theme(browser, name):
