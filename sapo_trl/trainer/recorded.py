@@ -12,6 +12,7 @@ from ..data.columns import row_answer, row_images
 from ..metrics import Measurements
 from ..rollouts.types import RewardParts, RolloutRecord
 from ..segments import Segments
+from .stages import GATED
 
 
 def used_values(
@@ -35,7 +36,7 @@ def used_values(
         return {}
     deltas = td_errors(token_rewards, values, segments, args.gamma, args.value_state)
     # Behind a closed gate the advantages come from the mean return.
-    is_used = gate["value/gated"][0] == 0 if "value/gated" in gate else torch.ones((), dtype=torch.bool)
+    is_used = gate[GATED][0] == 0 if GATED in gate else torch.ones((), dtype=torch.bool)
     is_used = is_used.to(values.device)
     return {
         "value_states": segments.state_mask(args.value_state) & is_used,

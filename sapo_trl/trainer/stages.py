@@ -30,6 +30,10 @@ from ..token_mask import largest_share
 from ..token_rewards import kl_estimate, outcome_token_rewards
 
 
+GATED = "critic/gated"
+"""The metric of [`gated`]: 1 while the gate on the critic is closed."""
+
+
 def last_edges(forward: PolicyForward, mask: torch.Tensor, given: GivenRollout) -> tuple[torch.Tensor, PolicyForward]:
     """
     The last edge of each path of a tree, which alone is trained on.
@@ -230,7 +234,7 @@ def gated(
     # Returns that do not vary (NaN) leave nothing to explain: the critic has nothing to tell responses apart by.
     is_trusted = explained >= args.critic_min_explained_variance
     metrics: Measurements = {
-        "critic/gated": ((~is_trusted).float(), 1.0),
+        GATED: ((~is_trusted).float(), 1.0),
         "critic/monte_carlo_explained_variance": (explained, 1.0),
     }
     return torch.where(is_trusted, advantages, fallback.to(advantages.dtype)), metrics
