@@ -153,8 +153,9 @@ def test_they_are_recorded(family, file_format, tmp_path):
     settings = {"visual_token_share": 0.4, "learning_rate": 3e-4, "gamma": 0.9, "beta": 0.0}
     rollout = run(family, tmp_path / "run", [callback], **settings)
     path = folder / f"segments_000000_000.{file_format}"
-    rows = pd.read_parquet(path) if file_format == "parquet" else pd.read_json(path, lines=True)
-    for b, row in enumerate(rows.to_dict("records")):
+    is_parquet = file_format == "parquet"
+    rows = pd.read_parquet(path).to_dict("records") if is_parquet else map(json.loads, path.read_text().splitlines())
+    for b, row in enumerate(rows):
         kept = rollout.segments.mask[b]
         for name in ("raw_advantages", "td_errors", "value_states"):
             assert list(row[name]) == pytest.approx(getattr(rollout, name)[b][kept].float().tolist(), abs=1e-6)
