@@ -37,6 +37,33 @@ def discounted_suffix_sum(x: torch.Tensor, discount: float | torch.Tensor) -> to
     return x
 
 
+def td_errors(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    segments: Segments,
+    gamma: float = 1.0,
+    value_state: str = "start",
+) -> torch.Tensor:
+    """
+    The TD error of each segment: `delta_m = r_m + gamma * V_{m+1} - V_m`, with 0 as the value after the last segment.
+
+    Args:
+        rewards (`torch.Tensor`): float tensor of shape `(B, T)`, per-token rewards.
+        values (`torch.Tensor`): float tensor of shape `(B, T)`; `values[:, t]` is the value *before* token `t`.
+        segments ([`Segments`]): the partition of the `(B, T)` tokens.
+        gamma (`float`, *optional*, defaults to `1.0`): discount per segment, in `[0, 1]`.
+        value_state (`str`, *optional*, defaults to `"start"`): see [`Segments.state_mask`].
+
+    Returns:
+        `torch.Tensor`: `(B, M)` with `M` the largest number of segments, 0 beyond a row's count; float32 or wider.
+    """
+    dtype = accumulation_dtype(rewards, values)
+    segment_values = segments.at_state(values.to(dtype), value_state)
+    # Beyond a row's last segment the values are 0, which is the value of the terminal state.
+    next_values = torch.nn.functional.pad(segment_values[:, 1:], (0, 1))[:, : segment_values.size(1)]
+    return segments.sum(rewards.to(dtype)) + gamma * next_values - segment_values
+
+
 @torch.no_grad()
 def segment_gae(
     rewards: torch.Tensor,
@@ -50,8 +77,7 @@ def segment_gae(
     """
     Generalized advantage estimation with segments as the time steps (SAPO paper, values as in its Eq. 6).
 
-    With `r_m` the summed token rewards of segment `m` and `V_m` the value of its state,
-    `delta_m = r_m + gamma * V_{m+1} - V_m` (0 for the value after the last segment), the advantage is
+    With `V_m` the value of segment `m`'s state and `delta_m` its TD error ([`td_errors`]), the advantage is
     `A_m = sum_l (gamma * lam)**l * delta_{m+l}` with `l` counted in segments, and the return is `A_m + V_m`. One-token
     segments make this the usual token-level GAE.
 
@@ -81,11 +107,8 @@ def segment_gae(
             raise ValueError(f"`{name}` must lie in [0, 1], got {coefficient}.")
     dtype = accumulation_dtype(rewards, values)
     lam = lam.to(dtype) if isinstance(lam, torch.Tensor) else lam
-    segment_rewards = segments.sum(rewards.to(dtype))
     segment_values = segments.at_state(values.to(dtype), value_state)
-    # Beyond a row's last segment the values are 0, which is the value of the terminal state.
-    next_values = torch.nn.functional.pad(segment_values[:, 1:], (0, 1))[:, : segment_values.size(1)]
-    deltas = segment_rewards + gamma * next_values - segment_values
+    deltas = td_errors(rewards, values, segments, gamma, value_state)
     advantages = discounted_suffix_sum(deltas, gamma * lam)
     if critic_lam is None:
         returns = advantages + segment_values

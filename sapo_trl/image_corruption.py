@@ -31,12 +31,14 @@ class PatchLayout:
         merge_size (`int`): patches along a side of the square that becomes one visual token.
         temporal_patch_size (`int`): frames of a patch. An image is repeated in all of them.
         black (`tuple[float, ...]`): value of a black pixel by channel, after the processor's scaling.
+        white (`tuple[float, ...]`, *optional*, defaults to `(1.0, 1.0, 1.0)`): the same of a white pixel.
     """
 
     patch_size: int
     merge_size: int
     temporal_patch_size: int
     black: tuple[float, ...]
+    white: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     @property
     def features(self) -> int:
@@ -57,6 +59,12 @@ class PatchLayout:
         count, frames, channels, height, width = pixels.shape
         x = pixels.view(count, frames // t, t, channels, height // (m * p), m, p, width // (m * p), m, p)
         return x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(count, -1, self.features)
+
+    def to_bytes(self, patches: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        """The first frame of an image's patches `(P, features)` as uint8 `(H, W, C)`, not scaled."""
+        pixels = self.to_pixels(patches.float().unsqueeze(0), grid)[0, 0].permute(1, 2, 0).cpu()
+        black, white = torch.tensor(self.black), torch.tensor(self.white)
+        return (255 * (pixels - black) / (white - black)).round().clamp(0, 255).to(torch.uint8)
 
 
 def patches_per_row(batch: Mapping[str, Any], num_rows: int) -> torch.Tensor:

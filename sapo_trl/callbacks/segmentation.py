@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..closest_preset import DEFAULTS_SUMMARY, closest_preset, other_settings
+from ..config import SAPOConfig
 from ..metrics import segment_statistics
+from ..presets import PRESETS
 from ..recordings.columns import file_name
-from ..recordings.writing import RatioRecord, save_image, segmented_responses, write_rows
+from ..recordings.writing import RatioRecord, save_image, segmented_responses, write_rows, write_settings
 from ..rollouts.types import SegmentedRollout
 from .rollout import RolloutCallback
 
@@ -55,6 +58,7 @@ class SegmentationCallback(RolloutCallback):
         self.image_size = image_size
         self._num_rollouts = 0
         self._ratios: RatioRecord | None = None
+        self._has_settings = False
 
     def on_rollout(self, args, state, control, rollout, metrics) -> None:
         values = rollout.values if args.learns_critic else None
@@ -67,6 +71,9 @@ class SegmentationCallback(RolloutCallback):
             if self.output_dir is not None and self._num_rollouts % self.every == 0:
                 place = (state.global_step, args.process_index, self.file_format)
                 self._write(rollout, state.global_step, file_name("segments", *place))
+                if args.process_index == 0 and not self._has_settings:
+                    write_settings(self.output_dir, recorded_settings(args))
+                    self._has_settings = True
                 mask = rollout.segments.mask[: self.max_responses].cpu()
                 self._ratios = RatioRecord(self.output_dir / file_name("ratios", *place), mask)
             self._num_rollouts += 1
@@ -102,7 +109,27 @@ class SegmentationCallback(RolloutCallback):
         self.output_dir.mkdir(parents=True, exist_ok=True)
         rows = segmented_responses(rollout, step, self.max_responses)
         if rollout.images is not None and self.image_size is not None:
-            folder = self.output_dir / "images"
-            for row, images in zip(rows, rollout.images, strict=False):
-                row["images"] = [save_image(image, folder, self.image_size) for image in images]
+            columns = {"images": rollout.images}
+            if rollout.corrupted_images is not None:
+                columns["corrupted_images"] = rollout.corrupted_images(len(rows))
+            for column, of_rows in columns.items():
+                for row, images in zip(rows, of_rows, strict=False):
+                    row[column] = [save_image(image, self.output_dir / "images", self.image_size) for image in images]
         write_rows(self.output_dir / name, rows)
+
+
+def recorded_settings(args: SAPOConfig) -> dict[str, Any]:
+    """The algorithm and the settings of a run, see [`~sapo_trl.recordings.columns.SETTINGS_SHAPE`]."""
+    closest = closest_preset(args)
+    return {
+        "preset": closest.name,
+        "summary": PRESETS[closest.name].summary if closest.name in PRESETS else DEFAULTS_SUMMARY,
+        "differences": closest.differences,
+        "other_settings": other_settings(args, closest.name),
+        "value_state": args.value_state,
+        "critic": args.critic,
+        "whiten_advantages": args.whiten_advantages,
+        "advantage_clamp": args.advantage_clamp,
+        "image_corruption": args.image_corruption,
+        "image_corruption_share": args.image_corruption_share,
+    }

@@ -20,11 +20,11 @@ from rich.text import Text
 from trl import ModelConfig
 
 from ..callbacks import RolloutCallback
+from ..closest_preset import closest_preset
 from ..config import SAPOConfig
 from ..recordings import segmented_responses
 from ..trainer import SAPOTrainer
 from ..trainer.checks import check_size
-from ..trainer.model_card import closest_preset
 from .run_arguments import RunRequest
 
 

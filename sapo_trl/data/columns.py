@@ -14,6 +14,10 @@ IMAGE_COLUMNS = ("images", "image")
 """The columns in which TRL looks for images, the first of them first."""
 
 
+ANSWER_COLUMNS = ("answer", "solution")
+"""The columns in which reward functions look for the right answer: ours, then TRL's."""
+
+
 RESERVED_NAMES = (
     "prompts",
     "completions",
@@ -39,6 +43,11 @@ def image_column(found: Collection[str]) -> str | None:
 def row_images(row: Mapping[str, Any]) -> list[Any]:
     """The images of a row in TRL's form; empty if it has none."""
     return row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+
+
+def row_answer(row: Mapping[str, Any]) -> Any:
+    """The right answer of a row; `None` if it has none."""
+    return next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
 
 
 def own_columns(found: Collection[str], names: Mapping[str, str] | None = None) -> DataFormat:

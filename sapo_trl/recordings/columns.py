@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..json_files import Shape
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -55,6 +57,10 @@ def _are_segments(cell: Any) -> bool:
     return _INTEGERS(cell) and (len(cell) == 0 or (cell[0] == 0 and bool(np.isin(np.diff(cell), (0, 1)).all())))
 
 
+def _are_rewards(cell: Any) -> bool:
+    return isinstance(cell, list | np.ndarray) and all(entry is None or _is_number(entry) for entry in cell)
+
+
 _INTEGERS = holds("iu")
 ANYTHING = Kind("anything", lambda cell: True)
 TEXT = Kind("a text", lambda cell: isinstance(cell, str))
@@ -64,14 +70,16 @@ NUMBER = Kind("a number", _is_number)
 NUMBERS = Kind("a list of numbers", holds("fiu"))
 SEGMENTS = Kind("a list of segment numbers that begins at 0 and rises by 1 or by nothing", _are_segments)
 REWARD = Kind("a number or empty", NUMBER.fits, optional=True)
+REWARDS = Kind("a list of numbers or empty entries", _are_rewards, optional=True)
 
 NUMBERS_OF_TOKENS = ("logps", "entropies", "values", "advantages", "returns", "token_rewards")
 """Columns of numbers, with one entry per loss token."""
 
-NUMBERS_IF_ASKED_FOR = ("visual_dependency", "policy_mask")
-"""The same, of runs whose settings ask for them: the dependence on images; 1 where the policy learns, else 0."""
+NUMBERS_OF_SOME_RUNS = ("visual_dependency", "policy_mask", "raw_advantages", "td_errors", "value_states")
+"""The same, of runs that have them: the dependence on images; 1 where the policy learns, else 0; advantages before
+whitening; TD errors of the tokens' segments; 1 where the value before the token is used for advantages, else 0."""
 
-OPTIONAL_NUMBERS = ("token_rewards", *NUMBERS_IF_ASKED_FOR)
+OPTIONAL_NUMBERS = ("token_rewards", *NUMBERS_OF_SOME_RUNS)
 """Columns of numbers that files may lack."""
 
 TOKEN_COLUMNS = {
@@ -82,6 +90,13 @@ TOKEN_COLUMNS = {
 }
 """Columns of lists with one entry per loss token. Files of earlier versions lack the optional columns."""
 
+REWARD_COLUMNS = {
+    "reward_names": replace(TEXTS, optional=True),
+    "reward_weights": replace(NUMBERS, optional=True),
+    "reward_values": REWARDS,
+}
+"""Columns of lists with one entry per reward function; a value is not weighted, and empty if there was none."""
+
 RESPONSE_COLUMNS = {
     "step": INTEGER,
     "prompt": TEXT,
@@ -91,6 +106,9 @@ RESPONSE_COLUMNS = {
     "masked_tokens": replace(TEXTS, optional=True),
     "masked_positions": Kind("a list of integers", holds("iu"), optional=True),
     "images": replace(TEXTS, optional=True),
+    "corrupted_images": replace(TEXTS, optional=True),
+    "answer": replace(TEXT, optional=True),
+    **REWARD_COLUMNS,
 }
 """Columns of `segments_*`: a row per response. Files of earlier versions lack the optional columns."""
 
@@ -103,6 +121,18 @@ VALUE_COLUMNS = {
     "reward": REWARD,
 }
 """Columns of `values_*`: a row per valued state."""
+
+
+SETTINGS_FILE = "run.json"
+"""The file with the algorithm and the settings of a run, beside its recorded files."""
+
+SETTINGS_SHAPE: Shape = {
+    **dict.fromkeys(("preset", "summary", "critic", "value_state", "image_corruption"), str),
+    **dict.fromkeys(("differences", "other_settings"), dict),
+    "whiten_advantages": bool,
+}
+"""The names in this file at least: the nearest preset with its summary, the algorithm's differences from it, other
+settings that were changed, and settings that explain recorded columns."""
 
 
 def file_name(kind: str, step: int, process: int, file_format: str) -> str:

@@ -13,15 +13,19 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..json_files import read_json
 from .columns import (
     ANYTHING,
     INTEGER,
     NUMBER,
-    NUMBERS_IF_ASKED_FOR,
+    NUMBERS_OF_SOME_RUNS,
     NUMBERS_OF_TOKENS,
     OPTIONAL_NUMBERS,
     RATIO_COLUMNS,
     RESPONSE_COLUMNS,
+    REWARD_COLUMNS,
+    SETTINGS_FILE,
+    SETTINGS_SHAPE,
     TOKEN_COLUMNS,
     VALUE_COLUMNS,
     Kind,
@@ -30,13 +34,20 @@ from .log import read_log
 from .tables import read_frame, recorded_files
 
 
-NUMBER_COLUMNS = (*NUMBERS_OF_TOKENS, *NUMBERS_IF_ASKED_FOR, "log_ratios")
+NUMBER_COLUMNS = (*NUMBERS_OF_TOKENS, *NUMBERS_OF_SOME_RUNS, "log_ratios")
 """Numbers of each token that a run may have recorded."""
 
 _WRITER = "SegmentationCallback"
+_HOW_TO_RECORD = (
+    "To record them, add `--record_every 1` to `sapo-trl train`; in Python, pass "
+    f'`callbacks=[{_WRITER}("RUN/segments")]` to the trainer. Then train again.'
+)
+_HOW_TO_LOG = "`sapo-trl train` saves one at its end; in Python, call `trainer.save_state()` after training."
 # Of an image. A small file can hold more than the memory of this machine.
 _MAX_PIXELS = 4096**2
 _RESPONSE_COLUMNS = {name: kind for name, kind in RESPONSE_COLUMNS.items() if name != "step"}
+_IMAGES = ("images", "corrupted_images")
+_OPTIONAL_LISTS = ("special", "masked_tokens", "masked_positions", *_IMAGES, *REWARD_COLUMNS)
 _STATE_COLUMNS = {name: VALUE_COLUMNS[name] for name in ("response", "token", "monte_carlo_value", "standard_error")}
 # Form of the special tokens of the usual tokenizers, for files that were written before `special` was recorded.
 _SPECIAL_LOOKS = re.compile(r"<\|[^|<>]+\|>|<[｜|].+[｜|]>|</?s>|<(bos|eos|pad|unk|start_of_turn|end_of_turn)>")
@@ -53,12 +64,16 @@ class Recording:
             one row per response: `step`, `process`, `response` (its place in the rollout), `reward` (NaN if
             unscored), `prompt`, `images` (list of paths), and with one entry per loss token `tokens`, `special`,
             `segment_ids` and [`NUMBER_COLUMNS`] (NaN where not recorded); `masked_tokens` and `masked_positions` are
-            the tokens of no segment, each with the number of loss tokens before it.
+            the tokens of no segment, each with the number of loss tokens before it. `corrupted_images` are paths
+            like `images`. `answer` is `None` where not recorded; `reward_names`, `reward_weights` and `reward_values`
+            (`None` if unscored) are empty there.
         log (`pd.DataFrame`): one row per entry of the log; empty without any.
         state_values (`pd.DataFrame`):
             [`~sapo_trl.ValueDiagnostics`]' Monte-Carlo values: `step`, `process`, `response`, `token`,
             `monte_carlo_value`, `standard_error`.
         notes (`list[str]`): remarks for the reader on missing data and the reasons.
+        settings (`dict`, *optional*): the algorithm and its settings, as
+            [`~sapo_trl.recordings.columns.SETTINGS_SHAPE`] describes them; `None` where not recorded.
     """
 
     name: str
@@ -66,6 +81,7 @@ class Recording:
     log: pd.DataFrame
     state_values: pd.DataFrame
     notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] | None = None
 
 
 def read_recording(folder: str | Path, name: str | None = None) -> Recording:
@@ -93,21 +109,16 @@ def read_recording(folder: str | Path, name: str | None = None) -> Recording:
         responses = _read_segments(folder, notes)
     elif tables := sorted(folder.rglob("completions_*.parquet")):
         responses = pd.concat([_read_completions(path, log, notes) for path in tables], ignore_index=True)
-        notes.append(
-            "These are TRL's completions tables, without tokens or segments; `SegmentationCallback(output_dir=…)` "
-            "records both."
-        )
+        notes.append(f"These are TRL's completions tables, without tokens or segments. {_HOW_TO_RECORD}")
     elif log.empty:
-        raise ValueError(
-            f"{folder}: neither responses (`{_WRITER}(output_dir=…)` records them, TRL's `log_completions=True` their "
-            "texts) nor a log (`trainer.save_state()` writes one)."
-        )
+        raise ValueError(f"{folder}: neither responses nor a log. {_HOW_TO_RECORD} {_HOW_TO_LOG}")
     else:
         responses = _table([])
-        notes.append(f"No responses were recorded; `{_WRITER}(output_dir=…)` records them.")
+        notes.append(f"No responses were recorded. {_HOW_TO_RECORD}")
     if log.empty:
-        notes.append("No log was found, so there are no learning curves; `trainer.save_state()` writes one.")
-    return Recording(name or folder.resolve().name, responses, log, _read_state_values(folder, notes), notes)
+        notes.append(f"No log was found, so there are no learning curves. {_HOW_TO_LOG}")
+    values, settings = _read_state_values(folder, notes), _read_settings(folder)
+    return Recording(name or folder.resolve().name, responses, log, values, notes, settings)
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -132,6 +143,13 @@ def _read_log(folder: Path, notes: list[str]) -> pd.DataFrame:
     log, cut = read_log(folder)
     notes += cut
     return log
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    if not _has(folder, "segments"):
+        return None
+    path = recorded_files(folder, "segments", ("parquet", "json"), _WRITER)[0][0].with_name(SETTINGS_FILE)
+    return read_json(path, SETTINGS_SHAPE) if path.is_file() else None
 
 
 def _read(path: Path, columns: dict[str, Kind], notes: list[str]) -> pd.DataFrame:
@@ -159,13 +177,16 @@ def _read_segments(folder: Path, notes: list[str]) -> pd.DataFrame:
             if row["log_ratios"] is None or len(row["log_ratios"]) != number:
                 missing_ratios += number > 0
                 row["log_ratios"] = np.full(number, np.nan)
-            for name in ("special", "masked_tokens", "masked_positions", "images"):
+            for name in _OPTIONAL_LISTS:
                 if not hasattr(row.get(name), "__len__"):  # of an earlier version, or empty beside rows that are not
                     row[name] = None
             if row["special"] is None:
                 row["special"] = [_SPECIAL_LOOKS.fullmatch(token) is not None for token in row["tokens"]]
             _check_masked(path, place, row)
-            row["images"] = images.found(row["images"])
+            _check_rewards(path, place, row)
+            row["answer"] = row["answer"] if isinstance(row.get("answer"), str) else None
+            for name in _IMAGES:
+                row[name] = images.found(row[name])
             rows.append({**row, "step": step, "process": process, "response": place})
     notes += images.notes()
     if missing_ratios:
@@ -190,6 +211,12 @@ def _check_masked(path: Path, place: int, row: dict[str, Any]) -> None:
         raise ValueError(f"{path}: response {place} must have a `masked_positions` for each of its `masked_tokens`.")
     if positions is not None and len(positions) and not 0 <= min(positions) <= max(positions) <= number:
         raise ValueError(f"{path}: response {place} has `masked_positions` beyond its {number} `tokens`.")
+
+
+def _check_rewards(path: Path, place: int, row: dict[str, Any]) -> None:
+    lengths = {name: 0 if row[name] is None else len(row[name]) for name in REWARD_COLUMNS}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{path}: response {place} must have one entry per reward function in each list: {lengths}.")
 
 
 class _Images:
@@ -309,8 +336,9 @@ def _message_text(messages: Any) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     scalars = ("step", "process", "response", "reward", "prompt")
-    lists = ("images", "tokens", "special", "segment_ids", *NUMBER_COLUMNS, "masked_tokens", "masked_positions")
+    lists = ("tokens", "segment_ids", *NUMBER_COLUMNS, *_OPTIONAL_LISTS)
     table = pd.DataFrame({name: [row[name] for row in rows] for name in scalars})
+    table["answer"] = pd.Series([row.get("answer") for row in rows], dtype=object)
     for name in lists:
         cells = (row.get(name) for row in rows)
         cells = [list(cell) if hasattr(cell, "__len__") else [] for cell in cells]

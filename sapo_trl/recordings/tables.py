@@ -36,7 +36,10 @@ def recorded_files(folder: Path, kind: str, formats: tuple[str, ...], writer: st
     found = [(path, match) for path in folder.rglob(f"{kind}_*") if (match := name.fullmatch(path.name))]
     if not found:
         patterns = " or ".join(f"{kind}_<step>_<process>.{format_}" for format_ in formats)
-        raise ValueError(f"{folder}: no file {patterns} in it; `{writer}(output_dir=…)` writes them during training.")
+        command = " (on the command line: `--record_every 1`)" if kind == "segments" else ""
+        raise ValueError(
+            f"{folder}: no file {patterns} in it; `{writer}(output_dir=…)`{command} writes them during training."
+        )
     # Files in the folder itself take precedence over files further down.
     folders = sorted({path.parent for path, _ in found}, key=lambda parent: (parent != folder, parent))
     if folders[0] != folder and len(folders) > 1:

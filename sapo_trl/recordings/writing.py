@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import replacing, write_text
-from .columns import NUMBERS_IF_ASKED_FOR, NUMBERS_OF_TOKENS
+from .columns import NUMBERS_OF_SOME_RUNS, NUMBERS_OF_TOKENS, SETTINGS_FILE
 
 
 if TYPE_CHECKING:
@@ -34,13 +34,14 @@ def segmented_responses(
     Returns:
         `list[dict]`: `step`, `prompt`, `reward` (`None` if unscored) and the lists `tokens` (text), `special` (whether
         a token is special), `segment_ids`, `logps`, `entropies`, `values`, `advantages`, `returns` and `token_rewards`
-        (rewards, placed on their tokens). If settings ask for them, there are also `visual_dependency` and
-        `policy_mask` (1 where the policy learns). Tokens outside segments, such as tokens from tools, are in
-        `masked_tokens`. For each of them, `masked_positions` has the number of segment tokens before it.
+        (rewards, placed on their tokens). Runs that have them also record the columns [`NUMBERS_OF_SOME_RUNS`], the
+        text `answer`, and the lists `reward_names`, `reward_weights` and `reward_values` (`None` if unscored) with one
+        entry per reward function. Tokens outside segments, such as tokens from tools, are in `masked_tokens`. For each
+        of them, `masked_positions` has the number of segment tokens before it.
     """
     per_token = {"segment_ids": rollout.segments.ids}
     per_token |= {name: getattr(rollout, name) for name in NUMBERS_OF_TOKENS}
-    per_token |= {name: tensor for name, tensor in _asked_for(rollout).items() if tensor is not None}
+    per_token |= {name: tensor for name, tensor in _of_some_runs(rollout).items() if tensor is not None}
     # Transfer each tensor once, instead of once per row.
     columns = {name: tensor[:max_responses].tolist() for name, tensor in per_token.items()}
     # Without the mask, only padding is known to lie outside segments.
@@ -73,17 +74,33 @@ def segmented_responses(
                 "masked_tokens": _texts(rollout.tokenizer, [ids[position] for position in masked]),
                 "masked_positions": [kept_before[position] for position in masked],
                 **{name: [column[row][position] for position in kept] for name, column in columns.items()},
+                **_verdict(rollout, row),
             }
         )
     return rows
 
 
-def _asked_for(rollout: SegmentedRollout) -> dict[str, torch.Tensor | None]:
-    """Columns that some settings ask for; `None` for the others."""
-    learned, mask = rollout.policy_mask, rollout.segments.mask
-    if learned is not None:
-        learned = None if bool((learned == mask).all()) else learned.int()
-    return dict(zip(NUMBERS_IF_ASKED_FOR, (rollout.visual_dependency, learned), strict=True))
+def _of_some_runs(rollout: SegmentedRollout) -> dict[str, torch.Tensor | None]:
+    """Columns that some runs have; `None` for the others."""
+    tensors = {name: getattr(rollout, name) for name in NUMBERS_OF_SOME_RUNS}
+    for name in ("policy_mask", "value_states"):
+        tensors[name] = None if tensors[name] is None else tensors[name].int()
+    if rollout.policy_mask is not None and bool((rollout.policy_mask == rollout.segments.mask).all()):
+        tensors["policy_mask"] = None
+    return tensors
+
+
+def _verdict(rollout: SegmentedRollout, row: int) -> dict[str, Any]:
+    """The right answer of a response, and the reward of each function."""
+    known: dict[str, Any] = {}
+    if rollout.answers is not None and rollout.answers[row] is not None:
+        known["answer"] = str(rollout.answers[row])
+    if rollout.reward_parts is not None:
+        values = rollout.reward_parts.rewards[row].tolist()
+        known["reward_names"] = rollout.reward_parts.names
+        known["reward_weights"] = rollout.reward_parts.weights
+        known["reward_values"] = [None if value != value else value for value in values]
+    return known
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
@@ -126,6 +143,12 @@ def save_image(image: Any, folder: Path, longer_side: int) -> str:
         with replacing(path) as written:  # other processes may have the same image
             image.save(written, format="PNG")
     return path.name
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the algorithm and the settings of a run beside its recorded files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

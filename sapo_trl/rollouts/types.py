@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -114,7 +115,8 @@ class RolloutRecord:
     TRL's intermediate results of a rollout, which it does not return, and their times (seconds).
 
     `rewards` are all processes' responses' rewards. `final_rewards` are of this process's responses, without the parts
-    that have a place in the text; `steps` has these parts. Both are `None` for a given rollout.
+    that have a place in the text; `steps` has these parts. `rewards_per_func` are this process's rewards by reward
+    function, `(B, F)`. All three are `None` for a given rollout.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -123,6 +125,7 @@ class RolloutRecord:
     reward_seconds: float = 0.0
     rewards: torch.Tensor | None = None
     final_rewards: torch.Tensor | None = None
+    rewards_per_func: torch.Tensor | None = None
     steps: StepRewards | None = None
     inputs: list[dict[str, Any]] = field(default_factory=list)
     prompts: TokenizedPrompts | None = None
@@ -151,6 +154,22 @@ class RolloutRecord:
             "score": self.reward_started - self.generated,
             "reward": self.reward_seconds,
         }
+
+
+@dataclass(frozen=True)
+class RewardParts:
+    """
+    The reward functions of a run and their rewards.
+
+    Args:
+        names (`list[str]`): names of the `F` functions.
+        weights (`list[float]`): their weights in the reward of a response.
+        rewards (`torch.Tensor`): float32 `(B, F)`, not weighted, NaN where a function has not scored the response.
+    """
+
+    names: list[str]
+    weights: list[float]
+    rewards: torch.Tensor
 
 
 @dataclass
@@ -183,6 +202,18 @@ class SegmentedRollout:
         visual_dependency (`torch.Tensor`, *optional*):
             float32 `(B, T)`, each token's dependence on the images, see [`~sapo_trl.visual_dependency`]; `None` if no
             setting asks for it.
+        raw_advantages (`torch.Tensor`, *optional*):
+            float32 `(B, T)`: the advantages before whitening, clamp, weights of tokens, and mask.
+        value_states (`torch.Tensor`, *optional*):
+            bool `(B, T)`, the tokens before which a value is used for advantages; `None` if they use no values.
+        td_errors (`torch.Tensor`, *optional*):
+            float32 `(B, T)`, the TD error of each token's segment, see [`~sapo_trl.advantages.td_errors`]; `None` as
+            for `value_states`, NaN while the gate on the critic is closed.
+        reward_parts ([`RewardParts`], *optional*): the reward of each function.
+        answers (`list`, *optional*): the right answer of each response's row, `None` if its row has none.
+        corrupted_images (`Callable`, *optional*):
+            `number -> list[list[PIL.Image.Image]]`: the corrupted images of the first responses, as the policy saw
+            them; `None` if no setting compares images.
     """
 
     segments: Segments
@@ -203,3 +234,9 @@ class SegmentedRollout:
     images: list[list[Any]] | None = None
     policy_mask: torch.Tensor | None = None
     visual_dependency: torch.Tensor | None = None
+    raw_advantages: torch.Tensor | None = None
+    value_states: torch.Tensor | None = None
+    td_errors: torch.Tensor | None = None
+    reward_parts: RewardParts | None = None
+    answers: list[Any] | None = None
+    corrupted_images: Callable[[int], list[list[Any]]] | None = None

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..config import SAPOConfig, default_settings
+from ..closest_preset import DEFAULTS, DEFAULTS_SUMMARY, closest_preset
+from ..config import SAPOConfig
 from ..metric_names import with_present_names
-from ..presets import PRESETS, RUN_SETTINGS, preset_settings
+from ..presets import PRESETS
 from ..segmentation import Segmenter
 
-
-DEFAULTS = "SAPOConfig's defaults"
 
 # The settings that a reader asks for first.
 _SETTINGS = (
@@ -50,38 +47,6 @@ _QUICK_START = {
     "image-text-to-text": '{"role": "user", "content": [{"type": "image", "path": "figure.png"}, '
     '{"type": "text", "text": "Find $x$."}]}',
 }
-
-
-@dataclass(frozen=True)
-class ClosestPreset:
-    """
-    The algorithm of a configuration, by the preset that it shares most with.
-
-    Args:
-        name (`str`): a preset, or [`DEFAULTS`].
-        differences (`dict[str, Any]`): the configuration's algorithm settings that differ from the preset's.
-    """
-
-    name: str
-    differences: dict[str, Any]
-
-
-def closest_preset(args: SAPOConfig) -> ClosestPreset:
-    """
-    The preset that a configuration is, or is nearest to. The number of responses per prompt and the critic's learning
-    rate do not count.
-    """
-    ignored = RUN_SETTINGS | {"num_generations"}
-    defaults = {name: default for name, default in default_settings().items() if name not in ignored}
-    candidates = {DEFAULTS: defaults}
-    for name in PRESETS:
-        settings = preset_settings(name)
-        candidates[name] = {setting: settings.get(setting, default) for setting, default in defaults.items()}
-    found = [
-        ClosestPreset(name, {s: getattr(args, s) for s, value in settings.items() if getattr(args, s) != value})
-        for name, settings in candidates.items()
-    ]
-    return min(found, key=lambda candidate: len(candidate.differences))
 
 
 def complete_model_card(
@@ -138,7 +103,7 @@ print(generator({argument}messages, max_new_tokens=512, return_full_text=False)[
 def _method(args: SAPOConfig, segmenter: Segmenter | None) -> str:
     closest = closest_preset(args)
     if closest.name == DEFAULTS:
-        algorithm = f"{DEFAULTS} (Segment-Aligned Policy Optimization, with the stabilisers of its official code)"
+        algorithm = f"{DEFAULTS} ({DEFAULTS_SUMMARY})"
     else:
         preset = PRESETS[closest.name]
         algorithm = f"the preset `{closest.name}` ({preset.summary}; {preset.source})"

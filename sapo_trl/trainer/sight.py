@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SAPOConfig
@@ -46,10 +48,13 @@ def patch_layout(policy: PreTrainedModel, processing_class: Any) -> PatchLayout:
             f"A model of type {policy.config.model_type!r} lays out its images in another way than Qwen's families, "
             f"whose patches alone can be corrupted: leave out {_SETTINGS}."
         )
-    black = (0.0,) * 3
+    black, white = (0.0,) * 3, (1.0,) * 3
     if images.do_normalize:
-        black = tuple(-mean / std for mean, std in zip(images.image_mean, images.image_std, strict=True))
-    return PatchLayout(*sizes, black=black)
+        black, white = (
+            tuple((end - mean) / std for mean, std in zip(images.image_mean, images.image_std, strict=True))
+            for end in (0.0, 1.0)
+        )
+    return PatchLayout(*sizes, black=black, white=white)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,23 @@ class CorruptedForward:
             self._corrupted = self.run(self.corrupt(self.batch, self.seed))
             self.seconds = {"corrupted_images": time.perf_counter() - started}
         return self._corrupted
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether a setting asks for corrupted images, and this rollout has images to corrupt."""
+        is_asked_for = self.corrupt is not None and self.corrupt.args.image_corruption != "none"
+        return is_asked_for and self.batch.get("pixel_values") is not None
+
+    def pictures(self, rows: int) -> list[list[Image.Image]]:
+        """The corrupted images of the first rows. They are made again: a rollout is too large to keep them."""
+        batch = self.corrupt(self.batch, self.seed)
+        grids = batch["image_grid_thw"].tolist()
+        patches = batch["pixel_values"].split([time * height * width for time, height, width in grids])
+        images = iter(zip(patches, grids, strict=True))
+        return [
+            [Image.fromarray(self.corrupt.layout.to_bytes(*image).numpy()) for image in islice(images, number)]
+            for number in torch.as_tensor(batch["num_images"]).tolist()[:rows]
+        ]
 
 
 def dependency_of(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import compress
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +20,6 @@ from ..advantages import (
     segment_gae,
 )
 from ..config import TRL_LOSS_TYPES, SAPOConfig
-from ..data.columns import row_images
 from ..distributed import Processes
 from ..metrics import Measurements, explained_variance
 from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutRecord, SegmentedRollout
@@ -30,6 +28,10 @@ from ..segmentation import is_uncertain
 from ..segments import Segments
 from ..token_mask import largest_share
 from ..token_rewards import kl_estimate, outcome_token_rewards
+
+
+GATED = "critic/gated"
+"""The metric of [`gated`]: 1 while the gate on the critic is closed."""
 
 
 def last_edges(forward: PolicyForward, mask: torch.Tensor, given: GivenRollout) -> tuple[torch.Tensor, PolicyForward]:
@@ -232,7 +234,7 @@ def gated(
     # Returns that do not vary (NaN) leave nothing to explain: the critic has nothing to tell responses apart by.
     is_trusted = explained >= args.critic_min_explained_variance
     metrics: Measurements = {
-        "critic/gated": ((~is_trusted).float(), 1.0),
+        GATED: ((~is_trusted).float(), 1.0),
         "critic/monte_carlo_explained_variance": (explained, 1.0),
     }
     return torch.where(is_trusted, advantages, fallback.to(advantages.dtype)), metrics
@@ -302,9 +304,3 @@ def training_columns(rollout: SegmentedRollout, args: SAPOConfig, processes: Pro
         # TRL shuffles: with these, callbacks know the rows of micro-batches again.
         "rollout_rows": torch.arange(len(rollout.rewards), device=rollout.rewards.device),
     }
-
-
-def images_of(inputs: list[dict[str, Any]]) -> list[list[Any]] | None:
-    """The images of each row of a data set; `None` if there are none."""
-    images = [row_images(row) for row in inputs]
-    return images if any(images) else None

@@ -29,7 +29,7 @@ from ..rollouts.placeholders import final_placeholders
 from ..rollouts.types import GivenRollout, PolicyForward, RolloutBatch, RolloutRecord, SegmentedRollout
 from ..segmentation import Segmenter, accepted_inputs
 from ..segments import Segments
-from . import stages
+from . import recorded, stages
 from .adapters import prepare_adapters
 from .checkpoint_parts import CallbackStates, CriticPart, ReplayPart, SkippedSteps, WarmupPart
 from .checks import (
@@ -247,8 +247,8 @@ class SAPOTrainer(GRPOBridge):
         seconds["value"] = time.perf_counter() - started
         token_rewards, reward_metrics = stages.rewards_of_tokens(forward, batch, mask, args)
         advantages, returns = self.estimate_advantages(token_rewards, values, segments, batch)
-        advantages, gate_metrics = stages.gated(advantages, token_rewards, values, segments, args, self.processes)
-        advantages, changes = stages.normalized(advantages, policy_mask, record, args, self.processes)
+        raw, gate_metrics = stages.gated(advantages, token_rewards, values, segments, args, self.processes)
+        advantages, changes = stages.normalized(raw, policy_mask, record, args, self.processes)
         weights, weight_metrics = token_weights(self.token_weighting, forward, look, mask, self.processes)
         advantages = advantages if weights is None else advantages * weights
         if args.loss_type in TRL_LOSS_TYPES and not args.use_vllm and correction is not None:
@@ -270,9 +270,14 @@ class SAPOTrainer(GRPOBridge):
             mode=self.mode,
             continuations=self._continuations(record),
             completion_mask=batch["completion_mask"],
-            images=stages.images_of(record.inputs),
+            images=recorded.images_of(record.inputs),
             policy_mask=policy_mask,
             visual_dependency=dependency,
+            raw_advantages=raw,
+            **recorded.used_values(token_rewards, values, segments, args, gate_metrics),
+            reward_parts=recorded.parts_of_rewards(record, self.reward_func_names, self.reward_weights),
+            answers=recorded.answers_of(record.inputs),
+            corrupted_images=look.pictures if look.changes_images else None,
         )
         metrics = record.metrics | stages.measured(rollout, policy_mask, args, self.processes)
         metrics |= sampler_metrics | sight_metrics | mask_metrics | value_metrics | reward_metrics | changes

@@ -48,6 +48,7 @@
   const token = columns.token.data, marks = columns.marks.data, masked = columns.masked.data;
   const has = (name) => name in columns;
   const number = (name, at) => (has(name) ? HALF[columns[name].data[at]] * columns[name].scale : NaN);
+  const isUsed = (at) => number("value_states", at) === 1;
 
   const texts = new Array(total); // made when first asked for
   function responseText(index) {
@@ -88,6 +89,11 @@
     return made;
   }
 
+  const counted = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+
+  /** A table of names and values. */
+  const pairs = (rows) => element("table", { className: "numbers" }, ...rows.map(([name, value]) => element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, value))));
+
   const show = (value, digits = 3) =>
     value === null || Number.isNaN(value) ? "–" : Number(value.toPrecision(digits)).toString().replace("-", "−");
   const rewardOf = (index) => responses.reward[index] ?? NaN;
@@ -110,16 +116,21 @@
 
   // --------------------------------------------------------------------------------------------------------- colours
 
+  const RAW_ADVANTAGE = "advantage, raw";
+  const LOSS_ADVANTAGE = meta.settings.every((each) => each?.whitened) ? "advantage, whitened" : "advantage in the loss";
   const modes = [
     { name: "segment", title: "Segment" },
     { name: "entropies", title: "Entropy", kind: "sequential", from: (r) => [0, r[2]] },
     { name: "logps", title: "Surprise", kind: "sequential", from: (r) => [0, -r[1]], read: (at) => -number("logps", at), what: "−log probability" },
     { name: "values", title: "Value", kind: "sequential", from: (r) => [r[1], r[2]] },
-    { name: "advantages", title: "Advantage", kind: "diverging", from: (r) => symmetric(r) },
+    { name: "advantages", title: "Advantage", kind: "diverging", from: (r) => symmetric(r), what: LOSS_ADVANTAGE },
     { name: "log_ratios", title: "Ratio", kind: "diverging", from: (r) => symmetric(r), print: (x) => show(Math.exp(x)), what: "ratio to the old policy" },
     { name: "visual_dependency", title: "Sight", kind: "sequential", from: (r) => [0, r[2]], what: "dependence on the images" },
     { name: "policy_mask", title: "Learned", kind: "sequential", from: () => [0, 1], what: "1 where the policy learns" },
+    { name: "td_errors", title: "TD error", kind: "diverging", from: (r) => symmetric(r), what: "TD error δ of the segment" },
+    { name: "token_rewards", title: "Reward", kind: "diverging", from: (r) => symmetric(r), what: "reward placed on the token" },
   ];
+  const KEYS = "1234567890";
   function symmetric([least, low, high, most]) {
     const end = Math.max(-low, high) || Math.max(-least, most) || 1;
     return [-end, end];
@@ -165,6 +176,7 @@
       const signed = mode.kind === "diverging" && Math.abs(value) > 0.02 * mode.range[1];
       span.classList.toggle("minus", signed && value < 0);
       span.classList.toggle("plus", signed && value > 0);
+      span.classList.toggle("used", mode.name === "values" && isUsed(at));
     });
   }
 
@@ -182,6 +194,7 @@
     const [low, high] = mode.range;
     const span = (text) => element("span", {}, text);
     const signs = mode.kind === "diverging" ? [span(`dotted: below ${mode.print(0)}`)] : [];
+    if (mode.name === "values" && has("value_states")) signs.push(element("span", { className: "swatch token used" }, "line above"), span("advantages use this value"));
     legend.replaceChildren(span(mode.what ?? mode.title.toLowerCase()), span(mode.print(low)), bar, span(mode.print(high)), ...signs);
   }
 
@@ -194,7 +207,7 @@
   }
 
   modes.forEach((each, i) => {
-    const button = element("button", { type: "button", disabled: !each.available, "aria-pressed": "false" }, `${each.title} `, element("kbd", {}, String(i + 1)));
+    const button = element("button", { type: "button", disabled: !each.available, "aria-pressed": "false" }, `${each.title} `, element("kbd", {}, KEYS[i]));
     button.dataset.mode = each.name;
     if (!each.available) button.title = "not recorded by this run";
     button.addEventListener("click", () => setMode(each));
@@ -215,9 +228,13 @@
   const settings = { displayModeBar: false, responsive: true };
   const runStyle = (run) => ({ color: css(`--run${run}`), dash: run ? "dash" : "solid", width: 2 });
 
+  // One point is no curve: it is told in words.
   const metrics = [...new Set(meta.curves.flatMap((curves) => Object.keys(curves)))].sort();
+  const charted = metrics.filter((name) => meta.curves.some((curves) => new Set(curves[name]?.[0]).size > 1));
   const wanted = [["reward"], ["entropy"], ["critic/explained_variance", "critic/loss", "segments/count", "kl", "loss"]];
-  const charts = wanted.map((names) => names.find((name) => metrics.includes(name))).map((first, i) => ({ chosen: first ?? metrics[i] }));
+  // A metric that was not logged has no chart: another one in its place would be taken for it.
+  const charts = wanted.map((names) => names.find((name) => charted.includes(name))).filter((name) => name).map((chosen) => ({ chosen }));
+  if (!charts.length) charts.push({ chosen: "" });
 
   function drawCurve(chart) {
     const traces = runs.flatMap((run, i) => {
@@ -228,14 +245,27 @@
   }
   function makeCurves() {
     if (!metrics.length) { $("curves").hidden = true; return; }
-    const drawn = charts.filter((each) => each.chosen);
-    for (const chart of drawn) {
-      const select = element("select", { "aria-label": "metric" }, ...metrics.map((name) => element("option", { value: name, selected: name === chart.chosen }, name)));
+    const place = $("curves").querySelector(".charts");
+    if (charted.every((name) => name === "epoch")) { place.replaceWith(...runs.map(lastNumbers)); return; }
+    for (const chart of charts) {
+      const nothing = chart.chosen ? [] : [element("option", { value: "", selected: true }, "choose a metric")];
+      const select = element("select", { "aria-label": "metric" }, ...nothing, ...charted.map((name) => element("option", { value: name, selected: name === chart.chosen }, name)));
       chart.node = element("div", { className: "chart" });
       select.addEventListener("change", () => { chart.chosen = select.value; drawCurve(chart); });
-      $("curves").querySelector(".charts").append(element("div", {}, select, chart.node));
+      place.append(element("div", {}, select, chart.node));
     }
-    drawn.forEach(drawCurve); // each takes the width that all of them leave it
+    charts.forEach(drawCurve); // each takes the width that all of them leave it
+  }
+  /** The log of a run that is too short for curves. */
+  function lastNumbers(run, i) {
+    const curves = meta.curves[i], names = Object.keys(curves).filter((name) => name !== "epoch");
+    const first = ["reward", "entropy"].filter((name) => names.includes(name));
+    const rows = [...first, ...names.filter((name) => !first.includes(name)).sort()].map((name) => [name, show(curves[name][1].at(-1), 4)]);
+    const steps = [...new Set(names.map((name) => curves[name][0].at(-1)))].join(", ");
+    return element("div", {},
+      element("p", {}, `${runs.length > 1 ? `${run}: ` : ""}There are no curves, because the log has only one step${steps && ` (${steps})`}. `
+        + "To log every step, set logging_steps=1; on the command line, --logging_steps 1."),
+      element("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "logged numbers" }, pairs(rows)));
   }
 
   function drawValues(panel) {
@@ -245,12 +275,21 @@
     const column = (name) => places.map((i) => { const x = number(name, first + i); return Number.isNaN(x) ? null : x; });
     const states = meta.monte_carlo[panel.index] ?? [];
     const values = column("values"), orange = css("--run1");
+    const used = places.filter((i) => isUsed(first + i));
     panel.values = values;
+    // Sampled values exist at the used states alone: the zeros elsewhere are no values.
+    const isSampled = ["monte_carlo", "tree"].includes(meta.settings[responses.run[panel.index]]?.critic) && used.length > 0;
     const traces = [
       { x: places, y: column("returns"), name: "return", mode: "lines", line: { color: css("--quiet"), dash: "dot", shape: "hv", width: 1.5 } },
-      { x: places, y: values, name: "value", mode: "lines", line: { color: css("--run0"), width: 2 } },
+      { x: isSampled ? used : places, y: isSampled ? used.map((i) => values[i]) : values, name: "value", mode: "lines", line: { color: css("--run0"), width: 2 } },
       { x: [null], y: [null], mode: "markers", hoverinfo: "skip", marker: { size: 10, color: css("--ink"), symbol: "circle-open" } },
     ];
+    if (used.length) {
+      traces.push({
+        x: used, y: used.map((i) => values[i]), name: "used for advantages", mode: "markers", hoverinfo: "skip",
+        marker: { color: css("--run0"), symbol: "circle", size: 7, line: { color: css("--card"), width: 1 } },
+      });
+    }
     if (states.length) {
       traces.push({
         x: states.map((s) => s[0]), y: states.map((s) => s[1]), name: "Monte Carlo", mode: "markers",
@@ -287,7 +326,7 @@
     if (special.has(token[at])) facts.push(["kind", "special token"]);
     if (masked[at]) return [...facts, ["kind", "not the policy's, or not trained on"]];
     facts.push(["segment", `${segment + 1} of ${panel.segments.count}`]);
-    const numbers = [["entropies", "entropy"], ["logps", "probability", Math.exp], ["values", "value"], ["advantages", "advantage"], ["returns", "return"], ["visual_dependency", "dependence on the images"], ["policy_mask", "learned from"], ["log_ratios", "ratio", Math.exp]];
+    const numbers = [["entropies", "entropy"], ["logps", "probability", Math.exp], ["values", isUsed(at) ? "value, used for advantages" : "value"], ["raw_advantages", RAW_ADVANTAGE], ["advantages", LOSS_ADVANTAGE], ["returns", "return"], ["td_errors", "segment’s TD error δ"], ["visual_dependency", "dependence on the images"], ["policy_mask", "learned from"], ["log_ratios", "ratio", Math.exp]];
     for (const [name, title, print = (x) => x] of numbers) {
       const value = number(name, at);
       if (!Number.isNaN(value)) facts.push([title, show(print(value))]);
@@ -314,7 +353,9 @@
     // Beside the token and upwards where there is room, so that the next tokens and the curve stay in sight.
     const beside = box.right + size.width + 40 < window.innerWidth;
     const top = beside ? box.bottom - size.height + 8 : box.bottom + 6;
-    tip.style.left = `${beside ? box.right + 28 : Math.max(4, window.innerWidth - size.width - 8)}px`;
+    // At the right edge, so that pictures and rewards stay in sight as well.
+    const edge = panel.node.getBoundingClientRect().right - size.width - 12;
+    tip.style.left = `${beside ? Math.max(box.right + 28, edge) : Math.max(4, window.innerWidth - size.width - 8)}px`;
     tip.style.top = `${Math.max(4, Math.min(top, window.innerHeight - size.height - 8))}px`;
     markValue(panel, i);
   }
@@ -337,6 +378,62 @@
     return found < 0 ? i : found;
   }
 
+  // -------------------------------------------------------------------------------------------- segments, one by one
+
+  /** Of each segment: its first token, its text, and its numbers; NaN where not recorded. */
+  function segmentRows(panel) {
+    if (panel.rows) return panel.rows;
+    const rows = Array.from({ length: panel.segments.count }, () => ({ first: -1, tokens: 0, learned: 0, text: "", value: NaN, reward: 0, delta: NaN, raw: 0, loss: 0 }));
+    panel.segments.ids.forEach((id, i) => {
+      if (id < 0) return;
+      const at = starts[panel.index] + i, row = rows[id];
+      if (row.first < 0) row.first = i;
+      row.tokens++;
+      row.text += vocabulary[token[at]];
+      if (isUsed(at)) row.value = number("values", at);
+      row.reward += number("token_rewards", at);
+      row.delta = number("td_errors", at);
+      row.raw += number("raw_advantages", at);
+      // The loss has no other tokens.
+      if (number("policy_mask", at) !== 0) { row.learned++; row.loss += number("advantages", at); }
+    });
+    for (const row of rows) { row.raw /= row.tokens; row.loss /= row.learned; }
+    panel.rows = rows;
+    return rows;
+  }
+
+  let segmentsOpen = true;
+  function drawSegments(panel) {
+    if (!panel.list.open || panel.list.childElementCount > 1) return;
+    const numbers = [["value", "value"], ["reward", "reward"], ["delta", "TD error δ"], ["raw", RAW_ADVANTAGE], ["loss", LOSS_ADVANTAGE]];
+    const rows = segmentRows(panel), known = numbers.filter(([name]) => rows.some((row) => !Number.isNaN(row[name])));
+    const head = ["segment", "text", ...known.map(([, title]) => title)].map((title) => element("th", { scope: "col" }, title));
+    const body = rows.map((row, id) => {
+      const go = element("button", { type: "button", "aria-label": `to segment ${id + 1}` }, String(id + 1));
+      go.addEventListener("click", () => moveFocus(panel, row.first));
+      const text = row.text.replaceAll("\n", "↵");
+      return element("tr", {}, element("th", { scope: "row" }, go), element("td", { className: "what" }, text.length > 60 ? `${[...text].slice(0, 60).join("")}…` : text),
+        ...known.map(([name]) => element("td", {}, show(row[name]))));
+    });
+    const missing = numbers.filter(([name]) => !known.some(([other]) => other === name)).map(([, title]) => title);
+    panel.list.append(element("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "segments" },
+      element("table", { className: "numbers segments" }, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...body))));
+    if (missing.length) panel.list.append(element("p", { className: "quiet" }, `not recorded, or not there in this run: ${missing.join("; ")}`));
+  }
+
+  /** Goes to the segment with the highest (sign 1) or lowest (−1) advantage; the raw one, which no clamp makes equal. */
+  function toExtreme(panel, sign) {
+    const name = has("raw_advantages") ? "raw" : "loss", rows = segmentRows(panel).filter((row) => !Number.isNaN(row[name]));
+    if (!rows.length) { panel.status.textContent = "No advantages were recorded for this response."; return; }
+    const best = rows.reduce((found, row) => (sign * (row[name] - found[name]) > 0 ? row : found));
+    moveFocus(panel, best.first);
+    const equal = rows.every((row) => row[name] === best[name]) && rows.length > 1;
+    const title = name === "raw" ? RAW_ADVANTAGE : LOSS_ADVANTAGE;
+    panel.status.textContent = equal
+      ? `All ${rows.length} segments have the same advantage, ${show(best[name])}.`
+      : `${sign > 0 ? "Best" : "Worst"} segment: ${panel.segments.ids[best.first] + 1} of ${panel.segments.count}, ${title} ${show(best[name])}.`;
+  }
+
   // ------------------------------------------------------------------------------------------------------ the panels
 
   let panels = [];
@@ -347,7 +444,7 @@
     const group = byPrompt[responses.prompt[index]], prompt = prompts[responses.prompt[index]];
     const title = element("h3", {}, place(index));
     if (runs.length > 1) title.className = `run run${responses.run[index]}`;
-    const facts = element("p", { className: "quiet" }, `prompt ${responses.prompt[index] + 1} · ${responses.length[index]} tokens · ${panel.segments.count} segments`);
+    const facts = element("p", { className: "quiet" }, `prompt ${responses.prompt[index] + 1} · ${counted(responses.length[index], "token")} · ${counted(panel.segments.count, "segment")}`);
     const others = element("select", { "aria-label": "responses to this prompt" },
       ...group.map((each, i) => element("option", { value: String(each), selected: each === index }, `${i + 1} of ${group.length}: ${place(each)}`)));
     others.addEventListener("change", () => choose(Number(others.value), side));
@@ -361,7 +458,13 @@
       stop.addEventListener("click", compare);
       moves.append(stop);
     }
-    const shownPrompt = element("div", { className: "prompt" }, ...prompt.images.map((image, i) => element("img", { src: images[image], alt: `image ${i + 1} of the prompt` })));
+    for (const [title, key, sign] of [["Best segment", "b", 1], ["Worst segment", "w", -1]]) {
+      const go = element("button", { type: "button" }, `${title} `, element("kbd", {}, key));
+      go.addEventListener("click", () => toExtreme(panel, sign));
+      moves.append(go);
+    }
+    panel.status = element("p", { className: "quiet status", role: "status", "aria-live": "polite" });
+    const shownPrompt = element("div", { className: "prompt" }, ...picturesOf(index));
     shownPrompt.append(element("div", { className: "text", tabIndex: 0, role: "region", "aria-label": "prompt" }, prompt.text));
 
     const text = element("div", { className: "text tokens", role: "listbox", "aria-label": "tokens of the response", "aria-orientation": "horizontal" });
@@ -395,10 +498,43 @@
     panel.cuts = element("details", { className: "others" }, element("summary", {}, "Where other segmenters cut"));
     panel.cuts.open = cutsOpen;
     panel.cuts.addEventListener("toggle", () => { cutsOpen = panel.cuts.open; drawCuts(panel); });
+    panel.list = element("details", { className: "one-by-one" }, element("summary", {}, "Segments, one by one"));
+    panel.list.open = segmentsOpen;
+    panel.list.addEventListener("toggle", () => { segmentsOpen = panel.list.open; drawSegments(panel); });
     panel.node = element("article", { className: "panel", "aria-label": `response: ${place(index)}` },
-      element("header", {}, title, facts, moves), shownPrompt, text, panel.chart, panel.cuts);
+      element("header", {}, title, facts, moves), shownPrompt, verdictOf(index), text, panel.status, panel.chart, panel.list, panel.cuts);
     if (!panel.spans.length) text.append(element("span", { className: "quiet" }, "no tokens"));
     return panel;
+  }
+
+  /** The images of the prompt, each beside its corrupted one if the run compares images. */
+  function picturesOf(index) {
+    const originals = prompts[responses.prompt[index]].images, corrupted = responses.corrupted[index];
+    const how = meta.settings[responses.run[index]]?.corruption;
+    const picture = (image, alt, caption) => element("figure", {}, element("img", { src: images[image], alt }), ...(caption ? [element("figcaption", {}, caption)] : []));
+    const shown = [];
+    for (let i = 0; i < Math.max(originals.length, corrupted.length); i++) {
+      if (i < originals.length) shown.push(picture(originals[i], `image ${i + 1} of the prompt`, corrupted.length ? "as it is" : ""));
+      if (i < corrupted.length) shown.push(picture(corrupted[i], `image ${i + 1}, corrupted`, how ? `corrupted: ${how}` : "corrupted"));
+    }
+    return shown;
+  }
+
+  /** The right answer, and the share of each reward function in the reward. */
+  function verdictOf(index) {
+    const answer = responses.answer[index], parts = responses.rewards[index];
+    const box = element("div", { className: "verdict" });
+    box.append(element("p", {}, element("span", { className: "quiet" }, "Right answer "), element(answer === null ? "span" : "b", {}, answer ?? "not recorded")));
+    if (!parts.length) {
+      box.append(element("p", {}, element("span", { className: "quiet" }, "Reward functions "), "not recorded"));
+      return box;
+    }
+    const head = ["reward function", "value", "weight", "share"].map((title) => element("th", { scope: "col" }, title));
+    const rows = parts.map(([name, value, weight]) => element("tr", {}, element("th", { scope: "row" }, name),
+      element("td", {}, value === null ? "none" : show(value)), element("td", {}, show(weight)), element("td", {}, value === null ? "–" : show(value * weight))));
+    const total = element("tr", { className: "total" }, element("th", { scope: "row" }, "reward"), element("td", {}), element("td", {}), element("td", {}, show(rewardOf(index))));
+    box.append(element("table", { className: "numbers rewards" }, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows, total)));
+    return box;
   }
 
   let cutsOpen = true;
@@ -419,7 +555,7 @@
         fill(span, vocabulary[token[starts[panel.index] + i]]);
         if (id >= 0 && (marks[starts[panel.index] + i] >> bit) & 1) { span.classList.add("cut"); span = null; }
       });
-      grid.append(element("section", {}, element("h3", {}, element("span", {}, name), element("span", { className: "quiet" }, `${count} segment${count === 1 ? "" : "s"}`)), text));
+      grid.append(element("section", {}, element("h3", {}, element("span", {}, name), element("span", { className: "quiet" }, counted(count, "segment"))), text));
     });
     panel.cuts.append(grid);
   }
@@ -431,7 +567,7 @@
     panels = indices.map(makePanel);
     $("panels").classList.toggle("two", panels.length > 1);
     $("panels").replaceChildren(...panels.map((panel) => panel.node));
-    panels.forEach((panel) => { paint(panel); drawCuts(panel); drawValues(panel); });
+    panels.forEach((panel) => { paint(panel); drawSegments(panel); drawCuts(panel); drawValues(panel); });
   }
 
   function choose(index, side = kept === null ? 0 : 1) {
@@ -455,6 +591,24 @@
     drawRows(true);
   }
 
+  // --------------------------------------------------------------------------------------------------------- the run
+
+  function makeSetups() {
+    const list = (title, settings) => (settings.length ? [element("h3", {}, title), pairs(settings)] : []);
+    $("setups").append(...runs.map((run, i) => {
+      const settings = meta.settings[i], box = element("section", {});
+      if (runs.length > 1) box.append(element("h3", { className: `run run${i}` }, run));
+      if (settings === null) { box.append(element("p", { className: "quiet" }, "Algorithm and settings: not recorded.")); return box; }
+      const { preset, summary, differences, other_settings: others } = settings;
+      box.append(element("p", {}, differences.length ? "Nearest to " : "", element("b", {}, preset), summary ? `: ${summary}` : ""));
+      box.append(...list("Different from this algorithm", differences), ...list("Other settings that are not the defaults", others));
+      if (!differences.length && !others.length) box.append(element("p", { className: "quiet" }, "All settings are the defaults."));
+      return box;
+    }));
+    const names = meta.settings.map((settings) => (settings === null ? "not recorded" : `${settings.differences.length ? "nearest to " : ""}${settings.preset}`));
+    $("setup-names").textContent = names.join(" · ");
+  }
+
   // -------------------------------------------------------------------------------------------------------- the list
 
   let listed = [];
@@ -465,10 +619,12 @@
     $("filter-run-label").hidden = runs.length < 2;
     $("filter-run").append(option("", "both"), ...runs.map((run, i) => option(i, run)));
     for (const id of ["filter-step-from", "filter-step-to"]) $(id).append(option("", "any"), ...steps.map((step) => option(step, String(step))));
-    const brief = (text) => { const clean = text.replaceAll(/\s+/g, " ").trim(); return clean.length > 70 ? `${clean.slice(0, 70)}…` : clean; };
+    // Without the marks of chat templates and images, which tell no prompts apart.
+    const marks = /<[|｜][^<>]*[|｜]>( ×\d+)?|<\/?(start_of_|end_of_)?image(_soft_token)?>/g;
+    const shortened = prompts.map((prompt) => prompt.text.replaceAll(marks, " ").replaceAll(/\s+/g, " ").trim());
     // Skip the common start of all prompts (a system prompt): it distinguishes none of them.
-    const shared = commonStart(prompts.map((prompt) => prompt.text));
-    $("filter-prompt").append(option("", `any of ${prompts.length}`), ...prompts.map((prompt, i) => option(i, `${i + 1}: ${brief(prompt.text.slice(shared))}`)));
+    const shared = commonStart(shortened);
+    $("filter-prompt").append(option("", `any of ${prompts.length}`), ...shortened.map((text, i) => option(i, `${i + 1}: ${brief(text.slice(shared))}`)));
     let waiting = null;
     // Not every way to choose an option is an `input` (drivers and assistive technology may only make a `change`).
     for (const kind of ["input", "change"]) {
@@ -477,11 +633,18 @@
     $("filters").addEventListener("reset", () => setTimeout(filter));
     $("filters").addEventListener("submit", (event) => event.preventDefault());
   }
+  /** Where the texts begin to differ, at the beginning of a word; 0 if they do not. */
   function commonStart(all) {
-    if (all.length < 2) return 0;
-    let length = all[0].length;
+    let length = all[0]?.length ?? 0;
     for (const text of all) { let i = 0; while (i < length && text[i] === all[0][i]) i++; length = i; }
-    return length;
+    return all.every((text) => text.length === length) ? 0 : all[0].lastIndexOf(" ", length - 1) + 1;
+  }
+  /** At most 70 characters, without a part of a word. Scripts without blanks are cut between characters. */
+  function brief(text) {
+    const characters = [...text];
+    if (characters.length <= 70) return text;
+    const end = characters.lastIndexOf(" ", 70);
+    return `${characters.slice(0, end > 0 ? end : 70).join("")}…`;
   }
 
   function filter() {
@@ -505,7 +668,7 @@
     const reward = (index) => (Number.isNaN(rewardOf(index)) ? -Infinity : rewardOf(index));
     const orders = { high: (a, b) => reward(b) - reward(a), low: (a, b) => reward(a) - reward(b), long: (a, b) => responses.length[b] - responses.length[a] };
     if (value("order") in orders) listed.sort((a, b) => orders[value("order")](a, b) || a - b);
-    $("count").textContent = listed.length === total ? `${total.toLocaleString("en")} responses` : `${listed.length.toLocaleString("en")} of ${total.toLocaleString("en")} responses`;
+    $("count").textContent = listed.length === total ? counted(total, "response") : `${listed.length.toLocaleString("en")} of ${total.toLocaleString("en")} responses`;
     $("list").scrollTop = 0;
     if (listed.length && !listed.includes(selected)) choose(listed[0]);
     else drawRows(true);
@@ -565,9 +728,10 @@
   const keys = {
     j: () => step(1), k: () => step(-1), n: () => stepInPrompt(1), p: () => stepInPrompt(-1), c: compare,
     t: () => panels.length && moveFocus(panels.at(-1), panels.at(-1).current),
+    b: () => panels.length && toExtreme(panels.at(-1), 1), w: () => panels.length && toExtreme(panels.at(-1), -1),
     "/": () => $("filter-text").focus(), "?": () => $("help").showModal(),
   };
-  modes.forEach((each, i) => { keys[String(i + 1)] = () => setMode(each); });
+  modes.forEach((each, i) => { keys[KEYS[i]] = () => setMode(each); });
   document.addEventListener("keydown", (event) => {
     const typing = event.target.closest("input, select, dialog");
     if (typing || event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys)) return;
@@ -584,7 +748,8 @@
 
   // ------------------------------------------------------------------------------------------------------- beginning
 
-  $("summary").textContent = `${total.toLocaleString("en")} responses · ${starts[total].toLocaleString("en")} tokens · ${prompts.length.toLocaleString("en")} prompts`;
+  $("summary").textContent = [counted(total, "response"), counted(starts[total], "token"), counted(prompts.length, "prompt")].join(" · ");
+  makeSetups();
   makeFilters();
   makeCurves();
   setMode(mode);

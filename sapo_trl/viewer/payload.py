@@ -12,7 +12,7 @@ import gzip
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def build_payload(recordings: Sequence[Recording], max_tokens: int) -> Payload:
     columns["marks"] = _merged(marks, at, 0).astype(np.uint8)
     columns["masked"] = _merged([np.zeros(len(ids)) for ids in loss_ids], at, 1).astype(np.uint8)
 
-    prompts, prompt_index, images, image_notes = _prompts(responses)
+    prompts, prompt_index, corrupted, images, image_notes = _prompts(responses)
     meta = {
         "runs": [visible(recording.name) for recording in recordings],
         "notes": [
@@ -85,7 +85,8 @@ def build_payload(recordings: Sequence[Recording], max_tokens: int) -> Payload:
             *notes,
             *image_notes,
         ],
-        "curves": [_curves(recording.log) for recording in recordings],
+        "settings": [_settings(recording) for recording in recordings],
+        "curves": _curves([recording.log for recording in recordings]),
         "prompts": prompts,
         "images": images,
         "vocabulary": [visible(text) for text in vocabulary.texts],
@@ -97,6 +98,9 @@ def build_payload(recordings: Sequence[Recording], max_tokens: int) -> Payload:
             **{name: responses[name].tolist() for name in ("run", "step", "process", "response")},
             "reward": [_finite(reward) for reward in responses["reward"]],
             "prompt": prompt_index,
+            "corrupted": corrupted,
+            "answer": [None if answer is None else visible(answer) for answer in responses["answer"]],
+            "rewards": _rewards_per_function(responses),
             "length": [len(ids) + len(positions) for ids, positions in zip(loss_ids, at, strict=True)],
         },
         "monte_carlo": _monte_carlo(responses, recordings),
@@ -115,7 +119,7 @@ def _thinned(recordings: Sequence[Recording], max_tokens: int) -> tuple[list[Rec
         number = len(recording.responses)
         rows = np.unique(np.linspace(0, number - 1, max(1, int(number * share))).astype(int)) if number else []
         responses = recording.responses.iloc[rows].reset_index(drop=True)
-        thinned.append(Recording(recording.name, responses, recording.log, recording.state_values, recording.notes))
+        thinned.append(replace(recording, responses=responses))
         before, after = before + number, after + len(responses)
     return thinned, [
         f"{after:,} of {before:,} recorded responses are on this page, at even distances; `--max_tokens` takes more."
@@ -167,20 +171,26 @@ def _layout(columns: dict[str, np.ndarray], scales: dict[str, float]) -> list[di
     return layout
 
 
-def _prompts(responses: pd.DataFrame) -> tuple[list[dict[str, Any]], list[int], list[str], list[str]]:
-    """Different prompts, the prompt of each response, the images as `data:` addresses, and notes about them."""
+def _prompts(
+    responses: pd.DataFrame,
+) -> tuple[list[dict[str, Any]], list[int], list[list[int]], list[str], list[str]]:
+    """
+    Different prompts, the prompt of each response, its corrupted images (their places among all images), the images
+    as `data:` addresses, and notes about them.
+    """
     index: dict[tuple[str, tuple[str, ...]], int] = {}
     paths: dict[str, Path] = {}
     of_response = []
-    for text, files in zip(responses["prompt"], responses["images"], strict=True):
+    for text, files, corrupted in responses[["prompt", "images", "corrupted_images"]].itertuples(index=False):
         text = _REPEATED.sub(lambda match: f"{match[1]} ×{len(match[0]) // len(match[1])} ", text)
         # Files are named by their content: the same image of another run has the same name.
-        paths.update({path.name: path for path in files})
+        paths.update({path.name: path for path in [*files, *corrupted]})
         of_response.append(index.setdefault((text, tuple(path.name for path in files)), len(index)))
     place = {name: number for number, name in enumerate(paths)}
     prompts = [{"text": visible(text), "images": [place[name] for name in names]} for text, names in index]
+    corrupted_images = [[place[path.name] for path in files] for files in responses["corrupted_images"]]
     images, notes = _embedded(list(paths.values()))
-    return prompts, of_response, images, notes
+    return prompts, of_response, corrupted_images, images, notes
 
 
 def _embedded(paths: list[Path]) -> tuple[list[str], list[str]]:
@@ -204,15 +214,53 @@ def _data_address(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _curves(log: pd.DataFrame) -> dict[str, list[list[float]]]:
-    """Steps and numbers of each metric that was logged more than once, or of all if there is one entry alone."""
-    curves = {}
-    if "step" not in log:
-        return curves
-    for name in log.select_dtypes("number"):
-        known = log[["step", name]][np.isfinite(log["step"]) & np.isfinite(log[name])] if name != "step" else log[:0]
-        if len(known) >= min(2, len(log)) and len(known):
-            curves[visible(str(name))] = [known["step"].tolist(), [float(f"{number:.5g}") for number in known[name]]]
+def _settings(recording: Recording) -> dict[str, Any] | None:
+    """The algorithm of a run and its changed settings, as texts; `None` where not recorded."""
+    if recording.settings is None:
+        return None
+    settings = recording.settings
+    corruption = settings["image_corruption"]
+    if corruption == "tokens":
+        corruption = f"{settings.get('image_corruption_share')} of its visual tokens are hidden"
+    return {
+        **{name: visible(settings[name]) for name in ("preset", "summary", "critic", "value_state")},
+        **{
+            name: [[visible(setting), visible(str(value))] for setting, value in settings[name].items()]
+            for name in ("differences", "other_settings")
+        },
+        "corruption": visible(corruption.replace("_", " ")),
+        "whitened": settings["whiten_advantages"],
+    }
+
+
+def _rewards_per_function(responses: pd.DataFrame) -> list[list[list[Any]]]:
+    """For each response, name, value and weight of each reward function."""
+    columns = responses[["reward_names", "reward_values", "reward_weights"]].itertuples(index=False)
+    return [
+        [
+            [visible(name), None if value is None else _finite(value), _finite(weight)]
+            for name, value, weight in zip(*response, strict=True)
+        ]
+        for response in columns
+    ]
+
+
+def _curves(logs: Sequence[pd.DataFrame]) -> list[dict[str, list[list[float]]]]:
+    """
+    For each run, steps and numbers of each metric. If some metric was logged at two steps or more, the page has
+    curves, and metrics without a curve are left out.
+    """
+    curves: list[dict[str, list[list[float]]]] = [{} for _ in logs]
+    for run, log in enumerate(logs):
+        names = set(log.select_dtypes("number").columns) if "step" in log else set()
+        for name in sorted(names - {"step"}):
+            known = log[["step", name]][np.isfinite(log["step"]) & np.isfinite(log[name])]
+            if len(known):
+                numbers = [float(f"{number:.5g}") for number in known[name]]
+                curves[run][visible(str(name))] = [known["step"].tolist(), numbers]
+    long = {name for of_run in curves for name, (steps, _) in of_run.items() if len(set(steps)) > 1}
+    if long - {"epoch"}:
+        curves = [{name: curve for name, curve in of_run.items() if name in long} for of_run in curves]
     return curves
 
 

@@ -10,28 +10,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from sapo_trl import PRESETS, SAPOConfig, Segments
+from sapo_trl import PRESETS, Segments
 from sapo_trl.embedded import build_model, build_processor
-from sapo_trl.trainer.model_card import DEFAULTS, closest_preset
 from tests.testing_utils import FAMILIES, sapo_trainer
 
 
 ROOT = Path(__file__).parents[2]
-CPU = {"output_dir": "out", "use_cpu": True, "bf16": False, "report_to": "none"}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_known_by_its_settings(preset):
-    found = closest_preset(SAPOConfig.from_preset(preset, **CPU))
-    assert found.differences == {}
-    # Two names may stand for the same settings.
-    assert {**PRESETS[found.name].settings, "num_generations": 0} == {**PRESETS[preset].settings, "num_generations": 0}
-
-
-def test_what_is_near_a_preset_is_told_with_the_difference():
-    assert closest_preset(SAPOConfig(**CPU)).name == DEFAULTS
-    changed = closest_preset(SAPOConfig.from_preset("vc_ppo", lam=0.5, **CPU))
-    assert (changed.name, changed.differences) == ("vc_ppo", {"lam": 0.5})
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"], indirect=True)

@@ -10,6 +10,20 @@ import numpy as np
 import pandas as pd
 
 
+SETTINGS = {
+    "preset": "sapo",
+    "summary": "masks by sight",
+    "differences": {"critic": "ladder"},
+    "other_settings": {"learning_rate": 1e-4, "seed": 3},
+    "value_state": "start",
+    "critic": "ladder",
+    "whiten_advantages": False,
+    "image_corruption": "tokens",
+    "image_corruption_share": 0.5,
+}
+"""A `run.json`."""
+
+
 def recorded_response(tokens: list[str], *, seed: int = 0, **columns: Any) -> dict[str, Any]:
     """A row as [`~sapo_trl.recordings.segmented_responses`] makes it: random numbers, segments of three."""
     random = np.random.default_rng(seed)

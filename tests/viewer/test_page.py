@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 from matplotlib import colormaps
@@ -10,24 +9,30 @@ from matplotlib.colors import to_hex, to_rgb
 
 from sapo_trl.viewer import read_recording, write_page
 from sapo_trl.viewer.page import colour_scales
+from tests.viewer.browser import (
+    ActionChains,
+    By,
+    Keys,
+    Select,
+    background,
+    colour_by,
+    count,
+    needs_browser,
+    open_page,
+    panels,
+    press,
+    rgb,
+    search,
+    start_browser,
+    theme,
+    tip,
+    tokens,
+    wait,
+)
 from tests.viewer.recorded_runs import recorded_response, write_large_run, write_log, write_rollout
 
 
-selenium = pytest.importorskip("selenium", reason="the page is tested through selenium")
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver (Debian: apt install chromium-driver)"
-)
-PATIENCE = 300  # seconds: where other work has the processors a page takes a minute to open
+pytestmark = needs_browser
 
 HOSTILE = ["<script>window.ran = 1</script>", "<img src=x onerror='window.ran = 1'>", "</script>", "<!--", "&lt;b&gt;"]
 # Entropies are 0 or 2 and advantages -1, 0 or 1, so that colours are the ends and the middle of their scales.
@@ -46,24 +51,6 @@ KNOWN = recorded_response(
     masked_positions=[2],
 )
 SIMPLE = {"entropies": [0.0, 2.0], "advantages": [1.0, -1.0], "values": [0.0, 1.0], "segment_ids": [0, 1]}
-
-
-def start_browser() -> webdriver.Chrome:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1200"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options, Service(CHROMEDRIVER))
-    browser.set_page_load_timeout(PATIENCE)
-    browser.set_script_timeout(PATIENCE)
-    return browser
-
-
-def open_page(browser: webdriver.Chrome, path) -> None:
-    browser.get(path.as_uri())
-    ready = "return document.documentElement.dataset.ready"
-    WebDriverWait(browser, PATIENCE).until(lambda _: browser.execute_script(ready))
 
 
 @pytest.fixture(scope="module")
@@ -109,51 +96,6 @@ def page(opened):
     return opened
 
 
-def wait(browser, condition):
-    return WebDriverWait(browser, PATIENCE).until(lambda _: condition())
-
-
-def theme(browser, name):
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": name}]}
-    )
-
-
-def press(browser, key):
-    browser.find_element(By.ID, "responses-title").click()
-    ActionChains(browser).send_keys(key).perform()
-
-
-def count(browser) -> str:
-    return browser.find_element(By.ID, "count").text
-
-
-def panels(browser):
-    return browser.find_elements(By.CSS_SELECTOR, "#panels .panel")
-
-
-def tokens(browser, panel=0):
-    return panels(browser)[panel].find_elements(By.CSS_SELECTOR, ".tokens .token")
-
-
-def colour_by(browser, mode):
-    browser.find_element(By.CSS_SELECTOR, f"#colours [data-mode={mode}]").click()
-
-
-def background(token) -> tuple[int, ...]:
-    colour = token.value_of_css_property("background-color")
-    return tuple(int(float(part)) for part in colour[colour.index("(") + 1 : -1].split(",")[:3])
-
-
-def rgb(colour) -> tuple[int, ...]:
-    return tuple(round(255 * part) for part in to_rgb(colour))
-
-
-def tip(browser) -> dict[str, str]:
-    rows = browser.find_elements(By.CSS_SELECTOR, "#tip tr")
-    return {row.find_element(By.TAG_NAME, "th").text: row.find_element(By.TAG_NAME, "td").text for row in rows}
-
-
 class TestOpening:
     def test_no_requests_but_the_file(self, opened):
         messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
@@ -166,9 +108,11 @@ class TestOpening:
         assert page.find_element(By.ID, "summary").text.startswith("64 responses · ")
         assert [run.text for run in page.find_elements(By.CSS_SELECTOR, "h1 .run")] == ["<b>one</b>", "two"]
         assert "<b>one</b> · step 0 · reward 0" in panels(page)[0].text
-        # Both runs' curves in each chart.
+        # Both runs' curves in the chart. Metrics that were not logged have none.
         charts = page.find_elements(By.CSS_SELECTOR, ".chart")
-        assert [len(chart.find_elements(By.CSS_SELECTOR, ".scatterlayer .trace")) for chart in charts] == [2, 2]
+        assert [len(chart.find_elements(By.CSS_SELECTOR, ".scatterlayer .trace")) for chart in charts] == [2]
+        (select,) = page.find_elements(By.CSS_SELECTOR, ".charts select")
+        assert select.get_attribute("value") == "reward" and len(Select(select).options) == 2
 
     def test_rows_of_the_list_have_one_line_of_facts_however_long(self, page):
         heights = page.execute_script("""
@@ -188,10 +132,6 @@ class TestOpening:
         assert page.find_element(By.CSS_SELECTOR, "#tip .what").text == HOSTILE[0]
         assert page.execute_script("return window.ran") is None
         assert page.find_elements(By.CSS_SELECTOR, "img[src=x], #panels script") == []
-
-
-def search(page, text):
-    page.find_element(By.ID, "filter-text").send_keys(text)
 
 
 class TestFilters:
@@ -301,7 +241,7 @@ class TestTokens:
             "entropy": "0",
             "probability": "0.5",
             "value": "0.5",
-            "advantage": "−1",
+            "advantage in the loss": "−1",
             "return": "0.125",
             "dependence on the images": "0",
             "learned from": "0",

@@ -16,7 +16,7 @@ from sapo_trl.recordings.run import run_names
 from sapo_trl.viewer import payload as payload_module
 from sapo_trl.viewer import read_recording, write_page
 from sapo_trl.viewer.payload import build_payload
-from tests.viewer.recorded_runs import recorded_response, write_log, write_rollout
+from tests.viewer.recorded_runs import SETTINGS, recorded_response, write_log, write_rollout
 
 
 NUMBERS = ("logps", "entropies", "values", "advantages", "returns")
@@ -160,11 +160,34 @@ class TestReading:
         assert meta["curves"] == [{"reward": [[4, 8], [0.5, 0.75]]}]
         assert meta["notes"] == []
 
+    def test_a_short_log_keeps_its_numbers(self, tmp_path):
+        """As of a run of one log entry and the trainer's last one: `epoch` alone is there twice."""
+        entries = [{"step": 10, "reward": 0.5, "epoch": 1.0}, {"step": 10, "train_loss": 1.0, "epoch": 1.0}]
+        write_log(tmp_path, entries)
+        short = {"epoch": [[10, 10], [1.0, 1.0]], "reward": [[10], [0.5]], "train_loss": [[10], [1.0]]}
+        assert payload_of(tmp_path).meta["curves"] == [short]
+        write_log(tmp_path, [{"step": 5, "reward": 0.25, "epoch": 0.5}, *entries])
+        curves = {"epoch": [[5, 10, 10], [0.5, 1.0, 1.0]], "reward": [[5, 10], [0.25, 0.5]]}
+        assert payload_of(tmp_path).meta["curves"] == [curves]
+
+    def test_verdicts_and_settings(self, tmp_path):
+        verdict = {"reward_names": ["right\u202e"], "reward_weights": [0.5], "reward_values": [None]}
+        write_rollout(tmp_path, [recorded_response(["a"], answer="\u202e42", **verdict), recorded_response(["b"])])
+        (tmp_path / "run.json").write_text(json.dumps({**SETTINGS, "other_settings": {"top_p": None}}))
+        meta = payload_of(tmp_path).meta
+        assert meta["responses"]["answer"] == ["⟨U+202E⟩42", None]
+        assert meta["responses"]["rewards"] == [[["right⟨U+202E⟩", None, 0.5]], []]
+        assert meta["settings"][0]["differences"] == [["critic", "ladder"]]
+        assert meta["settings"][0]["other_settings"] == [["top_p", "None"]]
+        json.dumps(meta, allow_nan=False)
+
     def test_log_alone(self, tmp_path):
         write_log(tmp_path, [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 1.0}])
         payload = payload_of(tmp_path)
         assert payload.meta["responses"]["run"] == [] and unpacked(payload)["token"].size == 0
-        assert any("No responses were recorded" in note for note in payload.meta["notes"])
+        (hint,) = (note for note in payload.meta["notes"] if "No responses were recorded" in note)
+        # For a user of the command line, and for one of Python.
+        assert "`--record_every 1`" in hint and "SegmentationCallback(" in hint
 
     def test_completions_tables_of_trl(self, tmp_path):
         write_log(tmp_path, [{"step": s, "rewards/right/mean": 0.5, "rewards/short/mean": 0.1} for s in (1, 2)])
@@ -198,12 +221,14 @@ class TestReading:
         (folder / "images").mkdir(parents=True)
         noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / "images" / "noise.png")
-        rows = [recorded_response(["a"], images=["noise.png"]), recorded_response(["b"], images=["gone.png"])]
+        first = {"images": ["noise.png"], "corrupted_images": ["noise.png"]}
+        rows = [recorded_response(["a"], **first), recorded_response(["b"], images=["gone.png"])]
         write_rollout(folder, rows)
         meta = payload_of(tmp_path).meta
         file = (folder / "images" / "noise.png").read_bytes()
         assert meta["images"] == [f"data:image/png;base64,{base64.b64encode(file).decode()}"]
         assert [prompt["images"] for prompt in meta["prompts"]] == [[0], []]
+        assert meta["responses"]["corrupted"] == [[0], []]
         assert any("1 images are not where they were" in note for note in meta["notes"])
         monkeypatch.setattr(payload_module, "IMAGE_BYTES", 20_000)
         meta = payload_of(tmp_path).meta
@@ -359,6 +384,11 @@ WRONG = {
     "reward": ["high", [1.0], 10**400],
     "prompt": [None, 3],
     "images": [[1], "x.png"],
+    "corrupted_images": [[1], "x.png"],
+    "answer": [3, ["a"]],
+    "reward_names": ["right", [1]],
+    "reward_values": [["1"], 1.0],
+    "td_errors": [["1", "2"]],
     "masked_tokens": [["t"], 5],
     "masked_positions": [[7], ["0"]],
 }
@@ -415,7 +445,7 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["nowhere"], "nowhere: there is no such folder."),
-            (["empty"], "neither responses"),
+            (["empty"], "neither responses nor a log. To record them, add `--record_every 1`"),
             (["empty", "empty", "empty"], "one run or two can be viewed, got 3."),
             (["run", "--max_tokens", "0"], "`max_tokens` must be at least 1, got 0."),
             (["damaged"], "segments_000000_000.parquet: not a parquet file"),

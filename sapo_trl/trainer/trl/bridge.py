@@ -264,8 +264,8 @@ class GRPOBridge(ResumableTrainer):
         else:
             rewards_per_func, record.steps = self.reward_calls.score(inputs, prompts, completions, completion_ids_list)
             record.rewards = self.weighted_rewards(rewards_per_func)
-            own = self.processes.own_rows(rewards_per_func, len(inputs))
-            record.final_rewards = self.weighted_rewards(record.steps.finals(own))
+            record.rewards_per_func = self.processes.own_rows(rewards_per_func, len(inputs))
+            record.final_rewards = self.weighted_rewards(record.steps.finals(record.rewards_per_func))
         record.reward_seconds = time.perf_counter() - record.reward_started
         return rewards_per_func
 
