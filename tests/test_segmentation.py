@@ -38,7 +38,7 @@ def turns_of(keep):
 
 
 def loop_entropy_cuts(entropies, mask, percent):
-    """The positions of the top-k entropies of each row: exact ceil, ties to the earlier token, plus the turns' ends."""
+    """The positions of the top-k entropies of each row, and the turns' ends. Exact ceil, ties to the earlier token."""
     cuts = []
     for row, keep in zip(entropies.tolist(), mask.tolist(), strict=True):
         positions = [t for t, kept in enumerate(keep) if kept]
