@@ -109,9 +109,7 @@ def test_the_most_uncertain_tokens_of_all_processes(tmp_path):
     share = {"entropy_token_share": 0.3, "entropy_token_scope": "batch"}
     one, *two = one_and_two_processes("qwen2", {**WITHOUT_CRITIC, **share}, tmp_path)
     assert two[0]["learned"] + two[1]["learned"] == one["learned"]
-    learned, tokens = zip(
-        *[(sum(map(sum, run["learned"])), sum(map(len, run["learned"]))) for run in two], strict=True
-    )
+    learned, tokens = ([sum(map(count, run["learned"])) for run in two] for count in (sum, len))
     # The share is of all tokens. No process has it of its own tokens.
     assert sum(learned) == math.ceil(0.3 * sum(tokens))
     assert math.ceil(0.3 * tokens[0]) != learned[0] and math.ceil(0.3 * tokens[1]) != learned[1]
