@@ -47,7 +47,7 @@ class LinearAttention:
 
     def state_bytes(self, number_bytes: int = 2) -> int:
         """
-        Bytes of a sequence's state in all layers, whatever its length.
+        Bytes of a sequence's state in all layers. They do not depend on its length.
 
         Args:
             number_bytes (`int`, *optional*, defaults to `2`):
