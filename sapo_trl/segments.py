@@ -16,14 +16,35 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return dtype
 
 
+def turn_ends(mask: torch.Tensor) -> torch.Tensor:
+    """
+    The last token of each turn.
+
+    A turn is a run of tokens that the policy wrote. Behind it, the policy reads a new observation, such as a tool's
+    answer.
+
+    Args:
+        mask (`torch.Tensor`): bool tensor of shape `(B, T)`, the policy's tokens.
+
+    Returns:
+        `torch.Tensor`: bool tensor of shape `(B, T)`.
+    """
+    return mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+
+
+def turn_starts(mask: torch.Tensor) -> torch.Tensor:
+    """The first token of each turn; see [`turn_ends`]."""
+    return mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
+
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """
     A partition of each row's tokens into consecutive segments.
 
     Only `ids` is stored, so a partition can travel through a batch as one tensor; everything else follows from it. A
-    row's tokens need not be contiguous: tool outputs and padding are holes (`-1`) that belong to no segment. A segment
-    may continue on the other side of a hole.
+    row's tokens need not be contiguous: tool outputs and padding are holes (`-1`) that belong to no segment. A hole
+    ends a turn. The two constructors from marks end a segment there; `ids` of your own may go on behind a hole.
 
     Args:
         ids (`torch.Tensor`):
@@ -67,8 +88,8 @@ class Segments:
         """
         Build the partition whose segments end at the marked tokens.
 
-        The last token of every row's mask closes a segment whether or not it is marked; marks outside the mask are
-        ignored.
+        The last token of every turn, see [`turn_ends`], closes a segment whether or not it is marked; marks outside
+        the mask are ignored.
 
         Args:
             is_last (`torch.Tensor`): bool tensor of shape `(B, T)`.
@@ -78,9 +99,9 @@ class Segments:
             [`Segments`]
         """
         is_last, mask = _check_marks("is_last", is_last, mask)
-        closed_so_far = torch.cumsum(is_last & mask, dim=1)
+        closes = (is_last & mask) | turn_ends(mask)
         # A token that closes a segment still belongs to it.
-        ids = closed_so_far - (is_last & mask).long()
+        ids = torch.cumsum(closes, dim=1) - closes.long()
         return cls(ids.masked_fill(~mask, -1))
 
     @classmethod
@@ -88,8 +109,8 @@ class Segments:
         """
         Build the partition whose segments begin at the marked tokens.
 
-        The first token of every row's mask opens a segment whether or not it is marked; marks outside the mask are
-        ignored.
+        The first token of every turn, see [`turn_starts`], opens a segment whether or not it is marked; marks outside
+        the mask are ignored.
 
         Args:
             is_first (`torch.Tensor`): bool tensor of shape `(B, T)`.
@@ -99,8 +120,7 @@ class Segments:
             [`Segments`]
         """
         is_first, mask = _check_marks("is_first", is_first, mask)
-        is_first = is_first | (torch.cumsum(mask, dim=1) == 1)
-        ids = torch.cumsum(is_first & mask, dim=1) - 1
+        ids = torch.cumsum((is_first & mask) | turn_starts(mask), dim=1) - 1
         return cls(ids.masked_fill(~mask, -1))
 
     @cached_property

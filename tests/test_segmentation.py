@@ -1,34 +1,50 @@
 import math
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo_trl import Segments
 from sapo_trl.embedded import build_tokenizer
 from sapo_trl.segmentation import (
+    CutpointSegmenter,
     EntropySegmenter,
     NewlineSegmenter,
+    NoisyBoundaries,
     ProbabilitySegmenter,
+    RandomCuts,
     SequenceSegmenter,
     StepSegmenter,
     TokenSegmenter,
+    accepted_inputs,
     entropy_segments,
 )
 from sapo_trl.segmentation.entropy import cut_at_largest
 from tests.strategies import masks, noise, seeds
 
 
+def turns_of(keep):
+    """Positions of each turn of a row: a turn ends at a hole."""
+    turns, previous = [], None
+    for t in (t for t, kept in enumerate(keep) if kept):
+        if previous is None or t > previous + 1:
+            turns.append([])
+        turns[-1].append(t)
+        previous = t
+    return turns
+
+
 def loop_entropy_cuts(entropies, mask, percent):
-    """The positions of the top-k entropies of each row: exact ceil, ties to the earlier token, plus the last token."""
+    """The positions of the top-k entropies of each row, and the turns' ends. Exact ceil, ties to the earlier token."""
     cuts = []
     for row, keep in zip(entropies.tolist(), mask.tolist(), strict=True):
         positions = [t for t, kept in enumerate(keep) if kept]
         k = max(1, math.ceil(Fraction(len(positions)) * Fraction(percent) / 100))
         chosen = sorted(positions, key=lambda t: (-row[t], t))[:k]
-        cuts.append(sorted(set(chosen) | set(positions[-1:])))
+        cuts.append(sorted(set(chosen) | {turn[-1] for turn in turns_of(keep)}))
     return cuts
 
 
@@ -50,8 +66,9 @@ def test_a_cut_that_starts_a_segment_is_one_that_ended_it_moved_by_one_token(mas
     for b, tokens in enumerate(positions):
         k = max(1, math.ceil(len(tokens) * 0.3))
         chosen = sorted(tokens, key=lambda t: (-entropies[b, t].item(), t))[:k]
-        assert starts[b].nonzero().flatten().tolist() == sorted(set(chosen) | set(tokens[:1]))
-        assert selected[b].nonzero().flatten().tolist() == sorted(set(chosen) | set(tokens[-1:]))
+        turns = turns_of(mask[b].tolist())
+        assert starts[b].nonzero().flatten().tolist() == sorted(set(chosen) | {turn[0] for turn in turns})
+        assert selected[b].nonzero().flatten().tolist() == sorted(set(chosen) | {turn[-1] for turn in turns})
 
 
 def test_golden_case():
@@ -104,12 +121,16 @@ def test_probability_segmenter_cuts_at_the_least_probable_tokens(mask, seed, num
     for b, keep in enumerate(mask.tolist()):
         positions = [t for t, kept in enumerate(keep) if kept]
         chosen = sorted(positions, key=lambda t: (logps[b, t].item(), t))[:num_cuts]
-        assert segments.is_last[b].nonzero().flatten().tolist() == sorted(set(chosen) | set(positions[-1:]))
+        ends = {turn[-1] for turn in turns_of(keep)}
+        assert segments.is_last[b].nonzero().flatten().tolist() == sorted(set(chosen) | ends)
+
+
+the_tokenizer = cache(build_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer()
+    return the_tokenizer()
 
 
 def texts_of(segments, ids, tokenizer):
@@ -216,3 +237,64 @@ def test_cuts_are_those_of_a_stable_order():
         selected = torch.zeros_like(mask).scatter(1, order, torch.arange(length) < num_cuts.unsqueeze(1))
         expected = Segments.from_last_tokens(selected & mask, mask)
         assert torch.equal(cut_at_largest(scores, mask, num_cuts, "end").ids, expected.ids)
+
+
+# -------------------------------------------------------------------------------------------------------------- turns
+
+
+CUTTERS = {
+    "entropy": EntropySegmenter(),
+    "entropy, cut at starts": EntropySegmenter(cut="start"),
+    "prob": ProbabilitySegmenter(2),
+    "cutpoint": CutpointSegmenter(interval=2),
+    "token": TokenSegmenter(),
+    "newline": NewlineSegmenter(),
+    "step": StepSegmenter(),
+    "noisy": NoisyBoundaries(EntropySegmenter(), rate=0.5),
+    "random": RandomCuts(EntropySegmenter()),
+}
+PIECES = ["Step 1: ", "one", "\n", " ", "Step", " 2: two", "\n\n", "three", "<|im_end|>"]
+
+
+def cut_row(name, mask, seed):
+    """The partition of random tokens, many of them line breaks or announcements of steps."""
+    tokenizer, generator = the_tokenizer(), torch.Generator().manual_seed(seed)
+    pieces = torch.randint(len(PIECES), mask.shape, generator=generator)
+    words = [tokenizer(piece)["input_ids"][0] for piece in PIECES]
+    inputs = {"completion_ids": torch.tensor(words)[pieces], "tokenizer": tokenizer, "logps": -noise(mask, seed).abs()}
+    segmenter = CUTTERS[name]
+    return segmenter(noise(mask, seed), mask, **{key: inputs[key] for key in accepted_inputs(segmenter)}), inputs
+
+
+@pytest.mark.parametrize("name", CUTTERS)
+@given(masks(max_length=20), seeds)
+@settings(deadline=None)
+def test_no_segment_goes_on_behind_a_hole(name, mask, seed):
+    segments, _ = cut_row(name, mask, seed)
+    assert torch.equal(segments.mask, mask)
+    for ids, keep in zip(segments.ids.tolist(), mask.tolist(), strict=True):
+        of_turns = [{ids[t] for t in turn} for turn in turns_of(keep)]
+        assert sum(map(len, of_turns)) == len(set().union(*of_turns))
+
+
+@pytest.mark.parametrize("name", ["newline", "step"])
+@given(masks(max_rows=1, max_length=20), seeds)
+@settings(deadline=None)
+def test_text_is_cut_in_each_turn_as_in_a_response_of_its_own(name, mask, seed):
+    segments, inputs = cut_row(name, mask, seed)
+    found, expected, count = segments.ids[0].tolist(), [-1] * mask.size(1), 0
+    for turn in turns_of(mask[0].tolist()):
+        ids = inputs["completion_ids"][:, turn[0] : turn[-1] + 1]
+        alone = CUTTERS[name](torch.zeros(ids.shape), torch.ones_like(ids).bool(), ids, inputs["tokenizer"])
+        for t, own in zip(turn, alone.ids[0].tolist(), strict=True):
+            expected[t] = count + own
+        count += int(alone.count)
+    assert found == expected
+
+
+@given(masks(max_length=20), seeds, st.floats(0, 1))
+def test_noise_keeps_the_number_of_segments_and_the_ends_of_turns(mask, seed, rate):
+    ids = noise(mask, seed).mul(100).long()
+    for segmenter in (NoisyBoundaries(EntropySegmenter(), rate), RandomCuts(EntropySegmenter())):
+        segments = segmenter(noise(mask, seed), mask, logps=noise(mask, seed), completion_ids=ids)
+        assert torch.equal(segments.count, EntropySegmenter()(noise(mask, seed), mask).count)

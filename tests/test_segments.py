@@ -3,17 +3,19 @@ import torch
 from hypothesis import given
 
 from sapo_trl import Segments
+from sapo_trl.segments import turn_ends, turn_starts
 from tests.strategies import masks, noise, partitions, seeds, token_lists
 
 
 def loop_ids(is_last, mask):
-    """Partition by the definition, one token at a time."""
+    """Partition by the definition, one token at a time: a mark ends a segment, and so does a hole."""
     rows = []
     for marks, keep in zip(is_last.tolist(), mask.tolist(), strict=True):
-        ids, current = [], 0
+        ids, count, is_open = [], 0, False
         for mark, kept in zip(marks, keep, strict=True):
-            ids.append(current if kept else -1)
-            current += int(mark and kept)
+            count += int(kept and not is_open)
+            ids.append(count - 1 if kept else -1)
+            is_open = kept and not mark
         rows.append(ids)
     return torch.tensor(rows)
 
@@ -32,6 +34,16 @@ def test_from_first_tokens_is_from_last_tokens_read_backwards(mask, seed):
     # Reading from the right, a segment's first token is its last.
     assert torch.equal(forwards.is_first, backwards.is_last.flip(1))
     assert torch.equal(forwards.count, backwards.count)
+
+
+@given(masks())
+def test_turns_are_the_runs_of_the_mask(mask):
+    padded = torch.nn.functional.pad(mask, (1, 1)).tolist()
+    for row, (starts, ends) in enumerate(zip(turn_starts(mask).tolist(), turn_ends(mask).tolist(), strict=True)):
+        for t, (is_start, is_end) in enumerate(zip(starts, ends, strict=True)):
+            before, here, after = padded[row][t : t + 3]
+            assert is_start == (here and not before)
+            assert is_end == (here and not after)
 
 
 @given(partitions())

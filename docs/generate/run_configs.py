@@ -147,6 +147,14 @@ QWEN3_4B = Model(
     "Qwen/Qwen3-VL-4B-Thinking",
     ("The paper does not say how long this model's responses may be; thinking may need more than 2048.",),
 )
+QWEN35_4B = Model(
+    "qwen3.5_4b",
+    "Qwen/Qwen3.5-4B",
+    (
+        "Not in the paper. Three of four layers have linear attention. It is slow without the packages",
+        "flash-linear-attention and causal-conv1d.",
+    ),
+)
 _SFT_NOTES = (
     "The paper does not name its checkpoint. VinePPO and SPO, whose numbers it quotes, start from this one.",
     r"It was tuned on another answer format than \boxed{}; see docs/scaling.md before training it.",
@@ -175,6 +183,11 @@ GEO3K_THINKING = Data(
         "reward_funcs": ["accuracy_reward"],
     },
     ("The model's chat template opens <think> in the prompt: a reward for writing the tag would always be 0.",),
+)
+GEO3K_TEMPLATE = Data(
+    "geo3k",
+    GEO3K_THINKING.settings,
+    ("The model's chat template decides about <think> tags, so no reward asks for them.",),
 )
 GEO3K_STEPS = Data(
     "geo3k",
@@ -255,6 +268,7 @@ RUNS = (
         for preset in (*_TABLE_1, *_ABLATIONS)
     ),
     *(Run(QWEN3_4B, GEO3K_THINKING, preset, EIGHT_ZERO3, 4) for preset in _OTHER_TABLES),
+    Run(QWEN35_4B, GEO3K_TEMPLATE, "sapo", EIGHT_ZERO3, 4),
     *(Run(DEEPSEEKMATH, GSM8K, preset, EIGHT_ZERO3, 4) for preset in _OTHER_TABLES),
     *(Run(RHO, MATH, preset, ONE_80GB, 4) for preset in _OTHER_TABLES),
     Run(

@@ -26,9 +26,16 @@ MARKERS = {
 _COLUMNS = {
     "weights": ("policy", "critic", "reference"),
     "gradients and optimizer": ("gradients", "optimizer", "gradient buckets", "float32 gradients"),
-    "activations": ("activations", "LM head", "gathered weights", "half-precision copies", "prefill"),
+    "activations": (
+        "activations",
+        "corrupted activations",
+        "LM head",
+        "gathered weights",
+        "half-precision copies",
+        "prefill",
+    ),
     "generation": ("vLLM", "KV cache", "next-token scores"),
-    "other": ("rollout buffer", "overhead"),
+    "other": ("rollout buffer", "corrupted pixels", "overhead"),
 }
 
 _TOO_MUCH = (

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .ladder import kept_activation_bytes, ladder_sizes
+from .linear_attention import linear_layer_activation_bytes
 from .setup import GIB, Setup
 from .shapes import ModelShape, lora_parameters, model_shape
 
@@ -121,6 +122,8 @@ def plan_memory(setup: Setup) -> MemoryPlan:
         "learning": _learning(setup, shape, each, trained, critic),
         "update": {"float32 gradients": 4 * max(trained, critic) / setup.processes if _deepspeed(setup) else 0.0},
     }
+    if setup.compares_images:
+        phases["corrupted forward"] = _corrupted_forward(setup, shape, each)
     shortage, rows = _vllm_room(setup, shape, share)
     return MemoryPlan(setup, resident, phases, shortage, rows)
 
@@ -188,17 +191,27 @@ def _image_tokens(setup: Setup, shape: ModelShape) -> int:
     return setup.image_tokens if shape.vision is not None else 0
 
 
+def _pixel_bytes(setup: Setup, shape: ModelShape) -> float:
+    """Float32 pixels of one response's prompt."""
+    if shape.vision is None:
+        return 0.0
+    return 4.0 * _image_tokens(setup, shape) * shape.vision.patches_per_token * shape.vision.patch_values
+
+
 def _rollout_buffer(setup: Setup, shape: ModelShape) -> float:
-    """A rollout's tensors: float32 pixels and a dozen numbers a token."""
-    pixels = 0.0
-    if shape.vision is not None:
-        pixels = 4.0 * _image_tokens(setup, shape) * shape.vision.patches_per_token * shape.vision.patch_values
-    return setup.rollout_rows * (pixels + 12 * 4 * setup.sequence_length)
+    """A rollout's tensors: pixels and a dozen numbers a token."""
+    return setup.rollout_rows * (_pixel_bytes(setup, shape) + 12 * 4 * setup.sequence_length)
 
 
 def kv_bytes_per_token(shape: ModelShape, number_bytes: int = 2) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return 2 * shape.layers * shape.key_width * number_bytes
+    """Bytes of one token's keys and values in all layers with full attention."""
+    return 2 * shape.full_attention_layers * shape.key_width * number_bytes
+
+
+def cache_bytes(shape: ModelShape, tokens: int, number_bytes: int = 2) -> int:
+    """Bytes of one sequence's cache: keys and values of its tokens, and the states of linear-attention layers."""
+    states = shape.linear_attention.state_bytes(number_bytes) if shape.linear_attention is not None else 0
+    return tokens * kv_bytes_per_token(shape, number_bytes) + states
 
 
 def layer_activation_bytes(
@@ -209,6 +222,7 @@ def layer_activation_bytes(
     residual_bytes: int,
     compute_bytes: int,
     normalizes_queries: bool = False,
+    gates_attention: bool = False,
 ) -> float:
     """
     Bytes that the backward of one layer needs, per token.
@@ -224,14 +238,18 @@ def layer_activation_bytes(
         residual_bytes (`int`): bytes of a number between layers, which has the loaded weights' dtype.
         compute_bytes (`int`): bytes of a number inside of matrix products.
         normalizes_queries (`bool`, *optional*, defaults to `False`): whether queries and keys are normalized.
+        gates_attention (`bool`, *optional*, defaults to `False`):
+            whether the attention's output is gated, as in Qwen3.5. Such a model's norms stay in float32.
     """
     # A norm keeps its input in float32, and its output before the weight; the products keep theirs.
-    norms = 2 * (4 + residual_bytes) * hidden
+    norms = 2 * (4 + (4 if gates_attention else residual_bytes)) * hidden
     # Under autocast float32 inputs are cast once for each of the five matrices that read them.
     inputs = (5 if residual_bytes != compute_bytes else 2) * compute_bytes * hidden
     attention = 2 * compute_bytes * (query_width + key_width)
     if normalizes_queries:
-        attention += (4 + compute_bytes) * (query_width + key_width)
+        attention += (4 + (4 if gates_attention else compute_bytes)) * (query_width + key_width)
+    if gates_attention:  # the attention's output in another layout, the gate, and the gated output
+        attention += 3 * compute_bytes * query_width
     return norms + inputs + attention + 4 * compute_bytes * intermediate
 
 
@@ -248,10 +266,18 @@ def activation_bytes(setup: Setup, shape: ModelShape, residual_bytes: int, compu
         residual_bytes,
         compute_bytes,
         shape.normalizes_queries,
+        shape.gates_attention,
     )
     if setup.lora is not None:  # each adapter casts its input
         layer += compute_bytes * (shape.hidden + shape.query_width)
-    text = _stack(layer, shape.layers, shape.hidden * residual_bytes, setup.gradient_checkpointing)
+    layers = [layer] * shape.full_attention_layers
+    if shape.linear_attention is not None:
+        sizes = shape.linear_attention
+        linear = linear_layer_activation_bytes(shape.hidden, shape.intermediate, sizes, residual_bytes, compute_bytes)
+        if setup.lora is not None:
+            linear += compute_bytes * (shape.hidden + sizes.value_width)
+        layers += [linear] * sizes.layers
+    text = _stack(layers, shape.hidden * residual_bytes, setup.gradient_checkpointing)
     last_norm = (4 + residual_bytes + compute_bytes) * shape.hidden
     per_row = setup.sequence_length * (text + last_norm)
     if shape.vision is not None:
@@ -259,13 +285,13 @@ def activation_bytes(setup: Setup, shape: ModelShape, residual_bytes: int, compu
         layer = layer_activation_bytes(
             vision.hidden, vision.intermediate, vision.hidden, vision.hidden, residual_bytes, compute_bytes
         )
-        stack = _stack(layer, vision.layers, vision.hidden * residual_bytes, setup.gradient_checkpointing)
+        stack = _stack([layer] * vision.layers, vision.hidden * residual_bytes, setup.gradient_checkpointing)
         per_row += _image_tokens(setup, shape) * vision.patches_per_token * stack
     return setup.micro_batch * per_row
 
 
-def _stack(layer: float, layers: int, boundary: float, checkpointing: bool) -> float:
-    return layers * boundary + layer if checkpointing else layers * layer
+def _stack(layers: list[float], boundary: float, checkpointing: bool) -> float:
+    return len(layers) * boundary + max(layers) if checkpointing else sum(layers)
 
 
 def _learning(setup: Setup, shape: ModelShape, each: _Bytes, trained: int, critic_parameters: int) -> dict[str, float]:
@@ -291,11 +317,19 @@ def _learning(setup: Setup, shape: ModelShape, each: _Bytes, trained: int, criti
         # Autocast keeps its copies of the weights until the forward ends.
         engine["half-precision copies"] = each.compute * (shape.parameters - shape.embedding_parameters)
     ladder = kept_activation_bytes(setup, shape, each.compute) if setup.critic == "ladder" else 0.0
-    return {
-        "activations": activation_bytes(setup, shape, each.residual, each.compute) + ladder,
-        "LM head": head,
-        **engine,
-    }
+    activations = activation_bytes(setup, shape, each.residual, each.compute)
+    corrupted = {}
+    if setup.compares_with_gradient:  # a second graph, whose backward begins when both are there
+        corrupted["corrupted activations"] = activations + 4.0 * tokens * shape.hidden
+        corrupted["corrupted pixels"] = setup.micro_batch * _pixel_bytes(setup, shape)
+    return {"activations": activations + ladder, **corrupted, "LM head": head, **engine}
+
+
+def _corrupted_forward(setup: Setup, shape: ModelShape, each: _Bytes) -> dict[str, float]:
+    """One more forward over the rollout, without gradient: a copy of all pixels, and the tensors of one layer."""
+    # As with checkpointing, but no layer's input is kept: these have 0 bytes.
+    one_layer = activation_bytes(setup.changed(gradient_checkpointing=True), shape, 0, each.compute)
+    return {"corrupted pixels": setup.rollout_rows * _pixel_bytes(setup, shape), "corrupted activations": one_layer}
 
 
 def _sampling(setup: Setup, shape: ModelShape, awake_vllm: float) -> dict[str, float]:
@@ -307,7 +341,7 @@ def _sampling(setup: Setup, shape: ModelShape, awake_vllm: float) -> dict[str, f
     if setup.sharding in ("zero3", "fsdp2"):  # all weights stay gathered while it generates
         gathered = float(number * shape.parameters)
     return {
-        "KV cache": float(rows * setup.sequence_length * kv_bytes_per_token(shape, number)),
+        "KV cache": float(rows * cache_bytes(shape, setup.sequence_length, number)),
         # One layer over all prompts at once.
         "prefill": float(rows * setup.prompt_length * number * (3 * shape.intermediate + 4 * shape.hidden)),
         "next-token scores": 3.0 * 4 * rows * shape.vocabulary,
@@ -321,5 +355,5 @@ def _vllm_room(setup: Setup, shape: ModelShape, share: float) -> tuple[float, fl
         return 0.0, float("nan")
     length = setup.vllm_length or setup.sequence_length
     cache = share - VLLM_OVERHEAD_BYTES - 2 * shape.parameters / setup.vllm_ranks
-    per_row = kv_bytes_per_token(shape) / setup.vllm_ranks
-    return max(0.0, length * per_row - cache), max(0.0, cache / (setup.sequence_length * per_row) / setup.vllm_ranks)
+    one_row, full_row = (cache_bytes(shape, tokens) / setup.vllm_ranks for tokens in (length, setup.sequence_length))
+    return max(0.0, one_row - cache), max(0.0, cache / full_row / setup.vllm_ranks)

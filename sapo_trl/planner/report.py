@@ -10,6 +10,7 @@ from rich.table import Table
 from .advice import nearest, suggest
 from .memory import ERROR_MARGIN, MemoryPlan, plan_memory
 from .setup import GIB
+from .shapes import model_shape
 
 
 def print_plan(plan: MemoryPlan, console: Console) -> None:
@@ -36,6 +37,8 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
             f"vLLM's cache holds {plan.kv_cache_rows:.0f} sequences of full length per process; a rollout has "
             f"{setup.rollout_rows}, and those beyond wait."
         )
+    for note in notes(plan):
+        console.print(note)
     margin = ""
     if plan.verdict == "borderline":
         margin = f" The estimate can be wrong by {ERROR_MARGIN:.0%}: try a first rollout before a long run."
@@ -58,6 +61,23 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
     console.print(f"{begin} {' and '.join(closest.changes) or 'no change'} ({_gib(found.total)} GiB).")
     if not found.fits:
         console.print("Take more or larger GPUs, or a smaller model.")
+
+
+def notes(plan: MemoryPlan) -> list[str]:
+    """Costs that are not memory, and estimates that are weaker than the others."""
+    found, linear = [], model_shape(plan.setup.model).linear_attention
+    if plan.setup.compares_images:
+        found.append("Each rollout has one more forward of the policy, with corrupted images.")
+    if plan.setup.compares_with_gradient:
+        found.append(
+            "Each micro-batch has a second forward of the policy, with gradient: its activations count twice."
+        )
+    if linear is not None:
+        found.append(
+            f"Warning: {linear.layers} layers have linear attention. Their activations are counted for transformers' "
+            "PyTorch code. With the kernels of flash-linear-attention and causal-conv1d they need less."
+        )
+    return found
 
 
 def _gib(size: float) -> str:

@@ -64,6 +64,8 @@ class Setup:
         critic_layers (`int`, *optional*): as in [`SAPOConfig`].
         critic_width (`int`, *optional*): as in [`SAPOConfig`].
         critic_reads (`int`, *optional*): as in [`SAPOConfig`].
+        compares_images (`bool`): whether the policy also sees corrupted images, as in [`SAPOConfig`].
+        compares_with_gradient (`bool`): whether it learns from them, too (`perception_kl_gradient`).
         beta (`float`): as in [`SAPOConfig`]; not 0 keeps a reference model, unless there is an adapter.
         weight_bytes (`int`): bytes of a loaded number.
         mixed_precision (`bool`): whether the forward runs in half precision.
@@ -95,6 +97,8 @@ class Setup:
     critic_layers: int | None = None
     critic_width: int | None = None
     critic_reads: int | None = None
+    compares_images: bool = False
+    compares_with_gradient: bool = False
     beta: float = 0.001
     weight_bytes: int = 4
     mixed_precision: bool = True
@@ -149,6 +153,8 @@ class Setup:
             critic_layers=args.critic_layers,
             critic_width=args.critic_width,
             critic_reads=args.critic_reads,
+            compares_images=args.compares_images,
+            compares_with_gradient=args.perception_kl_gradient,
             beta=args.beta,
             weight_bytes=_WEIGHT_BYTES[model_args.dtype],
             mixed_precision=bool(args.bf16 or args.fp16),

@@ -18,12 +18,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
+    Qwen3_5Config,
     Qwen3VLConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..embedded import build_config, build_tokenizer
 from ..names import nearest_name
+from .linear_attention import LinearAttention
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class ModelShape:
         key_width (`int`): key-value heads times head size.
         vocabulary (`int`): rows of the LM head.
         normalizes_queries (`bool`): whether queries and keys are normalized, as in Qwen3.
+        gates_attention (`bool`): whether the attention's output is gated, as in Qwen3.5.
+        linear_attention ([`~sapo_trl.planner.linear_attention.LinearAttention`], *optional*):
+            sizes of the layers whose attention is linear, if there are any.
         vision ([`VisionTower`], *optional*): of a vision-language model.
     """
 
@@ -79,7 +84,14 @@ class ModelShape:
     key_width: int
     vocabulary: int
     normalizes_queries: bool
+    gates_attention: bool = False
+    linear_attention: LinearAttention | None = None
     vision: VisionTower | None = None
+
+    @property
+    def full_attention_layers(self) -> int:
+        """Layers with keys and values for each token."""
+        return self.layers - (self.linear_attention.layers if self.linear_attention is not None else 0)
 
     @property
     def head_parameters(self) -> int:
@@ -135,6 +147,35 @@ def _qwen3_vl_4b() -> Qwen3VLConfig:
     )
 
 
+def _qwen3_5_4b() -> Qwen3_5Config:
+    return Qwen3_5Config(
+        text_config={
+            "hidden_size": 2560,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "vocab_size": 248320,
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "out_hidden_size": 2560,
+            "patch_size": 16,
+            "num_position_embeddings": 2304,
+        },
+        tie_word_embeddings=True,
+    )
+
+
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv: int, vocabulary: int) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=hidden,
@@ -152,6 +193,8 @@ PUBLISHED = {
     "Qwen/Qwen2.5-VL-3B-Instruct": lambda: _qwen2_5_vl(2048, 11008, 36, 16, 2, 151936, tied=True),
     "Qwen/Qwen2.5-VL-7B-Instruct": lambda: _qwen2_5_vl(3584, 18944, 28, 28, 4, 152064, tied=False),
     "Qwen/Qwen3-VL-4B-Thinking": _qwen3_vl_4b,
+    # Its checkpoint also has 120,599,552 weights that predict several tokens. transformers leaves them out.
+    "Qwen/Qwen3.5-4B": _qwen3_5_4b,
     # Rho-1.1B has the shape of TinyLlama-1.1B.
     "realtreetune/rho-1b-sft-MATH": lambda: _llama(2048, 5632, 22, 32, 4, 32000),
     # DeepSeekMath-7B has the shape of DeepSeek-LLM-7B.
@@ -200,6 +243,7 @@ def model_shape(name: str) -> ModelShape:
             "query_width": text.num_attention_heads * head_size,
             "key_width": text.num_key_value_heads * head_size,
             "vocabulary": text.vocab_size,
+            "linear_attention": _linear_attention(text),
         }
     except AttributeError as error:
         raise ValueError(f"The configuration of {name!r} has no usual decoder's sizes: {error}.") from error
@@ -215,6 +259,11 @@ def model_shape(name: str) -> ModelShape:
         largest_layer_parameters=max((max(counts) for counts in blocks), default=_count(model)),
         root_parameters=max(_count(model) - sum(map(sum, blocks)), 0),
         normalizes_queries=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
+        # The gate's weights are in the matrix of the queries.
+        gates_attention=any(
+            name.endswith("self_attn.q_proj.weight") and len(weight) == 2 * widths["query_width"]
+            for name, weight in model.named_parameters()
+        ),
         vision=_vision_tower(config),
         **widths,
     )
@@ -248,6 +297,20 @@ def _without_storage(name: str) -> PreTrainedModel:
     auto_class = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     with torch.device("meta"):
         return auto_class.from_config(config)
+
+
+def _linear_attention(text: PretrainedConfig) -> LinearAttention | None:
+    layers = (getattr(text, "layer_types", None) or []).count("linear_attention")
+    if layers == 0:
+        return None
+    return LinearAttention(
+        layers=layers,
+        key_heads=text.linear_num_key_heads,
+        value_heads=text.linear_num_value_heads,
+        key_size=text.linear_key_head_dim,
+        value_size=text.linear_value_head_dim,
+        kernel=text.linear_conv_kernel_dim,
+    )
 
 
 def _vision_tower(config: PretrainedConfig) -> VisionTower | None:

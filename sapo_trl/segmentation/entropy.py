@@ -16,8 +16,8 @@ def entropy_segments(
     """
     Cut each response at its own highest-entropy tokens (the SAPO paper's segmentation).
 
-    A response of `n` tokens is cut at its `max(1, ceil(n * top_percent / 100))` highest-entropy tokens. Among equal
-    entropies the earlier token is taken. Rows do not influence each other.
+    A response of `n` tokens is cut at its `max(1, ceil(n * top_percent / 100))` highest-entropy tokens, and at the
+    ends of its turns. Among equal entropies the earlier token is taken. Rows do not influence each other.
 
     Args:
         entropies (`torch.Tensor`): float tensor of shape `(B, T)`. Values outside the mask are ignored.
@@ -139,10 +139,10 @@ class TokenSegmenter:
 
 @dataclass(frozen=True)
 class SequenceSegmenter:
-    """Every response is one segment: the ratio is GSPO's."""
+    """Every response is one segment, over all of its turns: the ratio is GSPO's."""
 
     def __call__(self, entropies: torch.Tensor, mask: torch.Tensor) -> Segments:
-        return Segments.from_last_tokens(torch.zeros_like(mask), mask)
+        return Segments(mask.long() - 1)
 
 
 def _check_cut(cut: str) -> Callable[[torch.Tensor, torch.Tensor], Segments]:

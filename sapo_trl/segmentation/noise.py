@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..segments import Segments
+from ..segments import Segments, turn_ends
 from .entropy import cut_at_largest
 from .segmenter import Segmenter, accepted_inputs
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _Recut:
     """
-    A segmenter that cuts another segmenter's partition anew. A subclass has a `seed` and implements `_cut`.
+    A segmenter that cuts another segmenter's partition anew, inside of turns. A subclass has a `seed` and implements
+    `_cut`.
 
     Args:
         segmenter ([`~sapo_trl.segmentation.Segmenter`]): segmenter whose partition is cut anew.
@@ -57,7 +58,7 @@ class NoisyBoundaries(_Recut):
 
     A boundary moves to a position drawn uniformly from the response's positions without a boundary. Two boundaries
     never take the same position, so the number of segments stays. If more boundaries would move than there are free
-    positions, only as many move as there are positions. The end of a response is no inner boundary and stays.
+    positions, only as many move as there are positions. The end of a turn is no inner boundary and stays.
 
     The draw depends only on `seed` and on the response's own loss tokens, so a response is cut alike wherever and
     whenever it appears. The same numbers decide at every `rate`: with one seed, the boundaries that move at a lower
@@ -99,8 +100,8 @@ class NoisyBoundaries(_Recut):
 @dataclass(frozen=True)
 class RandomCuts(_Recut):
     """
-    Random cuts, as many per response as another segmenter makes: every choice of that many different inner positions
-    is equally likely.
+    Random cuts, as many per response as another segmenter makes inside of turns: every choice of that many different
+    inner positions is equally likely.
 
     The draw depends only on `seed` and on the response's own loss tokens, see [`NoisyBoundaries`].
 
@@ -112,14 +113,14 @@ class RandomCuts(_Recut):
     seed: int = 0
 
     def _cut(self, segments: Segments, mask: torch.Tensor, draw: Callable[[int], torch.Tensor]) -> Segments:
-        num_cuts = (segments.count - 1).clamp(min=0)
-        return cut_at_largest(draw(2).masked_fill(~_inner_positions(mask), -torch.inf), mask, num_cuts, "end")
+        is_slot = _inner_positions(mask)
+        num_cuts = (segments.is_last & is_slot).sum(dim=1)
+        return cut_at_largest(draw(2).masked_fill(~is_slot, -torch.inf), mask, num_cuts, "end")
 
 
 def _inner_positions(mask: torch.Tensor) -> torch.Tensor:
-    """bool `(B, T)`: the tokens that can close a segment without being the last of their row."""
-    count = torch.cumsum(mask, dim=1)
-    return mask & (count < count[:, -1:])
+    """bool `(B, T)`: the tokens that can close a segment without being the last of their turn."""
+    return mask & ~turn_ends(mask)
 
 
 def _random_numbers(completion_ids: torch.Tensor, mask: torch.Tensor, seed: int) -> Callable[[int], torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..segments import Segments
+from ..segments import Segments, turn_ends, turn_starts
 
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ class NewlineSegmenter:
     """
     One segment per line: a segment ends with the last token of a run of tokens that contain a line break.
 
-    Every line has text. Blank lines before the first line belong to it. Blanks and special tokens (the end of the
-    sequence) after the last line belong to the last line.
+    Every line has text. Blank lines before the first line of a turn belong to it. Blanks and special tokens (the end
+    of the turn) after the last line belong to the last line. A turn without text is one segment.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -47,22 +47,24 @@ class NewlineSegmenter:
         has_newline = as_flags(["\n" in text for text in texts])
         has_text = as_flags([text.strip() != "" and index not in special for index, text in enumerate(texts)])
         is_newline, is_text = has_newline[completion_ids] & mask, has_text[completion_ids] & mask
-        # If the next token of the row (across holes) is a newline too, this one does not end the line.
-        ends_line = is_newline & ~_next_in_mask(is_newline, mask)
-        # A stretch without text is no line of its own. Neither is the rest after the last text.
+        # If the next token of the turn is a newline too, this one does not end the line.
+        ends_line = is_newline & ~torch.cat([is_newline[:, 1:], torch.zeros_like(is_newline[:, :1])], dim=1)
+        # A stretch without text is no line of its own. Neither is the rest of a turn after its last text.
         lines = Segments.from_last_tokens(ends_line, mask)
         line_has_text = lines.expand(lines.sum(is_text)) > 0
+        turns = Segments.from_last_tokens(torch.zeros_like(mask), mask)
         text_so_far = torch.cumsum(is_text, dim=1)
-        text_follows = text_so_far < text_so_far[:, -1:]
+        text_follows = text_so_far < turns.expand(turns.at_state(text_so_far, "end"))
         return Segments.from_last_tokens(ends_line & line_has_text & text_follows, mask)
 
 
 @dataclass(frozen=True)
 class StepSegmenter:
     """
-    One segment per announced step: a segment starts with the token in which a match of `pattern` starts.
+    One segment per announced step: a segment starts with the token in which a match of `pattern` starts. Each turn is
+    a text of its own.
 
-    Only this segmenter works row by row on strings, once per rollout, because it must find text in token sequences.
+    Only this segmenter works turn by turn on strings, once per rollout, because it must find text in token sequences.
 
     Args:
         pattern (`str`, *optional*, defaults to `r"Step\\s*\\d+\\s*[:.]"`):
@@ -90,26 +92,17 @@ class StepSegmenter:
         mask = mask.bool()
         texts = token_texts(_given(self.tokenizer, tokenizer), completion_ids)
         is_first = torch.zeros_like(mask)
-        for row, (ids, keep) in enumerate(zip(completion_ids.tolist(), mask.tolist(), strict=True)):
-            positions = [position for position, kept in enumerate(keep) if kept]
-            pieces = [texts[ids[position]] for position in positions]
+        turns = zip(turn_starts(mask).nonzero().tolist(), turn_ends(mask).nonzero().tolist(), strict=True)
+        for (row, first), (_, last) in turns:
+            pieces = [texts[index] for index in completion_ids[row, first : last + 1].tolist()]
             starts = torch.tensor([0, *accumulate(len(piece) for piece in pieces)])
             text = "".join(pieces)
             # A pattern may also match the empty end of the text, where no token starts.
             offsets = torch.tensor([m.start() for m in re.finditer(self.pattern, text) if m.start() < len(text)])
             # The token that covers a character is the last one that starts at or before it.
             tokens = torch.searchsorted(starts, offsets, right=True) - 1
-            is_first[row, torch.tensor(positions, dtype=torch.long)[tokens.long()]] = True
+            is_first[row, first + tokens.long()] = True
         return Segments.from_first_tokens(is_first, mask)
-
-
-def _next_in_mask(flags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """For each position, the flag of the nearest masked position to its right (`False` without one)."""
-    positions = torch.arange(mask.size(1), device=mask.device).expand_as(mask)
-    beyond = mask.size(1)
-    nearest = torch.cummin(positions.masked_fill(~mask, beyond).flip(1), dim=1).values.flip(1)
-    following = torch.cat([nearest[:, 1:], torch.full_like(nearest[:, :1], beyond)], dim=1)
-    return torch.cat([flags, torch.zeros_like(flags[:, :1])], dim=1).gather(1, following)
 
 
 def _given(own: PreTrainedTokenizerBase | None, passed: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

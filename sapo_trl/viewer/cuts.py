@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 
 from ..segmentation import EntropySegmenter, NewlineSegmenter, RandomCuts, Segmenter, StepSegmenter, accepted_inputs
 from ..segments import Segments
@@ -62,21 +65,22 @@ def cut_marks(
     marks: list[np.ndarray] = []
     for start in range(0, len(responses), _ROWS):
         rows = responses.iloc[start : start + _ROWS]
-        ids = _padded(token_ids[start : start + _ROWS], 0).long()
-        recorded = Segments(_padded(rows["segment_ids"], -1).long())
+        # Tokens that the policy did not write are recorded apart. One hole stands for each run of them.
+        holes = [np.unique(np.asarray(places, dtype=np.int64)) for places in rows["masked_positions"]]
+        ids = _padded(token_ids[start : start + _ROWS], holes, 0).long()
+        recorded = Segments(_padded(rows["segment_ids"], holes, -1).long())
         mask = recorded.mask
-        entropies, logps = (_padded(rows[name], 0.0).float() for name in ("entropies", "logps"))
+        entropies, logps = (_padded(rows[name], holes, 0.0).float() for name in ("entropies", "logps"))
         inputs = {"logps": logps, "completion_ids": ids, "tokenizer": vocabulary}
         bits = recorded.is_last.byte()
         for bit, segmenter in enumerate(segmenters(lambda entropies, mask, same=recorded: same).values(), start=1):
             cuts = segmenter(entropies, mask, **{name: inputs[name] for name in accepted_inputs(segmenter)})
             bits |= cuts.is_last.byte() << bit
-        lengths = rows["segment_ids"].map(len)
-        marks += [row[:length] for row, length in zip(bits.numpy(), lengths, strict=True)]
+        marks += [row[kept] for row, kept in zip(bits.numpy(), mask.numpy(), strict=True)]
     return names, marks
 
 
-def _padded(rows, padding: float) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.as_tensor(np.asarray(row, dtype=np.float64)) for row in rows], batch_first=True, padding_value=padding
-    )
+def _padded(rows: Iterable[ArrayLike], holes: list[np.ndarray], filling: float) -> torch.Tensor:
+    """One row for each response, with a `filling` before the tokens at `holes`, and behind the last."""
+    wide = [np.insert(np.asarray(row, dtype=np.float64), at, filling) for row, at in zip(rows, holes, strict=True)]
+    return torch.nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, wide)), batch_first=True, padding_value=filling)

@@ -22,6 +22,7 @@ from sapo_trl.segmentation import (
     SequenceSegmenter,
     TokenSegmenter,
 )
+from sapo_trl.segments import turn_ends
 from sapo_trl.trainer.checks import check_segments
 from tests.strategies import masks, noise, seeds
 from tests.testing_utils import Recorder, fixed_rollout, random_completions, sapo_trainer
@@ -118,12 +119,11 @@ def ids_for(mask: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def inner_cuts(segments: Segments) -> list[set[int]]:
-    """Positions of each row's inner cuts, counted among the row's tokens."""
-    rows = []
-    for ids in segments.ids.tolist():
-        kept = [id_ for id_ in ids if id_ >= 0]
-        rows.append({t for t in range(len(kept) - 1) if kept[t] != kept[t + 1]})
-    return rows
+    """Positions of each row's cuts inside of turns."""
+    return [
+        {t for t, (here, after) in enumerate(zip(ids, ids[1:], strict=False)) if -1 < here < after}
+        for ids in segments.ids.tolist()
+    ]
 
 
 makers = st.sampled_from(
@@ -146,7 +146,9 @@ class TestSegmenters:
         segmenter = make(inner, seed)
         result = segmenter(entropies, mask, entropies, ids)
         check_segments(result, mask)
-        assert torch.equal(result.count, inner(entropies, mask).count)
+        # The ends of turns are cuts, whether or not the inner segmenter cuts there.
+        assert [*map(len, inner_cuts(result))] == [*map(len, inner_cuts(inner(entropies, mask)))]
+        assert torch.equal(result.is_last & turn_ends(mask), turn_ends(mask))
         # Again, with other rows around, garbage in the holes and more padding: the same cuts.
         assert torch.equal(segmenter(entropies, mask, entropies, ids).ids, result.ids)
         for row in range(mask.size(0)):
@@ -166,8 +168,9 @@ class TestSegmenters:
             after = inner_cuts(result)
             moved.append([old - new for old, new in zip(before, after, strict=True)])
             if rate == 1.0:
-                for old, new, tokens in zip(before, after, mask.sum(dim=1).tolist(), strict=True):
-                    free = max(tokens - 1, 0) - len(old)
+                slots = (mask & ~turn_ends(mask)).sum(dim=1).tolist()
+                for old, new, places in zip(before, after, slots, strict=True):
+                    free = places - len(old)
                     assert len(new - old) == min(len(old), free)
         assert not any(moved[0])
         for fewer, more in zip(moved, moved[1:], strict=False):

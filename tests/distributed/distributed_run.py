@@ -54,6 +54,9 @@ class LastRollout(RolloutCallback):
 
     def on_rollout(self, args, state, control, rollout, metrics):
         self.logps, self.values = rollout.logps.clone(), rollout.values.clone()
+        # By place in the response: the processes' tensors have other numbers of columns.
+        rows = zip(rollout.policy_mask, rollout.segments.mask, strict=True)
+        self.learned = [learned[tokens].tolist() for learned, tokens in rows]
 
 
 def elements(module: torch.nn.Module) -> int:
@@ -85,6 +88,21 @@ def note_micro_batches(trainer: SAPOTrainer) -> list[tuple[int, int]]:
 
     backbone_of(trainer.accelerator.unwrap_model(trainer.model)).register_forward_pre_hook(note, with_kwargs=True)
     return shapes
+
+
+def note_response_weights(trainer: SAPOTrainer) -> list[list[float]]:
+    """The weights of each micro-batch's responses."""
+    objective, weights = trainer.policy_objective, []
+
+    def noted(forward, batch, totals):
+        scale = totals.response_scale
+        if scale is not None:
+            dependency = batch["response_dependency"]
+            weights.append(scale.weights(dependency, trainer.args.smallest_response_weight).tolist())
+        return objective(forward, batch, totals)
+
+    trainer.policy_objective = noted
+    return weights
 
 
 def main(
@@ -142,11 +160,12 @@ def main(
         spoil(trainer, *spoiled)
     last = LastRollout()
     trainer.add_callback(last)
-    micro_batches = note_micro_batches(trainer)
+    micro_batches, weights = note_micro_batches(trainer), note_response_weights(trainer)
     with exact_lm_head() if in_float64 else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=checkpoint)
     names = ["policy_loss", "critic/loss", "critic/grad_norm", "reward", "kl", "segments/count", "segments/max_length"]
     names += ["positive_lm_loss", "advantages/abs_mean", "policy_mask/share", "monte_carlo/tokens", "tree/tokens"]
+    names += ["visual_dependency/mean", "response_weight/max", "perception_kl"]
     names += ["grad_norm", "skipped_steps", "critic/gated", "critic/monte_carlo_explained_variance"]
     policy = trainer.accelerator.unwrap_model(trainer.model)
     stage = 0
@@ -174,6 +193,8 @@ def main(
         "logps": last.logps,
         "values": last.values,
         "micro_batches": micro_batches,
+        "response_weights": weights,
+        "learned": last.learned,
         "log": {name: [] if never_logged(trainer, name) else logged(trainer, name) for name in names},
     }
     torch.save(state, folder / f"rank{trainer.accelerator.process_index}.pt")

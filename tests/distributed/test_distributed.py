@@ -1,6 +1,7 @@
 """Two processes do what one does with the same responses."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -79,10 +80,15 @@ def launch(folder: Path, module: str, *arguments: str) -> list:
     ],
 )
 def test_two_processes_equal_one(family, settings, tmp_path):
-    (tmp_path / "one").mkdir()
-    main(tmp_path / "one", family, 4, settings)
-    one = torch.load(tmp_path / "one" / "rank0.pt")
-    first, second = run_in_two_processes(tmp_path / "two", family, settings)
+    one_and_two_processes(family, settings, tmp_path)
+
+
+def one_and_two_processes(family: str, settings: dict, folder: Path) -> tuple[dict, dict, dict]:
+    """Runs with the same responses, which end in the same weights and logs."""
+    (folder / "one").mkdir()
+    main(folder / "one", family, 4, settings)
+    one = torch.load(folder / "one" / "rank0.pt")
+    first, second = run_in_two_processes(folder / "two", family, settings)
     # A wrong launch is one process, twice.
     assert [run["world_size"] for run in (one, first, second)] == [1, 2, 2]
     for module in ("policy", "critic"):
@@ -92,6 +98,45 @@ def test_two_processes_equal_one(family, settings, tmp_path):
             torch.testing.assert_close(first[module][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
     for name, values in one["log"].items():
         assert first["log"][name] == pytest.approx(values, abs=1e-4), name
+    return one, first, second
+
+
+WITHOUT_CRITIC = {"max_steps": 2, "critic": "none", "advantage_estimator": "batch"}
+
+
+@pytest.mark.slow
+def test_the_most_uncertain_tokens_of_all_processes(tmp_path):
+    share = {"entropy_token_share": 0.3, "entropy_token_scope": "batch"}
+    one, *two = one_and_two_processes("qwen2", {**WITHOUT_CRITIC, **share}, tmp_path)
+    assert two[0]["learned"] + two[1]["learned"] == one["learned"]
+    learned, tokens = ([sum(map(count, run["learned"])) for run in two] for count in (sum, len))
+    # The share is of all tokens. No process has it of its own tokens.
+    assert sum(learned) == math.ceil(0.3 * sum(tokens))
+    assert math.ceil(0.3 * tokens[0]) != learned[0] and math.ceil(0.3 * tokens[1]) != learned[1]
+
+
+@pytest.mark.slow
+def test_weights_of_responses_are_1_on_average_over_all_processes(tmp_path):
+    settings = {"visual_token_share": 0.4, "response_weighting": "visual_dependency"}
+    settings |= {**WITHOUT_CRITIC, "smallest_response_weight": 0.5, "gradient_accumulation_steps": 2}
+    one, *two = one_and_two_processes("qwen2_5_vl", settings, tmp_path)
+    # Two optimizer steps of two micro-batches.
+    by_step = [torch.tensor(run["response_weights"]).view(2, -1) for run in (one, *two)]
+    together = torch.cat(by_step[1:], dim=1)
+    torch.testing.assert_close(together.mean(dim=1), torch.ones(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.sort(dim=1).values, by_step[0].sort(dim=1).values, rtol=0, atol=1e-3)
+    # The smallest weight is there once among all, and the mean of one process's responses is another number.
+    assert together.amin(dim=1).tolist() == [0.5, 0.5]
+    assert (by_step[1].mean(dim=1) - 1).abs().min() > 1e-2
+    assert two[0]["learned"] + two[1]["learned"] == one["learned"]
+
+
+@pytest.mark.slow
+def test_two_forwards_of_the_policy_before_its_backward(tmp_path):
+    """PAPO's divergence from the policy that sees corrupted images, with a gradient through both forwards."""
+    settings = {"perception_kl_coef": 0.5, "perception_kl_gradient": True, "corrupted_entropy_penalty_coef": 0.03}
+    one, *_ = one_and_two_processes("qwen2_5_vl", {**WITHOUT_CRITIC, **settings}, tmp_path)
+    assert min(one["log"]["perception_kl"]) > 0
 
 
 @pytest.mark.slow

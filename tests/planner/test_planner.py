@@ -10,20 +10,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from rich.console import Console
-from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+)
 
 from docs.generate.run_configs import FOLDER, RUNS
 from docs.generate.scaling_table import DOCUMENT, changes_table, memory_table
 from sapo_trl.cli import main as cli_main
 from sapo_trl.critic.ladder import Ladder, LadderSizes
 from sapo_trl.critic.value_head import SegmentValueHead
-from sapo_trl.embedded import build_model
+from sapo_trl.embedded import build_model, build_processor
 from sapo_trl.planner import Lora, Setup, model_shape, plan_memory, suggest
 from sapo_trl.planner.advice import nearest
 from sapo_trl.planner.command import main, parser
 from sapo_trl.planner.ladder import ladder_activation_bytes
-from sapo_trl.planner.memory import OVERHEAD_BYTES, kv_bytes_per_token, layer_activation_bytes
+from sapo_trl.planner.linear_attention import LinearAttention, linear_layer_activation_bytes
+from sapo_trl.planner.memory import OVERHEAD_BYTES, cache_bytes, kv_bytes_per_token, layer_activation_bytes
 from sapo_trl.planner.reading import read_setup
 from sapo_trl.planner.setup import GIB
 from sapo_trl.planner.shapes import PUBLISHED, lora_parameters
@@ -31,6 +42,7 @@ from sapo_trl.planner.shapes import PUBLISHED, lora_parameters
 
 ROOT = Path(__file__).parents[2]
 B7, B3 = "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"
+QWEN3_5 = "geo3k_qwen3.5_4b_sapo.yaml"
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -64,6 +76,7 @@ class TestShapes:
             (B3, 3_754_622_976),
             (B7, 8_292_166_656),
             ("Qwen/Qwen3-VL-4B-Thinking", 4_437_815_808),
+            ("Qwen/Qwen3.5-4B", 4_539_265_536),
             ("realtreetune/rho-1b-sft-MATH", 1_100_048_384),
             ("realtreetune/deepseekmath-7b-sft-GSM8K", 6_910_365_696),
         ],
@@ -111,7 +124,7 @@ def saved_bytes(model: torch.nn.Module, tokens: tuple[int, int], autocast: bool)
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         alive.append(tensor)  # so that no address is used twice
         storage = tensor.untyped_storage()
-        is_weight = tensor.dim() == 2 and tensor.shape[0] != tokens[0] * tokens[1]
+        is_weight = tensor.dim() == 2 and tensor.shape[0] % (tokens[0] * tokens[1]) != 0
         if storage.data_ptr() not in known and not is_weight:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -146,6 +159,36 @@ class TestAgainstRealTensors:
 
         real = measure(3) - measure(2)
         planned = layer_activation_bytes(256, 704, 256, 64, residual, compute, config_class is Qwen3Config)
+        assert planned == pytest.approx(real, rel=0.03)
+
+    @pytest.mark.parametrize("kind", ["full_attention", "linear_attention"])
+    @pytest.mark.parametrize(
+        ("dtype", "autocast", "residual", "compute"), [(torch.float32, True, 4, 2), (torch.bfloat16, True, 2, 2)]
+    )
+    def test_activations_of_a_layer_of_qwen3_5(self, kind, dtype, autocast, residual, compute):
+        linear = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+        linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 40}
+
+        def measure(*kinds: str) -> float:
+            config = Qwen3_5TextConfig(
+                hidden_size=256,
+                intermediate_size=704,
+                num_hidden_layers=len(kinds),
+                num_attention_heads=6,
+                num_key_value_heads=2,
+                head_dim=32,
+                vocab_size=16,
+                layer_types=list(kinds),
+                **linear,
+            )
+            return saved_bytes(AutoModel.from_config(config).to(dtype).train(), (3, 192), autocast)
+
+        others = ("full_attention", "linear_attention")
+        real = measure(*others, kind) - measure(*others)
+        if kind == "full_attention":
+            planned = layer_activation_bytes(256, 704, 192, 64, residual, compute, True, True)
+        else:
+            planned = linear_layer_activation_bytes(256, 704, LinearAttention(1, 4, 8, 16, 40, 4), residual, compute)
         assert planned == pytest.approx(real, rel=0.03)
 
     def test_weights_gradients_and_adamw(self, tiny):
@@ -229,6 +272,46 @@ class TestAgainstRealTensors:
         real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert kv_bytes_per_token(model_shape(folder), 4) * 10 == real
 
+    @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+    def test_cache_with_linear_attention(self, dtype, size, tmp_path):
+        """Keys and values in the layers with full attention alone; a state that does not grow in the others."""
+        config = Qwen3_5TextConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=64,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=12,
+        )
+        config.save_pretrained(tmp_path)
+        shape = model_shape(str(tmp_path))
+        model, cache = Qwen3_5ForCausalLM(config).to(dtype).eval(), DynamicCache(config=config)
+        found = {}
+        for tokens in (70, 71):
+            with torch.no_grad():
+                length = 70 if tokens == 70 else 1
+                model(input_ids=torch.zeros((2, length), dtype=torch.long), past_key_values=cache)
+            grown = [layer for layer in cache.layers if hasattr(layer, "keys")]
+            states = [layer for layer in cache.layers if not hasattr(layer, "keys")]
+            assert (len(grown), len(states)) == (2, 6)
+            found[tokens] = sum(layer.keys.nbytes + layer.values.nbytes for layer in grown)
+            found[tokens] += sum(layer.conv_states[0].nbytes + layer.recurrent_states[0].nbytes for layer in states)
+            assert found[tokens] == 2 * cache_bytes(shape, tokens, size)
+        assert found[71] - found[70] == 2 * kv_bytes_per_token(shape, size)
+
+    def test_pixels(self):
+        processor, model = build_processor(), build_model()
+        inputs = processor(images=[Image.new("RGB", (56, 84))], text="<|image_pad|>", return_tensors="pt")
+        tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        setup = Setup("embedded", image_tokens=tokens, compares_images=True)
+        found = plan_memory(setup).phases["corrupted forward"]["corrupted pixels"]
+        assert found == 4 * inputs["pixel_values"].nbytes and tokens > 1  # a rollout of four
+
 
 # ------------------------------------------------------------------------------------------------------ hand formulas
 
@@ -280,6 +363,19 @@ class TestByHand:
         assert activations()["activations"] == tokens * (layers * 4 * h + layer + last)
         full = activations(gradient_checkpointing=False)["activations"]
         assert full == tokens * (layers * layer + last)
+
+    def test_a_forward_with_corrupted_images(self):
+        """Without gradient it is a phase of its own. With gradient there are two graphs at a time."""
+        setup = Setup(B7, micro_batch=2)
+        plain, seen = plan_memory(setup), plan_memory(setup.changed(compares_images=True))
+        assert {**seen.phases, "corrupted forward": {}} == {**plain.phases, "corrupted forward": {}}
+        pixels = 4 * 512 * 4 * 1176  # of one response: 512 tokens of 4 patches
+        assert seen.phases["corrupted forward"]["corrupted pixels"] == 8 * pixels
+        assert 0 < seen.phases["corrupted forward"]["corrupted activations"] < plain.phases["learning"]["activations"]
+        learning = plan_memory(setup.changed(compares_images=True, compares_with_gradient=True)).phases["learning"]
+        assert learning["activations"] == plain.phases["learning"]["activations"]
+        assert learning["corrupted activations"] == learning["activations"] + 4 * 2 * 2048 * 3584
+        assert learning["corrupted pixels"] == 2 * pixels
 
     def test_logits_are_never_whole(self):
         setup = Setup(B7, micro_batch=8, gradient_checkpointing=True)
@@ -478,6 +574,23 @@ class TestCommand:
         setup = read_setup(*parser().parse_known_args([*config, *([] if in_file else ["--preset", "grpo"])]))
         assert setup.critic == "none"
         assert read_setup(*parser().parse_known_args([*config, "--preset", "ppo"])).critic == "separate"
+
+    @pytest.mark.parametrize(
+        ("preset", "compares", "with_gradient"),
+        [("grpo", False, False), ("vppo", True, False), ("srpo", True, False), ("papo", True, True)],
+    )
+    def test_corrupted_images(self, preset, compares, with_gradient, tmp_path):
+        (tmp_path / "mine.yaml").write_text(f"model_name_or_path: {B3}\noutput_dir: out\npreset: {preset}\n")
+        arguments = ["--config", str(tmp_path / "mine.yaml")]
+        setup = read_setup(*parser().parse_known_args(arguments))
+        assert (setup.compares_images, setup.compares_with_gradient) == (compares, with_gradient)
+        _, output = run_command(*arguments)
+        assert ("one more forward of the policy, with corrupted images" in output) == compares
+        assert ("its activations count twice" in output) == with_gradient
+
+    def test_linear_attention_is_a_weaker_estimate(self):
+        assert "24 layers have linear attention" in run_command("--config", str(ROOT / FOLDER / QWEN3_5))[1]
+        assert "linear attention" not in run_command("--config", self.FILE)[1]
 
     def test_image_tokens_are_half_of_the_prompt_unless_given(self):
         arguments = parser().parse_args(["--config", self.FILE, "--prompt_length", "3000"])

@@ -45,13 +45,13 @@ def state_values(weights: dict[str, torch.Tensor], backbone, prompt: list[int], 
 
 
 def segments_of(entropies: list[float], kept: list[int]) -> list[list[int]]:
-    """Positions of each segment's tokens."""
+    """Positions of each segment's tokens: a segment ends at a cut or before a hole."""
     count = math.ceil(len(kept) * TOP_PERCENT / 100)
     cuts = sorted(kept, key=lambda t: (-entropies[t], t))[:count]
     segments, current = [], []
     for t in kept:
         current.append(t)
-        if t in cuts:
+        if t in cuts or t + 1 not in kept:
             segments.append(current)
             current = []
     return segments + ([current] if current else [])

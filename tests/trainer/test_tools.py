@@ -87,6 +87,9 @@ class TestTools:
         """What the policy said is in segments, and what it heard is not."""
         for row, (ids, text) in enumerate(zip(said, heard, strict=True)):
             mask, completion = rollout.segments.mask[row], rollout.completion_ids[row]
+            if text is not None:  # no segment is on both sides of what it heard
+                turn, segments = int((~mask).nonzero()[0]), rollout.segments.ids[row]
+                assert segments[:turn].max() < segments[turn:][mask[turn:]].min()
             assert completion[mask].tolist() == ids
             # Up to the last token that the policy said; what follows is padding.
             last = int(mask.nonzero().max())

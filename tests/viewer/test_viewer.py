@@ -125,10 +125,14 @@ class TestCuts:
         for response, count in ((0, 3), (1, 11)):
             assert len(cuts(payload, response)["random, as many as recorded"]) == count
 
-    def test_masked_tokens_shift_and_never_end_a_segment(self, payload):
+    def test_masked_tokens_shift_and_end_a_turn(self, payload):
+        """The recorded cuts stay. All other segmenters also cut before the tool's token, behind token 4."""
         whole, with_hole = cuts(payload, 0), cuts(payload, 2)
-        for name, places in whole.items():
+        at_random = "random, as many as recorded"
+        for name in whole.keys() - {at_random}:
+            places = whole[name] if name == "recorded" else sorted({*whole[name], 4})
             assert with_hole[name] == [place + (place >= 5) for place in places]
+        assert {4, 10} <= set(with_hole[at_random]) and len(with_hole[at_random]) == 4
 
 
 class TestReading:

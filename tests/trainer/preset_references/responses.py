@@ -94,22 +94,27 @@ def made_up_responses(
 
 
 def cut_behind(tokens: list[int], last_tokens: set[int]) -> list[list[int]]:
+    """Behind the last tokens, and before tokens that the policy did not write: there ends a turn."""
     segments, current = [], []
     for t in tokens:
         current.append(t)
-        if t in last_tokens:
+        if t in last_tokens or t + 1 not in tokens:
             segments.append(current)
             current = []
-    return segments + ([current] if current else [])
+    return segments
 
 
 def cut_before(tokens: list[int], first_tokens: set[int]) -> list[list[int]]:
     segments = []
     for t in tokens:
-        if t in first_tokens or not segments:
+        if t in first_tokens or t - 1 not in tokens:
             segments.append([])
         segments[-1].append(t)
     return segments
+
+
+def turns_of(row: Response) -> list[list[int]]:
+    return cut_behind(row.tokens, set())
 
 
 def at_entropies(row: Response) -> list[list[int]]:
@@ -126,12 +131,16 @@ def at_improbable_tokens(row: Response) -> list[list[int]]:
 
 def at_lines(row: Response) -> list[list[int]]:
     """Behind line breaks. A line has text: blanks go to the next one that has, behind the last text to that."""
+    return [line for turn in turns_of(row) for line in lines_of(row, turn)]
+
+
+def lines_of(row: Response, turn: list[int]) -> list[list[int]]:
     last_tokens = set()
-    for t, following in zip(row.tokens, [*row.tokens[1:], None], strict=False):
+    for t, following in zip(turn, [*turn[1:], None], strict=False):
         if "\n" in row.texts[t] and (following is None or "\n" not in row.texts[following]):
             last_tokens.add(t)
     lines, blank = [], []
-    for piece in cut_behind(row.tokens, last_tokens):
+    for piece in cut_behind(turn, last_tokens):
         blank += piece
         if any(row.texts[t].strip() and not row.texts[t].startswith("<|") for t in piece):
             lines.append(blank)
@@ -145,9 +154,12 @@ def at_lines(row: Response) -> list[list[int]]:
 
 def at_steps(row: Response) -> list[list[int]]:
     """Before "Step 1:", "Step 2." and so on."""
-    token_of_character = [t for t in row.tokens for _ in row.texts[t]]
-    text = "".join(row.texts[t] for t in row.tokens)
-    return cut_before(row.tokens, {token_of_character[m.start()] for m in re.finditer(r"Step\s*\d+\s*[:.]", text)})
+    first_tokens = set()
+    for turn in turns_of(row):
+        token_of_character = [t for t in turn for _ in row.texts[t]]
+        text = "".join(row.texts[t] for t in turn)
+        first_tokens |= {token_of_character[m.start()] for m in re.finditer(r"Step\s*\d+\s*[:.]", text)}
+    return cut_before(row.tokens, first_tokens)
 
 
 def at_every_token(row: Response) -> list[list[int]]:

@@ -10,6 +10,7 @@ from tests.trainer.preset_references.by_token import PAPO, VPPO, Pictured
 from tests.trainer.preset_references.comparison import EXACT, Comparison, compare_losses, compare_rollout
 from tests.trainer.preset_references.made_up_trainer import IMAGE_FAMILY, batch_of, padded, record_of, trainer_of
 from tests.trainer.preset_references.responses import NUM_ROWS, Response, made_up_responses
+from tests.trainer.preset_references.test_token_masks import MaskedSegmentAligned
 
 
 def blind_trainer(preset: str, family, tmp_path, **settings):
@@ -41,9 +42,10 @@ def scored_rollout(trainer, reference: Pictured, family, seed: int, **settings) 
     rows = made_up_responses(family.tokenizer, seed, 4, holes=seed == 1)
     has_image = [index != 3 for index in range(NUM_ROWS)]
     reference.see(rows, has_image, seed)
-    reference.rollout(rows, None)
+    reference.rollout(rows, lambda row, t: row.values[t])
     batch = batch_of(rows, seed == 1, family.tokenizer.pad_token_id)
-    del batch["ref_per_token_logps"]
+    if trainer.args.beta == 0.0:
+        del batch["ref_per_token_logps"]
     batch["blind_logps"] = padded([reference.blind[id(row)] for row in rows], lambda: 9.0)
     batch["current_blind_logps_of_rollout"] = padded([reference.new_blind[id(row)] for row in rows], lambda: 9.0)
     batch["pixel_values"] = torch.zeros(4 * sum(has_image), 1176)
@@ -68,6 +70,37 @@ def test_vppo(family, seed, tmp_path):
     for start in (0, 4):
         weights = list(reference.weights(rows[start : start + 4]).values())
         assert min(weights) == 0.9 and sum(weights) / len(weights) == pytest.approx(1.0, abs=EXACT)
+
+
+class SightedSegmentAligned(VPPO):
+    """SAPO whose policy learns from the 40 % of a response's tokens with the largest d that pass the other masks."""
+
+    def __init__(self, masks: dict[str, float]):
+        super().__init__()
+        self.plain = MaskedSegmentAligned(masks)
+        self.policy_loss, self.value_loss = self.plain.policy_loss, self.plain.value_loss
+
+    def rollout(self, rows: list[Response], value) -> None:
+        super().rollout(rows, value)
+        by_sight = [set(row.advantages) for row in rows]
+        for row in rows:
+            row.advantages = {}
+        self.plain.rollout(rows, value)
+        for row, chosen in zip(rows, by_sight, strict=True):
+            row.advantages = {t: a for t, a in row.advantages.items() if t in chosen}
+
+
+@IMAGE_FAMILY
+@pytest.mark.parametrize("masks", [{}, {"confident_token_threshold": 0.6, "entropy_token_share": 0.8}], ids=str)
+def test_sapo_learns_from_tokens_that_depend_on_the_picture(family, masks, tmp_path):
+    """The combination of docs/algorithms.md: values, returns and segments' ratios are of all tokens."""
+    trainer = blind_trainer("sapo", family, tmp_path, visual_token_share=0.4, **masks)
+    for seed in range(2):
+        reference, compare = SightedSegmentAligned(masks), Comparison(EXACT)
+        rows, scored = scored_rollout(trainer, reference, family, seed)
+        assert any(0 < len(row.advantages) < len(row.tokens) for row in rows)
+        compare_rollout(compare, scored, rows, with_targets=True)
+        compare_losses(compare, trainer, reference, scored, rows, seed)
 
 
 @IMAGE_FAMILY
