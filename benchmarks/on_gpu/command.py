@@ -19,6 +19,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen(names: list[str] | None) -> list[Row]:
+def chosen(rows: Sequence[Row], names: list[str] | None) -> list[Row]:
     """
     The rows with these names, or in tables with these names; by default all.
 
@@ -53,13 +54,13 @@ def chosen(names: list[str] | None) -> list[Row]:
         ValueError: for a name that no row and no table has.
     """
     for name in names or []:
-        if not any(name in (row.name, row.table) for row in ROWS):
-            known = ", ".join(dict.fromkeys(row.table for row in ROWS))
+        if not any(name in (row.name, row.table) for row in rows):
+            known = ", ".join(dict.fromkeys(row.table for row in rows))
             raise ValueError(f"--only {name}: no row and no table has this name; the tables are {known}")
-    return [row for row in ROWS if names is None or row.name in names or row.table in names]
+    return [row for row in rows if names is None or row.name in names or row.table in names]
 
 
-def load(out: Path, machine: dict[str, Any], size: str, retry: bool) -> Report:
+def load(out: Path, machine: dict[str, Any], size: str, rows: Sequence[Row], retry: bool = False) -> Report:
     """
     The results of an earlier call on the same machine, or a report without rows.
 
@@ -67,6 +68,7 @@ def load(out: Path, machine: dict[str, Any], size: str, retry: bool) -> Report:
         out (`Path`): folder of the results.
         machine (`dict`): the machine and its versions, see [`~on_gpu.environment.check`].
         size (`str`): size of the model.
+        rows (`Sequence[Row]`): the whole list. Results of other rows, or with other options, are dropped.
         retry (`bool`): whether failed rows are left out, so that they run again.
 
     Raises:
@@ -83,19 +85,18 @@ def load(out: Path, machine: dict[str, Any], size: str, retry: bool) -> Report:
                 f"{file} has results for another {what} ({old[what]}, now {new[what]}). "
                 "Give another folder with --out."
             )
-    commands = {row.name: row.arguments(size) for row in ROWS}
+    commands = {row.name: row.arguments(size) for row in rows}
     for name, row in old["rows"].items():
-        # A row with other options is another row.
         if row["command"] == commands.get(name) and not (retry and "error" in row):
             new["rows"][name] = row
     new["cut_off"] = old["cut_off"]
     return new
 
 
-def write(report: Report, out: Path) -> None:
+def write(report: Report, rows: Sequence[Row], out: Path) -> None:
     """Write the report and its tables. A reader never sees half of a file."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("on_gpu.json", json.dumps(report, indent=2) + "\n"), ("on_gpu.md", as_markdown(report))):
+    for name, text in (("on_gpu.json", json.dumps(report, indent=2) + "\n"), ("on_gpu.md", as_markdown(report, rows))):
         part = out / f"{name}.part"
         part.write_text(text)
         part.replace(out / name)
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.minutes <= 0:
         parser().error(f"--minutes must be positive, got {options.minutes:g}")
     try:
-        rows = chosen(options.only)
+        rows = chosen(ROWS, options.only)
     except ValueError as error:
         parser().error(str(error))
     # A machine that takes itself back sends this signal first.
@@ -123,12 +124,12 @@ def main(argv: list[str] | None = None) -> int:
         python, warnings = prepare(options.wheels)
         machine = check(python, needs_gpu=options.size != "tiny")
         machine["warnings"] = warnings + machine["warnings"]
-        report = load(options.out, machine, options.size, options.retry)
+        report = load(options.out, machine, options.size, ROWS, options.retry)
         describe(machine)
-        write(report, options.out)
+        write(report, ROWS, options.out)
         deadline = started + 60 * options.minutes - RESERVE_SECONDS
         runner = Runner(
-            python, report, options.size, deadline, options.out / "on_gpu.log", lambda r: write(r, options.out)
+            python, report, options.size, deadline, options.out / "on_gpu.log", lambda r: write(r, ROWS, options.out)
         )
         left = runner.run(rows)
     except UnfitMachine as error:
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(f"\n{as_markdown(report)}")
+    print(f"\n{as_markdown(report, ROWS)}")
     if left:
         print(f"The time is over. Rows left: {len(left)} of {len(rows)}. The same command continues with them.")
     errors = [row["error"] for row in report["rows"].values() if "error" in row]

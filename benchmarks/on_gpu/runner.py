@@ -22,9 +22,8 @@ from .row_list import Row
 
 
 OUT_OF_MEMORY = "out of memory"
-# A row may take so many times its expected time before it is killed.
-PATIENCE = 4
-LEAST_PATIENCE_SECONDS = 60
+# A row is killed when it takes so many times its expected time. Tiny models are for trials on a CPU that may be busy.
+PATIENCE = {"3b": 4, "tiny": 20}
 
 Report = dict[str, Any]
 """
@@ -66,7 +65,7 @@ class Runner:
                 left_out.append(row)
                 continue
             self.say(f"{row.name}: {row.title}, about {expected:.0f} s; {left:.0f} s are left")
-            patience = max(PATIENCE * expected, LEAST_PATIENCE_SECONDS)
+            patience = PATIENCE[self.size] * expected
             found = self.run_row(row, min(left, patience))
             if found.pop("killed") and left < patience:
                 self.report["cut_off"][row.name] = found["took"]
@@ -94,24 +93,26 @@ class Runner:
             limit (`float`): seconds until it is killed, together with its own processes.
 
         Returns:
-            `dict[str, Any]`: `command`; `expected` and `took`, in seconds; `killed`, whether it took too long; and
-            `result` or `error`, or both if it wrote a part of its result before it failed.
+            `dict[str, Any]`: `title` and `command`; `expected` and `took`, in seconds; `killed`, whether it took too
+            long; and `result` or `error`, or both if it wrote a part of its result before it failed.
         """
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "output.txt"
             results = Path(folder) / "results"
             results.mkdir()
-            script, *arguments = shlex.split(row.arguments(self.size).replace("{folder}", str(results)))
+            words = shlex.split(row.arguments(self.size))
+            script, *arguments = (word.replace("{folder}", str(results)) for word in words)
             started = time.monotonic()
             code = self._call([str(self.python), str(ROOT / "benchmarks" / script), *arguments], output, limit)
-            found: dict[str, Any] = {"command": row.arguments(self.size), "expected": row.expected(self.size)}
-            found |= {"took": time.monotonic() - started, "killed": code is None}
+            took = time.monotonic() - started
+            found: dict[str, Any] = {"title": row.title, "command": row.arguments(self.size)}
+            found |= {"expected": row.expected(self.size), "took": took, "killed": code is None}
             text = output.read_text(errors="replace")
             with self.log.open("a") as log:
                 log.write(f"==== {row.name}: {found['command']}\n{text}\n")
             found |= _result(results)
         if code is None:
-            found["error"] = f"stopped after {found['took']:.0f} s"
+            found["error"] = f"stopped after {took:.0f} s"
         elif code and "error" not in found:
             found["error"] = _ended_by(-code) if code < 0 else _last_line(text)
         elif not code and "result" not in found and "error" not in found:

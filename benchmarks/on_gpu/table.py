@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from .row_list import ROWS, SIZES, Row
+from .row_list import SIZES, Row
 
 
 GIB = 1024**3
@@ -17,11 +18,17 @@ Found = list[tuple[Row, dict[str, Any]]]
 """Rows that were started, with what the runner found."""
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """The machine, a table for each kind of rows, and the rows that are missing."""
+def as_markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
+    """
+    The machine, a table for each kind of rows, and the rows that are missing.
+
+    Args:
+        report (`dict`): see [`~on_gpu.runner.Report`].
+        rows (`Sequence[Row]`): the whole list, whether its rows were started or not.
+    """
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [f"{report['machine']}; {versions}. Model: {MODELS[report['size']]}.", ""]
-    started = [(row, report["rows"][row.name]) for row in ROWS if row.name in report["rows"]]
+    started = [(row, report["rows"][row.name]) for row in rows if row.name in report["rows"]]
     tables: dict[str, Found] = {}
     for row, found in started:
         tables.setdefault(row.table if row.table in WRITERS else "other", []).append((row, found))
@@ -31,7 +38,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines += [
         f"Stopped after {seconds:.0f} s by the time limit: {name}." for name, seconds in report["cut_off"].items()
     ]
-    missing = [row.name for row in ROWS if row.name not in report["rows"] and row.name not in report["cut_off"]]
+    missing = [row.name for row in rows if row.name not in report["rows"] and row.name not in report["cut_off"]]
     if missing:
         lines.append(f"Not started: {', '.join(missing)}.")
     lines += [f"Warning: {warning}." for warning in report["warnings"]]
@@ -92,11 +99,10 @@ def cost(rows: Found, report: dict[str, Any]) -> list[str]:
 
 def compared(row: Row, result: dict[str, Any], report: dict[str, Any], time: str) -> list[str]:
     """Title of the row to compare with, and the ratios of time and memory to it."""
-    other = report["rows"].get(row.against, {}).get("result")
-    if other is None:
+    other = report["rows"].get(row.against, {})
+    if "result" not in other:
         return []
-    title = next(each.title for each in ROWS if each.name == row.against)
-    return [title, *(f"**{result[name] / other[name]:.3f}**" for name in (time, "peak_bytes"))]
+    return [other["title"], *(f"**{result[name] / other['result'][name]:.3f}**" for name in (time, "peak_bytes"))]
 
 
 def generation(rows: Found, report: dict[str, Any]) -> list[str]:
