@@ -255,7 +255,7 @@ def count_operations(name: str, options: argparse.Namespace) -> int:
 
 
 MEASUREMENTS = {"counts": count, "times": measure, "all": measure_all}
-"""What the process of a row measures. `"all"` is for `on_gpu`, where each row trains once."""
+"""Measurements that the process of a row can make. `"all"` is for `on_gpu`, where each row trains once."""
 
 
 def with_rollouts(options: argparse.Namespace, rollouts: int) -> argparse.Namespace:
@@ -324,7 +324,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rollouts", type=int, default=4, help="rollouts of a time; the first is not timed")
     parser.add_argument("--same_length", action="store_true", help="give all responses the longest length: no padding")
-    parser.add_argument("--what", choices=tuple(MEASUREMENTS), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=tuple(MEASUREMENTS), help=argparse.SUPPRESS)
     return parser
 
 
@@ -345,16 +345,16 @@ def main(argv: list[str] | None = None) -> int:
         parser().error("--lora_layers language needs a vision tower to leave out: drop it, or drop --text")
     complete(options)
     if options.row is not None:
-        return rows.measure_here(options, MEASUREMENTS[options.what or "times"])
+        return rows.measure_here(options, MEASUREMENTS[options.measure or "times"])
     report = rows.new_report(options) | {"counts": {}, "turns": []}
-    report["options"].pop("what")
+    report["options"].pop("measure")
     found = report["counts"]
     for turn in range(options.turns + 1):
         if turn:
             found = {}
             report["turns"].append(found)
-        what = "times" if turn else "counts"
-        for name, row in rows.measured(__file__, [*arguments, "--what", what], options.rows):
+        measurement = "times" if turn else "counts"
+        for name, row in rows.measured(__file__, [*arguments, "--measure", measurement], options.rows):
             found[name] = row
             rows.write(report, options.out, "update_cost", as_markdown)
     print(as_markdown(report))

@@ -25,7 +25,7 @@ CHECK_SECONDS = 180
 
 
 class UnfitMachine(RuntimeError):
-    """The rows cannot run here. The message says why, and what helps."""
+    """The rows cannot run here. The message says why, and names a remedy."""
 
 
 def prepare(wheels: Path, environment: Path = ENVIRONMENT) -> tuple[Path, list[str]]:

@@ -67,7 +67,7 @@ class Row:
 
 def cost(lengths: str, row: str, title: str, seconds: float, against: str | None = None) -> Row:
     """A row of `update_cost.py`, with equal or with spread lengths."""
-    command = f"update_cost.py --row {row} --what all {{size}} {{{lengths}}} --result {{folder}}/result.json"
+    command = f"update_cost.py --row {row} --measure all {{size}} {{{lengths}}} --result {{folder}}/result.json"
     return Row(f"{lengths}/{row}", title, command, seconds, against and f"{lengths}/{against}")
 
 

@@ -15,7 +15,7 @@ MODELS = {
 }
 
 Found = list[tuple[Row, dict[str, Any]]]
-"""Rows that were started, with what the runner found."""
+"""Rows that were started, with the runner's findings."""
 
 
 def as_markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
