@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import zipfile
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -294,6 +296,51 @@ class TestList:
             with pytest.raises(SystemExit):
                 command.main(arguments)
             assert message in capsys.readouterr().err
+
+
+# Packages beside PyTorch, transformers, PEFT and accelerate on a machine for which the wheels are collected.
+ON_THE_MACHINE = set(
+    "accelerate aiohttp filelock httpx huggingface-hub jinja2 markupsafe matplotlib mpmath numpy packaging pandas "
+    "pillow psutil pyarrow pyyaml regex requests rich safetensors scipy sympy tokenizers torch tqdm transformers "
+    "typer urllib3 xxhash".split()
+)
+
+
+def requirements(lines):
+    """Names and pinned versions of a requirements file."""
+    parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(each.name): str(each.specifier) for each in parsed}
+
+
+class TestWheels:
+    def test_the_list_is_complete(self):
+        """A requirement of this package or of a carried package is carried itself, or is on the machine."""
+        carried = requirements((BENCHMARKS / "on_gpu" / "wheels.txt").read_text().splitlines())
+        missing, checked = {}, 0
+        for name in ("sapo_trl", *carried):
+            for line in metadata.requires(name) or []:
+                needed = Requirement(line)
+                if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                    checked += 1
+                    if canonicalize_name(needed.name) not in carried.keys() | ON_THE_MACHINE:
+                        missing[needed.name] = name
+        assert missing == {} and checked > 40
+
+    def test_each_wheel_has_one_version(self):
+        carried = requirements((BENCHMARKS / "on_gpu" / "wheels.txt").read_text().splitlines())
+        pinned = requirements((BENCHMARKS.parent / "constraints.txt").read_text().splitlines())
+        versions = {name: version or pinned.get(name, "") for name, version in carried.items()}
+        assert [name for name, version in versions.items() if not version.startswith("==")] == []
+        assert not {name for name, version in carried.items() if version} & pinned.keys()  # one home for each pin
+
+    def test_too_many_megabytes_are_refused(self, tmp_path, monkeypatch, capsys):
+        collect_wheels = module("collect_wheels")
+        make_wheel(tmp_path, "small")
+        monkeypatch.setattr(collect_wheels, "collect", lambda folder, version: sorted(folder.glob("*.whl")))
+        assert collect_wheels.main(["--folder", str(tmp_path)]) == 0
+        assert "small-1.0-py3-none-any.whl" in capsys.readouterr().out
+        monkeypatch.setattr(collect_wheels, "LIMIT_MB", 1e-4)
+        assert collect_wheels.main(["--folder", str(tmp_path)]) == 1
 
 
 def make_wheel(folder, name, *requirements):
