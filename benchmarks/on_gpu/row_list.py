@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-# The planner expects 34 GiB for full fine-tuning (weights, gradients and AdamW's states in bfloat16), 62 GiB with a
-# separate critic, and 14 GiB with LoRA: all rows should fit on a GPU of 80 GiB. Lengths of a picture's prompt: about
-# 340 tokens, 256 of them the picture's.
+# The planner expects at most 35 GiB for full fine-tuning (weights, gradients and AdamW's states in bfloat16), 63 GiB
+# with a separate critic, and 14 GiB with LoRA, so all rows should fit on a GPU of 80 GiB. A prompt has about 530
+# tokens, 256 of them for its picture.
 SIZES = {
     "3b": {
         "equal": "--micro_batch 4 --accumulation 2 --completion_length 1024 --same_length --rollouts 3",
