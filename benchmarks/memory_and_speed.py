@@ -45,6 +45,7 @@ from sapo_trl.planner.shapes import PUBLISHED
 # Name in the table, critic (`None`: TRL's trainer), with LoRA or without.
 ROWS = {
     "sapo_separate": ('SAPO, `critic="separate"`', "separate", False),
+    "sapo_ladder": ('SAPO, `critic="ladder"`', "ladder", False),
     "sapo_shared": ('SAPO, `critic="shared"`', "shared", False),
     "sapo_adapter": ('SAPO, LoRA, `critic="adapter"`', "adapter", True),
     "grpo": ("TRL GRPO", None, False),
@@ -176,14 +177,17 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         trainer = SAPOTrainer(args=SAPOConfig(**settings, critic=critic, num_mini_batches=1), **kwargs)
     trainer.train()
     tokens = trainer.state.num_input_tokens_seen / options.steps
+    peak = peak_bytes() - before
     # The first step also makes the optimizer's state, compiles kernels and fills caches.
     seconds = statistics.median(timer.seconds[1:])
+    prompt_tokens = round(tokens / responses) - options.completion_length
     return {
-        "peak_bytes": peak_bytes() - before,
+        "peak_bytes": peak,
+        "planned_bytes": planned_bytes(critic, lora, options, prompt_tokens),
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds,
         "tokens_per_step": tokens,
-        "prompt_tokens": round(tokens / responses) - options.completion_length,
+        "prompt_tokens": prompt_tokens,
     }
 
 
@@ -216,9 +220,10 @@ def peak_of_tensors(counter: profile) -> int:
     return int(changes.cumsum().max())
 
 
-def planned_bytes(name: str, options: argparse.Namespace, prompt_tokens: int) -> float:
-    """The planner's estimate, without its allowance for memory outside tensors."""
-    _, critic, lora = ROWS[name]
+def planned_bytes(
+    critic: str | None, lora: bool, options: argparse.Namespace, prompt_tokens: int, mini_batches: int = 1
+) -> float:
+    """The planner's estimate for a row, without its allowance for memory outside tensors."""
     tokenizer = build_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         build_model_config(options, tokenizer).save_pretrained(folder)
@@ -227,11 +232,12 @@ def planned_bytes(name: str, options: argparse.Namespace, prompt_tokens: int) ->
                 model=folder,
                 micro_batch=options.micro_batch,
                 accumulation=options.accumulation,
-                mini_batches=1,
+                mini_batches=mini_batches,
                 prompt_length=prompt_tokens,
                 image_tokens=(options.image_size // 28) ** 2,
                 completion_length=options.completion_length,
                 critic=critic or "none",
+                gradient_checkpointing=getattr(options, "gradient_checkpointing", True),
                 beta=0.0,
                 weight_bytes=getattr(torch, options.dtype).itemsize,
                 mixed_precision=torch.cuda.is_available(),
@@ -286,8 +292,6 @@ def main(argv: list[str] | None = None) -> int:
         return rows.measure_here(options, measure)
     report = rows.new_report(options) | {"rows": {}}
     for name, found in rows.measured(__file__, arguments, options.rows):
-        if "prompt_tokens" in found:
-            found["planned_bytes"] = planned_bytes(name, options, found["prompt_tokens"])
         report["rows"][name] = found
         rows.write(report, options.out, "memory_and_speed", as_markdown)
     print(as_markdown(report))

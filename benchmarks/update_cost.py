@@ -40,6 +40,7 @@ from memory_and_speed import (
     build_text_dataset,
     peak_bytes,
     peak_of_tensors,
+    planned_bytes,
     reward,
     start_counting,
 )
@@ -81,6 +82,12 @@ def lengths_of(rows: int, longest: int, seed: int = 0, same: bool = False) -> li
         return [longest] * rows
     drawn = np.random.default_rng(seed).lognormal(np.log(longest / 5), 0.7, rows)
     return np.clip(drawn, 1, longest).astype(int).tolist()
+
+
+def rollout_lengths(options: argparse.Namespace) -> list[int]:
+    """Lengths of a rollout's responses with these options."""
+    responses = options.micro_batch * options.accumulation * MINI_BATCHES
+    return lengths_of(responses, options.completion_length, same=options.same_length)
 
 
 def given_rollout(lengths: list[int]):
@@ -131,8 +138,8 @@ def make_trainer(name: str, options: argparse.Namespace, callbacks: list[Trainer
     on_gpu = torch.cuda.is_available()
     processor = build_processor_for(options.image_size)
     model = build_model(build_model_config(options, processor.tokenizer), options)
-    responses = options.micro_batch * options.accumulation * MINI_BATCHES
-    lengths = lengths_of(responses, options.completion_length, same=options.same_length)
+    lengths = rollout_lengths(options)
+    responses = len(lengths)
     targets = LANGUAGE_LORA_TARGETS if options.lora_layers == "language" else LORA_TARGETS
     settings = {
         "output_dir": tempfile.mkdtemp(),
@@ -173,11 +180,40 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train a few rollouts in this process, and measure their time."""
     timers = {"seconds": StepTimer(), "cpu_seconds": StepTimer(time.process_time)}
     make_trainer(name, options, list(timers.values())).train()
-    # A rollout's first step also scores it. The first rollout also makes the optimizer's state and fills caches.
+    return {what: statistics.median(seconds_of_rollouts(timer, options)) for what, timer in timers.items()}
+
+
+def seconds_of_rollouts(timer: StepTimer, options: argparse.Namespace) -> list[float]:
+    """Seconds of each rollout but the first, which also makes the optimizer's state and fills caches."""
+    # A rollout's first step also scores it.
     rollouts = range(MINI_BATCHES, options.rollouts * MINI_BATCHES, MINI_BATCHES)
+    return [sum(timer.seconds[first : first + MINI_BATCHES]) for first in rollouts]
+
+
+def measure_all(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Time, memory and padding of one training, and the planner's estimate: for a machine without other programs."""
+    _, critic, lora, _ = ROWS[name]
+    before = start_counting()
+    timer = StepTimer()
+    trainer = make_trainer(name, options, [timer])
+    tokens = count_tokens(trainer, name)
+    trainer.train()
+    peak = peak_bytes() - before
+    seconds = seconds_of_rollouts(timer, options)
+    lengths = rollout_lengths(options)
+    tokens_per_rollout = trainer.state.num_input_tokens_seen / options.rollouts
+    prompt_tokens = round((tokens_per_rollout - sum(lengths)) / len(lengths))
     return {
-        what: statistics.median(sum(timer.seconds[first : first + MINI_BATCHES]) for first in rollouts)
-        for what, timer in timers.items()
+        "seconds": statistics.median(seconds),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "tokens_per_second": tokens_per_rollout / statistics.median(seconds),
+        "peak_bytes": peak,
+        "planned_bytes": planned_bytes(critic, lora, options, prompt_tokens, MINI_BATCHES),
+        "padding": padding(trainer, name, tokens),
+        "prompt_tokens": prompt_tokens,
+        "responses": {"number": len(lengths), "shortest": min(lengths), "longest": max(lengths)},
+        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
     }
 
 
@@ -188,16 +224,26 @@ def count(name: str, options: argparse.Namespace) -> dict[str, Any]:
     memory = None if on_gpu else profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with memory or contextlib.nullcontext():
         trainer = make_trainer(name, with_rollouts(options, 2), [])
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        tokens = TokenCounter((policy.get_base_model() if ROWS[name][2] else policy).base_model)
+        tokens = count_tokens(trainer, name)
         trainer.train()
-    # The policy scores each token once and trains on it once. An adapter critic does the same on the policy's layers.
-    needed = trainer.state.num_input_tokens_seen * (4 if ROWS[name][1] == "adapter" else 2)
     return {
         "operations": count_operations(name, options),
         "peak_bytes": peak_bytes() - before if memory is None else peak_of_tensors(memory),
-        "padding": 1 - needed / tokens.tokens,
+        "padding": padding(trainer, name, tokens),
     }
+
+
+def count_tokens(trainer: GRPOTrainer, name: str) -> TokenCounter:
+    """A counter of the tokens that go through the policy's layers from now on."""
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    return TokenCounter((policy.get_base_model() if ROWS[name][2] else policy).base_model)
+
+
+def padding(trainer: GRPOTrainer, name: str, computed: TokenCounter) -> float:
+    """Share of padding among the tokens that a finished training computed."""
+    # The policy scores each token once and trains on it once. An adapter critic does the same on the policy's layers.
+    needed = trainer.state.num_input_tokens_seen * (4 if ROWS[name][1] == "adapter" else 2)
+    return 1 - needed / computed.tokens
 
 
 def count_operations(name: str, options: argparse.Namespace) -> int:
@@ -206,6 +252,10 @@ def count_operations(name: str, options: argparse.Namespace) -> int:
     with OperationCounter() as counter:
         trainer.train()
     return counter.total
+
+
+MEASUREMENTS = {"counts": count, "times": measure, "all": measure_all}
+"""Measurements that the process of a row can make. `"all"` is for `on_gpu`, where each row trains once."""
 
 
 def with_rollouts(options: argparse.Namespace, rollouts: int) -> argparse.Namespace:
@@ -231,12 +281,11 @@ def as_markdown(report: dict[str, Any]) -> str:
         cells += [f"{statistics.median(row['seconds'] for row in times):.2f}" if times else ""]
         lines.append(f"| {title} | {' | '.join(cells + compared(report, name, against))} |")
     lora = {"all": "all linear layers", "language": "the language model's linear layers, with a frozen vision tower"}
-    responses = options["micro_batch"] * options["accumulation"] * MINI_BATCHES
-    lengths = lengths_of(responses, options["completion_length"], same=options["same_length"])
+    lengths = rollout_lengths(argparse.Namespace(**options))
     pictures = f"pictures of {options['image_size']} x {options['image_size']} pixels"
     lines += [
         "",
-        f"{rows.described(report)}; rollouts of {responses} responses of {min(lengths)} to {max(lengths)} tokens "
+        f"{rows.described(report)}; rollouts of {len(lengths)} responses of {min(lengths)} to {max(lengths)} tokens "
         f"(mean {statistics.mean(lengths):.0f}), {MINI_BATCHES} optimizer steps each, micro-batches of "
         f"{options['micro_batch']}; {options['rollouts'] - 1} rollouts timed, {len(turns)} turns; "
         f"{'no pictures' if options['text'] else pictures}; gradient checkpointing "
@@ -275,7 +324,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rollouts", type=int, default=4, help="rollouts of a time; the first is not timed")
     parser.add_argument("--same_length", action="store_true", help="give all responses the longest length: no padding")
-    parser.add_argument("--what", choices=("counts", "times"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=tuple(MEASUREMENTS), help=argparse.SUPPRESS)
     return parser
 
 
@@ -296,16 +345,16 @@ def main(argv: list[str] | None = None) -> int:
         parser().error("--lora_layers language needs a vision tower to leave out: drop it, or drop --text")
     complete(options)
     if options.row is not None:
-        return rows.measure_here(options, count if options.what == "counts" else measure)
+        return rows.measure_here(options, MEASUREMENTS[options.measure or "times"])
     report = rows.new_report(options) | {"counts": {}, "turns": []}
-    report["options"].pop("what")
+    report["options"].pop("measure")
     found = report["counts"]
     for turn in range(options.turns + 1):
         if turn:
             found = {}
             report["turns"].append(found)
-        what = "times" if turn else "counts"
-        for name, row in rows.measured(__file__, [*arguments, "--what", what], options.rows):
+        measurement = "times" if turn else "counts"
+        for name, row in rows.measured(__file__, [*arguments, "--measure", measurement], options.rows):
             found[name] = row
             rows.write(report, options.out, "update_cost", as_markdown)
     print(as_markdown(report))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from sapo_trl import SAPOTrainer, SegmentValueHead
 from sapo_trl.critic.adapter import CriticAdapter
+from sapo_trl.trainer.trl.resume import complete_load
 from tests.testing_utils import WeightRecorder, fixed_rollout, logged, random_completions, sapo_trainer, state_of
 
 
@@ -285,6 +286,20 @@ class TestSaving:
             values = critic(input_ids=ids, attention_mask=torch.ones_like(ids))
             again = trainer.critic.value_head(input_ids=ids, attention_mask=torch.ones_like(ids))
         torch.testing.assert_close(values, again, rtol=0, atol=1e-5)
+
+    @TEXT_FAMILY
+    def test_the_policys_adapter_is_loaded_beside_the_critics(self, family, tmp_path):
+        """transformers 5.17 loads the adapters in folders of a checkpoint, and then not the checkpoint's own."""
+        saved = randomized(get_peft_model(family.build_model(), LoraConfig(**LORA)))
+        saved.save_pretrained(tmp_path)
+        saved.save_pretrained(tmp_path / "critic")
+        policy = get_peft_model(family.build_model(), LoraConfig(**LORA))
+        with complete_load(policy, str(tmp_path), is_fsdp=False):
+            pass  # as transformers 5.17 does
+        expected = parameters_by_owner(saved)["default"]
+        assert any(tensor.abs().max() > 0 for name, tensor in expected.items() if "lora_B" in name)  # new ones are 0
+        torch.testing.assert_close(parameters_by_owner(policy)["default"], expected, rtol=0, atol=0)
+        assert all(p.requires_grad for n, p in policy.named_parameters() if ".default." in n)
 
     @TEXT_FAMILY
     def test_resume_equals_an_uninterrupted_run(self, family, tmp_path):

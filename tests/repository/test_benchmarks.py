@@ -115,7 +115,7 @@ def test_planned_memory_of_the_benchmark_counts_weights_and_optimizer(tmp_path):
     """A second model that is trained costs its weights, gradients and AdamW: 16 bytes a parameter in float32."""
     benchmark = load("memory_and_speed")
     options = benchmark.parser().parse_args(["--size", "tiny", "--dtype", "float32", "--image_size", "84"])
-    separate, shared = (benchmark.planned_bytes(name, options, 300) for name in ("sapo_separate", "sapo_shared"))
+    separate, shared = (benchmark.planned_bytes(critic, False, options, 300) for critic in ("separate", "shared"))
     config = benchmark.build_model_config(options, benchmark.build_tokenizer())
     with torch.device("meta"):
         model = benchmark.Qwen2_5_VLForConditionalGeneration(config)

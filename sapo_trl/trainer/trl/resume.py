@@ -6,9 +6,11 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 
@@ -130,6 +132,8 @@ def complete_load(policy: PreTrainedModel, folder: str, is_fsdp: bool) -> Iterat
     transformers saves Qwen2.5-VL, for one, under older names, which only `from_pretrained` translates. Its trainer
     does not, and goes on with the weights it had, after a warning about missing keys.
 
+    Also if a critic has an adapter in a folder of its own: transformers 5.17 then leaves the policy's adapter out.
+
     And in the dtypes that it is trained in: PEFT loads adapters in float32, where TRL trains adapters on a quantized
     base in bfloat16.
 
@@ -146,6 +150,10 @@ def complete_load(policy: PreTrainedModel, folder: str, is_fsdp: bool) -> Iterat
             yield
     finally:
         handle.remove()
+    if isinstance(policy, PeftModel) and not is_fsdp and any(Path(folder).glob("*/adapter_model.*")):
+        active = policy.active_adapters[0]
+        policy.load_adapter(folder, "default", is_trainable=active == "default")
+        policy.set_adapter(active)
     for name, parameter in policy.named_parameters():
         if parameter.dtype != dtypes.get(name, parameter.dtype):
             parameter.data = parameter.data.to(dtypes[name])
