@@ -33,7 +33,8 @@ class StudyResults:
     Args:
         runs (`pd.DataFrame`):
             one row per finished comparison run: the content of its `result.json`, its arm's `samples`, its `folder`,
-            and `lost_form`: whether fewer than half of its responses have all steps.
+            `own_world`, the world of its task in the study's file, and `lost_form`: whether fewer than half of its
+            responses have all steps.
         tuning (`pd.DataFrame`): one row per tuning run.
         chosen (`dict[str, Choice]`): the chosen settings, by tuned arm.
         missing (`list[str]`): names of the runs that are not finished.
@@ -58,8 +59,8 @@ class StudyResults:
         runs = self.runs
         chosen = (runs["task"] == task) & runs["arm"].isin(experiment.arms if arms is None else arms)
         chosen &= (runs["measure"] == "accuracy") & runs["seed"].isin(experiment.seeds)
-        if experiment.worlds:
-            chosen &= runs["world"].isin(experiment.worlds)
+        # Without worlds in the experiment it is the task's own one; other experiments may have more.
+        chosen &= runs["world"].isin(experiment.worlds) if experiment.worlds else runs["world"] == runs["own_world"]
         return runs[chosen]
 
 
@@ -95,7 +96,8 @@ def load_results(study: StudyConfig, output_dir: str | Path) -> StudyResults:
         if result is None:
             missing.append(cell.name)
         else:
-            rows.append(_row(cell, result, cells_dir / cell.name))
+            own_world = study.tasks[cell.task_name].world
+            rows.append({**_row(cell, result, cells_dir / cell.name), "own_world": own_world})
     if not rows:
         raise ValueError(f"No comparison run is finished in {str(output_dir)!r}: run the study again to continue it.")
     table = tuning_table(tuning, choices) if tuning else pd.DataFrame()
