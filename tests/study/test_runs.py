@@ -115,7 +115,7 @@ def test_centred_advantages_have_no_mean_at_any_position(finished):
     for centred, arm in ((True, "centred"), (False, "sapo")):
         rows = recorded_responses(results, arm)
         rows = rows[rows["step"] == rows["step"].min()]["advantages"]
-        padded = pd.DataFrame([list(row) for row in rows])
+        padded = pd.DataFrame([pd.Series(row) for row in rows])
         assert len(rows) == 16 and (padded.mean().abs().max() < 1e-5) == centred
 
 
