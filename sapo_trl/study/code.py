@@ -27,7 +27,6 @@ NEVER_LOADED = (
             "command",
             "comparisons",
             "credit_figure",
-            "curves",
             "figures",
             "recordings",
             "report",
