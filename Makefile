@@ -113,9 +113,8 @@ format: $(STAMP)  ## fix what lint can fix
 study-quick: $(STAMP)  ## compare two algorithms in a few minutes: does the study work?
 	$(BIN)/sapo-trl study run --config trainer_configs/study/quick.yaml $(ARGS)
 
-study: $(STAMP)  ## reproduce docs/results.md (more than two hours on two cores)
-	$(BIN)/sapo-trl study run --config trainer_configs/study/granularity.yaml --report docs/results.md \
-		--figures benchmarks/results/granularity $(ARGS)
+study: $(STAMP)  ## run the decisive study: about 11 core-hours; the same command continues it
+	$(BIN)/sapo-trl study run --config trainer_configs/study/decisive.yaml $(ARGS)
 
 bench: $(STAMP)  ## time the segment operations against a loop
 	$(BIN)/python benchmarks/segment_ops.py

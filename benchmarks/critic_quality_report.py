@@ -11,7 +11,7 @@ import numpy as np
 from critic_lessons import LEARNED, TASKS
 
 from sapo_trl.plots import new_figure
-from sapo_trl.study.statistics import paired_difference
+from sapo_trl.study.statistics import blocked_contrast
 
 
 PASSES = 2
@@ -131,8 +131,13 @@ def _cell(scores: dict[int, float], others: dict[int, float] | None = None, scal
 
 def interval(scores: dict[int, float], others: dict[int, float] | None = None) -> tuple[float, float, float]:
     """The mean over seeds, or the mean paired difference, with Student's 95 % interval."""
-    found = paired_difference(scores, dict.fromkeys(scores, 0.0) if others is None else others)
-    return found.interval.value, found.t_low, found.t_high
+    # Pairs are right here: critics of a seed learn from the same responses.
+    others = dict.fromkeys(scores, 0.0) if others is None else others
+    differences = [score - others[seed] for seed, score in scores.items() if seed in others]
+    if len(differences) < 2:
+        return float(np.mean(differences)), np.nan, np.nan
+    found = blocked_contrast([(1.0, {0: differences})]).interval
+    return found.value, found.low, found.high
 
 
 def draw(path: Path, results: Results) -> None:

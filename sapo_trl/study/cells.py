@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..json_files import NUMBER, check_shape
 from ..presets import preset_settings
@@ -21,8 +21,15 @@ CELL_NAME = "cell.json"
 _COSTS = ("seconds", "cpu_seconds", "completions", "optimizer_steps", "rollout_tokens", "sampled_tokens")
 _RESULT = {"measure": str, "environment": dict, **dict.fromkeys(_COSTS, NUMBER)}
 """Required fields of every `result.json`."""
-_ACCURACY = dict.fromkeys(("accuracy", "greedy_accuracy"), NUMBER)
+_ACCURACY = dict.fromkeys(("accuracy", "log_odds", "complete", "correct"), NUMBER)
 """Further required fields if the accuracy was measured."""
+
+
+class Choice(NamedTuple):
+    """Tuned settings: a learning rate, and one of the arm's further choices."""
+
+    learning_rate: float
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Cell:
         """
         Fingerprint of the run's settings, including its preset's settings, and of its initial policy. If settings
         change, the study repeats the affected runs. Other code of this package is not part of the fingerprint. For
-        this reason the report names the commits of its runs.
+        this reason the report names the code of its runs.
         """
         content = asdict(self)
         content["preset"] = preset_settings(self.arm.preset)
@@ -81,7 +88,8 @@ class Cell:
         content["policy"] = fingerprint(self.policy)
         for name in ("arm_name", "task_name"):  # names do not change the run
             del content[name]
-        for name in ("tuned_as", "lora_rank"):  # `tuned_as` does not change the run, and the cell has its own rank
+        # The cell has its own rate and rank, and the chosen settings are among the arm's.
+        for name in ("tuned_as", "learning_rate", "choices", "lora_rank"):
             del content["arm"][name]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
@@ -93,8 +101,9 @@ class Cell:
     @property
     def unmarked_name(self) -> str:
         """The name without the fingerprint."""
-        kind = self.split if self.measure == "accuracy" else "gradients"
-        return f"{kind}-{self.task_name}-{self.arm_name}-seed{self.seed}-lr{self.learning_rate:g}"
+        kind = self.split if self.measure == "accuracy" else self.measure.partition("_")[0]
+        where = f"{self.task_name}-world{self.task.world}"
+        return f"{kind}-{where}-{self.arm_name}-seed{self.seed}-lr{self.learning_rate:g}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -113,34 +122,42 @@ def tuning_cells(study: StudyConfig) -> list[Cell]:
     """The tuning runs."""
     arms = _tuned_arms(study)
     return [
-        _cell(study, arm, study.tuning.task, seed, learning_rate, "tune")
+        _cell(study, arm, study.tuning.task, world, seed, Choice(learning_rate, settings), "tune")
         for seed in study.tuning.seeds
+        for world in study.tuning.worlds or [study.tasks[study.tuning.task].world]
         for arm in arms
         for learning_rate in study.tuning.learning_rate
+        for settings in study.arms[arm].choices or [{}]
     ]
 
 
-def comparison_cells(study: StudyConfig, learning_rates: dict[str, float]) -> list[Cell]:
+def comparison_cells(study: StudyConfig, chosen: Mapping[str, Choice]) -> list[Cell]:
     """
     The runs of the comparisons, seed by seed. A study that is stopped early then has some runs of every arm.
 
     Args:
         study ([`StudyConfig`]): the study.
-        learning_rates (`dict[str, float]`): the chosen learning rate of each tuned arm.
+        chosen (`Mapping[str, Choice]`): the choice of each tuned arm.
     """
     cells = {}
     seeds = sorted({seed for experiment in study.experiments.values() for seed in experiment.seeds})
     for seed in seeds:
         for experiment in study.experiments.values():
             for task in experiment.tasks:
-                for arm in experiment.arms:
-                    if seed in experiment.seeds:
-                        learning_rate = learning_rates[study.arms[arm].tuned_as or arm]
-                        if experiment.measure == "gradient_variance":
-                            learning_rate = 0.0  # the policy does not change
-                        cell = _cell(study, arm, task, seed, learning_rate, "test", experiment.measure)
-                        cells.setdefault(cell.name, cell)  # two experiments may share a run
+                for world in experiment.worlds or [study.tasks[task].world]:
+                    for arm in experiment.arms:
+                        if seed in experiment.seeds:
+                            choice = _choice_of(study, arm, chosen)
+                            if experiment.measure != "accuracy":
+                                choice = choice._replace(learning_rate=0.0)  # the policy does not change
+                            cell = _cell(study, arm, task, world, seed, choice, "test", experiment.measure)
+                            cells.setdefault(cell.name, cell)  # two experiments may share a run
     return list(cells.values())
+
+
+def _choice_of(study: StudyConfig, arm: str, chosen: Mapping[str, Choice]) -> Choice:
+    fixed = study.arms[arm].learning_rate
+    return Choice(fixed, {}) if fixed is not None else chosen[study.arms[arm].tuned_as or arm]
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -159,17 +176,28 @@ def result_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _cell(
-    study: StudyConfig, arm: str, task: str, seed: int, learning_rate: float, split: str, measure: str = "accuracy"
+    study: StudyConfig,
+    arm: str,
+    task: str,
+    world: int,
+    seed: int,
+    choice: Choice,
+    split: str,
+    measure: str = "accuracy",
 ) -> Cell:
     records, own_rank = study.records, study.arms[arm].lora_rank
     recorded = split == "test" and measure == "accuracy" and seed in records.seeds and arm in (records.arms or [arm])
+    is_valued = arm in (records.valued_arms or [arm])
+    records = replace(
+        records, seeds=[], arms=[], valued_arms=[], continuations=records.continuations if is_valued else 0
+    )
     return Cell(
         arm_name=arm,
-        arm=study.arms[arm],
+        arm=replace(study.arms[arm], settings={**study.arms[arm].settings, **choice.settings}),
         task_name=task,
-        task=study.tasks[task],
+        task=replace(study.tasks[task], world=world),
         seed=seed,
-        learning_rate=learning_rate,
+        learning_rate=choice.learning_rate,
         budget=study.budget,
         settings=study.settings,
         model=study.model,
@@ -177,13 +205,13 @@ def _cell(
         warm_start=study.warm_start,
         split=split,
         measure=measure,
-        records=replace(records, seeds=[], arms=[]) if recorded else None,
+        records=records if recorded else None,
     )
 
 
 def _tuned_arms(study: StudyConfig) -> list[str]:
     needed = _ordered(arm for experiment in study.experiments.values() for arm in experiment.arms)
-    return _ordered(study.arms[arm].tuned_as or arm for arm in needed)
+    return [arm for arm in _ordered(study.arms[arm].tuned_as or arm for arm in needed) if study.arms[arm].is_tuned]
 
 
 def _ordered(names: Iterator[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A study's experiments as tables of numbers: accuracies, paired differences to the baseline, verdicts, costs."""
+"""A study's experiments as tables of numbers. They explore: nothing here is tested."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .config import Experiment, StudyConfig
-from .results import StudyResults
-from .statistics import adjusted_p_values, mean_interval, paired_difference
+from .results import StudyResults, scores_by_world
+from .statistics import blocked_contrast, median_interval
 
 
-SIGNIFICANCE = 0.05
 COSTS = ("completions", "optimizer_steps", "rollout_tokens", "sampled_tokens", "cpu_seconds")
 
 
@@ -27,9 +26,11 @@ class Comparison:
         experiment ([`Experiment`]): the experiment.
         task (`str`): the task.
         table (`pd.DataFrame`):
-            one row per arm with finished runs, the best first: `arm`, `seeds`, `accuracy` with its bootstrap interval
-            (`low`, `high`), `greedy_accuracy`, `difference` with Student's interval (`t_low`, `t_high`), `p_value`,
-            `p_adjusted`, `failed` (runs that diverged) and the mean costs.
+            one row per arm with finished runs, the best first: `arm`, `runs`, the mean `log_odds` and
+            `reading_log_odds`, each with the ends of its Student interval (`_low`, `_high`; NaN without two runs in
+            each world), the median `accuracy` with its ends (NaN with fewer than six runs), `mean_accuracy`,
+            `lost_form` and `failed` (numbers of runs), `difference` in log-odds to the study's baseline with its ends
+            (NaN unless both have the same worlds), and the mean costs.
     """
 
     name: str
@@ -39,84 +40,56 @@ class Comparison:
 
 
 def comparisons(study: StudyConfig, results: StudyResults) -> list[Comparison]:
-    """
-    Every comparison of a study with finished runs.
-
-    P-values are adjusted for the number of all comparisons of the study. A comparison in several experiments counts
-    once.
-
-    Args:
-        study ([`StudyConfig`]): the study.
-        results ([`StudyResults`]): its finished runs.
-
-    Returns:
-        `list[Comparison]`: in the order of the study.
-    """
+    """Every experiment and task with finished runs, in the order of the study."""
     found = []
     for name, experiment in study.experiments.items():
         if experiment.measure == "accuracy":
             for task in experiment.tasks:
-                table = _table(results, task, experiment.arms, study.baseline, experiment.seeds)
+                table = _table(results, experiment, task, study.baseline)
                 if not table.empty:
                     found.append(Comparison(name, experiment, task, table))
-    p_values = {}
-    for comparison in found:
-        for _, row in comparison.table.iterrows():
-            p_values[_key(comparison, row)] = row["p_value"]
-    adjusted = dict(zip(p_values, adjusted_p_values(list(p_values.values())), strict=True))
-    for comparison in found:
-        comparison.table["p_adjusted"] = [adjusted[_key(comparison, row)] for _, row in comparison.table.iterrows()]
     return found
 
 
-def verdict(row: pd.Series) -> str:
-    """
-    The verdict on a comparison's arm: `"better"`, `"worse"`, `"not significant"`, `"not tested"` (a single pair of
-    runs, or equal differences in all pairs), or `""` if there is no run to compare with.
-    """
-    if math.isnan(row["difference"]):
-        return ""
-    if math.isnan(row["p_adjusted"]):
-        return "not tested"
-    if row["p_adjusted"] >= SIGNIFICANCE:
-        return "not significant"
-    return "better" if row["difference"] > 0 else "worse"
-
-
-def _key(comparison: Comparison, row: pd.Series) -> tuple:
-    return comparison.task, row["arm"], tuple(comparison.experiment.seeds)
-
-
-def _table(results: StudyResults, task: str, arms: Sequence[str], baseline: str, seeds: Sequence[int]) -> pd.DataFrame:
-    reference = results.scores(task, baseline, seeds)
+def _table(results: StudyResults, experiment: Experiment, task: str, baseline: str) -> pd.DataFrame:
+    reference = scores_by_world(results.runs_of(experiment, task, [baseline]), "log_odds")
     rows = []
-    for arm in arms:
-        scores = results.scores(task, arm, seeds)
-        if not scores:
+    for arm in experiment.arms:
+        runs = results.runs_of(experiment, task, [arm])
+        if runs.empty:
             continue
-        accuracy = mean_interval(list(scores.values()))
-        greedy = results.scores(task, arm, seeds, "greedy_accuracy")
+        accuracy = median_interval(runs["accuracy"])
+        ours = scores_by_world(runs, "log_odds")
         row = {
             "arm": arm,
-            "seeds": len(scores),
+            "runs": len(runs),
+            **_interval("log_odds", [(1.0, ours)]),
+            **_interval("reading_log_odds", [(1.0, scores_by_world(runs, "reading_log_odds"))]),
             "accuracy": accuracy.value,
-            "low": accuracy.low,
-            "high": accuracy.high,
-            "greedy_accuracy": sum(greedy.values()) / len(greedy),
-            **dict.fromkeys(("difference", "t_low", "t_high", "p_value"), math.nan),
-            "failed": sum(failed is not None for failed in results.scores(task, arm, seeds, "failed").values()),
+            "accuracy_low": accuracy.low,
+            "accuracy_high": accuracy.high,
+            "mean_accuracy": runs["accuracy"].mean(),
+            "lost_form": int(runs["lost_form"].sum()),
+            "failed": int(runs["failed"].notna().sum()),
+            **_interval("difference", [(1.0, ours), (-1.0, reference)] if arm != baseline else []),
+            **{column: runs[column].mean() for column in COSTS},
         }
-        if arm != baseline and scores.keys() & reference.keys():
-            difference = paired_difference(scores, reference)
-            row |= {
-                "difference": difference.interval.value,
-                "t_low": difference.t_low,
-                "t_high": difference.t_high,
-                "p_value": difference.p_value,
-            }
-        for column in COSTS:
-            costs = results.scores(task, arm, seeds, column)
-            row[column] = sum(costs.values()) / len(costs)
         rows.append(row)
     table = pd.DataFrame(rows)
-    return table if table.empty else table.sort_values("accuracy", ascending=False, ignore_index=True, kind="stable")
+    return table if table.empty else table.sort_values("log_odds", ascending=False, ignore_index=True, kind="stable")
+
+
+def _interval(name: str, cells: Sequence) -> dict[str, float]:
+    """The contrast with the ends of its interval; NaN if there are too few runs, or none to compare with."""
+    names = (name, f"{name}_low", f"{name}_high")
+    if not cells or any(scores.keys() != cells[0][1].keys() for _, scores in cells):
+        return dict.fromkeys(names, math.nan)
+    if any(len(row) < 2 for _, scores in cells for row in scores.values()):
+        value = sum(weight * _mean(scores) for weight, scores in cells)
+        return dict(zip(names, (value, math.nan, math.nan), strict=True))
+    interval = blocked_contrast(cells).interval
+    return dict(zip(names, (interval.value, interval.low, interval.high), strict=True))
+
+
+def _mean(scores: dict[int, list[float]]) -> float:
+    return sum(sum(row) / len(row) for row in scores.values()) / len(scores)

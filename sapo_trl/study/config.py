@@ -12,10 +12,11 @@ import yaml
 from ..config import SAPOConfig
 from ..names import nearest_name
 from ..presets import PRESETS
+from .preregistration import Preregistered, RegisteredTest
 from .task import ModelSize, TaskConfig, WarmStartConfig
 
 
-SEGMENTERS = ("none", "random_cuts", "noisy", "oracle_decisions")
+SEGMENTERS = ("none", "random_cuts", "noisy", "oracle_decisions", "line_pairs")
 # Settings that the study itself decides, for all arms alike.
 FIXED_SETTINGS = (
     "output_dir",
@@ -33,7 +34,7 @@ FIXED_SETTINGS = (
     "report_to",
     "disable_tqdm",
 )
-MEASURES = ("accuracy", "gradient_variance")
+MEASURES = ("accuracy", "gradient_variance", "credit")
 
 Section = TypeVar("Section")
 
@@ -49,10 +50,17 @@ class Arm:
         segmenter (`str`, *optional*, defaults to `"none"`):
             `"none"`: the segmenter of the settings (`segmentation: newline` is the task's true steps).
             `"random_cuts"`: as many cuts as that segmenter makes, anywhere. `"noisy"`: its cuts, with a share of them
-            moved. `"oracle_decisions"`: cuts right after each true decision.
+            moved. `"oracle_decisions"`: cuts right after each true decision. `"line_pairs"`: cuts after every second
+            line.
         boundary_noise (`float`, *optional*, defaults to `0.0`): share of moved cuts, in [0, 1].
         tuned_as (`str`, *optional*):
             the arm whose tuned settings this arm takes: for variants of an algorithm. By default it is tuned itself.
+        learning_rate (`float`, *optional*): a fixed rate, for an arm that is not tuned.
+        choices (`list[dict]`, *optional*):
+            further settings to tune, such as `[{epsilon: 0.003}, {epsilon: 0.03}]`. Each choice is combined with
+            every learning rate of the grid.
+        centred (`bool`, *optional*, defaults to `False`):
+            whether the mean advantage at each position of the response is subtracted: a guard against lost form.
         samples (`int`, *optional*, defaults to `1`):
             multiple of the study's responses in each rollout: the paper gives GRPO eight times SAPO's.
         lora_rank (`int`, *optional*): rank to use instead of the study's.
@@ -63,13 +71,23 @@ class Arm:
     segmenter: str = "none"
     boundary_noise: float = 0.0
     tuned_as: str | None = None
+    learning_rate: float | None = None
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    centred: bool = False
     samples: int = 1
     lora_rank: int | None = None
 
     def __post_init__(self):
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} does not exist.{nearest_name(self.preset, PRESETS)}")
-        _check_settings(self.settings)
+        for settings in (self.settings, *self.choices):
+            if not isinstance(settings, Mapping):
+                raise ValueError(f"choices: {settings!r} must be a mapping from settings to their values.")
+            _check_settings(settings)
+        if self.learning_rate is not None:
+            _check_rate(self.learning_rate)
+        if (self.tuned_as is not None) + (self.learning_rate is not None) + bool(self.choices) > 1:
+            raise ValueError("Give only one of `tuned_as`, `learning_rate` and `choices`: they contradict each other.")
         if self.segmenter not in SEGMENTERS:
             raise ValueError(f"segmenter={self.segmenter!r} must be one of {', '.join(SEGMENTERS)}.")
         if not 0.0 <= self.boundary_noise <= 1.0:
@@ -80,20 +98,28 @@ class Arm:
             raise ValueError(f"samples={self.samples} must be at least 1.")
         _check_lora_rank(self.lora_rank)
 
+    @property
+    def is_tuned(self) -> bool:
+        return self.tuned_as is None and self.learning_rate is None
+
 
 @dataclass(frozen=True)
 class Experiment:
     """
-    Runs of some arms on some tasks with some seeds.
+    Runs of some arms on some tasks, in some worlds, with some seeds.
 
     Args:
         tasks (`list[str]`): names of tasks.
         arms (`list[str]`): names of arms.
-        seeds (`list[int]`): seeds of the runs. A seed decides the order of problems and the sampling.
+        seeds (`list[int]`): seeds of the runs in each world. A seed decides the order of problems and the sampling.
+        worlds (`list[int]`, *optional*):
+            worlds of each task: their signs have other meanings, and the policy another warm start. They are the
+            blocks of the comparison. By default the task's own world.
         question (`str`, *optional*): the experiment's question, for the report.
         measure (`str`, *optional*, defaults to `"accuracy"`):
-            `"accuracy"`: accuracy after training. `"gradient_variance"`: variance of gradients at the warm-started
-            policy, which does not change while a learned critic learns.
+            `"accuracy"`: accuracy and log-odds after training. `"gradient_variance"`: variance of gradients at the
+            warm-started policy, which does not change while a learned critic learns. `"credit"`: the advantages of
+            the same responses to twenty problems, again with the warm-started policy.
         axis (`dict[str, float]`, *optional*): a number for each arm, if arms differ by a number. Drawn as a curve.
         axis_label (`str`, *optional*): name of the number.
     """
@@ -101,6 +127,7 @@ class Experiment:
     tasks: list[str]
     arms: list[str]
     seeds: list[int]
+    worlds: list[int] = field(default_factory=list)
     question: str = ""
     measure: str = "accuracy"
     axis: dict[str, float] = field(default_factory=dict)
@@ -117,6 +144,8 @@ class Experiment:
             values = getattr(self, name)
             if not values:
                 raise ValueError(f"{name} is empty: name at least one.")
+        for name in ("tasks", "arms", "seeds", "worlds"):
+            values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(f"{name}={values} names something twice.")
 
@@ -155,21 +184,19 @@ class Tuning:
         learning_rate (`list[float]`): the grid. The critic's learning rate is in the arms' settings.
         seeds (`list[int]`): seeds of the tuning runs; none may be a seed of an experiment.
         task (`str`): the task of the tuning runs.
+        worlds (`list[int]`, *optional*): worlds of the tuning runs, with every seed; by default the task's own.
     """
 
     learning_rate: list[float]
     seeds: list[int]
     task: str
+    worlds: list[int] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.learning_rate or not self.seeds:
             raise ValueError("learning_rate and seeds must name at least one value each.")
         for rate in self.learning_rate:
-            if not isinstance(rate, float) or rate <= 0:
-                raise ValueError(
-                    f"learning_rate={rate!r} must be a positive number with a decimal point, such as 1.0e-4 (1e-4 is "
-                    "text to YAML)."
-                )
+            _check_rate(rate)
 
 
 @dataclass(frozen=True)
@@ -178,8 +205,9 @@ class Records:
     Recordings of some runs for the analyses.
 
     Args:
-        seeds (`list[int]`, *optional*): seeds whose runs are recorded; by default none.
+        seeds (`list[int]`, *optional*): seeds whose runs are recorded, in every world; by default none.
         arms (`list[str]`, *optional*): arms whose runs are recorded; by default all.
+        valued_arms (`list[str]`, *optional*): recorded arms whose critic is tested; by default all.
         every (`int`, *optional*, defaults to `10`): every so many rollouts, the first one included.
         responses (`int`, *optional*, defaults to `32`): responses of a recorded rollout.
         valued_responses (`int`, *optional*, defaults to `8`): responses among them on which a learned critic is
@@ -190,45 +218,11 @@ class Records:
 
     seeds: list[int] = field(default_factory=list)
     arms: list[str] = field(default_factory=list)
+    valued_arms: list[str] = field(default_factory=list)
     every: int = 10
     responses: int = 32
     valued_responses: int = 8
     continuations: int = 0
-
-
-@dataclass(frozen=True)
-class Qualification:
-    """
-    Conditions for a task that may compare algorithms: exact credit improves accuracy, and a critic can learn values.
-
-    Args:
-        task (`str`): the task.
-        seeds (`list[int]`): seeds of the runs.
-        exact (`str`): the arm with exact (Monte-Carlo) values.
-        controls (`list[str]`): arms without credit inside a response. The exact arm must beat them.
-        critics (`list[str]`):
-            arms with a critic. At least one critic must explain Monte-Carlo values, in recorded runs.
-        looks (`int`, *optional*, defaults to `1`):
-            number of times that this was tested, with more seeds each time. The tests' level is divided by it.
-        note (`str`, *optional*): remark on the looks, for the report.
-    """
-
-    task: str
-    seeds: list[int]
-    exact: str
-    controls: list[str]
-    critics: list[str]
-    looks: int = 1
-    note: str = ""
-
-    def __post_init__(self):
-        if not isinstance(self.looks, int) or self.looks < 1:
-            raise ValueError(f"looks={self.looks!r} must be a whole number of at least 1.")
-        if not isinstance(self.note, str):
-            raise ValueError(f"note={self.note!r} must be a text.")
-        for name in ("seeds", "controls", "critics"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty: name at least one.")
 
 
 @dataclass(frozen=True)
@@ -249,7 +243,10 @@ class StudyConfig:
         lora_rank (`int`): rank of the policy's adapters; `0` trains all weights.
         warm_start (`dict`): further settings of [`~sapo_trl.study.task.WarmStartConfig`].
         baseline (`str`): the arm to compare with.
-        qualification ([`Qualification`], *optional*): conditions on the task, which the report tests first.
+        preregistered ([`Preregistered`], *optional*): the tests that the report may call verdicts.
+        seconds (`dict[str, float]`, *optional*):
+            CPU seconds of a run of an arm, of any `other` arm and of a `warm_start`, as measured: for the estimate
+            before a study starts.
     """
 
     name: str
@@ -264,14 +261,19 @@ class StudyConfig:
     lora_rank: int = 0
     warm_start: dict[str, Any] = field(default_factory=dict)
     baseline: str = "sapo"
-    qualification: Qualification | None = None
+    preregistered: Preregistered = field(default_factory=Preregistered)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         _check_settings(self.settings)
         _check_lora_rank(self.lora_rank)
-        for name in self.records.arms:
-            _check_name("records.arms", name, self.arms)
-        self._check_qualification()
+        for section in ("arms", "valued_arms"):
+            for name in getattr(self.records, section):
+                _check_name(f"records.{section}", name, self.arms)
+        for name in self.seconds:
+            _check_name("seconds", name, [*self.arms, "other", "warm_start"])
+        for name, test in self.preregistered.tests.items():
+            self._check_test(f"preregistered.tests.{name}", test)
         for name in self.warm_start:
             _check_name("warm_start", name, {f.name for f in fields(WarmStartConfig)} - {"task", "size"})
         _check_name("baseline", self.baseline, self.arms)
@@ -279,7 +281,7 @@ class StudyConfig:
         for name, arm in self.arms.items():
             if arm.tuned_as is not None:
                 _check_name(f"arms.{name}.tuned_as", arm.tuned_as, self.arms)
-                if self.arms[arm.tuned_as].tuned_as is not None:
+                if not self.arms[arm.tuned_as].is_tuned:
                     raise ValueError(f"arms.{name}.tuned_as={arm.tuned_as!r} is not tuned itself.")
         for name, experiment in self.experiments.items():
             for task in experiment.tasks:
@@ -293,25 +295,19 @@ class StudyConfig:
                     "runs that are compared."
                 )
 
-    def _check_qualification(self) -> None:
-        wanted = self.qualification
-        if wanted is None:
-            return
-        _check_name("qualification.task", wanted.task, self.tasks)
-        for arm in (wanted.exact, *wanted.controls, *wanted.critics):
-            _check_name("qualification", arm, self.arms)
-            missing = [
-                seed
-                for seed in wanted.seeds
-                if not any(
-                    wanted.task in e.tasks and arm in e.arms and seed in e.seeds and e.measure == "accuracy"
-                    for e in self.experiments.values()
-                )
-            ]
-            if missing:
-                raise ValueError(
-                    f"qualification: no experiment runs {arm!r} on {wanted.task!r} with the seeds {missing}."
-                )
+    def _check_test(self, where: str, test: RegisteredTest) -> None:
+        _check_name(f"{where}.experiment", test.experiment, self.experiments)
+        experiment = self.experiments[test.experiment]
+        if experiment.measure != "accuracy":
+            raise ValueError(f"{where}.experiment={test.experiment!r} measures no accuracy.")
+        if test.test != "fisher" and len(experiment.seeds) < 2:
+            raise ValueError(
+                f"{where}: {test.experiment!r} needs two seeds or more, to see the spread within a world."
+            )
+        for name in test.contrast:
+            cell = test.cell(name, experiment.tasks)
+            _check_name(where, cell.task, experiment.tasks)
+            _check_name(where, cell.arm, experiment.arms)
 
 
 def load_study(path: str | Path) -> StudyConfig:
@@ -339,7 +335,7 @@ def load_study(path: str | Path) -> StudyConfig:
         ("budget", Budget),
         ("records", Records),
         ("model", ModelSize),
-        ("qualification", Qualification),
+        ("preregistered", Preregistered),
     ):
         if name in content:
             sections[name] = _build(kind, content.pop(name), name)
@@ -362,6 +358,14 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         _check_name("settings", name, [f.name for f in fields(SAPOConfig)])
         if name in FIXED_SETTINGS:
             raise ValueError(f"settings: {name!r} is decided by the study (budget, tuning, seeds) for all arms alike.")
+
+
+def _check_rate(rate: Any) -> None:
+    if not isinstance(rate, float) or rate <= 0:
+        raise ValueError(
+            f"learning_rate={rate!r} must be a positive number with a decimal point, such as 1.0e-4 (1e-4 is text to "
+            "YAML)."
+        )
 
 
 def _check_lora_rank(rank: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The study's figures, each with its data in a CSV file. Arms differ by line style and marker, not only by colour."""
+"""The study's figures, each with its data in a CSV file. Everything differs by marker and line, not only by colour."""
 
 from __future__ import annotations
 
@@ -11,180 +11,191 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..plots import curve_styles, new_figure
-from .results import StudyResults, metrics_of
-from .statistics import mean_interval
+from .comparisons import Comparison
+from .results import metrics_of
+from .verdicts import CANNOT_TELL, HELD, NOT_HELD, Verdict
 
 
-_GRID = 40
-"""Number of points on the common axis for runs with unequal steps."""
-MOST_BANDS = 7
-"""Largest number of arms in a panel with bands. The bands of more arms would be indistinguishable."""
+MOST_CURVES = 5
+"""Largest number of curves in a panel."""
+_MARKS = {HELD: ("o", "black"), NOT_HELD: ("s", "white"), CANNOT_TELL: ("X", "#999999")}
 
 
-def styles(names: Sequence[str]) -> dict[str, dict]:
-    """A style for each name."""
-    looks = (look | {"markersize": 4, "linewidth": 1.4} for look in curve_styles(len(names)))
-    return dict(zip(names, looks, strict=True))
-
-
-def training_curves(
-    results: StudyResults,
-    task: str,
-    arms: Sequence[str],
-    seeds: Sequence[int],
-    columns: dict[str, str],
-    x: str = "completions",
-) -> pd.DataFrame:
+def plot_effects(path: Path, found: Sequence[Verdict]) -> None:
     """
-    The logs of some arms' runs, on a common axis, smoothed over a twentieth of training.
-
-    Args:
-        results ([`StudyResults`]): the runs.
-        task (`str`): the task.
-        arms (`Sequence[str]`): arms; some may have no run.
-        seeds (`Sequence[int]`): seeds; some may have no run.
-        columns (`dict[str, str]`): logged names and their titles.
-        x (`str`, *optional*, defaults to `"completions"`): `"completions"` or `"cpu_seconds"`.
-
-    Returns:
-        `pd.DataFrame`: `arm`, `seed`, the axis and the columns (NaN where a run logs none).
-    """
-    tables = [pd.DataFrame(columns=["arm", "seed", x, *columns.values()])]
-    for _, run in results.runs_of(task, arms, seeds).iterrows():
-        metrics = metrics_of(run)
-        if metrics.empty:  # the run failed at once
-            continue
-        window = max(len(metrics) // 20, 1)
-        grid = np.linspace(0, metrics[x].iloc[-1], _GRID)
-        table = pd.DataFrame({"arm": run["arm"], "seed": run["seed"], x: grid})
-        for name, label in columns.items():
-            logged = metrics.dropna(subset=[name]) if name in metrics else metrics.iloc[:0]
-            if logged.empty:
-                table[label] = np.nan
-                continue
-            # A quantity that is measured now and then keeps its points and is not smoothed.
-            smooth = logged[name].rolling(window if len(logged) == len(metrics) else 1, 1, center=True).mean()
-            table[label] = np.interp(grid, logged[x], smooth, left=np.nan, right=np.nan)
-        tables.append(table)
-    return pd.concat(tables[1:] or tables, ignore_index=True)
-
-
-def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, arms: Sequence[str], title: str) -> None:
-    """
-    Draw one panel per column of [`training_curves`]: the mean over seeds with its bootstrap band. A single seed has no
-    band, and a panel with too many arms has none.
-    """
-    columns = [name for name in curves.columns if name not in ("arm", "seed", x)]
-    figure = new_figure(5.2 * len(columns) + 1.8, 4.0)
-    panels = figure.subplots(1, len(columns), squeeze=False)[0]
-    style = styles(arms)
-    for panel, column in zip(panels, columns, strict=True):
-        for arm in arms:
-            of_arm = curves[curves["arm"] == arm].dropna(subset=[column])
-            if of_arm.empty:
-                continue
-            # On the time axis, runs of an arm differ in length. The mean ends with the shortest run.
-            end = of_arm.groupby("seed")[x].max().min()
-            grid = np.linspace(of_arm.groupby("seed")[x].min().max(), end, _GRID)
-            rows = np.stack([np.interp(grid, run[x], run[column]) for _, run in of_arm.groupby("seed")])
-            panel.plot(grid, rows.mean(axis=0), markevery=6, label=arm, **style[arm])
-            if len(rows) > 1 and len(arms) <= MOST_BANDS:
-                bands = [mean_interval(rows[:, i]) for i in range(_GRID)]
-                panel.fill_between(
-                    grid, [b.low for b in bands], [b.high for b in bands], color=style[arm]["color"], alpha=0.12, lw=0
-                )
-        panel.set(xlabel=x_label, ylabel=column)
-        if "explained variance" in column:
-            panel.set_ylim(-1, 1)  # a critic that has not learned yet can be at minus several hundred
-        panel.grid(alpha=0.3)
-    figure.suptitle(title)
-    _legend(figure, panels)
-    _save(figure, path, curves)
-
-
-def plot_differences(path: Path, data: pd.DataFrame, x: str, baseline: str) -> None:
-    """
-    Draw the differences of arms to the baseline over a dial of the task, with Student's 95 % intervals.
+    Draw the effects of the preregistered tests with their intervals, beside the smallest effect that would matter.
 
     Args:
         path (`Path`): PNG to write.
-        data (`pd.DataFrame`): `arm`, the dial, `difference`, `t_low` and `t_high` (NaN without an interval).
-        x (`str`): column of the dial.
-        baseline (`str`): the arm to compare with.
+        found (`Sequence[Verdict]`): verdicts with an effect.
     """
-    figure = new_figure(6.5, 4.2)
+    kinds = {
+        "difference in log-odds": [v for v in found if v.test.measure.endswith("log_odds")],
+        "difference in accuracy, or in the share of runs": [v for v in found if not v.test.measure.endswith("odds")],
+    }
+    kinds = {label: rows for label, rows in kinds.items() if rows}
+    figure = new_figure(8.5, 1.2 * len(kinds) + 0.42 * len(found) + 0.6)
+    panels = figure.subplots(len(kinds), 1, squeeze=False, height_ratios=[len(rows) + 1 for rows in kinds.values()])
+    data = []
+    for panel, (label, rows) in zip(panels[:, 0], kinds.items(), strict=True):
+        for position, one in enumerate(rows):
+            marker, face = _MARKS[one.verdict]
+            smallest = one.test.smallest * (-1 if one.test.side == "less" else 1)
+            effect = one.effect
+            errors = [[effect.value - effect.low], [effect.high - effect.value]]
+            panel.errorbar(effect.value, position, xerr=errors, color="black", capsize=3, fmt="none", linewidth=1)
+            panel.plot(effect.value, position, marker, color="black", markerfacecolor=face, markersize=8)
+            panel.plot(smallest, position, "|", color="black", markersize=14, markeredgewidth=2)
+            row = {"test": one.name, "measure": one.test.measure, "effect": effect.value, "low": effect.low}
+            data.append(row | {"high": effect.high, "smallest": smallest, "verdict": one.verdict})
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set_yticks(range(len(rows)), [one.name for one in rows])
+        panel.set_ylim(len(rows) - 0.5, -0.5)
+        panel.set_xlabel(label)
+        panel.grid(axis="x", alpha=0.3)
+    handles = [
+        panels[0, 0].plot([], [], marker, color="black", markerfacecolor=face, linestyle="none", label=name)[0]
+        for name, (marker, face) in _MARKS.items()
+    ]
+    handles += panels[0, 0].plot([], [], "|", color="black", markersize=12, linestyle="none", label="smallest effect")
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    _save(figure, path, pd.DataFrame(data))
+
+
+def plot_runs(path: Path, comparison: Comparison, runs: pd.DataFrame, column: str, label: str) -> None:
+    """
+    Draw every run as a point, with the mean of each arm and its Student interval below. Crosses are runs that lost
+    their form.
+
+    Args:
+        path (`Path`): PNG to write.
+        comparison ([`Comparison`]): the arms, from the top.
+        runs (`pd.DataFrame`): their runs.
+        column (`str`): column of a run's measure and of the comparison's mean.
+        label (`str`): of the axis.
+    """
+    table = comparison.table
+    figure = new_figure(7.0, 0.45 * len(table) + 1.7)
     panel = figure.add_subplot()
-    arms = list(dict.fromkeys(data["arm"]))
-    style = styles(arms)
-    spread = data[x].max() - data[x].min() or 1
-    for arm, offset in zip(arms, np.linspace(-0.015, 0.015, len(arms)) * spread, strict=True):
-        of_arm = data[data["arm"] == arm]
-        errors = [of_arm["difference"] - of_arm["t_low"], of_arm["t_high"] - of_arm["difference"]]
-        panel.errorbar(of_arm[x] + offset, of_arm["difference"], errors, capsize=3, label=arm, **style[arm])
-    panel.axhline(0, color="black", linewidth=0.8)
-    panel.set(xlabel=x, ylabel=f"accuracy minus {baseline}'s")
-    panel.set_xticks(sorted(set(data[x])))
-    panel.grid(alpha=0.3)
-    _legend(figure, [panel])
-    _save(figure, path, data)
+    for position, row in table.iterrows():
+        of_arm = runs[runs["arm"] == row["arm"]]
+        for lost, marker in ((False, "o"), (True, "x")):
+            scores = of_arm.loc[of_arm["lost_form"] == lost, column]
+            face = {"facecolors": "none", "edgecolors": "#555555"} if marker == "o" else {"color": "#555555"}
+            panel.scatter(scores, [position - 0.12] * len(scores), s=20, marker=marker, linewidths=1, **face)
+        errors = np.nan_to_num([[row[column] - row[f"{column}_low"]], [row[f"{column}_high"] - row[column]]])
+        panel.errorbar(row[column], position + 0.22, xerr=errors, fmt="D", color="black", capsize=3, markersize=5)
+    panel.set_yticks(range(len(table)), table["arm"])
+    panel.set_ylim(len(table) - 0.4, -0.6)
+    panel.set(xlabel=f"{label}: runs (○, lost form ×), mean (◆)", title=f"{comparison.name}, {comparison.task}")
+    panel.grid(axis="x", alpha=0.3)
+    _save(figure, path, runs[["arm", "world", "seed", column, "lost_form"]])
 
 
-def plot_axis(path: Path, data: pd.DataFrame, x: str) -> None:
+def plot_axis(path: Path, runs: pd.DataFrame, x: str, column: str, label: str) -> None:
     """
-    Draw the accuracy over a number that varies between arms: every run, and the means with their bootstrap intervals.
+    Draw a measure over a number that varies between arms: every run, and the medians.
 
     Args:
         path (`Path`): PNG to write.
-        data (`pd.DataFrame`): `arm`, `seed`, `accuracy` and the number.
+        runs (`pd.DataFrame`): `arm`, `world`, `seed`, the number and the measure.
         x (`str`): column of the number.
+        column (`str`): column of the measure.
+        label (`str`): of the measure.
     """
     figure = new_figure(6.0, 4.0)
     panel = figure.add_subplot()
-    means = {number: mean_interval(of_number) for number, of_number in data.groupby(x)["accuracy"]}
-    values = [interval.value for interval in means.values()]
-    errors = [
-        [interval.value - interval.low for interval in means.values()],
-        [interval.high - interval.value for interval in means.values()],
-    ]
-    panel.scatter(data[x], data["accuracy"], s=18, facecolors="none", edgecolors="#555555", label="one run")
-    panel.errorbar(list(means), values, errors, fmt="D-", color="black", capsize=3, markersize=5, label="mean")
-    panel.set(xlabel=x, ylabel="accuracy")
+    panel.scatter(runs[x], runs[column], s=18, facecolors="none", edgecolors="#555555", label="one run")
+    medians = runs.groupby(x)[column].median()
+    panel.plot(medians.index, medians, "D-", color="black", markersize=5, label="median")
+    panel.set(xlabel=x, ylabel=label)
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=9)
-    _save(figure, path, data)
+    _save(figure, path, runs)
 
 
-def plot_accuracies(path: Path, runs: pd.DataFrame, arms: Sequence[str], title: str) -> None:
+def training_curves(runs: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     """
-    Draw every run as a point, with the mean of each arm and its bootstrap interval beside it.
+    The logs of some runs.
+
+    Args:
+        runs (`pd.DataFrame`): the runs.
+        columns (`dict[str, str]`): logged names and their titles.
+
+    Returns:
+        `pd.DataFrame`: one row per rollout: `arm`, `world`, `seed`, `rollout`, `step`, `completions`, and the columns
+        (NaN where a run logs none). A run that diverged has rewards of 0 in the rollouts that it lacks.
+    """
+    tables = []
+    for _, run in runs.iterrows():
+        metrics = metrics_of(run)
+        table = metrics.reindex(columns=["completions", *columns]).rename(columns=columns)
+        table.insert(0, "rollout", range(len(table)))
+        table["step"] = run["optimizer_steps"] / max(len(table), 1) * table["rollout"]
+        tables.append(table.assign(arm=run["arm"], world=run["world"], seed=run["seed"], failed=run["failed"]))
+    curves = pd.concat(tables, ignore_index=True)
+    last = curves["rollout"].max()
+    padding = []
+    for (_, _, _), of_run in curves.groupby(["arm", "world", "seed"], sort=False):
+        end = of_run.iloc[-1]
+        if isinstance(end["failed"], str) and end["rollout"] < last:
+            step, size = (end[name] / max(end["rollout"], 1) for name in ("step", "completions"))
+            for rollout in range(int(end["rollout"]) + 1, int(last) + 1):
+                row = {"rollout": rollout, "step": rollout * step, "completions": rollout * size}
+                row |= {columns["reward"]: 0.0} if "reward" in columns else {}
+                padding.append(row | {name: end[name] for name in ("arm", "world", "seed")})
+    return pd.concat([curves, pd.DataFrame(padding)], ignore_index=True).drop(columns="failed")
+
+
+def plot_curves(path: Path, curves: pd.DataFrame, x: str, x_label: str, groups: Sequence[Sequence[str]]) -> None:
+    """
+    Draw the medians over runs, one row of panels per group of arms and one column per measure.
+
+    A median needs half of the runs: it does not follow the few that broke, and no curve ends where one run ended.
 
     Args:
         path (`Path`): PNG to write.
-        runs (`pd.DataFrame`): `arm`, `seed` and `accuracy`.
-        arms (`Sequence[str]`): arms that have runs, from the top.
-        title (`str`): above the axes.
+        curves (`pd.DataFrame`): from [`training_curves`].
+        x (`str`): `"step"` or `"completions"`.
+        x_label (`str`): of the axis.
+        groups (`Sequence[Sequence[str]]`): arms of each row of panels, from [`groups_of`].
     """
-    figure = new_figure(7.0, 0.42 * len(arms) + 1.6)
-    panel = figure.add_subplot()
-    for position, arm in enumerate(arms):
-        scores = runs.loc[runs["arm"] == arm, "accuracy"]
-        interval = mean_interval(scores)
-        errors = [[interval.value - interval.low], [interval.high - interval.value]]
-        panel.scatter(scores, [position] * len(scores), s=18, facecolors="none", edgecolors="#555555")
-        panel.errorbar(interval.value, position + 0.22, xerr=errors, fmt="D", color="black", capsize=3, markersize=5)
-    panel.set_yticks(range(len(arms)), arms)
-    panel.invert_yaxis()
-    panel.set(xlabel="accuracy", title=title)
-    panel.grid(axis="x", alpha=0.3)
-    _save(figure, path, runs[["arm", "seed", "accuracy"]])
+    keys = ("arm", "world", "seed", "rollout", "step", "completions")
+    columns = [name for name in curves.columns if name not in keys]
+    medians = curves.groupby(["arm", "rollout"])[[x, *columns]].median().reset_index()
+    figure = new_figure(4.6 * len(columns) + 2.0, 3.1 * len(groups) + 0.4)
+    panels = figure.subplots(len(groups), len(columns), squeeze=False, sharex=True, sharey="col")
+    for row, arms in zip(panels, groups, strict=True):
+        style = dict(zip(arms, curve_styles(len(arms)), strict=True))
+        for panel, column in zip(row, columns, strict=True):
+            for place, arm in enumerate(arms):
+                of_arm = medians[medians["arm"] == arm].dropna(subset=[column])
+                every = (place % 4, 4) if len(of_arm) > 8 else 1  # markers beside one another, not on top
+                look = {"markevery": every, "markersize": 5, "linewidth": 1.3, **style[arm]}
+                panel.plot(of_arm[x], of_arm[column], label=arm, **look)
+            panel.set_ylabel(column)
+            if "explained variance" in column:
+                panel.set_ylim(-1, 1)
+            panel.grid(alpha=0.3)
+        row[-1].legend(*_handles(row), loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+    for panel in panels[-1]:
+        panel.set_xlabel(x_label)
+    _save(figure, path, medians)
 
 
-def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+def groups_of(arms: Sequence[str], baseline: str) -> list[list[str]]:
+    """Arms in groups of at most [`MOST_CURVES`], the baseline in each."""
+    first = [baseline] if baseline in arms else []
+    others = [arm for arm in arms if arm != baseline]
+    size = MOST_CURVES - len(first)
+    return [[*first, *others[i : i + size]] for i in range(0, len(others), size)] or [first]
+
+
+def _handles(panels: Sequence[Axes]) -> tuple[list, list]:
     entries = {}
     for panel in panels:  # an arm may be in some of them only
         entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    if entries:
-        figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False, fontsize=9)
+    return list(entries.values()), list(entries)
 
 
 def _save(figure: Figure, path: Path, data: pd.DataFrame) -> None:

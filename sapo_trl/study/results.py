@@ -12,14 +12,17 @@ import pandas as pd
 
 from ..json_files import read_json_lines
 from ..metric_names import with_present_names
-from .cells import Cell, comparison_cells, result_of, tuning_cells
-from .config import StudyConfig
+from .cells import Cell, Choice, comparison_cells, result_of, tuning_cells
+from .config import Experiment, StudyConfig
 from .run_cell import METRICS_NAME
 from .runner import CELLS_FOLDER
-from .tuning import chosen_learning_rates, tuning_table
+from .tuning import chosen_settings, tuning_table
 
 
 logger = logging.getLogger(__name__)
+
+COMPLETE = 0.5
+"""A run whose share of complete responses is below this has lost its form."""
 
 
 @dataclass(frozen=True)
@@ -29,40 +32,41 @@ class StudyResults:
 
     Args:
         runs (`pd.DataFrame`):
-            one row per finished comparison run: the content of its `result.json`, its arm's `samples`, its `folder`.
+            one row per finished comparison run: the content of its `result.json`, its arm's `samples`, its `folder`,
+            `own_world`, the world of its task in the study's file, and `lost_form`: whether fewer than half of its
+            responses have all steps.
         tuning (`pd.DataFrame`): one row per tuning run.
-        learning_rates (`dict[str, float]`): the chosen learning rates, by tuned arm.
+        chosen (`dict[str, Choice]`): the chosen settings, by tuned arm.
         missing (`list[str]`): names of the runs that are not finished.
+        output_dir (`Path`): the study's folder.
     """
 
     runs: pd.DataFrame
     tuning: pd.DataFrame
-    learning_rates: dict[str, float]
+    chosen: dict[str, Choice]
     missing: list[str]
+    output_dir: Path
 
-    def scores(
-        self, task: str, arm: str, seeds: Collection[int] | None = None, column: str = "accuracy"
-    ) -> dict[int, Any]:
+    def runs_of(self, experiment: Experiment, task: str, arms: Collection[str] | None = None) -> pd.DataFrame:
         """
-        One result of an arm's run on a task, for each seed.
+        An experiment's finished runs on one of its tasks, if their accuracy was measured.
 
         Args:
-            task (`str`): the task.
-            arm (`str`): the arm.
-            seeds (`Collection[int]`, *optional*): seeds of an experiment; by default all seeds with a finished run.
-            column (`str`, *optional*, defaults to `"accuracy"`): column to read.
-
-        Returns:
-            `dict[int, Any]`: by seed; empty without a finished run.
+            experiment ([`Experiment`]): the experiment.
+            task (`str`): one of its tasks.
+            arms (`Collection[str]`, *optional*): arms; by default all of the experiment.
         """
-        chosen = self.runs_of(task, [arm], seeds)
-        return {} if chosen.empty else dict(zip(chosen["seed"], chosen[column], strict=True))
-
-    def runs_of(self, task: str, arms: Collection[str], seeds: Collection[int] | None = None) -> pd.DataFrame:
-        """The finished runs of some arms on a task, if their accuracy was measured."""
         runs = self.runs
-        is_chosen = (runs["task"] == task) & runs["arm"].isin(arms) & (runs["measure"] == "accuracy")
-        return runs[is_chosen & (True if seeds is None else runs["seed"].isin(seeds))]
+        chosen = (runs["task"] == task) & runs["arm"].isin(experiment.arms if arms is None else arms)
+        chosen &= (runs["measure"] == "accuracy") & runs["seed"].isin(experiment.seeds)
+        # Without worlds in the experiment it is the task's own one; other experiments may have more.
+        chosen &= runs["world"].isin(experiment.worlds) if experiment.worlds else runs["world"] == runs["own_world"]
+        return runs[chosen]
+
+
+def scores_by_world(runs: pd.DataFrame, column: str) -> dict[int, list]:
+    """A column of some runs, by world, in the order of seeds."""
+    return {int(world): of_world[column].tolist() for world, of_world in runs.sort_values("seed").groupby("world")}
 
 
 def load_results(study: StudyConfig, output_dir: str | Path) -> StudyResults:
@@ -84,17 +88,20 @@ def load_results(study: StudyConfig, output_dir: str | Path) -> StudyResults:
             f"{len(open_runs)} of {len(tuning)} tuning runs are not finished in {str(output_dir)!r}, for example "
             f"{open_runs[0]!r}: run the study first, or again to continue it."
         )
-    learning_rates = chosen_learning_rates(tuning)
+    choices = {name: arm.choices for name, arm in study.arms.items()}
+    chosen = chosen_settings(tuning, choices)
     rows, missing = [], []
-    for cell in comparison_cells(study, learning_rates):
+    for cell in comparison_cells(study, chosen):
         result = result_of(cells_dir / cell.name)
         if result is None:
             missing.append(cell.name)
         else:
-            rows.append(_row(cell, result, cells_dir / cell.name))
+            own_world = study.tasks[cell.task_name].world
+            rows.append({**_row(cell, result, cells_dir / cell.name), "own_world": own_world})
     if not rows:
         raise ValueError(f"No comparison run is finished in {str(output_dir)!r}: run the study again to continue it.")
-    return StudyResults(pd.DataFrame(rows), tuning_table(tuning), learning_rates, missing)
+    table = tuning_table(tuning, choices) if tuning else pd.DataFrame()
+    return StudyResults(pd.DataFrame(rows), table, chosen, missing, Path(output_dir))
 
 
 def metrics_of(run: pd.Series) -> pd.DataFrame:
@@ -111,5 +118,7 @@ def metrics_of(run: pd.Series) -> pd.DataFrame:
 
 def _row(cell: Cell, result: dict[str, Any], folder: Path) -> dict[str, Any]:
     # The names are the cell's: a result may have been edited.
-    own = {"arm": cell.arm_name, "task": cell.task_name, "seed": cell.seed}
-    return {**result, **own, "samples": cell.arm.samples, "folder": str(folder)}
+    own = {"arm": cell.arm_name, "task": cell.task_name, "world": cell.task.world, "seed": cell.seed}
+    lost_form = {"lost_form": result["complete"] < COMPLETE} if cell.measure == "accuracy" else {}
+    more = {"samples": cell.arm.samples, "test_problems": cell.budget.test_problems, "folder": str(folder)}
+    return {**result, **own, **lost_form, **more}

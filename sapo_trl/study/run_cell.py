@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -35,12 +36,16 @@ from ..segmentation import NoisyBoundaries, RandomCuts, Segmenter
 from ..trainer import SAPOTrainer
 from ..trainer.setup import make_segmenter
 from .cells import CELL_NAME, RESULT_NAME, Cell
+from .code import PACKAGES, code_fingerprint
+from .credit import GROUP, SHOWN_PROBLEMS, SHOWN_SEED, CreditRecorder
 from .task import (
     OracleSegmenter,
     code_reward,
     evaluate_task,
+    log_odds,
     longest_response,
     make_problems,
+    sample_problems,
     to_task_prompts,
     warm_start,
 )
@@ -49,8 +54,7 @@ from .task import (
 METRICS_NAME = "metrics.jsonl"
 RESPONSES_FOLDER = "responses"
 VALUES_FOLDER = "values"
-_PACKAGES = ("accelerate", "peft", "sapo_trl", "torch", "transformers", "trl")
-# Problems of different seeds overlap only by chance. The evaluation has the same problems for all runs.
+# Problems of different seeds overlap only by chance. The evaluation has the same problems for all runs of a world.
 _EVALUATION_SEED = 7
 # Torch's message about probabilities that are not numbers.
 _SAMPLING_FAILED = "probability tensor contains"
@@ -79,34 +83,43 @@ def run_cell(folder: str | Path, cache_dir: str | Path) -> dict[str, Any]:
     model, processor = auto_class.from_pretrained(checkpoint), load_processor(checkpoint)
 
     args = cell_config(cell, folder / "trainer")
-    prompts = args.max_steps // args.num_mini_batches * args.generation_batch_size // args.num_generations
     gradients = GradientVariance() if cell.measure == "gradient_variance" else None
     metrics = _MetricsFile(folder / METRICS_NAME)
-    trainer = SAPOTrainer(
+    callbacks = [metrics, *_recorders(cell, args, folder), *([gradients] if gradients else [])]
+    if cell.measure == "credit":
+        last = args.max_steps - args.num_mini_batches
+        callbacks.append(CreditRecorder(folder, cell.task, model, processor, last))
+    trainer = (CentredTrainer if cell.arm.centred else SAPOTrainer)(
         model,
         code_reward,
         args,
-        to_task_prompts(make_problems(cell.task, prompts, seed=1000 + cell.seed)),
+        _prompts(cell, args),
         processing_class=processor,
         segmenter=cell_segmenter(cell, args),
         peft_config=_adapters(cell),
-        callbacks=[metrics, *_recorders(cell, args, folder), *([gradients] if gradients else [])],
+        callbacks=callbacks,
     )
     clock, failed = _TrainingClock(), None
     try:
         trainer.train()
         cpu_seconds = clock.read(metrics.rows)
-        measured = asdict(gradients.result()) if gradients else _evaluation(trainer.model, processor, cell)
+        measured = {}
+        if gradients:
+            measured = asdict(gradients.result())
+        elif cell.measure == "accuracy":
+            measured = _evaluation(trainer.model, processor, cell)
     except (FloatingPointError, RuntimeError) as error:
         if not isinstance(error, FloatingPointError) and _SAMPLING_FAILED not in str(error):
             raise
         # A diverged policy is a result of the study, not an error. Its accuracy is 0.
         cpu_seconds = clock.read(metrics.rows)
-        failed, measured = str(error), {"accuracy": 0.0, "greedy_accuracy": 0.0}
+        failed, measured = str(error), {"accuracy": 0.0, "complete": 0.0, "correct": 0}
+        measured |= _log_odds(trainer.model, processor, cell)
     result = {
         "arm": cell.arm_name,
         "preset": cell.arm.preset,
         "task": cell.task_name,
+        "world": cell.task.world,
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
         "split": cell.split,
@@ -131,25 +144,37 @@ def cell_config(cell: Cell, output_dir: Path) -> SAPOConfig:
     budget = cell.budget
     responses = budget.responses * cell.arm.samples
     settings = {**cell.settings, **cell.arm.settings}
+    rollouts, mini_batches = budget.rollouts, budget.mini_batches
+    critic = {"critic": "separate", **preset_settings(cell.arm.preset), **settings}["critic"]
     if cell.measure == "gradient_variance":
         settings["max_grad_norm"] = 0.0
-        if {"critic": "separate", **preset_settings(cell.arm.preset), **settings}["critic"] in LEARNED_CRITICS:
+        if critic in LEARNED_CRITICS:
             # At first only the critic learns, without gradients of the policy. The measurement has a trained critic.
             settings["critic_warmup_steps"] = budget.rollouts * budget.mini_batches // 2
+    elif cell.measure == "credit":
+        responses = SHOWN_PROBLEMS * GROUP
+        # A critic has learned from as many responses as in a run, in steps of nearly the same size.
+        mini_batches = max(
+            n
+            for n in range(1, responses + 1)
+            if responses % n == 0 and n * budget.responses <= responses * mini_batches
+        )
+        rollouts = 1 + (round(budget.rollouts * budget.responses / responses) if critic in LEARNED_CRITICS else 0)
+        settings |= {"num_generations": GROUP, "shuffle_dataset": False}
     return SAPOConfig.from_preset(
         cell.arm.preset,
         **settings,
         output_dir=str(output_dir),
         learning_rate=cell.learning_rate,
         seed=cell.seed,
-        max_steps=budget.rollouts * budget.mini_batches,
-        num_mini_batches=budget.mini_batches,
-        per_device_train_batch_size=responses // budget.mini_batches,
+        max_steps=rollouts * mini_batches,
+        num_mini_batches=mini_batches,
+        per_device_train_batch_size=responses // mini_batches,
         max_completion_length=longest_response(cell.task),
         gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
-        logging_steps=budget.mini_batches,
+        logging_steps=mini_batches,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -162,9 +187,30 @@ def cell_segmenter(cell: Cell, args: SAPOConfig) -> Segmenter | None:
         return RandomCuts(make_segmenter(args), seed=cell.seed)
     if cell.arm.segmenter == "noisy":
         return NoisyBoundaries(make_segmenter(args), cell.arm.boundary_noise, seed=cell.seed)
-    if cell.arm.segmenter == "oracle_decisions":
-        return OracleSegmenter("decisions")
+    if cell.arm.segmenter in ("oracle_decisions", "line_pairs"):
+        return OracleSegmenter(cell.arm.segmenter.removeprefix("oracle_"))
     return None
+
+
+class CentredTrainer(SAPOTrainer):
+    """A trainer whose advantages have mean 0 at each position, so that none pushes tokens that all responses share."""
+
+    def estimate_advantages(self, token_rewards, values, segments, batch):
+        advantages, returns = super().estimate_advantages(token_rewards, values, segments, batch)
+        mean = torch.where(segments.mask, advantages, 0).sum(0) / segments.mask.sum(0).clamp(min=1)
+        return torch.where(segments.mask, advantages - mean, 0), returns
+
+
+def _prompts(cell: Cell, args: SAPOConfig) -> datasets.Dataset:
+    """The problems to train on. Of a measurement of credit the last ones are shown, in order."""
+    count = args.max_steps // args.num_mini_batches * args.generation_batch_size // args.num_generations
+    if cell.measure == "credit":
+        shown = make_problems(cell.task, SHOWN_PROBLEMS, seed=SHOWN_SEED)
+        if count > SHOWN_PROBLEMS:
+            others = make_problems(cell.task, count - SHOWN_PROBLEMS, seed=1000 + cell.seed)
+            shown = datasets.concatenate_datasets([others, shown])
+        return to_task_prompts(shown)
+    return to_task_prompts(make_problems(cell.task, count, seed=1000 + cell.seed))
 
 
 def _adapters(cell: Cell) -> LoraConfig | None:
@@ -173,16 +219,17 @@ def _adapters(cell: Cell) -> LoraConfig | None:
 
 
 def environment() -> dict[str, Any]:
-    """Commit and versions of the run."""
+    """Commit, fingerprint of the code, and versions of the run."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     return {
         "commit": commit or None,
+        "code": code_fingerprint(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        **{name: version(name) for name in _PACKAGES},
+        **{name: version(name) for name in ("sapo_trl", *PACKAGES)},
     }
 
 
@@ -248,20 +295,26 @@ def _costs(log_history: list[dict[str, float]], args: SAPOConfig) -> dict[str, f
 
 
 def _evaluation(model: PreTrainedModel, processor: Any, cell: Cell) -> dict[str, Any]:
-    problems = cell.budget.test_problems
-    sampled, greedy = (
-        evaluate_task(
-            model, processor, cell.task, problems, split=cell.split, temperature=temperature, seed=_EVALUATION_SEED
-        )
-        for temperature in (1.0, 0.0)
-    )
+    problems, seed = cell.budget.test_problems, _EVALUATION_SEED + cell.task.world
+    found = evaluate_task(model, processor, cell.task, problems, split=cell.split, seed=seed)
     return {
-        "accuracy": sampled.accuracy,
-        "greedy_accuracy": greedy.accuracy,
-        "right_decisions": sampled.right_decisions,
-        "right_decisions_at_gate": sampled.at_gate,
-        "complete": sampled.complete,
+        "accuracy": found.accuracy,
+        "correct": sum(found.correct),
+        "right_decisions": found.right_decisions,
+        "right_decisions_at_gate": found.at_gate,
+        "well_read": found.well_read,
+        "complete": found.complete,
+        **_log_odds(model, processor, cell),
     }
+
+
+def _log_odds(model: PreTrainedModel, processor: Any, cell: Cell) -> dict[str, float]:
+    seed = _EVALUATION_SEED + cell.task.world
+    problems = sample_problems(cell.task, cell.budget.test_problems, split=cell.split, seed=seed)
+    found = log_odds(model, processor, cell.task, problems, seed=seed)
+    # A policy whose probabilities are no numbers knows nothing: it is counted as one that guesses.
+    guesses = {"log_odds": (found.decisions, 1 / 3), "reading_log_odds": (found.readings, 1 / 8)}
+    return {name: x.mean().nan_to_num(math.log(odds)).item() for name, (x, odds) in guesses.items()}
 
 
 def _end_with_parent(alive: Connection) -> None:

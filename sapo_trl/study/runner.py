@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -19,11 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ..files import write_text
 from ..folder_lock import locked
-from .cells import CELL_NAME, RESULT_NAME, Cell, comparison_cells, result_of, tuning_cells
+from .cells import CELL_NAME, RESULT_NAME, Cell, Choice, comparison_cells, result_of, tuning_cells
+from .code import code_fingerprint
 from .config import StudyConfig
+from .preregistration import freeze
 from .run_cell import be_quiet_and_small, cell_config, run_cell_process
-from .task.warm_start import warm_start
-from .tuning import chosen_learning_rates
+from .task.warm_start import warm_start, warm_start_folder
+from .tuning import chosen_settings
 
 
 LOG_NAME = "log.txt"
@@ -75,15 +78,18 @@ def run_study(
     cells_dir = Path(output_dir) / CELLS_FOLDER
     cells_dir.mkdir(parents=True, exist_ok=True)
     with locked(output_dir, "runs a study"):
+        freeze(study, output_dir)
         _run(study, cells_dir, cache_dir, jobs, console or Console())
 
 
 def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, console: Console) -> None:
     tuning = tuning_cells(study)
     # The tuned settings do not change the number of runs, and hardly change their time.
-    guess = dict.fromkeys([cell.arm_name for cell in tuning], study.tuning.learning_rate[0])
+    guess = dict.fromkeys([cell.arm_name for cell in tuning], Choice(study.tuning.learning_rate[0], {}))
     expected = [*tuning, *comparison_cells(study, guess)]
     _check_settings(expected, cells_dir)
+    console.print(estimate(study, expected, cells_dir, cache_dir, jobs), soft_wrap=True, markup=False, highlight=False)
+    _say_other_code(cells_dir, console)
     processes = _process_context()
     with Progress(
         TextColumn("{task.description:<22}"),
@@ -97,10 +103,65 @@ def _run(study: StudyConfig, cells_dir: Path, cache_dir: str | Path, jobs: int, 
         show = _Progress(progress, len(expected), jobs, cells_dir)
         _say_what_is_unused(tuning, cells_dir, console)
         _run_cells(processes, tuning, cells_dir, cache_dir, jobs, show, later=expected[len(tuning) :])
-        rates = chosen_learning_rates((cell, result_of(cells_dir / cell.name)) for cell in tuning)
-        compared = comparison_cells(study, rates)
+        choices = {name: arm.choices for name, arm in study.arms.items()}
+        chosen = chosen_settings(((cell, result_of(cells_dir / cell.name)) for cell in tuning), choices)
+        compared = comparison_cells(study, chosen)
         _say_what_is_unused(compared, cells_dir, console)
         _run_cells(processes, compared, cells_dir, cache_dir, jobs, show, later=[])
+
+
+def estimate(study: StudyConfig, cells: list[Cell], cells_dir: Path, cache_dir: str | Path, jobs: int) -> str:
+    """
+    How long a study's missing runs take, from the `seconds` in its file.
+
+    Args:
+        study ([`StudyConfig`]): the study.
+        cells (`list[Cell]`): all its runs. Tuned settings may still be a guess, so finished runs are counted by name
+            and seed alone.
+        cells_dir (`Path`): folder of its runs.
+        cache_dir (`str` or `Path`): folder of finished warm starts.
+        jobs (`int`): runs at a time.
+
+    Returns:
+        `str`: a sentence.
+    """
+
+    def known(name: str) -> str:
+        return name.rpartition("-lr")[0]
+
+    folders = [folder.name for folder in cells_dir.iterdir() if (folder / RESULT_NAME).is_file()]
+    # A tuning run's rate is known; a comparison's is a guess until the tuning is finished.
+    finished, likely = set(folders), {known(name) for name in folders}
+    missing = [c for c in cells if c.name not in finished and (c.split == "tune" or known(c.name) not in likely)]
+    policies = {c.policy: None for c in missing}
+    starts = sum(not warm_start_folder(cache_dir, policy).exists() for policy in policies)
+    text = f"{len(cells)} runs, {len(cells) - len(missing)} of them finished, and {starts} warm starts to make."
+    if not study.seconds or not missing:
+        return text
+    other = study.seconds.get("other", 0.0)
+    seconds = sum(study.seconds.get(cell.arm_name, other) for cell in missing)
+    seconds += starts * study.seconds.get("warm_start", 0.0)
+    hours = seconds / 3600
+    return (
+        f"{text} By the seconds in the study's file this takes {hours:.1f} core-hours, {hours / jobs:.1f} hours here."
+    )
+
+
+def _say_other_code(cells_dir: Path, console: Console) -> None:
+    found = set()
+    for folder in sorted(cells_dir.iterdir()):
+        with contextlib.suppress(ValueError):  # a result of another version is no run of this study
+            result = result_of(folder)
+            found |= {result["environment"].get("code")} if result is not None else set()
+    others = found - {code_fingerprint()}
+    if others:
+        console.print(
+            f"Some finished runs in {cells_dir} were made by other code than this ({code_fingerprint()}): "
+            f"{', '.join(sorted(map(str, others)))}. They are used. For runs of one code, begin in an empty folder.",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
 
 
 def unused_runs(cells: list[Cell], cells_dir: Path) -> list[str]:

@@ -1,170 +1,208 @@
-"""Statistics of a handful of seeds: intervals, paired differences, and comparisons over tasks."""
+"""
+Statistics of a study's runs.
+
+Runs are compared without pairs. A run's seed decides the order of problems and the sampling, and after a few rollouts
+runs of equal seeds have nothing in common. Runs of one world share the policy and the problems that they start from:
+worlds are blocks, and every comparison is made within them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import stats
 
-from ..statistics import Interval, percentile_interval
+from ..statistics import Interval, wilson_interval
 
 
-RESAMPLES = 10_000
+Scores = Mapping[int, Sequence[float]]
+"""The scores of some runs, by block."""
+Side = Literal["two", "greater", "less"]
 
 
 @dataclass(frozen=True)
-class Difference:
+class Contrast:
     """
-    A paired difference.
+    A weighted sum of means.
 
     Args:
-        interval ([`Interval`]): the mean difference with its bootstrap interval.
-        t_low (`float`): lower end of Student's interval; NaN with one pair, or with equal differences.
-        t_high (`float`): its upper end.
-        p_value (`float`): two-sided paired t-test; NaN with one pair, or with equal differences that are not 0.
-        rank_p_value (`float`): Wilcoxon's signed-rank test, in which a broken run has no more weight than others.
-        pairs (`int`): number of pairs.
+        interval ([`~sapo_trl.statistics.Interval`]): the sum with its interval.
+        error (`float`): its standard error.
+        freedom (`float`): degrees of freedom.
     """
 
     interval: Interval
-    t_low: float
-    t_high: float
-    p_value: float
-    rank_p_value: float
-    pairs: int
+    error: float
+    freedom: float
+
+    def p_value(self, side: Side) -> float:
+        """The p-value of a test against 0."""
+        if self.error == 0:  # scores without any spread: there is nothing to test against
+            return 1.0 if self.interval.value == 0 else float("nan")
+        return _tail(self.interval.value / self.error, self.freedom, side)
 
 
-def mean_interval(scores: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
+def blocked_contrast(cells: Sequence[tuple[float, Scores]], confidence: float = 0.95) -> Contrast:
     """
-    The mean over seeds with its percentile-bootstrap interval.
+    A weighted sum of cells' means, with a Student interval in which every cell and block has its own variance.
 
-    A bootstrap of few samples is too narrow: with five normal samples the 95 % interval covers the mean about 83 % of
-    the time. Therefore decisions rest on [`paired_difference`]'s Student interval.
+    A cell's mean is the mean of its blocks' means. Degrees of freedom are Welch's and Satterthwaite's. The interval is
+    about these blocks: it does not generalise to other worlds.
 
     Args:
-        scores (`Sequence[float]`): one per seed.
+        cells (`Sequence[tuple[float, Scores]]`): each cell's weight and its scores.
         confidence (`float`, *optional*, defaults to `0.95`): in (0, 1).
-        seed (`int`, *optional*, defaults to `0`): of the resampling.
 
     Returns:
-        [`Interval`]
+        [`Contrast`]. Raises `ValueError` if a block has fewer than two scores, or if cells have other blocks.
     """
-    scores = _checked(scores)
-    return _interval(scores.mean(), _resampled(scores, seed).mean(axis=1), confidence)
+    blocks = sorted(cells[0][1])
+    value, parts = 0.0, []
+    for weight, scores in cells:
+        if sorted(scores) != blocks:
+            raise ValueError(f"Every cell must have the same blocks, got {blocks} and {sorted(scores)}.")
+        for block in blocks:
+            row = _checked(scores[block])
+            if len(row) < 2:
+                raise ValueError(f"Block {block} has {len(row)} score: at least 2 are needed to see their spread.")
+            share = weight / len(blocks)
+            value += share * row.mean()
+            parts.append((share**2 * row.var(ddof=1) / len(row), len(row) - 1))
+    variances, freedoms = np.array(parts, dtype=float).T
+    variance = variances.sum()
+    if variance == 0:
+        return Contrast(Interval(float(value), float(value), float(value)), 0.0, float(freedoms.sum()))
+    freedom = variance**2 / (variances**2 / freedoms).sum()
+    reach = stats.t.ppf((1 + confidence) / 2, freedom) * variance**0.5
+    return Contrast(
+        Interval(float(value), float(value - reach), float(value + reach)), float(variance**0.5), float(freedom)
+    )
 
 
-def paired_difference(
-    scores: Mapping[int, float], baseline: Mapping[int, float], *, confidence: float = 0.95, seed: int = 0
-) -> Difference:
+def trend_weights(numbers: Sequence[float]) -> list[float]:
+    """Weights of a contrast of cells' means that is the slope of a straight line over these numbers."""
+    centred = np.asarray(numbers, dtype=float) - np.mean(numbers)
+    if not (centred != 0).any():
+        raise ValueError(f"A trend needs different numbers, got {list(numbers)}.")
+    return (centred / (centred**2).sum()).tolist()
+
+
+def permutation_p_value(ours: Mapping[int, Sequence[int]], theirs: Mapping[int, Sequence[int]], side: Side) -> float:
     """
-    Difference between two algorithms from the same start, seed by seed.
+    The exact permutation test of a difference between two cells of counts, with labels exchanged within blocks.
+
+    All permutations are counted, none is drawn: sums of counts are whole numbers, so that a table of the number of
+    ways to reach each sum is enough.
 
     Args:
-        scores (`Mapping[int, float]`): score of each seed.
-        baseline (`Mapping[int, float]`): scores of the other algorithm. Seeds without both scores are left out.
-        confidence (`float`, *optional*, defaults to `0.95`): in (0, 1).
-        seed (`int`, *optional*, defaults to `0`): of the resampling.
+        ours (`Mapping[int, Sequence[int]]`): counts of right answers, by block.
+        theirs (`Mapping[int, Sequence[int]]`): the same of the other cell.
+        side (`str`): `"two"`, `"greater"` (ours is larger) or `"less"`.
 
     Returns:
-        [`Difference`]: of `scores - baseline`. Raises `ValueError` if they share no seed.
+        `float`. Raises `ValueError` unless all blocks of both cells have the same number of counts.
     """
-    shared = sorted(scores.keys() & baseline.keys())
-    if not shared:
-        raise ValueError(f"No seed is in both: {sorted(scores)} and {sorted(baseline)}.")
-    differences = np.array([scores[key] - baseline[key] for key in shared])
-    interval = mean_interval(differences, confidence=confidence, seed=seed)
-    if len(shared) < 2:
-        return Difference(interval, np.nan, np.nan, np.nan, np.nan, len(shared))
-    if np.ptp(differences) == 0:
-        # Scores are shares of a few hundred problems, so ties happen. Then there is no spread to test against.
-        p_value = 1.0 if differences[0] == 0 else np.nan
-        return Difference(interval, np.nan, np.nan, p_value, p_value, len(shared))
-    test = stats.ttest_1samp(differences, 0.0)
-    low, high = test.confidence_interval(confidence)
-    rank_p_value = stats.wilcoxon(differences).pvalue
-    return Difference(interval, float(low), float(high), float(test.pvalue), float(rank_p_value), len(shared))
+    sizes = {len(row) for row in (*ours.values(), *theirs.values())}
+    if ours.keys() != theirs.keys() or len(sizes) != 1:
+        raise ValueError("A permutation test within blocks needs equally many runs of both cells in every block.")
+    (size,) = sizes
+    ways = np.ones(1)
+    for block, row in ours.items():
+        ways = np.convolve(ways, _ways([*row, *theirs[block]], size))
+    chances = ways / ways.sum()
+    sums = np.arange(len(ways))
+    found, middle = sum(map(sum, ours.values())), (chances * sums).sum()
+    if side == "greater":
+        extreme = sums >= found
+    elif side == "less":
+        extreme = sums <= found
+    else:
+        extreme = np.abs(sums - middle) >= abs(found - middle) - 1e-6
+    return float(min(chances[extreme].sum(), 1.0))
 
 
-def adjusted_p_values(p_values: Sequence[float]) -> list[float]:
+def _ways(counts: Sequence[int], size: int) -> np.ndarray:
+    """Number of ways to choose `size` of the counts, by their sum."""
+    if any(count < 0 or count != int(count) for count in counts):
+        raise ValueError(f"Counts must be whole numbers from 0 on, got {list(counts)}.")
+    ways = np.zeros((size + 1, int(sum(counts)) + 1))
+    ways[0, 0] = 1
+    for count in map(int, counts):
+        for chosen in range(size, 0, -1):
+            ways[chosen, count:] += ways[chosen - 1, : ways.shape[1] - count]
+    return ways[size]
+
+
+def share_difference(ours: tuple[int, int], theirs: tuple[int, int], confidence: float = 0.95) -> Interval:
     """
-    P-values of several comparisons, adjusted for their number (Benjamini and Hochberg); NaN stays NaN.
+    Difference of two shares with Newcombe's interval, which is made from Wilson's and stays inside [-1, 1].
 
     Args:
-        p_values (`Sequence[float]`): in [0, 1].
+        ours (`tuple[int, int]`): successes and trials.
+        theirs (`tuple[int, int]`): the same of the other cell.
+        confidence (`float`, *optional*, defaults to `0.95`): in (0, 1).
     """
-    p_values = np.asarray(p_values, dtype=float)
-    adjusted = np.full_like(p_values, np.nan)
-    known = ~np.isnan(p_values)
-    if known.any():
-        adjusted[known] = stats.false_discovery_control(p_values[known])
+    (p, low, high), (q, q_low, q_high) = (_wilson(*pair, confidence) for pair in (ours, theirs))
+    value = p - q
+    below, above = ((p - low) ** 2 + (q_high - q) ** 2) ** 0.5, ((high - p) ** 2 + (q - q_low) ** 2) ** 0.5
+    return Interval(value, max(value - below, -1.0), min(value + above, 1.0))
+
+
+def fisher_p_value(ours: tuple[int, int], theirs: tuple[int, int], side: Side) -> float:
+    """Fisher's exact test of two shares, given as successes and trials."""
+    table = [[k, n - k] for k, n in (ours, theirs)]
+    return float(stats.fisher_exact(table, alternative="two-sided" if side == "two" else side).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """
+    P-values of a family of tests, adjusted by Holm's method. A test without a p-value (NaN) counts as 1.
+
+    Args:
+        p_values (`Sequence[float]`): in [0, 1], or NaN.
+    """
+    known = np.nan_to_num(np.asarray(p_values, dtype=float), nan=1.0)
+    order = np.argsort(known, kind="stable")
+    adjusted = np.empty_like(known)
+    factors = np.arange(len(known), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(known[order] * factors), 1.0)
     return adjusted.tolist()
 
 
-def interquartile_mean(scores: Mapping[str, Sequence[float]], *, confidence: float = 0.95, seed: int = 0) -> Interval:
+def median_interval(scores: Sequence[float], confidence: float = 0.95) -> Interval:
     """
-    Mean of the middle half of the scores of all tasks and seeds (https://huggingface.co/papers/2108.13264).
+    The median with the narrowest interval between two of the scores, at the same rank from both ends, that covers the
+    true median at least this often, for any distribution. With fewer than six scores there is none at 95 %: then its
+    ends are NaN.
 
     Args:
-        scores (`Mapping[str, Sequence[float]]`): scores of each task's seeds; as many seeds for each task.
+        scores (`Sequence[float]`): one for each run.
         confidence (`float`, *optional*, defaults to `0.95`): in (0, 1).
-        seed (`int`, *optional*, defaults to `0`): of the resampling, which draws seeds within each task.
-
-    Returns:
-        [`Interval`]
     """
-    table = np.stack([_checked(row) for row in scores.values()])
-    resampled = np.stack([_resampled(row, seed + task) for task, row in enumerate(table)], axis=1)
-    means = stats.trim_mean(resampled.reshape(RESAMPLES, -1), 0.25, axis=1)
-    return _interval(stats.trim_mean(table.ravel(), 0.25), means, confidence)
+    row = np.sort(_checked(scores))
+    count = len(row)
+    rank = int(stats.binom.ppf((1 - confidence) / 2, count, 0.5))
+    while rank > 0 and 2 * stats.binom.cdf(rank - 1, count, 0.5) > 1 - confidence + 1e-12:
+        rank -= 1
+    median = float(np.median(row))
+    if rank < 1:
+        return Interval(median, float("nan"), float("nan"))
+    return Interval(median, float(row[rank - 1]), float(row[count - rank]))
 
 
-def probability_of_improvement(
-    scores: Mapping[str, Sequence[float]],
-    baseline: Mapping[str, Sequence[float]],
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """
-    Probability that a run of one algorithm beats a run of another, averaged over tasks; ties count half.
-
-    It is Mann and Whitney's statistic of each task, as in https://huggingface.co/papers/2108.13264.
-
-    Args:
-        scores (`Mapping[str, Sequence[float]]`): scores of each task's seeds.
-        baseline (`Mapping[str, Sequence[float]]`): scores of the other algorithm. Tasks without both are left out.
-        confidence (`float`, *optional*, defaults to `0.95`): in (0, 1).
-        seed (`int`, *optional*, defaults to `0`): of the resampling, which draws seeds within each task.
-
-    Returns:
-        [`Interval`]: in [0, 1]. Raises `ValueError` if they share no task.
-    """
-    shared = [task for task in scores if task in baseline]
-    if not shared:
-        raise ValueError(f"No task is in both: {sorted(scores)} and {sorted(baseline)}.")
-    estimates, resampled = [], []
-    for index, task in enumerate(shared):
-        ours, theirs = _checked(scores[task]), _checked(baseline[task])
-        estimates.append(_share_of_wins(ours, theirs))
-        resampled.append(_share_of_wins(_resampled(ours, seed + 2 * index), _resampled(theirs, seed + 2 * index + 1)))
-    return _interval(np.mean(estimates), np.mean(resampled, axis=0), confidence)
+def _wilson(successes: int, trials: int, confidence: float) -> tuple[float, float, float]:
+    return successes / trials, *wilson_interval(successes, trials, confidence)
 
 
-def _share_of_wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    pairs = ours[..., :, None] - theirs[..., None, :]
-    return ((pairs > 0) + 0.5 * (pairs == 0)).mean(axis=(-2, -1))
-
-
-def _resampled(scores: np.ndarray, seed: int) -> np.ndarray:
-    """float64 `(RESAMPLES, N)`: the scores drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    return scores[rng.integers(len(scores), size=(RESAMPLES, len(scores)))]
-
-
-def _interval(value: float, resampled: np.ndarray, confidence: float) -> Interval:
-    return Interval(float(value), *map(float, percentile_interval(resampled, confidence)))
+def _tail(statistic: float, freedom: float, side: Side) -> float:
+    if side == "greater":
+        return float(stats.t.sf(statistic, freedom))
+    if side == "less":
+        return float(stats.t.cdf(statistic, freedom))
+    return float(2 * stats.t.sf(abs(statistic), freedom))
 
 
 def _checked(scores: Sequence[float]) -> np.ndarray:

@@ -317,7 +317,7 @@ def test_lines_are_the_steps(tokenizer):
 
 
 def test_unknown_cuts():
-    with pytest.raises(ValueError, match="`cuts` must be one of 'steps', 'decisions', got 'lines'"):
+    with pytest.raises(ValueError, match="`cuts` must be one of 'steps', 'line_pairs', 'decisions', got 'lines'"):
         OracleSegmenter("lines")
 
 

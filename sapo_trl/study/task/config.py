@@ -28,13 +28,18 @@ class TaskConfig:
             Number of words that each free word is drawn from.
         preamble (`int`, *optional*, defaults to `0`):
             Free words in a line before the first step.
+        misread (`float`, *optional*, defaults to `0.0`):
+            Share of the pairs of a cell and a number that the warm-started policy reads as another number. There are
+            36 pairs.
+        reading (`float`, *optional*, defaults to `0.75`):
+            Probability that the policy reads such a pair as it believes. Otherwise it reads the right number.
         reveal_delay (`int`, *optional*, defaults to `0`):
             Steps after which the text says truthfully whether a decision was right. `0`: in the step itself, right
             after the decision. `None`: the text never says it.
         pictures (`bool`, *optional*, defaults to `True`):
             Whether the numbers are in a picture. If not, they are in the prompt's text, and the model is a text model.
         world (`int`, *optional*, defaults to `0`):
-            Seed of the signs' meanings and of the choice of known signs.
+            Seed of the signs' meanings, of the choice of known signs, and of the numbers that are read wrong.
     """
 
     gates: int = 6
@@ -44,6 +49,8 @@ class TaskConfig:
     filler: int = 1
     filler_choices: int = 6
     preamble: int = 0
+    misread: float = 0.0
+    reading: float = 0.75
     reveal_delay: int | None = 0
     pictures: bool = True
     world: int = 0
@@ -56,6 +63,8 @@ class TaskConfig:
         self._check_whole_number("filler", 0, 8)
         self._check_whole_number("filler_choices", 1, len(FILLER_WORDS))
         self._check_whole_number("preamble", 0, 32)
+        self._check_share("misread", 0.0)
+        self._check_share("reading", 0.5)
         if self.reveal_delay is not None:
             self._check_whole_number("reveal_delay", 0, self.gates)
         if not isinstance(self.pictures, bool):

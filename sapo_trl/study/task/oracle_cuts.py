@@ -18,7 +18,7 @@ from .vocabulary import CELLS, LABELS
 _DECISION = re.compile(rf"(?:^|(?<=\n))[{LABELS}] [^\n]*? ([{CELLS}])(?=\d)")
 _STEP_END = re.compile(r"\n")
 
-CUTS = ("steps", "decisions")
+CUTS = ("steps", "line_pairs", "decisions")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class OracleSegmenter:
 
     Args:
         cuts (`str`, *optional*, defaults to `"steps"`):
-            `"steps"`: a segment ends with a step. `"decisions"`: a segment ends with the token that names the chosen
-            cell, so that the next segment begins in the first state that knows the choice.
+            `"steps"`: a segment ends with a step. `"line_pairs"`: a segment ends with every second step.
+            `"decisions"`: a segment ends with the token that names the chosen cell, so that the next segment begins in
+            the first state that knows the choice.
     """
 
     cuts: str = "steps"
@@ -57,9 +58,12 @@ class OracleSegmenter:
 
 
 def border_characters(response: str, cuts: str = "steps") -> list[int]:
-    """The characters of a response that end a step, or that name the chosen cells."""
+    """The characters of a response that end a step, or every second step, or that name the chosen cells."""
+    steps = [match.start() for match in _STEP_END.finditer(response)]
     if cuts == "steps":
-        return [match.start() for match in _STEP_END.finditer(response)]
+        return steps
+    if cuts == "line_pairs":
+        return steps[1::2]
     return [match.start(1) for match in _DECISION.finditer(response)]
 
 

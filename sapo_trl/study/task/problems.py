@@ -64,26 +64,28 @@ class Problem:
 @dataclass(frozen=True)
 class World:
     """
-    The signs' meanings, and the warm-started policy's beliefs about them.
+    The signs' meanings, and the warm-started policy's beliefs about signs and about the numbers in the picture.
 
     Args:
         right (`dict[str, str]`): the cell that a sign means.
         decoy (`dict[str, str]`): the other cell that the warm-started policy considers.
         known (`dict[str, bool]`): whether it thinks the right cell likelier than the decoy.
+        misread (`dict[tuple[str, int], int]`): by cell and number, the other number that the policy reads there.
     """
 
     right: dict[str, str]
     decoy: dict[str, str]
     known: dict[str, bool]
+    misread: dict[tuple[str, int], int]
 
 
 def world_of(config: TaskConfig) -> World:
     """The world of a task. Each pair of a right cell and a decoy is as frequent as any other, up to rounding."""
-    return _world(config.signs, config.known, config.world)
+    return _world(config.signs, config.known, config.world, config.misread)
 
 
 @lru_cache
-def _world(num_signs: int, known: float, seed: int) -> World:
+def _world(num_signs: int, known: float, seed: int, misread: float) -> World:
     rng = random.Random(f"world {seed}")
     pairs = list(itertools.permutations(CELLS, 2))
     signs = rng.sample(SIGNS[:num_signs], num_signs)
@@ -93,7 +95,15 @@ def _world(num_signs: int, known: float, seed: int) -> World:
         right={sign: right for sign, (right, _) in cells.items()},
         decoy={sign: decoy for sign, (_, decoy) in cells.items()},
         known={sign: sign in known_signs for sign in signs},
+        misread=_misread(misread, seed),
     )
+
+
+def _misread(share: float, seed: int) -> dict[tuple[str, int], int]:
+    rng = random.Random(f"reading {seed}")  # of its own: a world's signs do not depend on how it is read
+    pairs = list(itertools.product(CELLS, range(1, 10)))
+    wrong = rng.sample(pairs, round(share * len(pairs)))
+    return {(cell, number): rng.choice([n for n in range(1, 10) if n != number]) for cell, number in wrong}
 
 
 @lru_cache

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .drawing import draw_cells
 from .model import ModelSize, build_model
 from .problems import Problem, Split, question, sample_problems
 from .prompts import encode_prompts
-from .solutions import believed_cells, write_solution
+from .solutions import believed_cells, believed_numbers, write_solution
 from .tokenizer import build_tokenizer
 from .vocabulary import CELLS, FILLER_WORDS
 
@@ -90,7 +90,7 @@ def warm_start(
         `RuntimeError` if the model has not learned the task's form within `max_steps`.
     """
     config = config or WarmStartConfig()
-    folder = Path(cache_dir) / f"study-{fingerprint(config)}"
+    folder = warm_start_folder(cache_dir, config)
     if folder.exists():
         return folder
     processor = build_task_processor(config.task)
@@ -99,6 +99,11 @@ def warm_start(
     train(model, processor, config, on_progress)
     save_once(folder, model, processor, config)
     return folder
+
+
+def warm_start_folder(cache_dir: str | Path, config: WarmStartConfig) -> Path:
+    """Folder of a warm start, finished or not."""
+    return Path(cache_dir) / f"study-{fingerprint(config)}"
 
 
 @lru_cache
@@ -119,7 +124,8 @@ def train(
     task = config.task
     tokenizer = getattr(processor, "tokenizer", processor)
     rng = random.Random(f"warm start {task.world}")
-    validation = _solved_batch(processor, task, VALIDATION_PROBLEMS, rng, split="tune")
+    # The policy should find the number likeliest that it believes to see.
+    validation = _solved_batch(processor, replace(task, reading=1.0), VALIDATION_PROBLEMS, rng, split="tune")
     accuracy, is_reached = imitate(
         model,
         Schedule(config.learning_rate, config.warmup_steps, config.cooldown_steps, config.max_steps),
@@ -144,9 +150,11 @@ def _solved_batch(
     split: Split = "train",
 ) -> dict[str, torch.Tensor]:
     problems = sample_problems(task, n, split=split, seed=rng.getrandbits(48))
-    solutions = [
-        write_solution(task, problem, believed_cells(task, problem, rng=rng), rng=rng) for problem in problems
-    ]
+    solutions = []
+    for problem in problems:
+        cells = believed_cells(task, problem, rng=rng)
+        numbers = believed_numbers(task, problem, cells, rng=rng)
+        solutions.append(write_solution(task, problem, cells, rng=rng, numbers=numbers))
     return encode_solutions(processor, task, problems, solutions, rng=rng)
 
 
