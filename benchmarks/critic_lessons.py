@@ -17,6 +17,7 @@ from sapo_trl.critic.value_head import backbone_of
 from sapo_trl.data import to_prompts
 from sapo_trl.metrics import explained_variance
 from sapo_trl.rewards import accuracy_reward
+from sapo_trl.study import boxed
 from sapo_trl.study import task as study_task
 from sapo_trl.study.config import load_study
 from sapo_trl.trainer.padding import merge_rows, take_rows
@@ -47,6 +48,8 @@ def study_prompts(n: int, split: str, seed: int) -> Dataset:
     return study_task.to_task_prompts(problems)
 
 
+DEMO = boxed.warm_start_config().task
+
 TASKS = {
     "picture_6": Task(
         "Study, `picture_6`",
@@ -57,6 +60,13 @@ TASKS = {
     ),
     "demo": Task(
         "Demo",
+        boxed.warm_start,
+        lambda n, split, seed: to_prompts(study_task.make_problems(DEMO, n, split=split, seed=seed)),
+        accuracy_reward,
+        boxed.longest_response(DEMO),
+    ),
+    "embedded": Task(
+        "Embedded geometry task",
         embedded.warm_start,
         lambda n, split, seed: to_prompts(embedded.make_problems(n, split=split, seed=seed)),
         accuracy_reward,
