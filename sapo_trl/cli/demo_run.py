@@ -152,13 +152,7 @@ def run_demo(
                 to_prompts(make_problems(settings.task, rollouts * RESPONSES_PER_ROLLOUT, seed=seed)),
                 processing_class=processor,
                 peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
-                callbacks=[
-                    ReportReward(report),
-                    example,
-                    SegmentationCallback(Path(config.output_dir) / "segments", max_responses=VALUED_RESPONSES),
-                    # The last rollout is among them.
-                    ValueDiagnostics(max(rollouts - 1, 1), CONTINUATIONS, output_dir=f"{config.output_dir}/values"),
-                ],
+                callbacks=[ReportReward(report), example, *recorders(config.output_dir, rollouts)],
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
@@ -216,6 +210,14 @@ class ReportReward(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" in logs:
             self.report(state.global_step // args.num_mini_batches, f"accuracy {logs['reward']:.0%}")
+
+
+def recorders(folder: str, rollouts: int) -> list[RolloutCallback]:
+    """Callbacks that record responses of four rollouts, and Monte-Carlo values of the first and the last one."""
+    return [
+        SegmentationCallback(f"{folder}/segments", every=max((rollouts - 1) // 3, 1), max_responses=VALUED_RESPONSES),
+        ValueDiagnostics(max(rollouts - 1, 1), CONTINUATIONS, VALUED_RESPONSES, f"{folder}/values"),
+    ]
 
 
 class LastRollout(RolloutCallback):
