@@ -43,8 +43,9 @@ RESPONSES_PER_ROLLOUT = 128
 MINI_BATCHES = 8
 WARM_START_STEPS = 360
 """Approximate number of warm-start steps, for the progress bar."""
-VALUED_RESPONSES, CONTINUATIONS = 8, 16
-"""Wrong responses with Monte-Carlo values, to draw one of them, and the continuations of each of their states."""
+RECORDED_RESPONSES = 8
+VALUED_RESPONSES, CONTINUATIONS = 5, 12
+"""Responses of a rollout with Monte-Carlo values, and the continuations of each of their states."""
 
 
 def demo_config(output_dir: str | Path, rollouts: int = 16, seed: int = 0) -> SAPOConfig:
@@ -215,7 +216,7 @@ class ReportReward(TrainerCallback):
 def recorders(folder: str, rollouts: int) -> list[RolloutCallback]:
     """Callbacks that record responses of four rollouts, and Monte-Carlo values of the first and the last one."""
     return [
-        SegmentationCallback(f"{folder}/segments", every=max((rollouts - 1) // 3, 1), max_responses=VALUED_RESPONSES),
+        SegmentationCallback(f"{folder}/segments", every=max((rollouts - 1) // 3, 1), max_responses=RECORDED_RESPONSES),
         ValueDiagnostics(max(rollouts - 1, 1), CONTINUATIONS, VALUED_RESPONSES, f"{folder}/values"),
     ]
 

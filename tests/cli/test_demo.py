@@ -13,6 +13,7 @@ from sapo_trl import SAPOConfig, Segments
 from sapo_trl.cli import main
 from sapo_trl.cli.demo_run import (
     CONTINUATIONS,
+    RECORDED_RESPONSES,
     VALUED_RESPONSES,
     colour_segments,
     demo_config,
@@ -158,6 +159,6 @@ def test_demo_improves_beyond_chance_and_its_critic_learns(tmp_path, monkeypatch
     assert response["values"][valued[step]] < response["values"][valued[step - 1]]
 
     recording = read_recording(tmp_path / "out" / "model")
-    assert len(recording.responses) == 4 * VALUED_RESPONSES and recording.responses["images"].map(len).eq(1).all()
+    assert len(recording.responses) == 4 * RECORDED_RESPONSES and recording.responses["images"].map(len).eq(1).all()
     assert set(recording.state_values["step"]) == {0, 120} and not recording.log.empty
     assert recording.state_values["standard_error"].max() <= 0.52 / (CONTINUATIONS - 1) ** 0.5
