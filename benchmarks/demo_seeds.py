@@ -25,7 +25,7 @@ KEPT = (
     "accuracy_after",
     "greedy_accuracy_before",
     "greedy_accuracy_after",
-    "critic_explained_variance",
+    "explained_variance",
     "training_accuracy",
     "responses_per_rollout",
     "seconds",
@@ -46,18 +46,23 @@ def as_markdown(runs: list[dict[str, Any]]) -> str:
         "after": ("accuracy_after", "{:.1%}"),
         "greedy, before": ("greedy_accuracy_before", "{:.1%}"),
         "after ": ("greedy_accuracy_after", "{:.1%}"),
-        "explained variance of the critic": ("critic_explained_variance", "{:.2f}"),
+        "explained variance": ("explained", "{:.2f}"),
         "minutes of CPU time": ("minutes", "{:.1f}"),
     }
-    rows = [{**run, "minutes": run["cpu_seconds"] / 60} for run in runs]
+    rows = [
+        {**run, "minutes": run["cpu_seconds"] / 60, "explained": statistics.mean(run["explained_variance"])}
+        for run in runs
+    ]
     lines = [
         f"| Seed | {' | '.join(name.strip() for name in columns)} |",
         f"| --- |{' ---: |' * len(columns)}",
     ]
     for row in rows:
         lines.append(f"| {row['seed']} | {' | '.join(form.format(row[key]) for key, form in columns.values())} |")
-    means = [form.format(statistics.mean(row[key] for row in rows)) for key, form in columns.values()]
-    return "\n".join([*lines, f"| mean | {' | '.join(means)} |", ""])
+    if len(rows) > 1:
+        means = [form.format(statistics.mean(row[key] for row in rows)) for key, form in columns.values()]
+        lines.append(f"| mean | {' | '.join(means)} |")
+    return "\n".join([*lines, ""])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -95,7 +95,7 @@ def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any])
     left, right = figure.subplots(1, 2, width_ratios=(1, 5))
     left.imshow(problem["images"][0], interpolation="nearest")
     left.set_axis_off()
-    question = problem["problem"].removeprefix("<image>")
+    question = problem["problem"].removeprefix("<image>").replace("\n", ", ")
     verdict = "right" if response["reward"] else "wrong"
     left.set_title(f"{question}\nanswer {problem['answer']}, response {verdict}", fontsize=11)
 

@@ -6,6 +6,7 @@ The results are a table, two pictures and a recording for `sapo-trl view`.
 
 import json
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,6 @@ from ..config import SAPOConfig
 from ..data import to_prompts
 from ..embedded import Evaluation, default_cache_dir, evaluate, load_processor
 from ..files import write_text
-from ..metrics import explained_variance
 from ..plots import SEGMENT_COLOURS, plot_learning_curve, plot_response
 from ..recordings import segmented_responses
 from ..rewards import accuracy_reward
@@ -166,10 +166,7 @@ def run_demo(
         with stages.stage("Values of the critic", 1):
             shown_problems = after_problems.select(range(min(problems, RESPONSES_PER_ROLLOUT)))
             trainer.evaluate(to_prompts(shown_problems))
-            rollout = example.rollout
-            returns = rollout.rewards.unsqueeze(1).expand_as(rollout.values)
-            explained = explained_variance(rollout.values, returns, rollout.segments.state_mask("start"))
-            response = response_to_draw(rollout, trainer.state.global_step)
+            response = response_to_draw(example.rollout, trainer.state.global_step)
             problem = next(p for p in shown_problems if p["problem"].removeprefix("<image>") in response["prompt"])
 
     plot_learning_curve(output_dir / "learning_curve.png", learning_curve, RESPONSES_PER_ROLLOUT, before, after)
@@ -184,7 +181,7 @@ def run_demo(
         "test_problems": problems,
         "training_accuracy": learning_curve,
         "responses_per_rollout": RESPONSES_PER_ROLLOUT,
-        "critic_explained_variance": explained.item(),
+        "explained_variance": explained_variances(trainer.state.log_history),
         "response": response,
         "warm_start": str(folder),
         "seed": seed,
@@ -216,7 +213,9 @@ class ReportReward(TrainerCallback):
 def recorders(folder: str, rollouts: int) -> list[RolloutCallback]:
     """Callbacks that record responses of four rollouts, and Monte-Carlo values of the first and the last one."""
     return [
-        SegmentationCallback(f"{folder}/segments", every=max((rollouts - 1) // 3, 1), max_responses=RECORDED_RESPONSES),
+        SegmentationCallback(
+            f"{folder}/segments", every=max((rollouts - 1) // 3, 1), max_responses=RECORDED_RESPONSES
+        ),
         ValueDiagnostics(max(rollouts - 1, 1), CONTINUATIONS, VALUED_RESPONSES, f"{folder}/values"),
     ]
 
@@ -291,6 +290,11 @@ def training_accuracy(log_history: list[dict[str, float]]) -> list[float]:
     return [entry["rewards/accuracy_reward/mean"] for entry in log_history if "rewards/accuracy_reward/mean" in entry]
 
 
+def explained_variances(log_history: list[dict[str, float]]) -> list[float]:
+    """Explained variance of the critic's values in each training rollout, before it learns from that rollout."""
+    return [entry["value/explained_variance"] for entry in log_history if "value/explained_variance" in entry]
+
+
 def colour_segments(response: dict) -> Text:
     """A response for the terminal, with a background colour for each segment and a line between two segments."""
     text = Text()
@@ -347,7 +351,8 @@ def _print_results(console: Console, output_dir: Path, results: dict, before: Ev
     table.add_row("before", f"{before.accuracy:.1%}", _percent(before), f"{results['greedy_accuracy_before']:.1%}")
     table.add_row("after SAPO", f"{after.accuracy:.1%}", _percent(after), f"{results['greedy_accuracy_after']:.1%}")
     console.print(table)
-    console.print(f"The critic explains {results['critic_explained_variance']:.0%} of the variance of unseen rewards.")
+    explained = statistics.mean(results["explained_variance"] or [0.0])  # none if all rewards are equal
+    console.print(f"The critic explains {explained:.0%} of the variance of rewards, in the mean of the rollouts.")
     console.print("A wrong response and its segments:", colour_segments(results["response"]), sep="\n")
     console.print(f"\nLearning curve, picture of the response and results: {output_dir}/")
     console.print(f"Look at the recorded responses: sapo-trl view {output_dir}/model", soft_wrap=True)
