@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,6 +18,7 @@ from sapo_trl.critic.value_head import backbone_of
 from sapo_trl.data import to_prompts
 from sapo_trl.metrics import explained_variance
 from sapo_trl.rewards import accuracy_reward
+from sapo_trl.study import boxed
 from sapo_trl.study import task as study_task
 from sapo_trl.study.config import load_study
 from sapo_trl.trainer.padding import merge_rows, take_rows
@@ -47,6 +49,8 @@ def study_prompts(n: int, split: str, seed: int) -> Dataset:
     return study_task.to_task_prompts(problems)
 
 
+DEMO = boxed.warm_start_config().task
+
 TASKS = {
     "picture_6": Task(
         "Study, `picture_6`",
@@ -57,12 +61,22 @@ TASKS = {
     ),
     "demo": Task(
         "Demo",
+        boxed.warm_start,
+        lambda n, split, seed: to_prompts(study_task.make_problems(DEMO, n, split=split, seed=seed)),
+        accuracy_reward,
+        boxed.longest_response(DEMO),
+    ),
+    "embedded": Task(
+        "Embedded geometry task",
         embedded.warm_start,
         lambda n, split, seed: to_prompts(embedded.make_problems(n, split=split, seed=seed)),
         accuracy_reward,
         64,
     ),
 }
+REMARKS = "_remarks"
+"""With this ending, a truthful remark follows each sum in a task's recorded responses."""
+TASKS["embedded" + REMARKS] = TASKS["embedded"]._replace(title="Embedded geometry task, with remarks")
 
 
 def settings(**changes: Any) -> SAPOConfig:
@@ -117,16 +131,55 @@ def record(task: Task, seed: int, cache_dir: Path, learned: int = LEARNED) -> di
     return recorded
 
 
+def with_remarks(recorded: dict[str, Any], processor: Any) -> dict[str, Any]:
+    """A recording in which `!` follows each right sum and `?` each wrong one, within the same segments."""
+    tokenizer = processor.tokenizer
+    right, wrong = tokenizer.convert_tokens_to_ids(["!", "?"])
+    changed = dict(recorded)
+    for part in ("learned", "held_out"):
+        batch, rows = recorded[part], []
+        for ids in batch["completion_ids"].tolist():
+            line, places = "", []  # the old place of each token, or a remark
+            for place, token in enumerate(tokenizer.batch_decode([[token] for token in ids])):
+                sums = re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)", line) if "\n" in token else None
+                if sums:
+                    a, sign, b, result = sums.groups()
+                    places.append((place - 1, right if int(a) + int(sign + b) == int(result) else wrong))
+                places.append((place, ids[place]))
+                line = "" if "\n" in token else line + token
+            rows.append(places)
+        longest = max(map(len, rows))
+        filled = [row + [(row[-1][0], tokenizer.pad_token_id)] * (longest - len(row)) for row in rows]
+        old = torch.tensor([[place for place, _ in row] for row in filled])
+        is_new = torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
+        prompt = batch["prompt_ids"].size(1)
+        changed[part] = {
+            **batch,
+            "completion_ids": torch.tensor([[token for _, token in row] for row in filled]),
+            "completion_mask": batch["completion_mask"].gather(1, old) * is_new,
+            "segment_ids": batch["segment_ids"].gather(1, old).masked_fill(~is_new, -1),
+            "mm_token_type_ids": torch.nn.functional.pad(batch["mm_token_type_ids"][:, :prompt], (0, longest)),
+        }
+    # The state before a token now includes the remark before it.
+    is_first = torch.ones_like(is_new)
+    is_first[:, 1:] = old[:, 1:] != old[:, :-1]
+    changed["states"] = recorded["states"].gather(1, old) & is_first & is_new
+    return changed
+
+
 class Lesson:
     """A seed's responses with the frozen policy's hidden states, to learn from and to be tested on."""
 
     def __init__(self, name: str, seed: int, cache_dir: Path, learned: int = LEARNED):
-        task, path = TASKS[name], cache_dir / "critic_quality" / f"{name}_{seed}_{learned}.pt"
+        task = TASKS[name]
+        path = cache_dir / "critic_quality" / f"{name.removesuffix(REMARKS)}_{seed}_{learned}.pt"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(record(task, seed, cache_dir, learned), path)
         self.recorded = torch.load(path)
         self.folder = task.warm_start(cache_dir)
+        if name.endswith(REMARKS):
+            self.recorded = with_remarks(self.recorded, embedded.load_processor(self.folder))
         self.backbone = backbone_of(self.policy())
         self.states = {part: _hidden_states(self.backbone, self.recorded[part]) for part in ("learned", "held_out")}
 

@@ -13,9 +13,9 @@ started again.
 
 Registered before the first run on a reported seed:
 
-- Tasks: `picture_6` of the study and the demo's task, with one policy each. A seed decides the problems, the
-  responses, their order and the critic's initial weights.
-- Budget: the study's, for both tasks. 768 responses, eight in each optimizer step, in one pass and in two; a constant
+- Tasks: `picture_6` of the study and the embedded geometry task, with one policy each. A seed decides the problems,
+  the responses, their order and the critic's initial weights. The same rules hold for the demo's task, added later.
+- Budget: the study's, for all tasks. 768 responses, eight in each optimizer step, in one pass and in two; a constant
   rate. Targets are the rewards, as with `critic_lam=1`, so all critics have the same. The values are not clipped.
 - Tuning: all critics are given the same learning rates on the tuning seeds. A critic's rate is the rate with the
   highest mean explained variance, for one pass and for two passes separately.

@@ -70,7 +70,7 @@ def plot_learning_curve(
             color="#d62728",
         )
     axes.set(xlabel="responses seen", ylabel="accuracy (sampled)", ylim=(0, 1))
-    axes.set_title("SAPO on the embedded geometry task")
+    axes.set_title("SAPO on chains of gates in pictures")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path)
@@ -78,13 +78,15 @@ def plot_learning_curve(
 
 def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any]) -> None:
     """
-    Draw one response: its problem, and token by token its segments, the policy's entropy and the critic's value.
+    Draw one response: its problem, and token by token its segments, the policy's entropy and the critic's value, with
+    the Monte-Carlo values of the states in which segments start.
 
     Args:
         path (`Path`):
             PNG to write.
         response (`dict`):
-            A record of [`~sapo_trl.recordings.segmented_responses`].
+            A record of [`~sapo_trl.recordings.segmented_responses`], with the lists `monte_carlo_values` and
+            `standard_errors` (`None` for a token without them).
         problem (`dict`):
             The problem it answers: `images`, `problem` and `answer`.
     """
@@ -93,7 +95,7 @@ def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any])
     left, right = figure.subplots(1, 2, width_ratios=(1, 5))
     left.imshow(problem["images"][0], interpolation="nearest")
     left.set_axis_off()
-    question = problem["problem"].removeprefix("<image>")
+    question = problem["problem"].removeprefix("<image>").replace("\n", ", ")
     verdict = "right" if response["reward"] else "wrong"
     left.set_title(f"{question}\nanswer {problem['answer']}, response {verdict}", fontsize=11)
 
@@ -105,16 +107,32 @@ def plot_response(path: Path, response: dict[str, Any], problem: dict[str, Any])
             right.axvline(position - 0.5, color="black", linewidth=0.8)
     right.bar(positions, response["entropies"], width=0.5, color="#333333", label="entropy of the policy (nats)")
     right.step(
-        positions, response["values"], where="mid", color="#d62728", linewidth=1.5, label="value before the token"
+        positions,
+        response["values"],
+        where="mid",
+        color="#d62728",
+        linewidth=1.5,
+        label="critic's value before the token",
+    )
+    valued = [place for place, value in enumerate(response["monte_carlo_values"]) if value is not None]
+    right.errorbar(
+        valued,
+        [response["monte_carlo_values"][place] for place in valued],
+        [response["standard_errors"][place] for place in valued],
+        fmt="o",
+        color="#0b559f",
+        markersize=5,
+        capsize=2,
+        label="Monte-Carlo value ± standard error",
     )
     right.set_xticks(positions, [_visible(token) for token in tokens], family="monospace", fontsize=10)
     for label in right.get_xticklabels():
         label.set_rotation(90 if len(label.get_text()) > 2 else 0)
     right.tick_params(axis="x", length=0)
     right.set_xlim(-0.5, len(tokens) - 0.5)
-    right.set_ylim(0, 1.25 * right.get_ylim()[1])  # room for the legend
+    right.set_ylim(min(0, right.get_ylim()[0]), 1.25 * right.get_ylim()[1])  # room for the legend
     right.set_title(f"{len(set(segment_ids))} segments, cut at the tokens of highest entropy", fontsize=11)
-    right.legend(loc="upper right", ncols=2, fontsize=9)
+    right.legend(loc="upper right", ncols=3, fontsize=9)
     figure.savefig(path)
 
 

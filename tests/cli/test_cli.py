@@ -1,7 +1,5 @@
-import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,24 +11,18 @@ import torch
 import yaml
 from datasets import Dataset
 from PIL import Image
-from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig, TrlParser
 
 import sapo_trl
 from sapo_trl import SAPOConfig
 from sapo_trl.cli import COMMANDS, main
-from sapo_trl.cli.demo_run import colour_segments, demo_config, run_demo, training_accuracy
 from sapo_trl.cli.train import TrainArguments, load_prompts
 from sapo_trl.embedded import (
-    WarmStartConfig,
     build_model,
     build_processor,
-    load_processor,
     make_problems,
-    sample_problems,
 )
-from sapo_trl.embedded.warm_start import encode_solutions, validation_accuracy
 from sapo_trl.presets import PRESETS, preset_settings
 from sapo_trl.rewards import accuracy_reward, format_reward
 from sapo_trl.rewards.lookup import find_reward
@@ -39,8 +31,6 @@ from tests.testing_utils import FAMILIES
 
 
 EMBEDDED_CONFIG = Path(__file__).parents[2] / "trainer_configs" / "embedded.yaml"
-# Saves an all but untrained model at once.
-INSTANT = WarmStartConfig(problems=8, batch_size=2, cooldown_steps=1, target_reading_accuracy=0.0, target_solved=0.0)
 
 
 @pytest.fixture
@@ -60,14 +50,11 @@ def parse(*arguments: str) -> tuple[TrainArguments, SAPOConfig, ModelConfig]:
 # --------------------------------------------------------------------------------------------------------------- train
 
 
-def test_embedded_config_is_what_the_demo_trains_with():
+def test_the_embedded_config_trains_the_embedded_model_on_its_task():
     arguments, config, model_config = parse()
     assert (arguments.dataset_name, model_config.model_name_or_path) == ("embedded", "embedded")
     assert [find_reward(name) for name in arguments.reward_funcs] == [accuracy_reward]
-    from_yaml, from_demo = (c.to_dict() for c in (config, demo_config(config.output_dir)))
-    # No progress bar of the trainer's: the demo has its own.
-    different = {name for name in from_yaml if from_yaml[name] != from_demo[name]}
-    assert different <= {"disable_tqdm"}
+    assert config.max_steps == 14 * config.num_mini_batches and config.generation_batch_size == 256
 
 
 def test_command_line_overrides_the_config_file():
@@ -263,7 +250,7 @@ def test_length_is_shaped_from_yaml(tokenizer, tmp_path):
     assert entry["reward"] == pytest.approx(-0.801)
 
 
-# ---------------------------------------------------------------------------------------------------------------- demo
+# -------------------------------------------------------------------------------------------------------------- others
 
 
 @pytest.mark.parametrize(
@@ -348,59 +335,3 @@ def test_env_names_the_versions(capsys):
     assert main(["env"]) == 0
     shown = capsys.readouterr().out
     assert f"sapo_trl version: {sapo_trl.__version__}" in shown and f"PyTorch version: {torch.__version__}" in shown
-
-
-def test_training_accuracy_is_read_off_the_log():
-    log = [{"rewards/accuracy_reward/mean": 0.25, "loss": 1.0}, {"train_runtime": 1.0}]
-    assert training_accuracy([*log, {"rewards/accuracy_reward/mean": 0.5}]) == [0.25, 0.5]
-
-
-def test_segments_are_told_apart_without_colours():
-    response = {"tokens": ["AB", "=", "7", "\n", "BC"], "segment_ids": [0, 0, 0, 1, 1]}
-    assert colour_segments(response).plain == "AB=7│\nBC"
-    styles = [str(span.style) for span in colour_segments(response).spans if "on" in str(span.style)]
-    assert styles[0] == styles[2] != styles[3] == styles[4]
-
-
-@pytest.mark.slow
-def test_demo_fails_if_nothing_was_learned(tmp_path):
-    # An untrained model is wrong before and after one rollout: equal intervals.
-    printed = io.StringIO()
-    code = run_demo(
-        tmp_path / "out",
-        rollouts=1,
-        problems=16,
-        cache_dir=tmp_path / "cache",
-        warm_start_config=INSTANT,
-        console=Console(file=printed, width=120),
-    )
-    assert code == 1
-    assert "No improvement shown" in printed.getvalue()
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["accuracy_before"] == results["accuracy_after"] == 0.0
-    assert len(results["training_accuracy"]) == 1
-    for name in ("learning_curve.png", "response.png"):
-        with Image.open(tmp_path / "out" / name) as image:
-            assert min(image.size) > 300
-
-
-@pytest.mark.slow
-def test_demo_improves_beyond_chance(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("SAPO_TRL_CACHE", str(tmp_path / "cache"))
-    assert main(["demo", "--output-dir", str(tmp_path / "out")]) == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["test_problems"] >= 500
-    assert results["interval_before"][1] < results["interval_after"][0]
-    # Accuracy in training starts where the evaluation found it: both score the same policy by the same reward.
-    assert abs(results["training_accuracy"][0] - results["accuracy_before"]) < 0.12
-    problem = make_problems(2 * results["test_problems"], split="test")[results["test_problems"]]
-    assert problem["problem"].removeprefix("<image>") in results["response"]["prompt"]
-    assert "after SAPO" in capsys.readouterr().out
-
-    # What the warm start is to leave to reinforcement learning: a model that reads, adds carelessly, but knows better.
-    assert 0.2 < results["accuracy_before"] < 0.45
-    assert results["greedy_accuracy_before"] > 0.75
-    warm = AutoModelForImageTextToText.from_pretrained(results["warm_start"])
-    processor = load_processor(results["warm_start"])
-    unseen = encode_solutions(processor, sample_problems(256, split="test"), rng=random.Random(0))
-    assert validation_accuracy(warm, unseen)[0] > 0.97

@@ -244,3 +244,21 @@ class TestPadding:
         with pytest.raises(SystemExit):
             script.main(["--rows", "20"])
         assert "--rows must be a multiple" in capsys.readouterr().err
+
+
+def test_the_page_of_the_demo_has_the_recorded_seeds(tmp_path, capsys):
+    script = load("demo_seeds")
+    assert script.main(["--out", str(BENCHMARKS / "results" / "demo")]) == 0
+    table = capsys.readouterr().out.strip()
+    assert "| 0 | " in table and table in (BENCHMARKS.parent / "docs" / "demo_run.md").read_text()
+
+    for seed, accuracy in ((1, 0.5), (0, 0.25)):
+        folder = tmp_path / f"run_{seed}"
+        folder.mkdir()
+        results = dict.fromkeys(script.KEPT, 0.125) | {"seed": seed, "accuracy_after": accuracy, "response": "long"}
+        (folder / "results.json").write_text(json.dumps(results | {"explained_variance": [0.25, 0.75]}))
+    assert script.main([str(tmp_path / "run_1"), str(tmp_path / "run_0"), "--out", str(tmp_path)]) == 0
+    first, second, mean = capsys.readouterr().out.strip().splitlines()[2:]
+    assert first.startswith("| 0 | 12.5% | 25.0% |") and second.startswith("| 1 | 12.5% | 50.0% |")
+    assert mean.startswith("| mean | 12.5% | 37.5% |") and mean.split("|")[-3].strip() == "0.50"
+    assert "response" not in json.loads((tmp_path / "seeds.json").read_text())[0]

@@ -42,7 +42,7 @@ def cache_dir(tmp_path_factory, scripts):
     embedded.build_model(processor.tokenizer).save_pretrained(folder / "policy")
     processor.save_pretrained(folder / "policy")
     lessons = scripts[0]
-    task = lessons.Task("Tiny", lambda cache: cache / "policy", lessons.TASKS["demo"].prompts, accuracy_reward, 12)
+    task = lessons.Task("Tiny", lambda cache: cache / "policy", lessons.TASKS["embedded"].prompts, accuracy_reward, 12)
     lessons.TASKS["tiny"] = task
     return folder
 
@@ -89,6 +89,37 @@ def _last_value(critic: SegmentValueHead, policy, inputs) -> torch.Tensor:
     states = policy.base_model(**inputs, output_hidden_states=True).hidden_states
     taken = [critic.take(index, states[depth]) for index, depth in enumerate(critic.depths(policy))]
     return critic.values_of(taken)[0, -1]
+
+
+def test_remarks_are_truthful_and_move_states_with_their_tokens(scripts):
+    processor = embedded.build_processor()
+    tokenizer = processor.tokenizer
+    texts = ["AB=7\n7-3=5\n5+12=17\n\\boxed{17}", "AB=7\n7-7=0"]
+    encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    segment_ids = torch.where(mask.bool(), torch.arange(ids.size(1)) // 2, -1)
+    part = {
+        "prompt_ids": torch.zeros(2, 3, dtype=torch.long),
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "segment_ids": segment_ids,
+        "mm_token_type_ids": torch.nn.functional.pad(torch.tensor([[0, 1, 1]] * 2), (0, ids.size(1))),
+    }
+    states = mask.bool() & (torch.arange(ids.size(1)) % 3 == 0)
+    changed = scripts[0].with_remarks({"learned": part, "held_out": part, "states": states}, processor)
+    new = changed["learned"]
+    kept = [row[keep.bool()] for row, keep in zip(new["completion_ids"], new["completion_mask"], strict=True)]
+    # The second response ends with its sum, so no remark follows.
+    assert tokenizer.batch_decode(kept) == ["AB=7\n7-3=5?\n5+12=17!\n\\boxed{17}", "AB=7\n7-7=0"]
+    assert torch.equal(new["segment_ids"] >= 0, new["completion_mask"].bool())
+    assert new["mm_token_type_ids"].shape[1] == 3 + new["completion_ids"].size(1)
+    assert torch.equal(changed["states"].sum(1), states.sum(1))
+    assert torch.equal(new["completion_ids"][changed["states"]], ids[states])
+    assert torch.equal(new["segment_ids"][changed["states"]], segment_ids[states])
+    # A remark belongs to the segment of the sum before it.
+    marks = torch.isin(new["completion_ids"], torch.tensor(tokenizer.convert_tokens_to_ids(["!", "?"])))
+    assert marks.sum() == 2 and not (marks & changed["states"]).any()
+    assert torch.equal(new["segment_ids"][marks], new["segment_ids"][:, :-1][marks[:, 1:]])
 
 
 def test_a_longer_run_begins_with_the_shorter_one(scripts, cache_dir):
@@ -170,8 +201,10 @@ def test_the_report_has_the_tuned_rates_and_students_intervals(scripts, tmp_path
 
 def test_the_page_has_the_table_of_the_recorded_runs(scripts):
     recorded = BENCHMARKS / "results" / "critic_quality" / "critic_quality.jsonl"
-    table = scripts[2].as_markdown(scripts[2].Results(recorded))
-    assert table.count("| true values |") == 2
+    results = scripts[2].Results(recorded)
+    table = scripts[2].as_markdown(results)
+    compared = {row["task"] for row in results.of(limit=True)}
+    assert len(compared) >= 2 and table.count("| true values |") == len(compared)
     assert table.strip() in (BENCHMARKS.parent / "docs" / "critics.md").read_text()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
@@ -19,7 +20,6 @@ from examples import sapo_in_one_file as one_file
 from sapo_trl import SAPOConfig, SegmentValueHead
 from sapo_trl import advantages as package_advantages
 from sapo_trl import losses as package_losses
-from sapo_trl.cli.demo_run import demo_config
 from sapo_trl.data import to_prompts
 from sapo_trl.embedded import make_problems
 from sapo_trl.embedded.evaluation import encode_prompts
@@ -73,10 +73,10 @@ def test_settings_are_the_preset_s(tmp_path):
     assert preset.critic_max_grad_norm == config["max_grad_norm"] and preset.critic_weight_decay is None
     assert (preset.learning_rate, preset.critic_learning_rate) == (1e-6, 2e-6)  # as a comment there says
 
-    demo = demo_config(tmp_path)
+    embedded = yaml.safe_load((FILE.parents[1] / "trainer_configs" / "embedded.yaml").read_text())
     task["batch_size"] //= config["num_mini_batches"]
     names = {"batch_size": "per_device_train_batch_size"}
-    assert task == {name: getattr(demo, names.get(name, name)) for name in task}
+    assert task == {name: embedded[names.get(name, name)] for name in task}
 
 
 @settings(deadline=None, max_examples=100)
