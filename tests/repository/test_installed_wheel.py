@@ -27,6 +27,11 @@ pytestmark = [
 ]
 
 
+def environment() -> dict[str, str]:
+    """This process's variables without Python's own, which may lead to the checkout."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
 @pytest.fixture(scope="module")
 def programs(request, tmp_path_factory) -> Path:
     """The folder of an environment's programs, with the wheel installed."""
@@ -36,7 +41,7 @@ def programs(request, tmp_path_factory) -> Path:
     venv.create(folder)
     (wheel,) = request.getfixturevalue("built").glob("*.whl")
     install = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    subprocess.run(install, env=environment(), check=True, capture_output=True, timeout=300)
     # After the installation: pip would find the checkout's package there. Of this environment only the libraries are
     # seen, because the links of editable packages are not read from a folder that is named like this.
     paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
@@ -49,12 +54,10 @@ def run(programs, tmp_path):
     """Runs a program of the environment in an empty folder; returns its output."""
 
     def run(program: str, *arguments: str) -> str:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        environment |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
         done = subprocess.run(
             [programs / program, *arguments],
             cwd=tmp_path,
-            env=environment,
+            env=environment() | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
             capture_output=True,
             text=True,
             timeout=600,
