@@ -27,7 +27,7 @@ from .servers import ENVIRONMENT, IN_SYNC, NEEDS_VLLM, build_text_model, running
 
 pytestmark = NEEDS_VLLM
 
-START_SECONDS = 300
+START_SECONDS = 800
 
 
 class Sampled(Recorder):
