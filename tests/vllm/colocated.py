@@ -1,14 +1,24 @@
 """Trains with TRL's colocated vLLM, in a process of its own: engines keep their memory and process group."""
 
+import functools
 import json
 import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from trl.generation import vllm_generation
+from vllm import _custom_ops
 
 from sapo_trl.embedded import build_processor, build_tokenizer
 from tests.testing_utils import FAMILIES, sapo_trainer
 from tests.vllm.servers import build_text_model, save_for_vllm
+
+
+# vLLM 0.32 packs the weights for oneDNN and drops them: TRL has nothing left to write to. Without oneDNN they stay,
+# as on a GPU.
+_custom_ops._supports_onednn = False
+# Compilation takes minutes on a CPU.
+vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True)
 
 
 def main(folder: Path, kind: str) -> None:
