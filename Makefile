@@ -101,7 +101,7 @@ test-vllm: $(VLLM_STAMP)  ## install a CPU build of vLLM beside the trainer, sta
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 # Quick tests of what other libraries change most often: models, processors, data, trainer and metadata.
-SMOKE_TESTS ?= tests/critic tests/data tests/embedded tests/trainer tests/repository/test_packaging.py
+SMOKE_TESTS ?= tests/critic tests/data tests/embedded tests/trainer/trl tests/repository/test_packaging.py tests/test_config.py
 
 # No pins but torch's, since builds of torch differ by gigabytes: TORCH=torch is the newest. And no reporters, because
 # trackio keeps pillow below 13.
