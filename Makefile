@@ -100,8 +100,9 @@ $(VLLM_STAMP): tests/vllm/torchvision_schemas.py pyproject.toml constraints.txt
 test-vllm: $(VLLM_STAMP)  ## install a CPU build of vLLM beside the trainer, start servers and train with them
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
-# Quick tests of what other libraries change most often: models, processors, data, trainer and metadata.
-SMOKE_TESTS ?= tests/critic tests/data tests/embedded tests/trainer/trl tests/repository/test_packaging.py tests/test_config.py
+# Quick tests of the parts that other libraries break most often: adapters, data, models, TRL's contract, metadata.
+NEWEST_TESTS ?= tests/critic/test_adapters.py tests/data tests/embedded tests/trainer/trl/test_contract.py \
+	tests/repository/test_packaging.py
 
 # No pins but torch's, since builds of torch differ by gigabytes: TORCH=torch is the newest. And no reporters, because
 # trackio keeps pillow below 13.
@@ -110,7 +111,8 @@ test-newest:  ## install the newest versions that the package accepts, and run t
 	$(PYTHON) -m venv $(if $(wildcard $(NEWEST_VENV)/pyvenv.cfg),--clear) $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --disable-pip-version-check $(TORCH)
 	$(NEWEST_VENV)/bin/python -m pip install --disable-pip-version-check -e '.[test]'
-	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -m 'not gpu and not slow' -n $(WORKERS) $(SMOKE_TESTS) $(ARGS)
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -m 'not gpu and not slow' -n $(WORKERS) \
+		$(NEWEST_TESTS) $(ARGS)
 
 test-wheel: $(STAMP)  ## install the wheel alone into an empty environment, and run its commands
 	rm -rf $(WHEEL_VENV)/dist
