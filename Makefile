@@ -115,7 +115,6 @@ test-newest:  ## install the newest versions that the package accepts, and run t
 		$(NEWEST_TESTS) $(ARGS)
 
 test-wheel: $(STAMP)  ## install the wheel alone into an empty environment, and run its commands
-	rm -rf $(WHEEL_VENV)/dist
 	$(PYTHON) -m venv $(if $(wildcard $(WHEEL_VENV)/pyvenv.cfg),--clear) $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/python -m pip install --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir $(WHEEL_VENV)/dist .
