@@ -14,8 +14,8 @@ from tests.testing_utils import FAMILIES, sapo_trainer
 from tests.vllm.servers import build_text_model, save_for_vllm
 
 
-# On a CPU, vLLM 0.32 packs the weights for oneDNN and drops them: TRL has nothing left to write to. Without oneDNN they
-# stay, as on a GPU.
+# On a CPU, vLLM 0.32 packs the weights for oneDNN and drops them: TRL has nothing left to write to. Without oneDNN
+# they stay, as on a GPU.
 _custom_ops._supports_onednn = False
 # The engine's own choices are bfloat16 and minutes of compilation.
 vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True, dtype="float32")
