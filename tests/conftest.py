@@ -18,12 +18,16 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from sapo_trl.embedded import WarmStartConfig, build_processor, build_tokenizer, warm_start  # noqa: E402
 from tests.testing_utils import FAMILIES, Family, build_qwen3_vl_processor  # noqa: E402
 
 
 torch.set_num_threads(1)
+# The time of an example depends on the other work of the machine.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 def pytest_collection_finish(session):

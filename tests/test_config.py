@@ -1,5 +1,6 @@
 """`SAPOConfig`: the paper's and the official script's values, and clear errors."""
 
+import inspect
 import math
 
 import pytest
@@ -72,7 +73,7 @@ class TestDefaults:
         helps = {action.dest: action.help for action in HfArgumentParser(SAPOConfig)._actions}
         for name in ours:
             assert helps[name], name
-            assert f"\n        {name} (`" in SAPOConfig.__doc__, name
+            assert f"\n    {name} (`" in inspect.getdoc(SAPOConfig), name
 
     def test_learning_rate_of_a_critic_has_its_scale(self, make):
         assert make(critic="ladder").critic_learning_rate == 1e-4

@@ -73,7 +73,7 @@ def _answer_to(path: str) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError) as error:
         raise SamplerError(
-            f"The answer of {path} is not in vLLM 0.31's form ({type(error).__name__}: {error}). Is it a vLLM server?"
+            f"The answer of {path} is not in vLLM's form ({type(error).__name__}: {error}). Is it a vLLM server?"
         ) from error
 
 
@@ -232,7 +232,7 @@ class VLLMServerRollout:
         except SamplerError as error:
             raise SamplerError(
                 f"The server at {self.client.base_url} has no endpoints to change its weights ({error}). It needs "
-                f"vLLM 0.31 and the environment variable VLLM_SERVER_DEV_MODE=1. {_HOW_TO_START}"
+                f"vLLM 0.31 or 0.32 and the environment variable VLLM_SERVER_DEV_MODE=1. {_HOW_TO_START}"
             ) from error
         with _answer_to("/v1/models"):
             model = self.client.get("/v1/models")["data"][0]["id"]

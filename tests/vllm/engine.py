@@ -1,4 +1,4 @@
-"""Asks a vLLM engine as TRL's colocated one is asked. Runs in vLLM's environment, which this package is not in."""
+"""Asks a vLLM engine as TRL's colocated one is asked, in a process of its own: engines keep their memory."""
 
 import json
 import sys

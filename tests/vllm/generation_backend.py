@@ -1,19 +1,17 @@
-"""Generates with the evaluation's vLLM backend. Runs in vLLM's environment, beside this package's other libraries."""
+"""Generates with the evaluation's vLLM backend, in a process of its own: an engine keeps its memory to the end."""
 
 import json
 import sys
 from pathlib import Path
 
+from PIL import Image
 
-def main(folder: Path, site_packages: str) -> None:
+from sapo_trl.evaluation.backends import Request, make_backend
+from sapo_trl.evaluation.settings import EvalArguments
+
+
+def main(folder: Path) -> None:
     """Reads `requests.json` (messages, pictures, seeds), writes `generations.json`: sampled, in reverse, greedy."""
-    # Behind vLLM's own libraries, so that torch and transformers are vLLM's, and TRL and datasets are ours.
-    sys.path.append(site_packages)
-    from PIL import Image
-
-    from sapo_trl.evaluation.backends import Request, make_backend
-    from sapo_trl.evaluation.settings import EvalArguments
-
     content = json.loads((folder / "requests.json").read_text())
     requests = [
         Request(entry["prompt"], entry["seed"], [Image.open(folder / name) for name in entry["images"]])
@@ -28,4 +26,4 @@ def main(folder: Path, site_packages: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

@@ -3,10 +3,8 @@
 import json
 import os
 import subprocess
-import sysconfig
+import sys
 from pathlib import Path
-
-import pytest
 
 from sapo_trl.data import geometry_prompt
 from sapo_trl.embedded import make_problems
@@ -15,19 +13,14 @@ from sapo_trl.evaluation.backends.transformers import TransformersBackend
 from sapo_trl.evaluation.settings import EvalArguments
 from tests.testing_utils import FAMILIES
 
-from .servers import VLLM_PYTHON, save_for_vllm
+from .servers import ENVIRONMENT, NEEDS_VLLM, save_for_vllm
 
 
-ROOT = Path(__file__).parent.parent.parent
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not VLLM_PYTHON, reason="SAPO_TRL_VLLM_PYTHON names no Python with vLLM: `make test-vllm`"),
-]
+pytestmark = NEEDS_VLLM
 
 
 def generate(folder, requests, settings):
-    """What `generation_backend.py` generates, in vLLM's environment."""
+    """The generations of `generation_backend.py`, in a process of its own."""
     entries = []
     for index, request in enumerate(requests):
         names = [f"{index}-{place}.png" for place in range(len(request.images))]
@@ -35,17 +28,10 @@ def generate(folder, requests, settings):
             image.save(folder / name)
         entries.append({"prompt": request.prompt, "seed": request.seed, "images": names})
     (folder / "requests.json").write_text(json.dumps({"requests": entries, "settings": settings}))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
     script = Path(__file__).with_name("generation_backend.py")
     result = subprocess.run(
-        [VLLM_PYTHON, str(script), str(folder), sysconfig.get_path("purelib")],
-        env=environment,
+        [sys.executable, str(script), str(folder)],
+        env={**os.environ, **ENVIRONMENT},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -73,6 +59,5 @@ def test_samples_are_their_seeds_and_greedy_texts_those_of_transformers(qwen2_5_
     assert {generation["finish_reason"] for generation in found["there"]} <= {"stop", "length"}
     assert all(1 <= generation["tokens"] <= 8 for generation in found["there"])
 
-    family.processing_class.save_pretrained(tmp_path / "model")  # as this environment reads it
     backend = TransformersBackend(EvalArguments(model=str(tmp_path / "model"), temperature=0.0, **settings))
     assert found["greedy"] == [vars(generation) for generation in backend.generate(requests)]

@@ -1,7 +1,7 @@
 """
 Lets a torchvision be imported whose compiled operators do not fit torch, such as PyPI's beside a CPU build of torch.
 
-For the environment of the vLLM server alone: `make test-vllm` copies this file there with a `.pth` file, because vLLM
+For the environment of `make test-vllm` alone, which copies this file there with a `.pth` file, because vLLM
 starts processes of its own. torchvision gives two of its operators Python code while it is imported, and fails where
 they are not declared; none of them is called by Qwen's processors.
 """

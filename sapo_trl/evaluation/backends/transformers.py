@@ -22,6 +22,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ...embedded import load_processor
 from ...generation.model_settings import own_settings_ignored
+from ...generation.prompt_learning import let_peft_find_the_cache
 from ..settings import EvalArguments
 from . import Generation, Request, message_text, plain_messages
 
@@ -77,6 +78,7 @@ class TransformersBackend:
         model = create_model_from_path(arguments.model, dtype=arguments.dtype, use_safetensors=True, **kwargs)
         if arguments.adapter:
             model = PeftModel.from_pretrained(model, arguments.adapter)
+            let_peft_find_the_cache(model)
         self.model = model.eval()
         if model.device.type == "cpu" and PartialState().device.type != "cpu":
             self.model.to(PartialState().device)
