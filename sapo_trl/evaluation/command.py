@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from rich.console import Console
 from trl import TrlParser
 
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
 
 
 PROGRAM = "sapo-trl eval"
+_CONFIG_HELP = (
+    "YAML file with settings, or a run file of `sapo-trl train`: it evaluates the run's model on the test split, with "
+    "the run's prompts and reward functions. The command line takes precedence"
+)
 
 
 def main(
@@ -42,13 +49,51 @@ def main(
 
         return show_runs(arguments.runs, arguments.format, arguments.output_dir, console)
     try:
-        arguments, _ = _parser().parse_args_and_config(list(argv))
-    except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        arguments, own_task = _parse(list(argv))
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     from .terminal import evaluate
 
-    return evaluate(arguments, benchmarks, console)
+    return evaluate(arguments, benchmarks, console, own_task)
+
+
+def _parse(argv: list[str]) -> tuple[EvalArguments, Benchmark | None]:
+    """The settings, and the task of a run file if `--config` names one."""
+    parser = _parser()
+    path = _config(argv)
+    if path is None or "--help" in argv or "-h" in argv:
+        return parser.parse_args_and_config(argv)[0], None
+    from .own_task import is_run_file, read_run_file
+
+    if not is_run_file(path):
+        return parser.parse_args_and_config(argv)[0], None
+    own, of_training = _split(argv, {setting.name for setting in fields(EvalArguments)})
+    defaults, make_task = read_run_file(path, of_training)
+    parser.set_defaults(**defaults)
+    arguments, *_ = parser.parse_args_into_dataclasses(args=own)
+    return arguments, make_task(arguments)
+
+
+def _config(argv: Sequence[str]) -> str | None:
+    """The file of `--config`, if there is one."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--config")
+    return options.parse_known_args(list(argv))[0].config
+
+
+def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are settings of the evaluation, and all others without `--config`."""
+    own: list[str] = []
+    others: list[str] = []
+    taken_by, config = others, []
+    for argument in argv:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0].replace("-", "_")
+            is_known = name in known or name.removeprefix("no_") in known
+            taken_by = config if name == "config" else own if is_known else others
+        taken_by.append(argument)
+    return own, others
 
 
 class _Parser(ShortErrors, TrlParser):
@@ -58,7 +103,7 @@ class _Parser(ShortErrors, TrlParser):
 def _parser() -> _Parser:
     parser = _Parser((EvalArguments,), prog=PROGRAM, usage=f"{PROGRAM} --config FILE [--SETTING VALUE ...]")
     # TRL takes this option out of the arguments before it parses them. Here it is for the help.
-    parser.add_argument("--config", metavar="FILE", help="YAML file with settings; the command line takes precedence")
+    parser.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
     hide_negations(parser)
     return parser
 

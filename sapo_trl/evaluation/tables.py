@@ -340,6 +340,10 @@ def _notes(runs: Sequence[Mapping[str, Any]], names: Sequence[str], has_publishe
                     f"{metric} {_cell_of(interval)}" for metric, interval in entry["repeated"].items()
                 )
                 notes.append(f"{run['name']}, {entry['title']}: {repeated}.")
+            others = {name: value for name, value in entry["metrics"].items() if name.startswith("rewards/")}
+            if len(others) > 1:
+                means = ", ".join(f"{metric} {_cell_of(interval)}" for metric, interval in others.items())
+                notes.append(f"{run['name']}, {entry['title']}: {means}.")
             if entry["errors"]:
                 notes.append(f"{run['name']}, {entry['title']}: {entry['errors']} answers could not be scored.")
     notes += [f"{entry['title']}: {entry['scoring_note']}" for entry in found.values() if entry["scoring_note"]]
