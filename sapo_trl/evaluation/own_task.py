@@ -35,7 +35,9 @@ PROGRAM = "sapo-trl eval"
 REWARD = "reward"
 """The weighted sum of all rewards, as in the trainer's log."""
 
-_OF_TRAINING = {field.name for kind in (TrainArguments, SAPOConfig, ModelConfig) for field in fields(kind)} | {"preset"}
+_OF_TRAINING = {field.name for kind in (TrainArguments, SAPOConfig, ModelConfig) for field in fields(kind)} | {
+    "preset"
+}
 _OF_EVALUATION = {field.name for field in fields(EvalArguments)}
 # An evaluation scores stored texts. It has neither tokens nor pictures nor a trainer.
 _NOT_PASSED = ("completion_ids", "trainer_state", "environments", "images", "image")
@@ -158,9 +160,7 @@ def _prompts(
     processor = None
     if arguments.max_prompt_length is not None:
         model = str(warm_start(default_cache_dir())) if evaluation.model == EMBEDDED else evaluation.model
-        processor = load_processor(
-            model, revision=evaluation.revision, trust_remote_code=evaluation.trust_remote_code
-        )
+        processor = load_processor(model, revision=evaluation.revision, trust_remote_code=evaluation.trust_remote_code)
     arguments.streaming = False  # rows are numbered
     dataset, report = load_prompts(arguments, arguments.dataset_test_split, training_args.seed, processor)
     if report is not None and report.bad:

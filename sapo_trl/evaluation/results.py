@@ -70,15 +70,10 @@ def _benchmark_results(
     groups: dict[str, list[int]] = defaultdict(list)
     for row in sorted(complete):
         groups[benchmark.group_of(problems[row])].append(row)
-    by_number = {
-        row: sorted(entries, key=lambda entry: entry["generation"]) for row, entries in complete.items()
-    }
+    by_number = {row: sorted(entries, key=lambda entry: entry["generation"]) for row, entries in complete.items()}
     ordered = {row: [score["correct"] for score in entries] for row, entries in by_number.items()}
     generations = [
-        [
-            [_result(problems[row], by_number[row][generation]) for row in rows]
-            for rows in groups.values()
-        ]
+        [[_result(problems[row], by_number[row][generation]) for row in rows] for rows in groups.values()]
         for generation in range(n)
     ]
     repeated = repeated_metrics([[ordered[row] for row in rows] for rows in groups.values()])
