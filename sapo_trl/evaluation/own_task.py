@@ -35,9 +35,8 @@ PROGRAM = "sapo-trl eval"
 REWARD = "reward"
 """The weighted sum of all rewards, as in the trainer's log."""
 
-_OF_TRAINING = {field.name for kind in (TrainArguments, SAPOConfig, ModelConfig) for field in fields(kind)} | {
-    "preset"
-}
+_TRAINING = (TrainArguments, SAPOConfig, ModelConfig)
+_OF_TRAINING = {"preset", *(setting.name for kind in _TRAINING for setting in fields(kind))}
 _OF_EVALUATION = {field.name for field in fields(EvalArguments)}
 # An evaluation scores stored texts. It has neither tokens nor pictures nor a trainer.
 _NOT_PASSED = ("completion_ids", "trainer_state", "environments", "images", "image")
@@ -79,9 +78,7 @@ def read_run_file(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], 
         that makes the benchmark `task` for the evaluation's settings.
     """
     # A dry run takes a file for GPUs on a CPU, too.
-    request = parse_run(
-        ["--config", path, "--dry_run", *overrides], TrainArguments, SAPOConfig, ModelConfig, program=PROGRAM
-    )
+    request = parse_run(["--config", path, "--dry_run", *overrides], *_TRAINING, program=PROGRAM)
     arguments, training_args, model_args = request.settings
     defaults = {
         **_trained_model(training_args.output_dir, model_args),

@@ -179,8 +179,8 @@ class EvalArguments:
     def __post_init__(self):
         if not self.model and not (self.score_only and self.output_dir):
             raise ValueError(
-                "`model` is not set: 'embedded', a folder or a hub id. (A run file's `output_dir` holds a model only after "
-                "training.)"
+                "`model` is not set: 'embedded', a folder or a hub id. (A run file's `output_dir` has one only "
+                "after training.)"
             )
         self.benchmarks = [name for entry in self.benchmarks for name in entry.split(",") if name]
         check_settings(self)

@@ -123,7 +123,8 @@ class SAPOTrainer(GRPOBridge):
         "citation": textwrap.dedent("""\
             @inproceedings{gao2026segment,
                 title        = {{Segment-Aligned Policy Optimization for Multi-Modal Reasoning}},
-                author       = {Gao, Lei and Li, Zhuoming and Jia, Mengxi and Yuan, Jiakang and Sun, Hongbo and Sun, Hao and Li, Xuelong},
+                author       = {Gao, Lei and Li, Zhuoming and Jia, Mengxi and Yuan, Jiakang and
+                                Sun, Hongbo and Sun, Hao and Li, Xuelong},
                 booktitle    = {International Conference on Machine Learning},
                 year         = 2026,
                 note         = {arXiv:2605.01327},

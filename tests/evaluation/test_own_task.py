@@ -56,7 +56,7 @@ def untrained(qwen2_5_vl_processor, tmp_path_factory):
 
 @pytest.fixture
 def own_data(untrained, tmp_path):
-    """Rows of JSON with pictures beside them, under names of one's own, and a run file whose model is in its folder."""
+    """Rows of JSON with pictures beside them, and a run file with a model in its folder."""
     (tmp_path / "pics").mkdir()
     rows = []
     for number in range(6):
