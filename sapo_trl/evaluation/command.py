@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 from trl import TrlParser
 
+from ..cli.help_lines import help_line, help_sections
 from ..short_errors import ShortErrors, hide_negations
 from .settings import EvalArguments
 
@@ -22,9 +23,19 @@ if TYPE_CHECKING:
 
 
 PROGRAM = "sapo-trl eval"
+USAGE = f"{PROGRAM} --config FILE [--SETTING VALUE ...]"
+
+# `--help_all` shows all others, too.
+MOST_USED = {
+    "model and benchmarks": ("model", "benchmarks", "adapter", "limit", "max_pixels"),
+    "sampling": ("backend", "temperature", "top_p", "max_new_tokens", "n", "seed", "batch_size"),
+    "results": ("output_dir", "score_only"),
+    "judge": ("judge_url", "judge_model", "judge_when"),
+}
+_HELP_ALL = "show every setting and exit"
 _CONFIG_HELP = (
-    "YAML file with settings, or a run file of `sapo-trl train`: it evaluates the run's model on the test split, with "
-    "the run's prompts and reward functions. The command line takes precedence"
+    "YAML file with settings; the command line takes precedence. A run file of `sapo-trl train` evaluates the run's "
+    "model on its test split, with its prompts and reward functions"
 )
 
 
@@ -60,9 +71,12 @@ def main(
 
 def _parse(argv: list[str]) -> tuple[EvalArguments, Benchmark | None]:
     """The settings, and the task of a run file if `--config` names one."""
+    if {"-h", "--help"} & set(argv):
+        print(short_help())
+        sys.exit(0)
     parser = _parser()
     path = _config(argv)
-    if path is None or "--help" in argv or "-h" in argv:
+    if path is None:
         return parser.parse_args_and_config(argv)[0], None
     from .own_task import is_run_file, read_run_file
 
@@ -101,11 +115,30 @@ class _Parser(ShortErrors, TrlParser):
 
 
 def _parser() -> _Parser:
-    parser = _Parser((EvalArguments,), prog=PROGRAM, usage=f"{PROGRAM} --config FILE [--SETTING VALUE ...]")
-    # TRL takes this option out of the arguments before it parses them. Here it is for the help.
+    parser = _Parser((EvalArguments,), prog=PROGRAM, usage=USAGE, add_help=False)
+    # TRL takes `--config` out of the arguments before it parses them. Here it is for the help.
     parser.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
+    parser.add_argument("--help_all", action="help", help=_HELP_ALL)
     hide_negations(parser)
     return parser
+
+
+def short_help() -> str:
+    """Help on the most used settings."""
+    options = {
+        "--config FILE": _CONFIG_HELP,
+        "--help": "show the most used settings and exit",
+        "--help_all": _HELP_ALL,
+    }
+    lines = [
+        f"usage: {USAGE}",
+        f"       {PROGRAM} table RUN [RUN ...]",
+        "",
+        "Evaluate a model on benchmarks, or on the test split of a run file. `table` puts finished runs side by side.",
+        "",
+        *(help_line(option, text) for option, text in options.items()),
+    ]
+    return "\n".join([*lines, *help_sections(MOST_USED, EvalArguments)])
 
 
 def _table_parser() -> ShortErrors:
