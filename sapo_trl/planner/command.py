@@ -52,7 +52,7 @@ def parser() -> ShortErrors:
         "name the default machine; without them it is one GPU of 80 GiB.",
     )
     own.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="file or name for `sapo-trl train --config`"
+        "--config", type=Path, required=True, metavar="FILE", help="file or name, as for `sapo-trl train`"
     )
     own.add_argument("--num_processes", type=int, help="number of GPUs")
     own.add_argument("--gpu_memory_gib", type=float, help="memory of each GPU, in GiB")
