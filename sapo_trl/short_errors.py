@@ -15,7 +15,7 @@ class ShortErrors(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
         """Add an argument, without its spellings with hyphens in the help."""
         action = super().add_argument(*names, **settings)
-        # The parser has its own list of all spellings. The action's are those that it shows.
+        # The parser has its own list of all spellings. The action's list is for the help.
         action.option_strings = [
             name for name in action.option_strings if "-" not in name[2:] or name.replace("-", "_") == name
         ]

@@ -236,7 +236,7 @@ def _widest(texts: Sequence[str]) -> int:
 
 
 def _numbered(table: ResultTable) -> tuple[ResultTable, list[Text]]:
-    """The table with numbers in place of the runs' names and scorers, and these in lines below it."""
+    """The table with numbers in place of the runs' names and scorers, and lines that explain the numbers."""
     rows: list[Row] = []
     legend: list[Text] = []
     for row in table.rows:
