@@ -61,7 +61,7 @@ def main(
         return show_runs(arguments.runs, arguments.format, arguments.output_dir, console)
     try:
         arguments, own_task = _parse(list(argv))
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     from .terminal import evaluate
@@ -84,6 +84,8 @@ def _parse(argv: list[str]) -> tuple[EvalArguments, Benchmark | None]:
         return parser.parse_args_and_config(argv)[0], None
     own, of_training = _split(argv, {setting.name for setting in fields(EvalArguments)})
     defaults, make_task = read_run_file(path, of_training)
+    if any(argument.partition("=")[0] == "--model" for argument in own):  # not the run's adapter on another model
+        defaults = {name: value for name, value in defaults.items() if name not in ("adapter", "revision")}
     parser.set_defaults(**defaults)
     arguments, *_ = parser.parse_args_into_dataclasses(args=own)
     return arguments, make_task(arguments)

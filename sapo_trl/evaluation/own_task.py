@@ -79,6 +79,8 @@ def read_run_file(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], 
     """
     # A dry run takes a file for GPUs on a CPU, too.
     request = parse_run(["--config", path, "--dry_run", *overrides], *_TRAINING, program=PROGRAM)
+    if request.launch:
+        raise ValueError(f"An evaluation is one process: it takes no options of `accelerate launch`, got {overrides}.")
     arguments, training_args, model_args = request.settings
     defaults = {
         **_trained_model(training_args.output_dir, model_args),

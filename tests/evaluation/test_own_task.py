@@ -12,8 +12,10 @@ from transformers import AutoModelForImageTextToText
 
 from sapo_trl.embedded import build_model, build_tokenizer, load_processor, make_problems
 from sapo_trl.embedded.evaluation import evaluate as greedy
-from sapo_trl.evaluation.backends import texts_to_continue
-from sapo_trl.evaluation.command import main
+from sapo_trl.evaluation.backends import Request, texts_to_continue
+from sapo_trl.evaluation.backends.transformers import TransformersBackend
+from sapo_trl.evaluation.command import _parse, main
+from sapo_trl.evaluation.own_task import read_run_file
 from sapo_trl.evaluation.results import RESULTS_NAME
 
 
@@ -151,6 +153,8 @@ def test_scores_again_and_the_run_file_is_asked_for(own_data, tmp_path, capsys):
         ({"output_dir": "nowhere"}, [], "`model` is not set"),
         ({"benchmarks": ["task"]}, [], "has settings of `sapo-trl train` .* and of `sapo-trl eval` (benchmarks)"),
         ({}, ["--dataset_test_split", "test"], "has no split 'test'"),
+        ({"reward_funcs": ["no_module.here"], "reward_weights": None}, [], "No module named 'no_module'"),
+        ({}, ["--num_processes", "2"], "takes no options of `accelerate launch`"),
         ({}, ["--dataset_tset_split", "train"], "Did you mean `dataset_test_split`"),
         ({}, ["--judge_url", "http://x", "--judge_model", "m"], "neither `harness: lmms-eval` nor `judge_url`"),
         ({"reward_funcs": ["accuracy"], "reward_weights": None}, [], "reward_funcs='accuracy' is neither"),
@@ -172,14 +176,18 @@ def test_what_cannot_be(changes, arguments, message, own_data, tmp_path, capsys)
 
 
 def test_an_adapter_goes_on_the_base_model(tmp_path):
-    from sapo_trl.evaluation.own_task import read_run_file
-
     (tmp_path / "adapter_config.json").write_text("{}")
     file = tmp_path / "run.yaml"
     file.write_text(f"model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct\noutput_dir: {tmp_path}\nmodel_revision: abc\n")
     defaults, _ = read_run_file(str(file), [])
     expected = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "adapter": str(tmp_path), "revision": "abc"}
     assert {name: defaults[name] for name in expected} == expected
+    # Another model comes without the run's adapter.
+    arguments, _ = _parse(["--config", str(file), "--model", "embedded"])
+    assert (arguments.model, arguments.adapter, arguments.revision) == ("embedded", None, None)
+    arguments, task = _parse(["--config", str(file), "--n", "3"])
+    assert (arguments.model, arguments.adapter, arguments.n) == (expected["model"], str(tmp_path), 3)
+    assert task.headline == "reward" and arguments.benchmarks == ["task"]
 
 
 def test_plain_prompts_are_continued_without_a_template():
@@ -189,15 +197,11 @@ def test_plain_prompts_are_continued_without_a_template():
     assert texts_to_continue(["1 + 1 ="], has_template=True) == ["1 + 1 ="]
 
 
-def test_plain_prompts_reach_the_model_as_in_training(tmp_path, monkeypatch):
+def test_plain_prompts_reach_the_model_as_in_training():
     """`conversational: false` trains on texts, also if the tokenizer has a chat template."""
-    from sapo_trl.evaluation.backends.transformers import TransformersBackend
-
     tokenizer = build_tokenizer()
     backend = TransformersBackend.__new__(TransformersBackend)
     backend.processing_class = backend.tokenizer = tokenizer
     backend.template_kwargs = {}
-    from sapo_trl.evaluation.backends import Request
-
     ids = backend._encode([Request("AB=7", 0)])["input_ids"]
     assert ids.tolist() == tokenizer(["AB=7"])["input_ids"]
