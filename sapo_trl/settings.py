@@ -204,6 +204,6 @@ def help_from_docstring(cls: T) -> T:
     for setting in fields(cls):
         if setting.name in declared and setting.name in texts:
             # A string is `"entropy"` in the documentation and 'entropy' on a terminal. argparse formats with `%`.
-            text = first_sentence(texts[setting.name]).replace('`"', "'").replace('"`', "'").replace("%", "%%")
+            text = re.sub(r'`"([^"`]*)"`', r"'\1'", first_sentence(texts[setting.name])).replace("%", "%%")
             setting.metadata = types.MappingProxyType({**setting.metadata, "help": text})
     return cls

@@ -2,14 +2,12 @@
 A hook of mkdocs: each notebook becomes a page.
 
 `make docs` runs them into `build/notebooks` first. A notebook that is not there, or has changed since, is shown
-without outputs. Links to files of the repository, which Colab needs whole, become links within the site, so that a
-strict build checks them.
+without outputs. Links to files of the repository become links within the site, so that a strict build checks them.
 """
 
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 
 import nbformat
@@ -18,15 +16,10 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 
-BADGE = re.compile(r"\[!\[([^]]*)\]\([^)]*\)\]")
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page for each notebook, its pictures, and a page that lists them."""
     root = Path(config.docs_dir).parent
-    repository = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
-    listed = BADGE.sub(r"[\1]", (root / "notebooks" / "README.md").read_text(encoding="utf-8"))
-    listed = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", listed)
+    listed = _within_the_site((root / "notebooks" / "README.md").read_text(encoding="utf-8"))
     files.append(File.generated(config, "notebooks/index.md", content=listed))
     for source in sorted((root / "notebooks").glob("*.ipynb")):
         executed = root / "build" / "notebooks" / source.name
@@ -34,7 +27,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         notebook = nbformat.read(executed if is_current else source, as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
-                cell.source = _within_the_site(cell.source, repository)
+                cell.source = _within_the_site(cell.source)
             else:
                 cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
         text, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": source.stem})
@@ -51,8 +44,8 @@ def _is_noise(output: nbformat.NotebookNode) -> bool:
     return output.get("name") == "stderr" or "<progress" in output.get("data", {}).get("text/html", "")
 
 
-def _within_the_site(text: str, repository: str) -> str:
-    text = BADGE.sub(r"[\1]", text)  # nothing is fetched from elsewhere
-    text = re.sub(rf"{re.escape(repository)}/blob/main/notebooks/(\w+)\.ipynb(?=\))", r"\1.md", text)
-    text = text.replace(f"{repository}/blob/main/docs/", "../")
-    return text.replace(f"{repository}/blob/main/", "../../")
+def _within_the_site(text: str) -> str:
+    """Links as they are in `docs/notebooks/`, where the pages are: the notebooks lie beside `docs/`."""
+    text = re.sub(r"(?<=\]\()(\w+)\.ipynb(?=\))", r"\1.md", text)
+    text = re.sub(r"(?<=\]\()\.\./(?!docs/)", "../../", text)
+    return text.replace("](../docs/", "](../")

@@ -24,7 +24,9 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
         `int`: exit code: 0; arguments or files that do not fit exit with 2 and one line.
     """
     own = parser()
-    arguments = own.parse_args(list(argv))
+    # `ratio-bias` is `ratio_bias`.
+    names = [argument if argument.startswith("-") else argument.replace("-", "_") for argument in argv[:1]]
+    arguments = own.parse_args([*names, *argv[1:]])
     from . import questions
 
     try:
@@ -51,7 +53,7 @@ def parser() -> ShortErrors:
     _add_bootstrap(lift)
 
     bias = _add(
-        analyses, "ratio-bias", "run_ratio_bias", "how far are segments' ratios from their tokens' mean ratio?"
+        analyses, "ratio_bias", "run_ratio_bias", "how far are segments' ratios from their tokens' mean ratio?"
     )
     bias.add_argument(
         "run_folder", type=Path, metavar="RUN", help="trainer_state.json, a .jsonl log, or a folder with one"
@@ -72,7 +74,7 @@ def parser() -> ShortErrors:
     )
     _add_bootstrap(borders)
 
-    noise = _add(analyses, "gradient-variance", "run_gradient_variance", "which granularity has the noisier gradient?")
+    noise = _add(analyses, "gradient_variance", "run_gradient_variance", "which granularity has the noisier gradient?")
     noise.add_argument(
         "results", nargs="+", metavar="NAME=FILE", help="file that GradientVariance wrote, and its name"
     )

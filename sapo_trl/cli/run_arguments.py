@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,12 +19,11 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from ..names import nearest_name
 from ..presets import AXES, RUN_SETTINGS, preset_settings
 from ..run_files import find_run_file, run_file_names
-from ..settings import first_sentence
 from ..short_errors import ShortErrors, hide_negations
+from .help_lines import help_line, help_sections
 
 
 PROGRAM = "sapo-trl train"
-HELP_WIDTH = 110
 
 # The most used settings. `--help_all` shows all others, including some 200 settings of TRL and transformers.
 MOST_USED = {
@@ -313,7 +311,6 @@ def short_help(*dataclasses: type) -> str:
     Args:
         dataclasses (`type`): the classes of the settings. All fields of the first class are shown.
     """
-    by_name = {field.name: field for kind in dataclasses for field in fields(kind) if field.init}
     sections = {"data and rewards": [field.name for field in fields(dataclasses[0]) if field.init], **MOST_USED}
     lines = [
         f"usage: {PROGRAM} --config FILE [--SETTING VALUE ...]",
@@ -321,27 +318,11 @@ def short_help(*dataclasses: type) -> str:
         "Train a model. Settings come from a YAML file and from the command line, which takes precedence.",
         "",
         *(
-            _help_line(" ".join(filter(None, (action.option_strings[-1], action.metavar))), action.help)
+            help_line(" ".join(filter(None, (action.option_strings[-1], action.metavar))), action.help)
             for action in _own_options()._actions
         ),
     ]
-    for title, names in sections.items():
-        lines += ["", f"{title}:", *(_help_line(f"--{name}", _described(by_name[name])) for name in names)]
-    return "\n".join(lines)
-
-
-def _described(setting: Field) -> str:
-    """The first sentence of a setting's help, and its default."""
-    text = first_sentence(setting.metadata.get("help", "").replace("%%", "%"))
-    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
-    return text if default in (MISSING, None) else f"{text} (default: {getattr(default, 'value', default)})"
-
-
-def _help_line(option: str, text: str) -> str:
-    beginning = f"  {option:<29} " if len(option) < 30 else f"  {option}\n{'':<32}"
-    indent = " " * 32
-    lines = textwrap.fill(text, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-    return beginning + lines.lstrip()
+    return "\n".join([*lines, *help_sections(sections, *dataclasses)])
 
 
 def _fail(parser: TrlParser, message: str) -> NoReturn:

@@ -30,7 +30,7 @@ from ..data import (
     to_prompts,
 )
 from ..data.columns import check_roles
-from ..data.formats import FORMAT_OF_HUB_ID
+from ..data.formats import FORMAT_OF_HUB_ID, FormatName
 from ..data.templates import template_text
 from ..embedded import (
     default_cache_dir,
@@ -41,7 +41,6 @@ from ..embedded import (
     warm_start_folder,
 )
 from ..folder_lock import FolderInUseError, locked
-from ..names import nearest_name
 from ..rewards.lookup import find_reward
 from ..run_folder import TRAINER_STATE_NAME, newest_checkpoint
 from ..settings import PositiveInt, check_settings, help_from_docstring
@@ -120,7 +119,7 @@ class TrainArguments:
     value_model: str | None = None
     dataset_name: str = EMBEDDED
     dataset_config: str | None = None
-    dataset_format: str | None = None
+    dataset_format: FormatName | None = None
     columns: dict[str, str] | str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
@@ -147,11 +146,6 @@ class TrainArguments:
                 f'{{"problem": "question", "answer": "final"}} on the command line, got {self.columns!r}.'
             )
         check_roles(self.columns or {})
-        if self.dataset_format is not None and self.dataset_format not in FORMATS:
-            raise ValueError(
-                f"`dataset_format={self.dataset_format!r}` is none of {list(FORMATS)}."
-                f"{nearest_name(self.dataset_format, FORMATS)}"
-            )
         if self.dataset_format is not None and self.columns:
             raise ValueError("`dataset_format` and `columns` both describe the columns of a row: set only one.")
         self.reward_settings = _from_command_line(self.reward_settings) or {}

@@ -1,5 +1,7 @@
 """The formats of the known data sets, by name."""
 
+from typing import Literal
+
 from .geometry3k import GEOMETRY3K
 from .gsm8k import GSM8K
 from .hendrycks_math import MATH
@@ -8,7 +10,9 @@ from .open_r1 import OPEN_R1
 from .question import DataFormat
 
 
-FORMATS: dict[str, DataFormat] = {
+FormatName = Literal["geometry3k", "gsm8k", "math", "math12k", "open_r1"]
+
+FORMATS: dict[FormatName, DataFormat] = {
     "geometry3k": GEOMETRY3K,
     "gsm8k": GSM8K,
     "math": MATH,

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from PIL.Image import Image
 
 from .columns import CONVERSATIONS, RESERVED_NAMES
-from .formats import FORMATS
+from .formats import FORMATS, FormatName
 from .geometry3k import GEOMETRY3K
 from .question import IMAGE_PLACEHOLDER, BadRow, Question
 from .templates import template_text
@@ -70,7 +70,7 @@ def geometry_prompt(row: Mapping[str, Any], prompt_template: str = "none") -> di
 
 
 def to_prompts(
-    dataset: Dataset | IterableDataset, prompt_template: str = "none", dataset_format: str = "geometry3k"
+    dataset: Dataset | IterableDataset, prompt_template: str = "none", dataset_format: FormatName = "geometry3k"
 ) -> Dataset | IterableDataset:
     """
     Convert a whole data set that has no bad rows. The first bad row is an error, and decoded pictures stay unchanged.

@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
 from PIL import Image
+
+
+TASK = "task"
+"""Name of the benchmark that a run file of `sapo-trl train` describes."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +20,11 @@ class Problem:
 
     id: str
     """Unique within the benchmark, and the same each time the rows are read."""
-    prompt: list[dict[str, Any]]
-    """Messages in the form of TRL and chat templates, with an `{"type": "image"}` block for each image."""
+    prompt: list[dict[str, Any]] | str
+    """
+    Messages in the form of TRL and chat templates, with an `{"type": "image"}` block for each image; or a plain text,
+    which the model continues without a chat template.
+    """
     answer: str
     """The right answer, in the scorer's form."""
     images: list[Image.Image] = field(default_factory=list)
@@ -32,6 +40,8 @@ class Score:
     """From 0.0 to 1.0. Only 0.0 or 1.0 if the benchmark gives no partial marks."""
     extracted: str | None
     """The answer extracted from the generation; `None` if there is none."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Rewards by name, for a task with reward functions."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Result:
     id: str
     correct: float
     fields: Mapping[str, Any]
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
 
 Aggregate = Callable[[Sequence[Sequence[Result]]], dict[str, float]]
@@ -84,7 +95,12 @@ class Benchmark:
     group_of: Callable[[Problem], str] = lambda problem: problem.id
     keep: Callable[[Mapping[str, Any]], bool] = lambda row: True
     """Whether a row belongs to the benchmark. A split may have other rows, too (text-only rows, other settings)."""
-    right_answer: Callable[[Problem], str] = lambda problem: problem.answer
-    """The content of a right response's box. Each row is tried with it before anything is generated."""
+    right_answer: Callable[[Problem], str] | None = lambda problem: problem.answer
+    """
+    The content of a right response's box. Each row is tried with it before anything is generated. `None` if it is not
+    known which response is right.
+    """
+    load: Callable[[], Dataset] | None = None
+    """Reads the rows in place of `dataset` and `split`."""
     scoring_note: str = ""
     """Differences between the rules and the benchmark's own scorer, for the docs and below tables."""

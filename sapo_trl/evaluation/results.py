@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..statistics import Interval
-from .benchmark import Benchmark, Result
+from .benchmark import Benchmark, Problem, Result
 from .statistics import benchmark_metrics, repeated_metrics
 from .store import GenerationStore, stored_problem
 
@@ -69,15 +70,10 @@ def _benchmark_results(
     groups: dict[str, list[int]] = defaultdict(list)
     for row in sorted(complete):
         groups[benchmark.group_of(problems[row])].append(row)
-    ordered = {
-        row: [score["correct"] for score in sorted(entries, key=lambda entry: entry["generation"])]
-        for row, entries in complete.items()
-    }
+    by_number = {row: sorted(entries, key=lambda entry: entry["generation"]) for row, entries in complete.items()}
+    ordered = {row: [score["correct"] for score in entries] for row, entries in by_number.items()}
     generations = [
-        [
-            [Result(problems[row].id, ordered[row][generation], problems[row].fields) for row in rows]
-            for rows in groups.values()
-        ]
+        [[_result(problems[row], by_number[row][generation]) for row in rows] for rows in groups.values()]
         for generation in range(n)
     ]
     repeated = repeated_metrics([[ordered[row] for row in rows] for rows in groups.values()])
@@ -97,6 +93,10 @@ def _benchmark_results(
         "unparsed": sum(entry["extracted"] is None for entry in entries),
         "errors": sum(entry["error"] is not None for entry in entries),
     }
+
+
+def _result(problem: Problem, score: Mapping[str, Any]) -> Result:
+    return Result(problem.id, score["correct"], problem.fields, json.loads(score["rewards"]))
 
 
 def _lengths(generations: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -89,7 +89,9 @@ class Rows:
             )
 
     def _fault(self, problem: Problem) -> str | None:
-        """The reason why the problem's own answer does not count as right; `None` if it counts."""
+        """The reason why the problem's own answer does not count as right; `None` if it counts, or is not known."""
+        if self.benchmark.right_answer is None:
+            return None
         name, answer = f"{self.benchmark.name}: the problem {problem.id!r} of {self.source!r}", problem.answer
         if not answer.strip():
             return f"{name} has no answer, got {answer!r}."
@@ -144,6 +146,8 @@ def load_rows(
 
 
 def _load(benchmark: Benchmark, path: str | None) -> Dataset:
+    if path is None and benchmark.load is not None:
+        return benchmark.load()
     if path is not None and os.path.isfile(path):
         ending = os.path.splitext(path)[1]
         if ending not in BUILDERS:

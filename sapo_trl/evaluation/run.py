@@ -14,7 +14,7 @@ from ..files import write_json
 from ..folder_lock import locked
 from ..json_files import NUMBER, Each, read_json
 from .backends import BATCH_SIZES, Backend, Request, generation_seed, make_backend
-from .benchmark import Benchmark
+from .benchmark import TASK, Benchmark
 from .judge import Judge
 from .page import write_page
 from .progress import Steps
@@ -169,7 +169,8 @@ def _score(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark], consol
     record = read_json(folder / EVAL_NAME, _RECORD)
     unknown = [name for name in record["benchmarks"] if name not in benchmarks]
     if unknown:
-        raise ValueError(f"{str(folder / EVAL_NAME)!r} has unknown benchmarks: {', '.join(unknown)}.")
+        remedy = " Name the run file of `task` with `--config`." if TASK in unknown else ""
+        raise ValueError(f"{str(folder / EVAL_NAME)!r} has unknown benchmarks: {', '.join(unknown)}.{remedy}")
     known = {name: benchmarks[name] for name in record["benchmarks"]}
     judge = Judge(arguments, folder) if arguments.judge_url else None
     store = GenerationStore(folder)

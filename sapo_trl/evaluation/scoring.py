@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ SCORES = pa.schema(
         "rules": pa.float64(),  # the score of the rules, also if a judge decided
         "scorer": pa.string(),
         "error": pa.string(),
+        "rewards": pa.string(),  # JSON; empty for benchmarks without reward functions
     }
 )
 
@@ -101,6 +103,7 @@ def _score(benchmark: Benchmark, problem: Problem, row: dict[str, Any]) -> dict[
             "rules": 0.0,
             "scorer": RULES,
             "error": f"{type(error).__name__}: {error}",
+            "rewards": "{}",
         }
     return entry | {
         "correct": score.correct,
@@ -108,6 +111,7 @@ def _score(benchmark: Benchmark, problem: Problem, row: dict[str, Any]) -> dict[
         "rules": score.correct,
         "scorer": RULES,
         "error": None,
+        "rewards": json.dumps(dict(score.rewards)),
     }
 
 

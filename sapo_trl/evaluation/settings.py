@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -37,6 +38,7 @@ IDENTITY = (
     "limit",
     "min_pixels",
     "max_pixels",
+    "chat_template_kwargs",
     "harness",
 )
 """Settings that decide the generations. A run folder holds generations with one value of each setting."""
@@ -55,7 +57,8 @@ class EvalArguments:
             Folder, hub id, or `"embedded"`: the small model of the embedded task.
         benchmarks (`list[str]`):
             Names of benchmarks, separated by commas or spaces; `NAME=PATH` reads local rows. `PATH` is a folder or a
-            file (parquet, JSONL) with the published columns. Without it, the rows come from the hub.
+            file (parquet, JSONL) with the published columns. Without it, the rows come from the hub. With a run file
+            of `sapo-trl train` as `--config`, `task` is the test split of the file's data, and the default.
         revision (`str`, *optional*):
             Branch, tag or commit of the model.
         adapter (`str`, *optional*):
@@ -88,6 +91,8 @@ class EvalArguments:
             Enlarge smaller images to this many pixels.
         max_pixels (`int`, *optional*):
             Reduce larger images to this many pixels.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Arguments of the chat template, such as `{"enable_thinking": false}`.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.9`):
             Share of the GPU's memory for vLLM.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
@@ -150,6 +155,7 @@ class EvalArguments:
     batch_size: PositiveInt | None = None
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
+    chat_template_kwargs: dict[str, Any] | str | None = None
     vllm_gpu_memory_utilization: Annotated[float, Bounds(gt=0, le=1)] = 0.9
     vllm_tensor_parallel_size: PositiveInt = 1
     vllm_max_model_length: PositiveInt | None = None
@@ -172,9 +178,13 @@ class EvalArguments:
 
     def __post_init__(self):
         if not self.model and not (self.score_only and self.output_dir):
-            raise ValueError("`model` is not set: 'embedded', a folder or a hub id.")
+            raise ValueError(
+                "`model` is not set: 'embedded', a folder or a hub id. (A run file's `output_dir` has one only "
+                "after training.)"
+            )
         self.benchmarks = [name for entry in self.benchmarks for name in entry.split(",") if name]
         check_settings(self)
+        self.chat_template_kwargs = _from_json(self.chat_template_kwargs)
         _ = ImageLimits(self.min_pixels, self.max_pixels)
         if self.judge_url and not self.judge_model:
             raise ValueError("`judge_url` is set, `judge_model` is not: name the endpoint's model.")
@@ -202,6 +212,18 @@ class EvalArguments:
         """The settings that decide the generations."""
         settings = asdict(self)
         return {name: settings[name] for name in IDENTITY}
+
+
+def _from_json(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        pass
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(
+            f'`chat_template_kwargs` must name arguments, such as {{"enable_thinking": false}}, got {value!r}.'
+        )
+    return value
 
 
 def chosen_benchmarks(entries: Iterable[str], known: Iterable[str]) -> dict[str, str | None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -199,23 +200,53 @@ def as_rich(table: ResultTable, width: int | None = None) -> Group:
     Args:
         table ([`ResultTable`]): the table.
         width (`int`, *optional*):
-            characters of a line. A wider table is continued below, so that no name is split. By default there is no
-            limit.
+            characters of a line. A wider table is continued below, so that no name is split. Names that leave no
+            room for a number stand below the table. By default there is no limit.
     """
-    heads = [["", *(row.name for row in table.rows)], ["scored by", *(row.scorer for row in table.rows)]]
-    taken = sum(max(map(len, head)) + 1 for head in heads)
+    width = width or sys.maxsize
+    needed = [
+        _widest([title, *(line for row in table.rows if (cell := row.cells[column]) for line in _lines(cell))])
+        for column, title in enumerate(table.columns)
+    ]
+    legend: list[Text] = []
+    if _taken(table) + max(needed) > width:
+        table, legend = _numbered(table)
     parts: list[list[int]] = [[]]
-    left = (width or sys.maxsize) - taken
-    for column, title in enumerate(table.columns):
-        cells = [row.cells[column] for row in table.rows]
-        texts = [title, *(line for cell in cells if cell is not None for line in _lines(cell))]
-        needed = max(map(len, texts)) + 1
-        if needed > left and parts[-1]:
+    left = width - _taken(table)
+    for column, own in enumerate(needed):
+        if own > left and parts[-1]:
             parts.append([])
-            left = (width or sys.maxsize) - taken
+            left = width - _taken(table)
         parts[-1].append(column)
-        left -= needed
-    return Group(*(_part(table, columns, table.title if columns is parts[0] else None) for columns in parts))
+        left -= own
+    shown = (_part(table, columns, table.title if columns is parts[0] else None) for columns in parts)
+    return Group(*shown, *legend)
+
+
+def _taken(table: ResultTable) -> int:
+    """Characters of the columns with names and scorers."""
+    return _widest(["", *(row.name for row in table.rows)]) + _widest(
+        ["scored by", *(row.scorer for row in table.rows)]
+    )
+
+
+def _widest(texts: Sequence[str]) -> int:
+    """Characters of a column, with the two behind it. Chinese characters take two each."""
+    return max(map(cell_len, texts)) + 2
+
+
+def _numbered(table: ResultTable) -> tuple[ResultTable, list[Text]]:
+    """The table with numbers in place of the runs' names and scorers, and lines that explain the numbers."""
+    rows: list[Row] = []
+    legend: list[Text] = []
+    for row in table.rows:
+        if row.scorer == PAPER:
+            rows.append(row)
+            continue
+        mark = f"[{len(legend) + 1}]"
+        rows.append(replace(row, name=mark, scorer=""))
+        legend.append(Text(f"{mark} {row.name}\n{'':<{len(mark)}} scored by {row.scorer}"))
+    return replace(table, rows=rows), legend
 
 
 def _part(table: ResultTable, columns: Sequence[int], title: str | None) -> RichTable:
@@ -340,6 +371,10 @@ def _notes(runs: Sequence[Mapping[str, Any]], names: Sequence[str], has_publishe
                     f"{metric} {_cell_of(interval)}" for metric, interval in entry["repeated"].items()
                 )
                 notes.append(f"{run['name']}, {entry['title']}: {repeated}.")
+            others = {name: value for name, value in entry["metrics"].items() if name.startswith("rewards/")}
+            if len(others) > 1:
+                means = ", ".join(f"{metric} {_cell_of(interval)}" for metric, interval in others.items())
+                notes.append(f"{run['name']}, {entry['title']}: {means}.")
             if entry["errors"]:
                 notes.append(f"{run['name']}, {entry['title']}: {entry['errors']} answers could not be scored.")
     notes += [f"{entry['title']}: {entry['scoring_note']}" for entry in found.values() if entry["scoring_note"]]

@@ -19,7 +19,12 @@ from .settings import EvalArguments, chosen_benchmarks
 from .tables import ResultTable, as_json, as_latex, as_markdown, as_rich, make_tables, read_results, write_tables
 
 
-def evaluate(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark] | None, console: Console) -> int:
+def evaluate(
+    arguments: EvalArguments,
+    benchmarks: Mapping[str, Benchmark] | None,
+    console: Console,
+    own_task: Benchmark | None = None,
+) -> int:
     """
     Evaluate, score and write tables. Returns the exit code of `sapo-trl eval`.
 
@@ -27,10 +32,13 @@ def evaluate(arguments: EvalArguments, benchmarks: Mapping[str, Benchmark] | Non
         arguments ([`EvalArguments`]): the settings.
         benchmarks (`Mapping[str, Benchmark]`, *optional*): by name. Defaults to the benchmarks of this package.
         console ([`~rich.console.Console`]): console to print to.
+        own_task ([`Benchmark`], *optional*): the task of a run file, beside the benchmarks.
     """
     try:
         if benchmarks is None:
             from .benchmarks import BENCHMARKS as benchmarks
+        if own_task is not None:
+            benchmarks = {own_task.name: own_task, **benchmarks}
         if arguments.harness == "lmms-eval":
             results = _run_harness(arguments, benchmarks)
         else:

@@ -51,7 +51,9 @@ def parser() -> ShortErrors:
         epilog="Any setting of `sapo-trl train` can be added, such as `--critic shared`. The file's first lines "
         "name the default machine; without them it is one GPU of 80 GiB.",
     )
-    own.add_argument("--config", type=Path, required=True, help="file or name for `sapo-trl train --config`")
+    own.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="file or name, as for `sapo-trl train`"
+    )
     own.add_argument("--num_processes", type=int, help="number of GPUs")
     own.add_argument("--gpu_memory_gib", type=float, help="memory of each GPU, in GiB")
     own.add_argument("--sharding", choices=SHARDINGS, help="sharding of the models; none is one GPU or DDP")

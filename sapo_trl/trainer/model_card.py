@@ -114,8 +114,8 @@ def _method(args: SAPOConfig, segmenter: Segmenter | None) -> str:
         algorithm += f", cutting responses with `{getattr(segmenter, '__name__', type(segmenter).__name__)}`"
     return (
         f"This model was trained by the `SAPOTrainer` of sapo_trl with {algorithm}.\n\n"
-        "> SAPO here is **Segment-Aligned** Policy Optimization "
-        "([arXiv 2605.01327](https://huggingface.co/papers/2605.01327)), not Qwen's *Soft Adaptive* Policy "
+        "> SAPO here is **Segment-Aligned** Policy Optimization (ICML 2026, "
+        "[arXiv 2605.01327](https://huggingface.co/papers/2605.01327)), not Qwen's *Soft Adaptive* Policy "
         "Optimization ([arXiv 2511.20347](https://huggingface.co/papers/2511.20347)), which TRL's "
         '`loss_type="sapo"` selects.'
     )

@@ -121,11 +121,13 @@ class SAPOTrainer(GRPOBridge):
         "id": "2605.01327",
         # docstyle-ignore
         "citation": textwrap.dedent("""\
-            @article{gao2026segment,
+            @inproceedings{gao2026segment,
                 title        = {{Segment-Aligned Policy Optimization for Multi-Modal Reasoning}},
-                author       = {Gao, Lei and Li, Zhuoming and Jia, Mengxi and Yuan, Jiakang and others},
+                author       = {Gao, Lei and Li, Zhuoming and Jia, Mengxi and Yuan, Jiakang and
+                                Sun, Hongbo and Sun, Hao and Li, Xuelong},
+                booktitle    = {International Conference on Machine Learning},
                 year         = 2026,
-                eprint       = {arXiv:2605.01327},
+                note         = {arXiv:2605.01327},
             }"""),
     }
 

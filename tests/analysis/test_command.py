@@ -90,7 +90,7 @@ class TestCommands:
             assert response["values"][first] == pytest.approx(row["value"])
 
     def test_ratio_bias(self, run_folder, tmp_path):
-        output = analyse("ratio-bias", run_folder, "--output", tmp_path)
+        output = analyse("ratio_bias", run_folder, "--output", tmp_path)
         assert [path.name for path in written(output)] == ["ratio_bias.png", "ratio_bias.csv"]
         table = pd.read_csv(tmp_path / "ratio_bias.csv")
         assert table["step"].tolist() == list(range(1, 17))
@@ -98,7 +98,7 @@ class TestCommands:
         lines = tmp_path / "log.jsonl"
         history = json.loads((run_folder / "trainer_state.json").read_text())["log_history"]
         lines.write_text("".join(json.dumps(entry) + "\n" for entry in history))
-        assert analyse("ratio-bias", lines, "--output", tmp_path / "again").splitlines()[:6] == output.splitlines()[:6]
+        assert analyse("ratio_bias", lines, "--output", tmp_path / "again").splitlines()[:6] == output.splitlines()[:6]
 
     def test_borders(self, run_folder, tmp_path):
         responses = read_responses(run_folder, columns=("segment_ids",))
@@ -127,7 +127,7 @@ class TestCommands:
         for name in ("token", "segment"):
             (tmp_path / f"{name}.json").write_text(json.dumps(noise))
         results = [f"{name}={tmp_path / name}.json" for name in ("token", "segment")]
-        output = analyse("gradient-variance", *results, "--output", tmp_path / "out")
+        output = analyse("gradient_variance", *results, "--output", tmp_path / "out")
         assert "2 ± 0.1" in output
         assert [path.name for path in written(output)] == ["gradient_variance.png", "gradient_variance.csv"]
         assert pd.read_csv(tmp_path / "out" / "gradient_variance.csv")["setting"].tolist() == ["token", "segment"]
@@ -165,7 +165,7 @@ class TestErrors:
         assert f"{tmp_path}/none: there is no such folder" in self.one_line(capsys, "lift", tmp_path / "none")
         error = self.one_line(capsys, "lift", tmp_path)
         assert "no file segments_<step>_<process>.parquet" in error and "`SegmentationCallback(output_dir=…)`" in error
-        assert f"{tmp_path}: neither a `trainer_state.json`" in self.one_line(capsys, "ratio-bias", tmp_path)
+        assert f"{tmp_path}: neither a `trainer_state.json`" in self.one_line(capsys, "ratio_bias", tmp_path)
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "segments_000000_000.parquet").touch()
@@ -201,13 +201,13 @@ class TestErrors:
     def test_logs(self, capsys, tmp_path):
         state = tmp_path / "trainer_state.json"
         state.write_text("{")
-        assert f"{state}: not JSON" in self.one_line(capsys, "ratio-bias", tmp_path)
+        assert f"{state}: not JSON" in self.one_line(capsys, "ratio_bias", tmp_path)
         state.write_text("{}")
-        assert f"{state}: no `log_history` in it" in self.one_line(capsys, "ratio-bias", tmp_path)
+        assert f"{state}: no `log_history` in it" in self.one_line(capsys, "ratio_bias", tmp_path)
         state.write_text('{"log_history": []}')
-        assert f"{state}: the log must have at least one entry" in self.one_line(capsys, "ratio-bias", tmp_path)
+        assert f"{state}: the log must have at least one entry" in self.one_line(capsys, "ratio_bias", tmp_path)
         state.write_text('{"log_history": [{"step": 1, "loss": 2.0}]}')
-        assert "`ratio/geometric_bias` is not in the log" in self.one_line(capsys, "ratio-bias", tmp_path)
+        assert "`ratio/geometric_bias` is not in the log" in self.one_line(capsys, "ratio_bias", tmp_path)
 
     def test_a_log_that_was_cut_is_read_as_far_as_it_goes(self, capsys, tmp_path, caplog):
         entries = [
@@ -220,16 +220,16 @@ class TestErrors:
             assert read_log_history(path)["step"].tolist() == [1, 2]
         assert f"{path}: the last line is cut" in caplog.text
         path.write_text(lines.replace('"step": 2', '"step"; 2'))
-        assert f"{path}, line 2: not JSON" in self.one_line(capsys, "ratio-bias", path)
+        assert f"{path}, line 2: not JSON" in self.one_line(capsys, "ratio_bias", path)
         path.write_text("[" * 100_000 + "\n" + lines)
-        assert f"{path}, line 1: not JSON" in self.one_line(capsys, "ratio-bias", path)
+        assert f"{path}, line 1: not JSON" in self.one_line(capsys, "ratio_bias", path)
         path.write_text(lines.replace('"step": 2', '"step": "two"'))
         assert f"{path}, row 1: `step` must be a number or empty, got 'two'" in self.one_line(
-            capsys, "ratio-bias", path
+            capsys, "ratio_bias", path
         )
         path.write_text(lines.replace('"ratio/geometric_bias": 0.1', '"ratio/geometric_bias": "low"'))
         assert f"{path}: `ratio/geometric_bias` in the log must be a number" in self.one_line(
-            capsys, "ratio-bias", path
+            capsys, "ratio_bias", path
         )
 
     def test_last_checkpoint_is_read(self, tmp_path):
@@ -254,5 +254,5 @@ class TestErrors:
         assert re.search("no borders of step 0, process 0, response 1", error)
 
     def test_gradient_variance(self, capsys, tmp_path):
-        assert "given as NAME=FILE, got 'x.json'" in self.one_line(capsys, "gradient-variance", "x.json")
-        assert "the name 'a' twice" in self.one_line(capsys, "gradient-variance", "a=x", "a=y")
+        assert "given as NAME=FILE, got 'x.json'" in self.one_line(capsys, "gradient_variance", "x.json")
+        assert "the name 'a' twice" in self.one_line(capsys, "gradient_variance", "a=x", "a=y")

@@ -1,5 +1,7 @@
 """One style of help and of errors for all commands."""
 
+import re
+
 import pytest
 
 from sapo_trl.cli import COMMANDS, main
@@ -59,12 +61,42 @@ def test_underscores_and_hyphens(name, tmp_path, monkeypatch):
     assert demo([name, str(tmp_path)]) == 0 and found == [tmp_path]
 
 
-def test_no_help_has_a_hyphen_first(capsys):
-    for command in ("demo", "study run", "plan", "eval", "presets", "configs", "env", "view", "analyze"):
-        assert command.split()[0] in COMMANDS
+@pytest.mark.parametrize(
+    "command",
+    ["train", "eval", "eval table", "plan", "view", "analyze", "study run", "study report", "demo", "presets", "env"]
+    + ["configs", *(f"analyze {name}" for name in ("lift", "ratio_bias", "borders", "gradient_variance"))],
+)
+def test_help_has_one_style(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert command.split()[0] in COMMANDS
+    try:
+        assert main([*command.split(), "--help"]) == 0
+    except SystemExit as stop:
+        assert stop.code == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert lines[0].startswith(f"usage: sapo-trl {command.split()[0]}") and len(lines) <= 100
+    assert max(map(len, lines)) <= 110
+    words = shown.replace(",", " ").replace("[", " ").split()
+    options = {word for word in words if word.startswith("--")}
+    assert "--help" in options
+    assert [option for option in options if "-" in option[2:] or option.startswith("--no_")] == []
+    assert "(default: None)" not in shown and "(default: )" not in shown
+    # A quotation that begins ends: `critic="ladder"`, not `critic="ladder'`.
+    assert shown.count('"') % 2 == 0 and not re.search(r"\"\w+'|'\w+\"", shown)
+
+
+def test_all_settings_of_eval(capsys):
+    for option, is_long in (("--help", False), ("--help_all", True)):
         with pytest.raises(SystemExit):
-            main([*command.split(), "--help"])
-        options = [word for word in capsys.readouterr().out.replace(",", " ").split() if word.startswith("--")]
-        assert "--help" in options
-        hyphens = {word for word in options if "-" in word[2:]}
-        assert all(word.replace("-", "_").replace("__", "--", 1) in options for word in hyphens), command
+            evaluate([option])
+        shown = capsys.readouterr().out
+        assert "--temperature" in shown and ("--vllm_tensor_parallel_size" in shown) is is_long
+        assert "--help_all" in shown and "--top-p" not in shown
+
+
+def test_names_of_analyses_with_hyphens_still_work(tmp_path, capsys):
+    for name in ("ratio_bias", "ratio-bias"):
+        with pytest.raises(SystemExit) as stop:
+            main(["analyze", name, str(tmp_path), "--output", str(tmp_path)])
+        assert stop.value.code == 2 and "analyze ratio_bias: error: " in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from sapo_trl import SAPOConfig
 from sapo_trl.cli import main
 from sapo_trl.cli.train import TrainArguments, load_prompts
 from sapo_trl.data import load_rows
+from sapo_trl.data.formats import FORMATS, FormatName
 from sapo_trl.data.question import text_cell
 from sapo_trl.embedded import build_model, build_processor, make_problems
 from tests.testing_utils import sapo_trainer, unmoved
@@ -306,11 +308,17 @@ class TestSettings:
         settings = self.parse(tmp_path, text, "--columns", '{"problem": "q", "answer": "a"}')
         assert settings.columns == {"problem": "q", "answer": "a"}
 
+    def test_an_editor_completes_every_format(self):
+        assert get_args(FormatName) == tuple(FORMATS)
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
             ({"prompt_template": "boxd"}, "Did you mean `boxed`"),
-            ({"dataset_format": "geometry"}, "none of .*Did you mean `geometry3k`"),
+            (
+                {"dataset_format": "geometry"},
+                "must be one of .*got 'geometry'.*Did you mean `geometry3k`",
+            ),
             ({"columns": "question"}, "`columns` must name columns.*got 'question'"),
             ({"columns": {"question": "q"}}, r"`columns` names a column for \['question'\]"),
             ({"columns": {"problem": "q"}, "dataset_format": "math"}, "`dataset_format` and `columns` both describe"),

@@ -7,13 +7,14 @@ import sys
 
 import pandas as pd
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from sapo_trl.evaluation import published
 from sapo_trl.evaluation.command import main
 from sapo_trl.evaluation.lmms_eval import TASKS, HarnessError, harness_command, read_harness_results
 from sapo_trl.evaluation.settings import EvalArguments
-from sapo_trl.evaluation.tables import as_json, as_latex, as_markdown, as_rich, make_tables
+from sapo_trl.evaluation.tables import Cell, ResultTable, Row, as_json, as_latex, as_markdown, as_rich, make_tables
 from tests.evaluation.evaluation_run import TOYS
 
 
@@ -62,6 +63,28 @@ def test_no_name_is_split_at_80_columns():
     Console(file=wide, width=400).print(as_rich(table))
     number = re.compile(r"\d+\.\d\d")
     assert sorted(number.findall(printed.getvalue())) == sorted(number.findall(wide.getvalue()))
+
+
+@pytest.mark.parametrize("width", [60, 72, 79, 80, 81, 100, 120])
+@pytest.mark.parametrize(
+    ("name", "scorer"),
+    [
+        ("short", "rules"),
+        ("Qwen2.5-VL-3B-Instruct + geo3k_qwen2.5_vl_3b_lora", "rules, then judge Qwen2.5-72B-Instruct-AWQ"),
+        ("模型" * 12, "rules"),
+        *(("n" * length, "rules") for length in range(20, 44, 3)),
+    ],
+)
+def test_nothing_is_split_at_any_width(name, scorer, width):
+    rows = [Row("GRPO, 3B", "paper", [Cell(41.5)] * 7), Row(name, scorer, [Cell(12.34, 10.0, 20.0)] * 7)]
+    printed = io.StringIO()
+    Console(file=printed, width=width).print(as_rich(ResultTable("Title", MAIN_TITLES, rows, []), width))
+    lines = printed.getvalue().splitlines()
+    assert max(map(cell_len, lines)) <= width
+    text = printed.getvalue()
+    assert text.count("10.0 to 20.0") == text.count("12.34") == 7 and text.count("41.50") == 7
+    assert [word for word in [*MAIN_TITLES, "GRPO, 3B", name] if word not in text] == []
+    assert " ".join(text.split()).count(scorer) >= 1
 
 
 @pytest.mark.parametrize("size", ["3B", "7B"])

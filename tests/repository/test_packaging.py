@@ -7,7 +7,6 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from email import message_from_string
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -105,21 +104,6 @@ class TestBuilt:
         assert package <= inside
         assert {f"sapo_trl/trainer_configs/{name}.yaml" for name in run_file_names()} <= inside
         assert {name.split("/")[0] for name in inside} == {"sapo_trl", f"sapo_trl-{PROJECT['version']}.dist-info"}
-
-    def test_no_address_of_the_description_is_relative(self, built):
-        (wheel,) = built.glob("*.whl")
-        archive = zipfile.ZipFile(wheel)
-        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-        message = message_from_string(archive.read(metadata).decode())
-        text = message.get_payload()
-        addresses = re.findall(r"\]\(([^)\s]+)", text)
-        assert len(addresses) > 30
-        assert [address for address in addresses if not address.startswith(("https://", "http://", "#"))] == []
-        # Each is a file of the repository.
-        own = [a for a in addresses if a.startswith(PROJECT["urls"]["Repository"] + "/")]
-        for address in own:
-            path = re.sub(r"^/(blob|raw)/main/", "", address.removeprefix(PROJECT["urls"]["Repository"])).split("#")[0]
-            assert (ROOT / path).exists(), address
 
     def test_the_sdist_holds_every_file_of_the_repository(self, built):
         (sdist,) = built.glob("*.tar.gz")

@@ -28,7 +28,9 @@ def test_the_card_of_a_run(family, tmp_path):
     for part in (
         "# Model Card for my-run",
         "Gao, Lei and Li, Zhuoming",
-        "arXiv:2605.01327",
+        "booktitle    = {International Conference on Machine Learning}",
+        "note         = {arXiv:2605.01327}",
+        "(ICML 2026, [arXiv 2605.01327](https://huggingface.co/papers/2605.01327))",
         "but for `segmentation='newline'`, `lam=0.5`",
         "arxiv 2511.20347",
         "| `learning_rate` | `0.1` |",

@@ -24,12 +24,13 @@ class Request:
     A request for one generation.
 
     Args:
-        prompt (`list[dict]`): messages, with a block `{"type": "image"}` for each image.
+        prompt (`list[dict]` or `str`): messages, with a block `{"type": "image"}` for each image; or a text to
+            continue.
         seed (`int`): seed of this generation's sampling, in [0, 2**63).
         images (`list` of PIL images): one for each image block.
     """
 
-    prompt: list[dict[str, Any]]
+    prompt: list[dict[str, Any]] | str
     seed: int
     images: list[Image.Image] = field(default_factory=list)
 
@@ -83,6 +84,29 @@ def generation_seed(seed: int, benchmark: str, problem_id: str, generation: int)
 def plain_messages(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages with joined blocks of text, for the chat templates of text models."""
     return [{**message, "content": message_text(message)} for message in prompt]
+
+
+def texts_to_continue(prompts: Sequence[list[dict[str, Any]] | str], has_template: bool) -> list[str] | None:
+    """
+    Prompts as plain texts, for prompts that are texts and for models without a chat template.
+
+    Args:
+        prompts (`Sequence[list[dict] | str]`): prompts of one benchmark.
+        has_template (`bool`): whether the model has a chat template.
+
+    Returns:
+        `list[str]`: the texts; `None` if the prompts are messages for the chat template.
+    """
+    if has_template and not any(isinstance(prompt, str) for prompt in prompts):
+        return None
+    return [
+        prompt if isinstance(prompt, str) else "\n\n".join(map(message_text, prompt)) + "\n\n" for prompt in prompts
+    ]
+
+
+def prompt_text(prompt: Sequence[dict[str, Any]] | str) -> str:
+    """The text of a prompt, for a reader."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(filter(None, map(message_text, prompt)))
 
 
 def message_text(message: dict[str, Any]) -> str:

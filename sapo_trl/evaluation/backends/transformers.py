@@ -24,7 +24,7 @@ from ...embedded import load_processor
 from ...generation.model_settings import own_settings_ignored
 from ...generation.prompt_learning import let_peft_find_the_cache
 from ..settings import EvalArguments
-from . import Generation, Request, message_text, plain_messages
+from . import Generation, Request, plain_messages, texts_to_continue
 
 
 class SeededChoice(LogitsProcessor):
@@ -82,6 +82,7 @@ class TransformersBackend:
         self.model = model.eval()
         if model.device.type == "cpu" and PartialState().device.type != "cpu":
             self.model.to(PartialState().device)
+        self.template_kwargs = arguments.chat_template_kwargs or {}
         self.temperature = arguments.temperature
         self.top_p = arguments.top_p
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -121,12 +122,14 @@ class TransformersBackend:
 
     def _encode(self, requests: Sequence[Request]) -> Any:
         """The prompts as inputs of the model's forward, padded on the left."""
-        if isinstance(self.processing_class, PreTrainedTokenizerBase):
-            if any(request.images for request in requests):
-                raise ValueError("benchmarks: a prompt has images, but `model` is a text model.")
-            if self.tokenizer.chat_template is None:  # a base model continues text
-                texts = ["\n\n".join(map(message_text, request.prompt)) + "\n\n" for request in requests]
-                return self.tokenizer(texts, padding=True, return_tensors="pt")
+        is_text_model = isinstance(self.processing_class, PreTrainedTokenizerBase)
+        if is_text_model and any(request.images for request in requests):
+            raise ValueError("benchmarks: a prompt has images, but `model` is a text model.")
+        has_template = not is_text_model or self.tokenizer.chat_template is not None
+        texts = texts_to_continue([request.prompt for request in requests], has_template)
+        if texts is not None:
+            return self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        if is_text_model:
             return self.tokenizer.apply_chat_template(
                 [plain_messages(request.prompt) for request in requests],
                 add_generation_prompt=True,
@@ -134,6 +137,7 @@ class TransformersBackend:
                 return_dict=True,
                 return_tensors="pt",
                 padding=True,
+                **self.template_kwargs,
             )
         return self.processing_class.apply_chat_template(
             [prepare_multimodal_messages(request.prompt, request.images) for request in requests],
@@ -142,6 +146,7 @@ class TransformersBackend:
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
+            **self.template_kwargs,
         )
 
     def _read(self, ids: list[int]) -> Generation:

@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 
 from ...json_files import read_json
 from ..settings import EvalArguments
-from . import Generation, Request, message_text, plain_messages
+from . import Generation, Request, plain_messages, texts_to_continue
 
 
 MISSING = "backend='vllm' needs vLLM: pip install 'sapo_trl[vllm]'. Without it there is backend='transformers'."
@@ -69,16 +69,18 @@ class VLLMBackend:
         }
         self._sampling_params = SamplingParams
         self.tokenizer = self.engine.get_tokenizer()
+        self.template_kwargs = arguments.chat_template_kwargs
         self.is_chat_model = self.tokenizer.chat_template is not None
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """See [`Backend`]."""
         sampling = [self._sampling_params(**self.sampling, seed=request.seed) for request in requests]
         options = {"sampling_params": sampling, "use_tqdm": False, "lora_request": self.adapter}
-        if self.is_chat_model:
-            outputs = self.engine.chat([_conversation(request) for request in requests], **options)
-        else:  # a base model continues text
-            texts = ["\n\n".join(map(message_text, request.prompt)) + "\n\n" for request in requests]
+        texts = texts_to_continue([request.prompt for request in requests], self.is_chat_model)
+        if texts is None:
+            conversations = [_conversation(request) for request in requests]
+            outputs = self.engine.chat(conversations, chat_template_kwargs=self.template_kwargs, **options)
+        else:
             outputs = self.engine.generate(texts, **options)
         answers = [output.outputs[0] for output in outputs]
         texts = [self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]

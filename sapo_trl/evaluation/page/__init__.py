@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from ...files import write_text
 from ...foreign_text import visible
-from ..backends import message_text
+from ..backends import prompt_text
 from ..store import GenerationStore, stored_problem
 
 
@@ -107,7 +107,7 @@ def _problems(store: GenerationStore, scores: Sequence[Mapping[str, Any]], most_
             {
                 "benchmark": name,
                 "id": problem.id,
-                "question": "\n\n".join(filter(None, map(message_text, problem.prompt))),
+                "question": prompt_text(problem.prompt),
                 "answer": problem.answer,
                 "fields": {key: value for key, value in problem.fields.items() if value not in (None, "", [], {})},
                 "images": images,
