@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--output_dir", "--output-dir", type=Path, default=Path("outputs/demo"), help="folder for the results"
     )
-    parser.add_argument("--rollouts", type=_positive, default=16, help="training rollouts, each of 128 responses")
+    parser.add_argument("--rollouts", type=_positive, default=12, help="training rollouts, each of 128 responses")
     parser.add_argument("--problems", type=_positive, default=512, help="test problems for each measured accuracy")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     arguments = parser.parse_args(list(argv))

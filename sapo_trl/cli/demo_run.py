@@ -48,7 +48,7 @@ VALUED_RESPONSES, CONTINUATIONS = 5, 12
 """Responses of a rollout with Monte-Carlo values, and the continuations of each of their states."""
 
 
-def demo_config(output_dir: str | Path, rollouts: int = 16, seed: int = 0) -> SAPOConfig:
+def demo_config(output_dir: str | Path, rollouts: int = 12, seed: int = 0) -> SAPOConfig:
     """
     Settings of the demo. The other settings have their defaults, which are SAPO's.
 
@@ -80,7 +80,7 @@ def demo_config(output_dir: str | Path, rollouts: int = 16, seed: int = 0) -> SA
 
 def run_demo(
     output_dir: str | Path = "outputs/demo",
-    rollouts: int = 16,
+    rollouts: int = 12,
     problems: int = 512,
     seed: int = 0,
     *,
@@ -95,7 +95,7 @@ def run_demo(
         output_dir (`str` or `Path`, *optional*, defaults to `"outputs/demo"`):
             Folder for `results.json`, `learning_curve.png`, `response.png`, and `model` with the trained model and
             the recorded run.
-        rollouts (`int`, *optional*, defaults to `16`):
+        rollouts (`int`, *optional*, defaults to `12`):
             Number of training rollouts, each of 128 responses.
         problems (`int`, *optional*, defaults to `512`):
             Test problems for each measured accuracy. Other problems are used after training than before it.
