@@ -26,8 +26,8 @@ def check_rollouts_ahead(args: SAPOConfig, others: Mapping[str, Any]) -> None:
     setting = f"`rollouts_ahead={args.rollouts_ahead}`"
     if args.use_vllm and args.vllm_mode == "server":
         raise ValueError(
-            f'{setting} cannot be combined with `vllm_mode="server"`: TRL asks its server inside of the step and sends '
-            "weights over NCCL in the same call. Pass a `VLLMServerRollout` as `rollout_func` instead of "
+            f'{setting} cannot be combined with `vllm_mode="server"`: TRL asks its server inside of the step, and '
+            "sends weights over NCCL in the same call. Pass a `VLLMServerRollout` as `rollout_func` instead of "
             "`use_vllm=True`, or set `rollouts_ahead=0`."
         )
     if args.use_vllm:
