@@ -1,9 +1,13 @@
 """One rollout ahead: which prompts, which weights, when; against a small server that speaks vLLM's endpoints."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,6 +358,38 @@ class TestSurvival:
         assert len(output["completion_ids"]) == 1 and version.startswith("policy-step-1-")
         assert prompts_of(recorder) == expected
         assert logged(trainer, "sampling/age") == [0, 1, 1]
+
+
+@pytest.mark.slow
+@TEXT_FAMILY
+class TestTwoProcesses:
+    def run(self, server, folder, *arguments):
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["-m", "tests.vllm.two_processes", server.url, str(folder), *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=400
+        )
+        return result, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+    def test_each_requests_its_own_prompts(self, family, server, tmp_path):
+        """A policy that does not move gives each process what it gets in a run that waits."""
+        found = []
+        for ahead in ("0", "1"):
+            arguments = ("--ahead", ahead, "--learning-rate", "0")
+            result, reports = self.run(server, tmp_path / ahead, *arguments)
+            assert result.returncode == 0, result.stderr[-4000:]
+            assert [report["world_size"] for report in reports] == [2, 2]
+            found.append([(report["prompts"], report["tokens"]) for report in reports])
+        assert found[0] == found[1] and found[0][0] != found[0][1]
+        assert [report["sampled_at"] for report in reports] == [[0, 0, 1]] * 2
+
+    def test_both_end_when_one_fails(self, family, server, tmp_path):
+        result, reports = self.run(server, tmp_path, "--ahead", "1", "--lose-on-rank", "1")
+        assert result.returncode != 0
+        assert [report["error"] for report in reports] == ["SamplerLostError", "SamplerLostError"]
+        assert "Process 1 failed" in reports[0]["message"]
 
 
 @TEXT_FAMILY

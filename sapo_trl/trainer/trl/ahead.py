@@ -46,7 +46,7 @@ class AheadSampler(Protocol):
 
 class BatchesAhead:
     """
-    Batches of a loader in its own order, some of which are read before the trainer asks for them. Each is read once.
+    Batches of a loader in its own order. Some are read before the trainer asks for them, and each is read once.
 
     Args:
         start_epoch (`Callable`): the batches of an epoch, by its number.
