@@ -124,9 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
-    update = seconds_per_rollout(0.0, 0, options)
     report: dict[str, Any] = {"machine": machine(), "rows": []}
     for ratio in options.ratios:
+        update = seconds_per_rollout(0.0, 0, options)  # each time, because the load of a machine changes
         generate = ratio * update
         waiting, ahead = (seconds_per_rollout(generate, n, options) for n in (0, 1))
         row = {"ratio": ratio, "generate": generate, "update": update, "waiting": waiting, "ahead": ahead}
