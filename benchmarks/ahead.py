@@ -3,8 +3,8 @@ Time of a rollout with and without `rollouts_ahead`, for five ratios of generati
 
 The server is `stand_in.py`: over real HTTP it answers after a set time, without work. The update has a set time too: a
 tiny model is trained, and a callback sleeps for the rest. So both sides leave the processor free, like two machines
-with GPUs, and the times show the overlap alone. "Update" is everything that the trainer does for a rollout while a
-server answers at once: weights, requests, scoring, rewards, optimizer steps.
+with GPUs, and the times show the overlap alone. "Update" is the trainer's own time for a rollout, without its calls of
+the sampler: scoring, rewards and optimizer steps.
 
     python benchmarks/ahead.py --out benchmarks/results
 """
@@ -54,8 +54,22 @@ class Clock(TrainerCallback):
             self.ends.append(time.monotonic())
 
 
-def seconds_per_rollout(generate: float, ahead: int, options: argparse.Namespace) -> float:
-    """Median time from the end of one rollout's update to the end of the next one's, once all has begun."""
+class Timed(VLLMServerRollout):
+    """Notes the time of each call that waits for responses."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seconds: list[float] = []
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list]:
+        began = time.monotonic()
+        output = super().__call__(prompts, trainer)
+        self.seconds.append(time.monotonic() - began)
+        return output
+
+
+def seconds_per_rollout(generate: float, ahead: int, options: argparse.Namespace) -> tuple[float, float]:
+    """Median time of a rollout, from the end of one update to the end of the next; and without waiting calls."""
     tokenizer = build_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -94,12 +108,13 @@ def seconds_per_rollout(generate: float, ahead: int, options: argparse.Namespace
             args=args,
             train_dataset=Dataset.from_dict({"prompt": questions}),
             processing_class=tokenizer,
-            rollout_func=VLLMServerRollout(url, Path(folder) / "weights", start_timeout=60),
+            rollout_func=(sampler := Timed(url, Path(folder) / "weights", start_timeout=60)),
             callbacks=[clock],
         ).train()
     # The first rollout is always waited for, and the second one may have been requested early.
     times = [end - begin for begin, end in zip(clock.ends[1:], clock.ends[2:], strict=False)]
-    return statistics.median(times)
+    own = [total - waited for total, waited in zip(times, sampler.seconds[2:], strict=False)]
+    return statistics.median(times), statistics.median(own or times)
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -126,9 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     report: dict[str, Any] = {"machine": machine(), "rows": []}
     for ratio in options.ratios:
-        update = seconds_per_rollout(0.0, 0, options)  # each time, because the load of a machine changes
+        _, update = seconds_per_rollout(0.0, 0, options)  # each time, because the load of a machine changes
         generate = ratio * update
-        waiting, ahead = (seconds_per_rollout(generate, n, options) for n in (0, 1))
+        waiting, ahead = (seconds_per_rollout(generate, n, options)[0] for n in (0, 1))
         row = {"ratio": ratio, "generate": generate, "update": update, "waiting": waiting, "ahead": ahead}
         row["relative"] = ahead / max(generate, update)
         report["rows"].append(row)
