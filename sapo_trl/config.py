@@ -214,6 +214,15 @@ class SAPOConfig(GRPOConfig):
             For `critic="tree"`: number of rollouts in which an edge can be drawn; `1` for no replay. An edge keeps
             the log-probabilities from its sampling.
 
+        > Parameters that control sampling beside training
+
+        rollouts_ahead (`int`, *optional*, defaults to `0`):
+            Rollouts that a vLLM server samples ahead, while the policy is updated: `0` or `1`.
+            `0`: each rollout comes from the present policy, and the trainer waits for it. `1`: the server samples the
+            next rollout meanwhile, so a step costs the longer of the two, not their sum. Its responses come from the
+            policy before the update, and the importance correction is for them. It needs a
+            [`~sapo_trl.generation.VLLMServerRollout`] as `rollout_func`.
+
         > Parameters that control the handling of failures
 
         reward_timeout (`float`, *optional*):
@@ -425,6 +434,9 @@ class SAPOConfig(GRPOConfig):
     tree_segment_length: PositiveInt = 100
     tree_edges_per_prompt: PositiveInt = 32
     tree_replay_age: PositiveInt = 8
+
+    # Parameters that control sampling beside training
+    rollouts_ahead: Annotated[int, Bounds(ge=0, le=1, note="Older responses are not supported.")] = 0
 
     # Parameters that control the handling of failures
     reward_timeout: PositiveFloat | None = None

@@ -33,6 +33,8 @@ _NO_ENCODING = {"Accept-Encoding": "identity"}
 """For an answer that cannot grow when it is decoded."""
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_REDIRECTS = 5
+_STOP_SECONDS = 0.1
+"""Seconds after which a request notices that it is to stop."""
 _SHOWN = 200
 """Characters of an address, which may hold a whole file, in an error."""
 
@@ -58,6 +60,10 @@ class AnswerTooLargeError(RequestRefusedError):
 
 class ServerLostError(RuntimeError):
     """The server did not answer, even after retries."""
+
+
+class RequestStoppedError(RuntimeError):
+    """The caller has no more use for the answer."""
 
 
 class HTTPClient:
@@ -119,6 +125,7 @@ class HTTPClient:
         payload: dict[str, Any] | None,
         retries: int | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
+        stop: threading.Event | None = None,
     ) -> Any:
         """
         Send a request until it is answered.
@@ -129,6 +136,7 @@ class HTTPClient:
             payload (`dict`, *optional*): JSON object to send.
             retries (`int`, *optional*): replaces the client's `retries`.
             max_bytes (`int`, *optional*, defaults to 16 MiB): largest size of the answer.
+            stop (`threading.Event`, *optional*): ends the request and its repetitions as soon as it is set.
 
         Returns:
             The decoded JSON, or `None` for an empty answer.
@@ -137,12 +145,13 @@ class HTTPClient:
             [`ServerLostError`]: if the last repetition fails, too.
             [`RequestRefusedError`]: for any other status except success, and for an answer that is too large or not
                 JSON.
+            [`RequestStoppedError`]: if `stop` was set.
         """
         asked = f"{method} {self.base_url}{path}"
         retries = self.retries if retries is None else retries
         for attempt in range(retries + 1):
             try:
-                body = self._send(method, path, payload, max_bytes)
+                body = self._send(method, path, payload, max_bytes, stop)
                 break
             except _AttemptFailed as failure:
                 if attempt == retries:
@@ -159,7 +168,10 @@ class HTTPClient:
                     retries + 1,
                     delay,
                 )
-                time.sleep(delay)
+                if stop is None:
+                    time.sleep(delay)
+                elif stop.wait(delay):
+                    raise RequestStoppedError(f"{asked} was given up.") from failure
         try:
             return json.loads(body) if body else None
         except (ValueError, RecursionError) as error:
@@ -167,7 +179,9 @@ class HTTPClient:
                 f"{asked} was answered with something else than JSON: {body[:200]!r}."
             ) from error
 
-    def _send(self, method: str, path: str, payload: dict[str, Any] | None, max_bytes: int) -> bytes:
+    def _send(
+        self, method: str, path: str, payload: dict[str, Any] | None, max_bytes: int, stop: threading.Event | None
+    ) -> bytes:
         """The body of the answer to one attempt."""
         asked = f"{method} {self.base_url}{path}"
         status, headers, body = _exchange(
@@ -175,6 +189,7 @@ class HTTPClient:
             self.base_url + path,
             self.timeout,
             max_bytes,
+            stop,
             data=None if payload is None else json.dumps(payload).encode(),
             headers=self._headers,
             proxies=self._proxies,
@@ -232,7 +247,7 @@ def download(address: str, timeout: float, max_bytes: int) -> bytes:
 
 
 def _exchange(
-    method: str, address: str, timeout: float, max_bytes: int, **settings: Any
+    method: str, address: str, timeout: float, max_bytes: int, stop: threading.Event | None = None, **settings: Any
 ) -> tuple[int, Mapping[str, str], bytes]:
     """
     One request: the answer's status, its headers, and its body or a little more than its first `max_bytes`.
@@ -242,11 +257,12 @@ def _exchange(
         address (`str`): of the request.
         timeout (`float`): seconds from the beginning of the request to the last byte of its answer.
         max_bytes (`int`): size at which the body of an accepted request is no longer read.
+        stop (`threading.Event`, *optional*): ends the request as soon as it is set.
         settings: of [`requests.Session.request`].
     """
     deadline = time.monotonic() + timeout
     try:
-        with _ended_at(deadline) as adapter, _Session() as session:
+        with _ended_at(deadline, stop) as adapter, _Session() as session:
             session.mount("http://", adapter)
             session.mount("https://", adapter)
             with session.request(
@@ -260,9 +276,13 @@ def _exchange(
                 status, headers = response.status_code, response.headers
                 body = _read(response.raw, max_bytes if status < 300 else _ERROR_BYTES)
     except (OSError, urllib3.exceptions.HTTPError) as error:  # all of `requests`' are OSErrors
+        if stop is not None and stop.is_set():
+            raise RequestStoppedError(f"{method} {address[:_SHOWN]} was given up.") from error
         if time.monotonic() >= deadline:
             raise _AttemptFailed(f"no whole answer within {timeout:g} s") from error
         raise _AttemptFailed(f"{type(error).__name__}: {error}") from error
+    if stop is not None and stop.is_set():
+        raise RequestStoppedError(f"{method} {address[:_SHOWN]} was given up.")
     if time.monotonic() >= deadline:  # an answer that was cut may look whole
         raise _AttemptFailed(f"no whole answer within {timeout:g} s")
     return status, headers, body
@@ -318,15 +338,17 @@ class _EndableAdapter(HTTPAdapter):
 
 
 @contextlib.contextmanager
-def _ended_at(deadline: float) -> Iterator[_EndableAdapter]:
+def _ended_at(deadline: float, stop: threading.Event | None = None) -> Iterator[_EndableAdapter]:
     """
-    An adapter that ends its connections at a given time. The timeouts of `requests` only limit the time between two
-    bytes. A server that sends a byte now and then would never time out.
+    An adapter that ends its connections at a given time, or when `stop` is set. The timeouts of `requests` only limit
+    the time between two bytes. A server that sends a byte now and then would never time out.
     """
     adapter, is_done = _EndableAdapter(), threading.Event()
 
     def watch() -> None:
-        is_done.wait(deadline - time.monotonic())
+        while (left := deadline - time.monotonic()) > 0 and not (stop is not None and stop.is_set()):
+            if is_done.wait(left if stop is None else min(left, _STOP_SECONDS)):
+                return
         while not is_done.wait(0.05):  # again and again, because a connection may be made too late
             adapter.end()
 

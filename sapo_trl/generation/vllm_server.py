@@ -13,6 +13,7 @@ import itertools
 import logging
 import random
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from transformers import ProcessorMixin
 from trl import is_conversational, prepare_multimodal_messages
 
 from ..http_client import MAX_ANSWER_BYTES, HTTPClient, RequestRefusedError, ServerLostError
+from .ahead import InFlight
 from .policy_weights import remove_others, save_policy
 
 
@@ -100,6 +103,40 @@ class _Answer:
     complete: bool = True
 
 
+@dataclass
+class RequestedRollout:
+    """
+    A rollout that the server samples while the trainer does something else.
+
+    Args:
+        sampled_at (`int`): optimizer steps behind the weights that sample it.
+    """
+
+    sampled_at: int
+    _requests: list[_Request]
+    _in_flight: InFlight[tuple[list[_Answer], bool]]
+    _accelerator: Accelerator
+
+    def collect(self) -> dict[str, list] | None:
+        """
+        Wait for the responses. All processes must call this method.
+
+        Returns:
+            `dict`, *optional*: as [`VLLMServerRollout`] returns it; `None` if the server lost the weights or gave up
+            requests, so that the rollout must be requested again.
+
+        Raises:
+            The exception that ended the request, on the process where it was raised, and a [`SamplerError`] of the
+            same kind on the others.
+        """
+        answers, valid = _on_all(self._accelerator, self._in_flight.result)
+        return _output(self._requests, answers) if valid else None
+
+    def abandon(self) -> None:
+        """Give the rollout up. Its requests end at once."""
+        self._in_flight.abandon()
+
+
 class VLLMServerRollout:
     """
     A `rollout_func` for [`SAPOTrainer`] and [`~trl.GRPOTrainer`] that samples from a vLLM server.
@@ -114,6 +151,9 @@ class VLLMServerRollout:
 
     With several processes, each process sends its own prompts. Only the main process writes and loads weights, while
     the other processes wait. If one process fails, all fail.
+
+    With `rollouts_ahead=1` the trainer calls [`VLLMServerRollout.request`] instead. The server then samples the next
+    rollout while the trainer updates the policy on the present one.
 
     Args:
         base_url (`str`): address of the server, such as `"http://localhost:8000"`.
@@ -164,6 +204,7 @@ class VLLMServerRollout:
         self.weights: str | None = None
         self._weights_of: tuple[int, int] | None = None
         self._calls: tuple[tuple[str, int], int] = (("", -1), 0)
+        self._in_flight: InFlight | None = None
         self._wait_for_server(start_timeout)
         self.model = self._check_server()
 
@@ -181,22 +222,16 @@ class VLLMServerRollout:
             log-probabilities, one per completion token, with `None` instead of NaN).
         """
         _check_supported(trainer)
+        self._wait_for_rollout_ahead()
         accelerator = trainer.accelerator
         requests = _requests(prompts, trainer)
         mode = "train" if trainer.model.training else "eval"
-        sampling = [
-            self._sampling(trainer.args, trainer.eos_token_ids, request.n, seed)
-            for request, seed in zip(requests, self._seeds(trainer, mode, len(requests)), strict=True)
-        ]
+        sampling = self._sampling_of(requests, trainer, self._place(mode, trainer.state.global_step))
         for _ in range(self.client.retries + 1):
             self._sync_weights(trainer)
             answers, valid = _on_all(accelerator, lambda: self._respond_to_all(requests, sampling))
             if valid:
-                return {
-                    "prompt_ids": [request.prompt_ids for request in requests for _ in range(request.n)],
-                    "completion_ids": [ids for answer in answers for ids in answer.completion_ids],
-                    "logprobs": [logps for answer in answers for logps in answer.logprobs],
-                }
+                return _output(requests, answers)
             logger.warning(
                 "The vLLM server at %s lost the policy's weights or gave up requests during a rollout. Perhaps it was "
                 "restarted. It gets the weights once more, and the rollout is repeated.",
@@ -207,6 +242,45 @@ class VLLMServerRollout:
             f"{self.client.retries + 1} rollouts in a row. Does it crash and start again, or does another run use it? "
             "A server can serve one run at a time. Mend that and resume from the last checkpoint."
         )
+
+    def request(self, prompts: list[Any], trainer: Any, step: int) -> RequestedRollout:
+        """
+        Give the server the current policy, and have it sample a response to each prompt in the background. All
+        processes must call this method.
+
+        The server gets no other weights before it has finished: any other rollout waits for this one.
+
+        Args:
+            prompts (`list`): conversations (with PIL images in their content blocks, if any) or texts.
+            trainer ([`~trl.GRPOTrainer`]): the trainer with the policy, the processing class and the settings.
+            step (`int`): optimizer step before which the responses are needed. The seeds follow from it.
+
+        Returns:
+            [`RequestedRollout`]
+        """
+        _check_supported(trainer)
+        self._wait_for_rollout_ahead()
+        # Tokenizers must not be used by two threads at a time, and weights change while the trainer goes on.
+        requests = _requests(prompts, trainer)
+        sampling = self._sampling_of(requests, trainer, f"train {step} 0")
+        self._write_weights(trainer)
+        is_alone = trainer.accelerator.num_processes == 1
+        if not is_alone:  # the others must not ask before the main process has loaded the weights
+            self._load_on_main(trainer.accelerator)
+
+        def sample(stop: threading.Event) -> tuple[list[_Answer], bool]:
+            if is_alone:
+                self._load_weights(stop)
+            return self._respond_to_all(requests, sampling, stop)
+
+        self._in_flight = InFlight(sample)
+        return RequestedRollout(trainer.state.global_step, requests, self._in_flight, trainer.accelerator)
+
+    def _wait_for_rollout_ahead(self) -> None:
+        """Until then the server needs its weights. Errors are for the caller of [`RequestedRollout.collect`]."""
+        if self._in_flight is not None:
+            self._in_flight.wait()
+            self._in_flight = None
 
     # ---------------------------------------------------------------------------------------------- the server
 
@@ -249,38 +323,44 @@ class VLLMServerRollout:
             )
         return model
 
-    def _has_weights(self) -> bool:
+    def _has_weights(self, stop: threading.Event | None = None) -> bool:
         # A restarted server has its initial weights, under another name.
         with _answer_to("/weight_info"):
-            return self.client.get("/weight_info")["weight_version"] == self.weights
+            return self.client.get("/weight_info", stop=stop)["weight_version"] == self.weights
 
     def _sync_weights(self, trainer: Any) -> None:
         """Give the server the current policy, unless the server has it already."""
-        accelerator = trainer.accelerator
+        self._write_weights(trainer)
+        self._load_on_main(trainer.accelerator)
+
+    def _write_weights(self, trainer: Any) -> None:
+        """Write the current policy to its folder, unless it is there already."""
         weights_of = (id(trainer), trainer.state.global_step)
         if self._weights_of != weights_of:
             name = f"policy-step-{trainer.state.global_step}-{secrets.token_hex(4)}"
             name = broadcast_object_list([name])[0]
-            _on_all(accelerator, lambda: (save_policy(trainer, self.weights_dir, name), True))
+            _on_all(trainer.accelerator, lambda: (save_policy(trainer, self.weights_dir, name), True))
             self.weights, self._weights_of = name, weights_of
+
+    def _load_on_main(self, accelerator: Accelerator) -> None:
         _on_all(accelerator, lambda: (self._load_weights() if accelerator.is_main_process else None, True))
 
-    def _load_weights(self) -> None:
-        if self._has_weights():
+    def _load_weights(self, stop: threading.Event | None = None) -> None:
+        if self._has_weights(stop):
             return
-        folder = self.weights_dir / self.weights
-        self.client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        payload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights_dir / self.weights)}}
+        self.client.post("/collective_rpc", payload, stop=stop)
         # Reset the results of the old weights: keys and values of prompts, and embeddings of images. When vLLM 0.31
         # loads weights, it forgets only the embeddings' tensors. It would then crash at the next known picture.
-        self._reset_prefix_cache()
-        self.client.post("/reset_encoder_cache")
-        self.client.post("/update_weight_version", {"new_version": self.weights})
+        self._reset_prefix_cache(stop)
+        self.client.post("/reset_encoder_cache", stop=stop)
+        self.client.post("/update_weight_version", {"new_version": self.weights}, stop=stop)
         remove_others(self.weights_dir, self.weights)
 
-    def _reset_prefix_cache(self) -> None:
+    def _reset_prefix_cache(self, stop: threading.Event | None) -> None:
         for attempt in range(self.client.retries + 1):
             with _answer_to("/reset_prefix_cache"):
-                if self.client.post("/reset_prefix_cache")["success"]:
+                if self.client.post("/reset_prefix_cache", stop=stop)["success"]:
                     return
             time.sleep(self.client.backoff * 2**attempt)
         raise SamplerError(
@@ -288,28 +368,33 @@ class VLLMServerRollout:
             "weights. Does another run use the server? A server can serve only one run at a time."
         )
 
-    def _respond_to_all(self, requests: list[_Request], sampling: list[dict[str, Any]]) -> tuple[list[_Answer], bool]:
+    def _respond_to_all(
+        self, requests: list[_Request], sampling: list[dict[str, Any]], stop: threading.Event | None = None
+    ) -> tuple[list[_Answer], bool]:
         """This process's responses, and whether all are complete and come from the right weights."""
+        stop = threading.Event() if stop is None else stop
         with ThreadPoolExecutor(max_workers=min(MAX_CONCURRENT_REQUESTS, len(requests))) as executor:
-            futures = [executor.submit(self._respond, *pair) for pair in zip(requests, sampling, strict=True)]
+            pairs = zip(requests, sampling, strict=True)
+            futures = [executor.submit(self._respond, request, settings, stop) for request, settings in pairs]
             try:
                 answers = [future.result() for future in futures]
-            except SamplerError:
+            except BaseException:
                 # Every waiting request would also be repeated in vain.
+                stop.set()
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
-        return answers, all(answer.complete for answer in answers) and self._has_weights()
+        return answers, all(answer.complete for answer in answers) and self._has_weights(stop)
 
-    def _respond(self, request: _Request, sampling: dict[str, Any]) -> _Answer:
+    def _respond(self, request: _Request, sampling: dict[str, Any], stop: threading.Event) -> _Answer:
         path = "/inference/v1/generate" if request.images else "/v1/completions"
         tokens = sampling["n"] * (len(request.prompt_ids) + sampling["max_tokens"])
         max_bytes = MAX_ANSWER_BYTES + TOKEN_BYTES * tokens
         with _answer_to(path):
             if request.images:
-                choices = self._choices_for_images(path, request, sampling, max_bytes)
+                choices = self._choices_for_images(path, request, sampling, max_bytes, stop)
             else:
                 payload = {"model": self.model, "prompt": request.prompt_ids, "return_token_ids": True, **sampling}
-                choices = self.client.post(path, payload, max_bytes=max_bytes)["choices"]
+                choices = self.client.post(path, payload, max_bytes=max_bytes, stop=stop)["choices"]
             return self._read_choices(request, choices)
 
     def _read_choices(self, request: _Request, choices: list[dict[str, Any]]) -> _Answer:
@@ -333,7 +418,7 @@ class VLLMServerRollout:
         return answer
 
     def _choices_for_images(
-        self, path: str, request: _Request, sampling: dict[str, Any], max_bytes: int
+        self, path: str, request: _Request, sampling: dict[str, Any], max_bytes: int, stop: threading.Event
     ) -> list[dict[str, Any]]:
         payload = {
             "model": self.model,
@@ -343,7 +428,7 @@ class VLLMServerRollout:
             "sampling_params": sampling,
         }
         try:
-            answer = self.client.post(path, payload, max_bytes=max_bytes)
+            answer = self.client.post(path, payload, max_bytes=max_bytes, stop=stop)
         except SamplerLostError:
             raise
         except SamplerError as error:
@@ -363,8 +448,9 @@ class VLLMServerRollout:
 
     # -------------------------------------------------------------------------------------------- the settings
 
-    def _sampling(self, args: Any, end_token_ids: list[int], n: int, seed: int) -> dict[str, Any]:
-        """The sampling parameters. All are given, so that the server takes none from its copy of the model."""
+    def _sampling_of(self, requests: list[_Request], trainer: Any, place: str) -> list[dict[str, Any]]:
+        """The sampling parameters of each request. All are given, so that the server takes none from its model."""
+        args = trainer.args
         sampling = {
             "temperature": args.temperature,
             "top_p": args.top_p,
@@ -372,22 +458,23 @@ class VLLMServerRollout:
             "min_p": args.min_p or 0.0,
             "repetition_penalty": args.repetition_penalty,
             "max_tokens": args.max_completion_length,
-            "stop_token_ids": list(end_token_ids),
+            "stop_token_ids": list(trainer.eos_token_ids),
         }
-        if self.seeded:
-            sampling["seed"] = seed
-        return {**sampling, **(args.generation_kwargs or {}), "n": n, "logprobs": 0}
+        generator = random.Random(f"{args.seed} {place} {trainer.accelerator.process_index}")
+        seeds = [{"seed": generator.getrandbits(31)} if self.seeded else {} for _ in requests]
+        kwargs = args.generation_kwargs or {}
+        return [
+            {**sampling, **seed, **kwargs, "n": request.n, "logprobs": 0}
+            for request, seed in zip(requests, seeds, strict=True)
+        ]
 
-    def _seeds(self, trainer: Any, mode: str, count: int) -> list[int]:
-        """`count` seeds. They depend on the run's seed, the step and the call, but not on earlier sampling."""
+    def _place(self, mode: str, step: int) -> str:
+        """A rollout's place in the run. Its seeds follow from it, and not from earlier sampling."""
         moment, calls = self._calls
-        step = trainer.state.global_step
         # There may be several rollouts between two optimizer steps.
         calls = calls + 1 if moment == (mode, step) else 0
         self._calls = ((mode, step), calls)
-        place = f"{trainer.args.seed} {mode} {step} {calls} {trainer.accelerator.process_index}"
-        generator = random.Random(place)
-        return [generator.getrandbits(31) for _ in range(count)]
+        return f"{mode} {step} {calls}"
 
 
 def train_with_checkpoint(trainer: Any, **kwargs: Any) -> Any:
@@ -461,6 +548,15 @@ def _on_all(accelerator: Any, work: Callable[[], tuple[T, bool]]) -> tuple[T, bo
         if message is not None:
             raise (SamplerLostError if lost else SamplerError)(f"Process {rank} failed with {message}")
     return result, all(good for good, _, _ in outcomes)
+
+
+def _output(requests: list[_Request], answers: list[_Answer]) -> dict[str, list]:
+    """Responses in the form that TRL expects of a `rollout_func`."""
+    return {
+        "prompt_ids": [request.prompt_ids for request in requests for _ in range(request.n)],
+        "completion_ids": [ids for answer in answers for ids in answer.completion_ids],
+        "logprobs": [logps for answer in answers for logps in answer.logprobs],
+    }
 
 
 def _requests(prompts: list[Any], trainer: Any) -> list[_Request]:

@@ -116,7 +116,8 @@ class RolloutRecord:
 
     `rewards` are all processes' responses' rewards. `final_rewards` are of this process's responses, without the parts
     that have a place in the text; `steps` has these parts. `rewards_per_func` are this process's rewards by reward
-    function, `(B, F)`. All three are `None` for a given rollout.
+    function, `(B, F)`. All three are `None` for a given rollout. `sampled_at` are the optimizer
+    steps behind the weights that sampled the responses, with `rollouts_ahead`; `None` for the present ones.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -131,6 +132,7 @@ class RolloutRecord:
     prompts: TokenizedPrompts | None = None
     given: GivenRollout | None = None
     metrics: Measurements = field(default_factory=dict)
+    sampled_at: int | None = None
     forwards: list[tuple[torch.Tensor, PolicyForward]] = field(default_factory=list)
 
     @property
@@ -214,6 +216,9 @@ class SegmentedRollout:
         corrupted_images (`Callable`, *optional*):
             `number -> list[list[PIL.Image.Image]]`: the corrupted images of the first responses, as the policy saw
             them; `None` if no setting compares images.
+        sampled_at (`int`, *optional*):
+            optimizer steps behind the weights that sampled the responses, with `rollouts_ahead`; `None` for the
+            present ones.
     """
 
     segments: Segments
@@ -240,3 +245,4 @@ class SegmentedRollout:
     reward_parts: RewardParts | None = None
     answers: list[Any] | None = None
     corrupted_images: Callable[[int], list[list[Any]]] | None = None
+    sampled_at: int | None = None

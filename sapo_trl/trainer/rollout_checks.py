@@ -1,4 +1,4 @@
-"""Checks of the output of a user's `rollout_func`."""
+"""Checks of a user's `rollout_func`: of its output, and whether it can sample ahead."""
 
 from __future__ import annotations
 
@@ -6,7 +6,56 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+from ..config import SAPOConfig
 from .checks import check_token_ids
+
+
+def check_rollouts_ahead(args: SAPOConfig, others: Mapping[str, Any]) -> None:
+    """
+    Check that a run can sample rollouts ahead, if it shall.
+
+    Args:
+        args ([`SAPOConfig`]): settings of the run.
+        others (`Mapping[str, Any]`): TRL's arguments.
+
+    Raises:
+        ValueError: for a sampler that cannot, or responses of several turns.
+    """
+    if args.rollouts_ahead == 0:
+        return
+    setting = f"`rollouts_ahead={args.rollouts_ahead}`"
+    if args.use_vllm and args.vllm_mode == "server":
+        raise ValueError(
+            f'{setting} cannot be combined with `vllm_mode="server"`: TRL asks its server inside of the step, and '
+            "sends weights over NCCL in the same call. Pass a `VLLMServerRollout` as `rollout_func` instead of "
+            "`use_vllm=True`, or set `rollouts_ahead=0`."
+        )
+    if args.use_vllm:
+        raise ValueError(
+            f"{setting} cannot be combined with `vllm_mode={args.vllm_mode!r}`: that engine has the trainer's "
+            "device and process, so it cannot sample while the policy is updated. Pass a `VLLMServerRollout` as "
+            "`rollout_func` instead of `use_vllm=True`, or set `rollouts_ahead=0`."
+        )
+    for name in ("tools", "environment_factory"):
+        if others.get(name):
+            raise ValueError(
+                f"{setting} cannot be combined with `{name}`: a response of several turns waits for answers between "
+                "its turns, which the trainer gives, and the trainer is busy with the update. Set `rollouts_ahead=0`."
+            )
+    if args.critic in ("monte_carlo", "tree"):
+        raise ValueError(
+            f"{setting} cannot be combined with `critic={args.critic!r}`: its continuations must come from the policy "
+            "that a rollout is scored with, and the server has begun the next rollout by then. Set `rollouts_ahead=0`."
+        )
+    sampler = others.get("rollout_func")
+    if not callable(getattr(sampler, "request", None)):
+        found = (
+            "no `rollout_func`" if sampler is None else f"`rollout_func={sampler!r}`, which has no method `request`"
+        )
+        raise ValueError(
+            f"{setting} needs a sampler beside the trainer, got {found}: pass a `VLLMServerRollout` as "
+            "`rollout_func`, or set `rollouts_ahead=0`."
+        )
 
 
 def check_rollout(output: Mapping[str, Any], num_prompts: int, vocab_size: int) -> None:

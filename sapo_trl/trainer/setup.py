@@ -30,6 +30,7 @@ from ..segmentation import (
 )
 from .adapters import check_adapters, disable_dropout
 from .checks import check_adapter_name, check_prompt_column, datasets_of
+from .rollout_checks import check_rollouts_ahead
 
 
 def default_arguments(model: str | PreTrainedModel) -> SAPOConfig:
@@ -84,6 +85,7 @@ def check_arguments(
         )
     if value_model is not None and not args.learns_critic:
         raise ValueError(f"`value_model` was given, but `critic={args.critic!r}`: drop one of the two.")
+    check_rollouts_ahead(args, others)
     if args.critic in ("monte_carlo", "tree"):
         for name in ("rollout_func", "environment_factory", "tools"):
             if others.get(name):

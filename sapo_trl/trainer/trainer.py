@@ -280,6 +280,7 @@ class SAPOTrainer(GRPOBridge):
             reward_parts=recorded.parts_of_rewards(record, self.reward_func_names, self.reward_weights),
             answers=recorded.answers_of(record.inputs),
             corrupted_images=look.pictures if look.changes_images else None,
+            sampled_at=record.sampled_at,
         )
         metrics = record.metrics | stages.measured(rollout, policy_mask, args, self.processes)
         metrics |= sampler_metrics | sight_metrics | mask_metrics | value_metrics | reward_metrics | changes

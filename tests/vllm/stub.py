@@ -43,6 +43,11 @@ class StubServer:
         self.pads_per_image = 4
         self.finish_reason = "length"
         self.image_token_id = -1
+        self.held_from = 10**9
+        """Requests for responses from this number on are answered when `release` is set."""
+        self.release = threading.Event()
+        self.asked_of: list[tuple[str, list[int]]] = []
+        """The name of the weights and the prompt of each request for responses."""
         self.http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self.thread.start()
@@ -52,6 +57,7 @@ class StubServer:
         return f"http://127.0.0.1:{self.http.server_port}"
 
     def stop(self) -> None:
+        self.release.set()
         self.http.shutdown()
         self.http.server_close()
 
@@ -130,6 +136,12 @@ class StubServer:
                 self.answer(json.loads(body) if body else {})
 
             def answer(self, body: dict[str, Any]) -> None:
+                if self.path in ("/v1/completions", "/inference/v1/generate") and body.get("max_tokens") != 1:
+                    with stub.lock:
+                        stub.asked_of.append((stub.weight_version, body.get("prompt") or body["token_ids"]))
+                        is_held = len(stub.asked_of) >= stub.held_from
+                    if is_held:
+                        stub.release.wait(60)
                 # One at a time, so that what is ordered happens in order.
                 with stub.lock:
                     stub.requests.append((self.path, body))

@@ -19,8 +19,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from sapo_trl.generation import SamplerLostError, VLLMServerRollout, train_with_checkpoint
+from sapo_trl.rollouts import TokenizedPrompts
 from sapo_trl.trainer.trl.generation import collapsed
-from tests.testing_utils import FAMILIES, Recorder, sapo_trainer
+from tests.testing_utils import FAMILIES, Recorder, logged, sapo_trainer
 
 from .servers import ENVIRONMENT, IN_SYNC, NEEDS_VLLM, build_text_model, running_server, save_for_vllm
 
@@ -45,7 +46,9 @@ class Sampled(Recorder):
         self.outputs = []
 
     def __call__(self, prompts, trainer):
-        output = self.rollout(prompts, trainer)
+        return self.keep(self.rollout(prompts, trainer), trainer)
+
+    def keep(self, output, trainer):
         for row, ids in enumerate(output["completion_ids"]):
             end = next((i for i, token in enumerate(ids) if token in self.barred), len(ids))
             output["completion_ids"][row] = ids[:end] or [trainer.eos_token_ids[0]]
@@ -65,6 +68,46 @@ class Sampled(Recorder):
                 assert trained_ids[: len(ids)].tolist() == ids
                 sampled = torch.tensor([torch.nan if logp is None else logp for logp in sampled])
                 gaps.append((sampled - trained[: len(ids)].cpu()).abs())
+            means.append(torch.cat(gaps).nanmean().item())
+        return means
+
+
+class SampledAhead(Sampled, TrainerCallback):
+    """The same one rollout ahead, with the prompts of each rollout and the weights of each step."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.prompts, self.weights = [], {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.weights[state.global_step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    on_step_end = on_train_begin
+
+    def __call__(self, prompts, trainer):
+        self.prompts.append(prompts)
+        return super().__call__(prompts, trainer)
+
+    def request(self, prompts, trainer, step):
+        self.prompts.append(prompts)
+        requested = self.rollout.request(prompts, trainer, step)
+        collect = requested.collect
+        requested.collect = lambda: self.keep(collect(), trainer)
+        return requested
+
+    def differences_of_age(self, trainer) -> list[float]:
+        """As [`differences`], but from the weights that each rollout says it was sampled with."""
+        means, pad = [], trainer.tokenizer.pad_token_id
+        for prompts, output, rollout in zip(self.prompts, self.outputs, self.rollouts, strict=True):
+            trainer.model.load_state_dict(self.weights[rollout.sampled_at])
+            tokenized = TokenizedPrompts(*trainer._tokenize_prompts(prompts), trainer.placeholder_ids)
+            batch = tokenized.model_inputs(list(range(len(prompts))), output["completion_ids"], pad, "cpu")
+            with torch.no_grad():
+                logps = trainer.policy_forward(trainer.model, batch).logps
+            gaps = []
+            for row, sampled in enumerate(output["logprobs"]):
+                sampled = torch.tensor([torch.nan if logp is None else logp for logp in sampled])
+                gaps.append((sampled - logps[row, : len(sampled)]).abs())
             means.append(torch.cat(gaps).nanmean().item())
         return means
 
@@ -194,6 +237,22 @@ class TestImages:
             trainer.train()
             print("images:", sampled.differences())
             assert max(sampled.differences()) < IN_SYNC
+
+    def test_one_rollout_ahead(self, qwen2_5_vl_processor, tmp_path):
+        """Each rollout comes from the weights that it names, which are those before the last update."""
+        family = FAMILIES["qwen2_5_vl"](qwen2_5_vl_processor)
+        folder = save_for_vllm(family.build_model(), family.processing_class, tmp_path / "model")
+        with running_server(folder) as server:
+            barred = family.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
+            sampled = SampledAhead(connect(server, tmp_path / "weights"), set(barred))
+            trainer = trainer_on(family, family.build_model(), tmp_path, sampled, max_steps=5, rollouts_ahead=1)
+            trainer.train()
+        assert logged(trainer, "sampling/age") == [0, 1, 1, 1, 1]
+        assert [rollout.sampled_at for rollout in sampled.rollouts] == [0, 0, 1, 2, 3]
+        of_age, of_present = sampled.differences_of_age(trainer), sampled.differences()
+        print("one ahead:", of_age, "with the present weights:", of_present)
+        assert max(of_age) < IN_SYNC
+        assert of_present[0] < IN_SYNC and min(of_present[1:]) > 20 * IN_SYNC
 
 
 class TestColocatedEngine:

@@ -28,6 +28,7 @@ from ...rollouts.types import GivenRollout, PolicyForward, RolloutBatch, Rollout
 from ..checks import check_token_ids
 from ..image_features import ImageFeatures
 from ..padding import can_move_rows
+from .ahead import AheadTrainer
 from .batching import by_length, may_exchange_rows
 from .continuations import Continuations
 from .forward import FORWARD_KEYS, CompletionForward
@@ -40,11 +41,10 @@ from .generation import (
     with_image_lists,
 )
 from .reference import copy_for_reference, no_reference_by_name, prepared_reference
-from .resumable import ResumableTrainer
 from .rewards import RewardCalls
 
 
-class GRPOBridge(ResumableTrainer):
+class GRPOBridge(AheadTrainer):
     """
     [`~trl.GRPOTrainer`] whose rollouts and micro-batches go through methods of this package. Generation, data loading,
     rewards, weight sync and logging stay TRL's; nothing of it is copied.
@@ -216,7 +216,7 @@ class GRPOBridge(ResumableTrainer):
         self.completion_forward.forget_images()
         record.given, record.metrics = self.plan_rollout(record.inputs)
         record.inputs = record.inputs if record.given is None else record.given.inputs
-        with self._recording(record):
+        with self._recording(record), self.taking_ahead(inputs, record):
             batch = super()._generate_and_score_completions(record.inputs)
         if has_images_by_row(batch):
             batch["num_images"] = one_entry_a_row(batch)

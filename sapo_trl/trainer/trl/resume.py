@@ -36,10 +36,14 @@ class EpochOrder(TrainerCallback):
         self.sampler: torch.utils.data.Sampler | None = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        self.shuffle(math.floor((state.epoch or 0.0) + 1e-6))
+
+    def shuffle(self, epoch: int) -> None:
+        """Let the sampler's next order be the order of an epoch, counted from 0."""
         if getattr(self.sampler, "generator", None) is None:  # a stream, or in the order of the data
             return
         self.sampler.generator.manual_seed(self.sampler.seed)
-        for _ in range(math.floor((state.epoch or 0.0) + 1e-6)):
+        for _ in range(epoch):
             torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
 
     def on_step_begin(self, args, state, control, **kwargs):

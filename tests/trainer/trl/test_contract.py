@@ -25,6 +25,7 @@ from trl.trainer.utils import (
 
 import sapo_trl
 from sapo_trl import SAPOConfig, SAPOTrainer
+from sapo_trl.trainer.trl.ahead import AheadTrainer
 from sapo_trl.trainer.trl.bridge import GRPOBridge
 from sapo_trl.trainer.trl.resumable import ResumableTrainer
 from tests.testing_utils import Recorder, fixed_rollout, length_reward, random_completions, sapo_config, sapo_trainer
@@ -86,6 +87,7 @@ ATTRIBUTES = {
 OVERRIDDEN = {
     "__init__",
     "create_accelerator_and_postprocess",
+    "get_batch_samples",
     "get_train_dataloader",
     "train",
     "training_step",
@@ -148,6 +150,7 @@ class TestNames:
 
     def test_no_public_name_hides_one_of_trl(self):
         ours = vars(SAPOTrainer).keys() | vars(GRPOBridge).keys() | vars(ResumableTrainer).keys()
+        ours |= vars(AheadTrainer).keys()
         theirs = set().union(*(vars(cls) for cls in GRPOTrainer.__mro__))
         private = METHODS.keys() | {"_tag_names", "_name", "_paper"}
         dunders = {"__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__"}
