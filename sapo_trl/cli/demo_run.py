@@ -292,7 +292,7 @@ def training_accuracy(log_history: list[dict[str, float]]) -> list[float]:
 
 def explained_variances(log_history: list[dict[str, float]]) -> list[float]:
     """Explained variance of the critic's values in each training rollout, before it learns from that rollout."""
-    return [entry["value/explained_variance"] for entry in log_history if "value/explained_variance" in entry]
+    return [entry["critic/explained_variance"] for entry in log_history if "critic/explained_variance" in entry]
 
 
 def colour_segments(response: dict) -> Text:

@@ -304,7 +304,7 @@ class TestSurvival:
         trainer = trainer_on(family, tmp_path, connect(server, tmp_path), callbacks, max_steps=8)
         trainer.train()
         assert stop.received == signal.SIGTERM and trainer.state.global_step in (step, step + 1)
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - started < 240  # a held server answers after 300 s
         stopped_at = trainer.state.global_step
         server.held_from = 10**9
         server.release.set()
@@ -323,7 +323,7 @@ class TestSurvival:
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             run(family, server, tmp_path, [At(1, interrupt)])
-        assert time.monotonic() - started < 50  # the server answers after 60 s
+        assert time.monotonic() - started < 240  # the server answers after 300 s
         names = {thread.name.rpartition("_")[0] or thread.name for thread in threading.enumerate()}
         assert "rollout-ahead" not in names and "ThreadPoolExecutor-0" not in names
 

@@ -141,7 +141,7 @@ class StubServer:
                         stub.asked_of.append((stub.weight_version, body.get("prompt") or body["token_ids"]))
                         is_held = len(stub.asked_of) >= stub.held_from
                     if is_held:
-                        stub.release.wait(60)
+                        stub.release.wait(300)
                 # One at a time, so that what is ordered happens in order.
                 with stub.lock:
                     stub.requests.append((self.path, body))

@@ -27,6 +27,8 @@ def blind_trainer(preset: str, family, tmp_path, **settings):
     trainer.policy_forward = policy_forward
 
     class Corrupt:
+        args = trainer.args
+
         def __call__(self, batch, seed):
             return {**batch, "is_corrupted": True}
 
