@@ -12,8 +12,16 @@ if TYPE_CHECKING:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """` Did you mean ...?` for a mistyped name, to append to an error; empty if no known name is similar."""
-    similar = difflib.get_close_matches(name, list(known), n=1)
+    """
+    ` Did you mean ...?` for a mistyped name, to append to an error; empty if no known name is similar.
+
+    A name with the same letters in another order comes first. `lr` is read as `learning_rate`: else the nearest name to
+    `critic_lr` would be `critic_lam`.
+    """
+    known = list(known)
+    spelled_out = "_".join("learning_rate" if part == "lr" else part for part in name.split("_"))
+    swapped = [other for other in known if sorted(other) == sorted(name)]
+    similar = swapped or difflib.get_close_matches(spelled_out, known, n=1)
     return f" Did you mean `{similar[0]}`?" if similar else ""
 
 

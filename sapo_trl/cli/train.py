@@ -255,7 +255,9 @@ def _train(request: RunRequest, scratch: Path) -> int:
         rich.print(*reports, sep="\n")
         save_reports(reports, Path(training_args.output_dir) / "data_report.json")
     if stop.received is not None:
-        trainer.accelerator.print(f"Stopped by a signal; resume from {training_args.output_dir}")
+        trainer.accelerator.print(
+            "Stopped by a signal. To continue, run the same command with `--resume_from_checkpoint True`."
+        )
         trainer.accelerator.end_training()
         return StopOnSignal.EXIT_CODE
     trainer.save_model(training_args.output_dir)

@@ -80,7 +80,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_all_processes(workplace):
             break
     printed, _ = run.communicate(timeout=600)
     assert run.returncode == EXIT_CODE, errors(workplace)
-    assert "Stopped by a signal; resume from out" in printed
+    assert "`--resume_from_checkpoint True`" in printed
     (checkpoint,) = (workplace / "out").glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert 3 <= step < 1000
