@@ -51,6 +51,22 @@ def save_policy(trainer: Any, weights_dir: Path, name: str) -> None:
         _write(policy, state, weights_dir, name)
 
 
+def version_of_policy(trainer: Any) -> tuple:
+    """
+    A value that changes with the policy's weights during one call of `train`, and afterwards.
+
+    The step alone does not tell: the best checkpoint may be loaded after the last step, and a schedule-free optimizer
+    has other weights for evaluation. PyTorch's count of changes alone does not tell either: fused optimizers do not
+    count their steps.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): the trainer.
+    """
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    changes = tuple((id(p), 0 if p.is_inference() else p._version) for p in policy.parameters())
+    return trainer.state.global_step, changes
+
+
 def remove_others(weights_dir: Path, name: str) -> None:
     """Remove the weights of earlier steps and of earlier runs."""
     for folder in weights_dir.iterdir():

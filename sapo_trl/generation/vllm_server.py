@@ -30,7 +30,7 @@ from trl import is_conversational, prepare_multimodal_messages
 
 from ..http_client import MAX_ANSWER_BYTES, HTTPClient, RequestRefusedError, ServerLostError
 from .ahead import InFlight
-from .policy_weights import remove_others, save_policy
+from .policy_weights import remove_others, save_policy, version_of_policy
 
 
 logger = logging.getLogger(__name__)
@@ -141,10 +141,10 @@ class VLLMServerRollout:
     """
     A `rollout_func` for [`SAPOTrainer`] and [`~trl.GRPOTrainer`] that samples from a vLLM server.
 
-    Before the first rollout and after every optimizer step, the policy (never the critic) is written to a folder, and
-    the server is told to load it. The server reports the name of its weights. If it was restarted in between, the name
-    differs, and its responses are discarded and sampled again. Consecutive equal prompts are sent once, together with
-    the number of responses.
+    Before a rollout, if the policy has changed, the policy (never the critic) is written to a folder, and the server
+    is told to load it. The server reports the name of its weights. If it was restarted in between, the name differs,
+    and its responses are discarded and sampled again. Consecutive equal prompts are sent once, together with the
+    number of responses.
 
     Prompts with images are also sent as token ids. The server expands the image placeholders itself. The expanded
     prompt must equal the trainer's prompt, token for token.
@@ -202,7 +202,8 @@ class VLLMServerRollout:
         self.weights_dir = Path(weights_dir).resolve()
         self.seeded = seeded
         self.weights: str | None = None
-        self._weights_of: tuple[int, int] | None = None
+        self._written_in: Any = None
+        self._written: tuple | None = None
         self._calls: tuple[tuple[str, int], int] = (("", -1), 0)
         self._in_flight: InFlight | None = None
         self._wait_for_server(start_timeout)
@@ -335,12 +336,14 @@ class VLLMServerRollout:
 
     def _write_weights(self, trainer: Any) -> None:
         """Write the current policy to its folder, unless it is there already."""
-        weights_of = (id(trainer), trainer.state.global_step)
-        if self._weights_of != weights_of:
+        # Each call of `train` has a state of its own, and counts its steps from 0.
+        is_written = self._written_in is trainer.state and self._written == version_of_policy(trainer)
+        if not all(gather_object([is_written])):
             name = f"policy-step-{trainer.state.global_step}-{secrets.token_hex(4)}"
             name = broadcast_object_list([name])[0]
             _on_all(trainer.accelerator, lambda: (save_policy(trainer, self.weights_dir, name), True))
-            self.weights, self._weights_of = name, weights_of
+            # Afterwards: merging an adapter changes the weights, and then restores them.
+            self.weights, self._written_in, self._written = name, trainer.state, version_of_policy(trainer)
 
     def _load_on_main(self, accelerator: Accelerator) -> None:
         _on_all(accelerator, lambda: (self._load_weights() if accelerator.is_main_process else None, True))
@@ -362,7 +365,11 @@ class VLLMServerRollout:
             with _answer_to("/reset_prefix_cache"):
                 if self.client.post("/reset_prefix_cache", stop=stop)["success"]:
                     return
-            time.sleep(self.client.backoff * 2**attempt)
+            delay = self.client.backoff * 2**attempt
+            if stop is None:
+                time.sleep(delay)
+            else:  # if it is set meanwhile, the next request ends at once
+                stop.wait(delay)
         raise SamplerError(
             f"The vLLM server at {self.client.base_url} is busy and keeps its prefix cache, which belongs to older "
             "weights. Does another run use the server? A server can serve only one run at a time."

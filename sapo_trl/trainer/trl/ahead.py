@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -55,28 +54,26 @@ class BatchesAhead:
     def __init__(self, start_epoch: Callable[[int], Iterator[Rows]]):
         self._start_epoch = start_epoch
         self._read: deque[tuple[int, Rows]] = deque()
-        self._trainers_iterator: Iterator[Rows] | None = None
         self._epoch = -1
         """The epoch that the trainer is in."""
         self._source: Iterator[Rows] = iter(())
         self._source_epoch = -1
         self._source_is_empty = True
 
-    def take(self, epoch_iterator: Iterator[Rows], first_epoch: int, count: int) -> list[Rows]:
+    def take(self, epoch_iterator: Iterator[Rows], epoch: int, count: int) -> list[Rows]:
         """
         The batches that the trainer asks for.
 
         Args:
-            epoch_iterator (`Iterator`): the trainer's own iterator of the epoch. A new object begins a new epoch.
-            first_epoch (`int`): the epoch, if it is the first.
+            epoch_iterator (`Iterator`): the trainer's own iterator of the epoch.
+            epoch (`int`): its number.
             count (`int`): number of batches.
 
         Returns:
             `list`: `count` batches, or fewer at the end of the epoch.
         """
-        if epoch_iterator is not self._trainers_iterator:
-            self._epoch = first_epoch if self._trainers_iterator is None else self._epoch + 1
-            self._trainers_iterator = epoch_iterator
+        if epoch != self._epoch:
+            self._epoch = epoch
             # An epoch may have ended early.
             self._read = deque(item for item in self._read if item[0] >= self._epoch)
             if self._source_epoch < self._epoch:
@@ -136,7 +133,7 @@ class RolloutsAhead(TrainerCallback):
         self._shuffle = shuffle
         self._loader: DataLoader | None = None
         self._batches = BatchesAhead(self._start_epoch)
-        self._taken = 0
+        self._taken: list[Rows] = []
         self._rows: Rows | None = None
         self._requested: tuple[Rows, Requested] | None = None
 
@@ -146,11 +143,10 @@ class RolloutsAhead(TrainerCallback):
         self.abandon()
         self._loader, self._batches = train_dataloader, BatchesAhead(self._start_epoch)
 
-    def take(self, epoch_iterator: Iterator[Rows], epoch: float | None, count: int) -> list[Rows]:
-        """The next `count` batches of an epoch, see [`BatchesAhead.take`]; `epoch` is the state's."""
-        batches = self._batches.take(epoch_iterator, math.floor((epoch or 0.0) + 1e-6), count)
-        self._taken = len(batches)
-        return batches
+    def take(self, epoch_iterator: Iterator[Rows], epoch: int, count: int) -> list[Rows]:
+        """The next `count` batches of an epoch, see [`BatchesAhead.take`]."""
+        self._taken = self._batches.take(epoch_iterator, epoch, count)
+        return self._taken
 
     def _start_epoch(self, epoch: int) -> Iterator[Rows]:
         self._shuffle(epoch)
@@ -162,7 +158,7 @@ class RolloutsAhead(TrainerCallback):
 
     @contextlib.contextmanager
     def rollout_of(self, rows: Rows) -> Iterator[None]:
-        """The responses that are asked for inside are a training rollout of these rows."""
+        """The first responses that are asked for inside are a training rollout of these rows."""
         self._rows = rows
         try:
             yield
@@ -170,30 +166,34 @@ class RolloutsAhead(TrainerCallback):
             self._rows = None
 
     def __call__(self, prompts: list, trainer: Any) -> dict[str, list]:
-        if self._rows is None:
+        rows, self._rows = self._rows, None  # a reward function may sample, too
+        if rows is None:
             return self.sampler(prompts, trainer)
-        output, self.sampled_at = self._collected()
+        output, self.sampled_at = self._collected(rows)
         if output is None:
             output, self.sampled_at = self.sampler(prompts, trainer), trainer.state.global_step
-        self._request_next(trainer)
+        self._request_next(rows, trainer)
         return output
 
-    def _collected(self) -> tuple[dict[str, list] | None, int | None]:
-        """The responses that were requested for the present rows, and the step behind their weights."""
+    def _collected(self, rows: Rows) -> tuple[dict[str, list] | None, int | None]:
+        """The responses that were requested for these rows, and the step behind their weights."""
         if self._requested is None:
             return None, None
-        (rows, requested), self._requested = self._requested, None
-        if rows is not self._rows:
+        (requested_rows, requested), self._requested = self._requested, None
+        if requested_rows is not rows:
             requested.abandon()
             return None, None
         return requested.collect(), requested.sampled_at
 
-    def _request_next(self, trainer: Any) -> None:
+    def _request_next(self, present: Rows, trainer: Any) -> None:
+        """Request the next rollout after the present rows, if the run needs it."""
         step = trainer.state.global_step + self.optimizer_steps
         if step >= trainer.state.max_steps:
             return
-        # Of the rollout's micro-batches, the trainer has taken the first optimizer step's.
-        rows = self._batches.peek(self.micro_batches - self._taken)
+        # The trainer has taken the micro-batches of an optimizer step, and the rollout begins at one of them. This is
+        # the first, unless an earlier call of `train` was interrupted within a step.
+        before = next((place for place, batch in enumerate(self._taken) if batch is present), 0)
+        rows = self._batches.peek(self.micro_batches - (len(self._taken) - before))
         if rows is not None:
             prompts = prompts_of(with_image_lists(rows))
             self._requested = (rows, self.sampler.request(prompts, trainer, step))
@@ -233,7 +233,7 @@ class AheadTrainer(ResumableTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.rollouts_ahead is not None:
-            epoch_iterator = iter(self.rollouts_ahead.take(epoch_iterator, self.state.epoch, num_batches))
+            epoch_iterator = iter(self.rollouts_ahead.take(epoch_iterator, self._epoch_order.epoch, num_batches))
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def train(self, *args, **kwargs) -> TrainOutput:

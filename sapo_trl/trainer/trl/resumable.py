@@ -66,6 +66,10 @@ class ResumableTrainer(GRPOTrainer):
         self._epoch_order.sampler = super()._get_train_sampler(dataset)
         return self._epoch_order.sampler
 
+    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+        self._epoch_order.begin(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
     def create_scheduler(self, num_training_steps: int, *args, **kwargs):
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
         self._optimizer_settings = optimizer_settings(self.optimizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,13 @@ class EpochOrder(TrainerCallback):
 
     def __init__(self):
         self.sampler: torch.utils.data.Sampler | None = None
+        self.epoch = 0
+        """The epoch that the trainer is in."""
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.shuffle(math.floor((state.epoch or 0.0) + 1e-6))
+    def begin(self, epoch: int) -> None:
+        """Begin an epoch. Its number does not follow from `state.epoch`, because epochs may end early."""
+        self.epoch = epoch
+        self.shuffle(epoch)
 
     def shuffle(self, epoch: int) -> None:
         """Let the sampler's next order be the order of an epoch, counted from 0."""

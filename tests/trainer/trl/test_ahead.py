@@ -45,14 +45,14 @@ def test_peeking_changes_neither_order_nor_number(lengths, skip, counts, distanc
         of_epoch = [name for name in expected if name[0] == number]
         while of_epoch:
             count, distance = next(moves, (1, None))
-            batches = names(ahead.take(iterator, 0, count))
+            batches = names(ahead.take(iterator, number, count))
             assert batches == of_epoch[:count]
             taken, of_epoch = taken + batches, of_epoch[count:]
             if distance is not None:
                 rest = expected[len(taken) :]
                 found = ahead.peek(distance)
                 assert (found and names([found])[0]) == (rest[distance] if distance < len(rest) else None)
-        assert ahead.take(iterator, 0, 1) == []  # the next epoch's batches wait for the trainer to begin it
+        assert ahead.take(iterator, number, 1) == []  # the next epoch's batches wait for the trainer to begin it
     assert taken == expected
     assert len(loader.read) == len(set(loader.read))
 
@@ -63,7 +63,7 @@ def test_the_batch_that_was_looked_at_is_the_one_that_comes():
     ahead = BatchesAhead(loader.epoch)
     ahead.take(loader.epoch(0), 0, 2)
     seen = ahead.peek(1)
-    (first, second) = ahead.take(loader.epoch(1), 0, 2)
+    (first, second) = ahead.take(loader.epoch(1), 1, 2)
     assert second is seen and first is not seen
 
 
@@ -73,7 +73,7 @@ def test_an_epoch_that_ends_early_leaves_nothing_behind():
     ahead = BatchesAhead(loader.epoch)
     ahead.take(loader.epoch(0), 0, 1)
     ahead.peek(1)
-    assert names(ahead.take(loader.epoch(1), 0, 2)) == [(1, 0), (1, 1)]
+    assert names(ahead.take(loader.epoch(1), 1, 2)) == [(1, 0), (1, 1)]
 
 
 def test_epochs_without_a_batch_end_the_search():

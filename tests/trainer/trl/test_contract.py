@@ -66,6 +66,7 @@ METHODS = {
         "resume_from_checkpoint",
         "trial",
     ],
+    "_run_epoch": ["model", "epoch"],
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_finalize_training": ["trial", "num_train_samples", "start_time"],
 }
