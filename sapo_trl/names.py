@@ -15,8 +15,8 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     """
     ` Did you mean ...?` for a mistyped name, to append to an error; empty if no known name is similar.
 
-    A name with the same letters in another order comes first. `lr` is read as `learning_rate`, which has too many letters
-    to be similar.
+    A name with the same letters in another order comes first. `lr` is read as `learning_rate`, because it has too few
+    letters to be similar.
     """
     known = list(known)
     spelled_out = "_".join("learning_rate" if part == "lr" else part for part in name.split("_"))
