@@ -208,6 +208,21 @@ def test_settings_that_a_reward_does_not_have(name, settings, message):
         find_reward(name, settings)
 
 
+@pytest.mark.parametrize("parameters", ["completion, answer", "prompts, answer", "answer"])
+def test_a_reward_function_without_completions_is_not_taken_for_a_function_that_makes_one(
+    parameters, tmp_path, monkeypatch
+):
+    module = f"rewards_without_completions_{len(parameters)}"
+    (tmp_path / f"{module}.py").write_text(f"def f({parameters}):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        find_reward(f"{module}.f")
+    assert str(caught.value).endswith(
+        "a reward function takes `completions`, a list, and each column as a list; this one takes "
+        f"{parameters.split(', ')}."
+    )
+
+
 def test_settings_of_rewards_that_are_not_used():
     for wrong in ({"numeric_reward": {}}, "rel_tol", ["accuracy_reward"]):
         with pytest.raises(ValueError, match="`reward_settings` must be settings of functions in `reward_funcs`"):
