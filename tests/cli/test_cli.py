@@ -23,6 +23,7 @@ from sapo_trl.embedded import (
     build_processor,
     make_problems,
 )
+from sapo_trl.evaluation.command import short_help as evaluation_help
 from sapo_trl.presets import PRESETS, preset_settings
 from sapo_trl.rewards import accuracy_reward, format_reward
 from sapo_trl.rewards.lookup import find_reward
@@ -350,3 +351,13 @@ def test_env_names_the_versions(capsys):
     assert main(["env"]) == 0
     shown = capsys.readouterr().out
     assert f"sapo_trl version: {sapo_trl.__version__}" in shown and f"PyTorch version: {torch.__version__}" in shown
+
+
+def test_the_help_of_eval_is_as_wide_as_the_terminal(monkeypatch):
+    texts = {}
+    for columns, longest in (("80", 80), ("200", 110), ("20", 60)):
+        monkeypatch.setenv("COLUMNS", columns)
+        options = evaluation_help().partition("--config FILE")[2]
+        assert longest - 10 < max(map(len, options.splitlines())) <= longest
+        texts[longest] = options.split()
+    assert texts[80] == texts[110] == texts[60]
