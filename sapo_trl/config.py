@@ -555,7 +555,13 @@ class SAPOConfig(GRPOConfig):
 
         if self.num_generations == 1:
             self.num_generations = _OneGeneration(1)
-        super().__post_init__()
+        chose_rollout = self.generation_batch_size is not None
+        try:
+            super().__post_init__()
+        except ValueError:
+            if not chose_rollout and self.generation_batch_size is not None:  # so TRL has computed it
+                _check_groups(self)
+            raise
         self.num_generations = int(self.num_generations)
 
         mini_batches, rest = divmod(self.steps_per_generation, self.gradient_accumulation_steps)
@@ -572,6 +578,30 @@ class SAPOConfig(GRPOConfig):
                 f"{mini_batches}. Set one of the two."
             )
         self.num_mini_batches = mini_batches
+
+
+def _check_groups(args: SAPOConfig) -> None:
+    """Raise a `ValueError` in the names of our settings if a rollout is no whole number of groups."""
+    responses, group = args.generation_batch_size, int(args.num_generations)
+    if responses % group == 0:
+        return
+    micro_batch = args.per_device_train_batch_size
+    others = {"steps_per_generation": args.steps_per_generation}
+    if args.num_mini_batches is not None:
+        others = {
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "num_mini_batches": args.num_mini_batches,
+        }
+    others["processes"] = responses // (micro_batch * args.steps_per_generation)
+    factors = {"per_device_train_batch_size": micro_batch, **others}
+    divisors = [size for size in range(2, group) if responses % size == 0]
+    smaller = f"set num_generations={divisors[-1]}, or " if divisors else ""
+    step = group // math.gcd(group, responses // micro_batch)
+    raise ValueError(
+        f"A rollout has {responses} responses ({' × '.join(f'{name} {value}' for name, value in factors.items())}), "
+        f"which num_generations={group} does not divide: {smaller}raise per_device_train_batch_size to "
+        f"{math.ceil(micro_batch / step) * step}."
+    )
 
 
 def _learning_rate_of(critic: str) -> float:

@@ -170,6 +170,35 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"generation_batch_size \(8\).*num_generations \(3\)"):
             make(generation_batch_size=8, per_device_train_batch_size=2, num_generations=3)
 
+    def test_a_rollout_that_is_no_whole_number_of_groups(self, tmp_path):
+        small = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 2}
+        small |= {"gradient_accumulation_steps": 1, "num_mini_batches": 2}
+        with pytest.raises(ValueError) as caught:
+            SAPOConfig.from_preset("grpo", **small)
+        assert str(caught.value) == (
+            "A rollout has 4 responses (per_device_train_batch_size 2 × gradient_accumulation_steps 1 × "
+            "num_mini_batches 2 × processes 1), which num_generations=8 does not divide: set num_generations=4, or "
+            "raise per_device_train_batch_size to 4."
+        )
+        # Both remedies help.
+        assert SAPOConfig.from_preset("grpo", **small, num_generations=4).generation_batch_size == 4
+        assert SAPOConfig.from_preset("grpo", **small | {"per_device_train_batch_size": 4}).generation_batch_size == 8
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            # No smaller group divides 7, and twice 7 responses are no multiple of 3.
+            (
+                {"steps_per_generation": 7, "num_generations": 3},
+                r"\(.* 1 × steps_per_generation 7 × .*: raise .* to 3\.",
+            ),
+            ({"num_mini_batches": 6, "num_generations": 4}, "set num_generations=3, or raise .* to 2"),
+        ],
+    )
+    def test_remedies_for_a_rollout_that_is_no_whole_number_of_groups(self, make, settings, message):
+        with pytest.raises(ValueError, match=message):
+            make(per_device_train_batch_size=1, gradient_accumulation_steps=1, **settings)
+
     def test_mini_batches_that_contradict(self, make):
         with pytest.raises(ValueError, match=r"num_mini_batches \(4\) contradicts steps_per_generation \(6\)"):
             make(num_mini_batches=4, steps_per_generation=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,8 @@ class RunRequest:
         arguments (`list[str]`): all other arguments, for the launched processes.
         chosen (`dict[str, dict[str, Any]]`): the user's settings by source, each at the source that decides.
         replaced (`dict[str, Any]`): settings that a dry run without an accelerator has replaced.
+        lost (`dict[str, tuple[Any, Any]]`): the file's value and the run's value of each setting that `--preset` has
+            changed.
     """
 
     settings: tuple[Any, ...]
@@ -101,10 +104,16 @@ class RunRequest:
     arguments: list[str]
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
     replaced: dict[str, Any] = field(default_factory=dict)
+    lost: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def chosen_names(self) -> set[str]:
         """Names of all settings that the user has chosen."""
         return {name for settings in self.chosen.values() for name in settings}
+
+    def lost_line(self) -> str | None:
+        """A line on the file's settings that `--preset` has changed; `None` if there are none."""
+        changes = [f"{name}: {_as_text(old)} → {_as_text(new)}" for name, (old, new) in self.lost.items()]
+        return f"From the file, replaced by the preset: {', '.join(changes)}" if changes else None
 
 
 def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -> RunRequest:
@@ -132,6 +141,7 @@ def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -
         print(short_help(*dataclasses) if options.help else f"{own.format_help()}\n{parser.format_help()}")
         sys.exit(0)
     settings = _file_settings(options.config, known, parser)
+    of_file = dict(settings)
     replaced: dict[str, Any] = {}
     try:
         sources = _with_preset(settings, options.preset)
@@ -150,7 +160,8 @@ def parse_run(argv: Sequence[str], *dataclasses: type, program: str = PROGRAM) -
     arguments = ["--config", str(options.config)] if options.config else []
     arguments += ["--preset", options.preset] if options.preset else []
     arguments += ["--dry_run"] if options.dry_run else []
-    return RunRequest(parsed, options.dry_run, launch, [*arguments, *rest], chosen, replaced)
+    lost = _lost(of_file, options.preset, chosen, parsed)
+    return RunRequest(parsed, options.dry_run, launch, [*arguments, *rest], chosen, replaced, lost)
 
 
 def _own_options() -> argparse.ArgumentParser:
@@ -207,6 +218,39 @@ def _with_preset(settings: dict[str, Any], preset: str | None) -> dict[str, dict
     decided = {name for names in AXES.values() for name in names} - RUN_SETTINGS
     others = {name: value for name, value in settings.items() if name not in decided}
     return {"file": others, f"preset {preset}": preset_settings(preset)}
+
+
+def _lost(
+    of_file: Mapping[str, Any],
+    preset: str | None,
+    chosen: Mapping[str, Mapping[str, Any]],
+    parsed: Sequence[Any],
+) -> dict[str, tuple[Any, Any]]:
+    """The file's settings to which `preset` gives another value, with both values."""
+    if preset is None:
+        return {}
+    values = {"preset": preset, **{name: value for part in parsed for name, value in vars(part).items()}}
+    of_preset = {**values, **preset_settings(preset)}
+    dropped = [name for name in of_file if name in values]
+    dropped = [name for name in dropped if name not in chosen["file"] and name not in chosen["command line"]]
+    # `SAPOConfig` may keep a value in another form, as with `scale_rewards: false`.
+    return {
+        name: (of_file[name], values[name])
+        for name in dropped
+        if not _same(of_file[name], values[name]) and not _same(of_file[name], of_preset[name])
+    }
+
+
+def _same(written: Any, value: Any) -> bool:
+    """Whether a value in a YAML file is `value`. YAML takes `1e-6` for a text."""
+    try:
+        return written == value or float(written) == value
+    except (TypeError, ValueError):
+        return False
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _deciding(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

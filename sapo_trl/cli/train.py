@@ -194,6 +194,8 @@ def main(argv: Sequence[str]) -> int:
 def _train(request: RunRequest, scratch: Path) -> int:
     """Train, or show a dry run. The folder `scratch` is removed afterwards."""
     arguments, training_args, model_args = request.settings
+    if training_args.process_index == 0 and (line := request.lost_line()) is not None:
+        print(line)
     shows = request.dry_run and training_args.process_index == 0
     if shows:
         show_plan(request)

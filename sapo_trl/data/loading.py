@@ -44,7 +44,8 @@ def load_rows(
 
     Raises:
         FileNotFoundError: if a path does not exist.
-        ValueError: if a file has another ending or no rows, or if the split does not exist.
+        ValueError: if a file has another ending or no rows, if two files of a folder differ only in their endings,
+            or if the split does not exist.
     """
     path = Path(name).expanduser()
     arguments: dict[str, Any] = {"path": name, "name": config}
@@ -55,6 +56,8 @@ def load_rows(
         folders = (path.resolve().parent,)
     elif path.is_dir():
         tables, beside_pictures = _tables(path)
+        if not _names_its_files(path):
+            _check_twins(name, tables)
         folders = tuple(sorted({table.resolve().parent for table in tables})) or (path.resolve(),)
         suffix = Counter(table.suffix for table in tables).most_common(1)[0][0] if tables else ""
         is_csv = BUILDERS.get(suffix) == "csv"
@@ -165,3 +168,15 @@ def _tables(folder: Path) -> tuple[list[Path], bool]:
     files = [file for file in folder.rglob("*") if file.is_file()]
     pictures = Image.registered_extensions()
     return [file for file in files if file.suffix in BUILDERS], any(file.suffix.lower() in pictures for file in files)
+
+
+def _check_twins(name: str, tables: Collection[Path]) -> None:
+    """Raise a `ValueError` for files such as `train.csv` and `train.jsonl`: `datasets` would read only one of them."""
+    first: dict[Path, Path] = {}
+    for table in sorted(tables):
+        twin = first.setdefault(table.with_suffix(""), table)
+        if twin != table:
+            raise ValueError(
+                f"`dataset_name={name!r}` has both {twin.name!r} and {table.name!r} in it, and only one of them would "
+                f"be read: remove one, or name the file, as in `dataset_name={str(table)!r}`."
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from rich.console import Console
 from trl import TrlParser
 
-from ..cli.help_lines import help_line, help_sections
+from ..cli.help_lines import help_line, help_sections, terminal_width
 from ..short_errors import ShortErrors, hide_negations
 from .settings import EvalArguments
 
@@ -126,7 +127,8 @@ def _parser() -> _Parser:
 
 
 def short_help() -> str:
-    """Help on the most used settings."""
+    """Help on the most used settings, as wide as the terminal."""
+    width = terminal_width()
     options = {
         "--config FILE": _CONFIG_HELP,
         "--help": "show the most used settings and exit",
@@ -136,11 +138,15 @@ def short_help() -> str:
         f"usage: {USAGE}",
         f"       {PROGRAM} table RUN [RUN ...]",
         "",
-        "Evaluate a model on benchmarks, or on the test split of a run file. `table` puts finished runs side by side.",
+        *textwrap.wrap(
+            "Evaluate a model on benchmarks, or on the test split of a run file. `table` puts finished runs side by "
+            "side.",
+            width,
+        ),
         "",
-        *(help_line(option, text) for option, text in options.items()),
+        *(help_line(option, text, width) for option, text in options.items()),
     ]
-    return "\n".join([*lines, *help_sections(MOST_USED, EvalArguments)])
+    return "\n".join([*lines, *help_sections(MOST_USED, EvalArguments, width=width)])
 
 
 def _table_parser() -> ShortErrors:

@@ -41,7 +41,8 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
         console.print(note)
     margin = ""
     if plan.verdict == "borderline":
-        margin = f" The estimate can be wrong by {ERROR_MARGIN:.0%}: try a first rollout before a long run."
+        margin = "" if plan.fits else " It probably does not fit."
+        margin += f" The estimate can be wrong by {ERROR_MARGIN:.0%}: try a first rollout before a long run."
     console.print(
         f"[bold]{plan.verdict.capitalize()}[/bold]: {_gib(plan.total)} of {setup.gpu_memory_gib:g} GiB.{margin}"
     )

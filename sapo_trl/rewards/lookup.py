@@ -11,6 +11,10 @@ from typing import Any
 from .. import rewards
 
 
+_OF_A_RESPONSE = frozenset({"completion", "prompt", "prompts", "problem", "answer", "solution", "image", "images"})
+"""Parameters without a default that a reward function may have, but no function that makes one."""
+
+
 def find_reward(name: str, settings: Mapping[str, Any] | None = None) -> Callable[..., list[float | None]]:
     """
     Find a reward function, and apply its settings.
@@ -24,8 +28,8 @@ def find_reward(name: str, settings: Mapping[str, Any] | None = None) -> Callabl
             Arguments by name.
 
     Returns:
-        `Callable`: the reward function. Raises `ValueError` for an unknown name, an unknown setting or a missing
-        setting, and `ModuleNotFoundError` if the module does not exist.
+        `Callable`: the reward function. Raises `ValueError` for an unknown name, an unknown setting, a missing
+        setting or a function without `completions`, and `ModuleNotFoundError` if the module does not exist.
     """
     found = _find(name)
     settings = dict(settings or {})
@@ -39,6 +43,11 @@ def find_reward(name: str, settings: Mapping[str, Any] | None = None) -> Callabl
         return functools.partial(found, **settings) if settings else found
     missing = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     missing = [key for key in missing if key not in settings]
+    if not inspect.isclass(found) and _OF_A_RESPONSE & set(missing):
+        raise ValueError(
+            f"reward_funcs={name!r}: a reward function takes `completions`, a list, and each column as a list; this "
+            f"one takes {list(parameters)}."
+        )
     if missing:
         raise ValueError(f"reward_settings: {name!r} needs {missing}, such as {{{name}: {{{missing[0]}: …}}}}.")
     return found(**settings)

@@ -23,6 +23,7 @@ from sapo_trl.embedded import (
     build_processor,
     make_problems,
 )
+from sapo_trl.evaluation.command import short_help as evaluation_help
 from sapo_trl.presets import PRESETS, preset_settings
 from sapo_trl.rewards import accuracy_reward, format_reward
 from sapo_trl.rewards.lookup import find_reward
@@ -208,6 +209,21 @@ def test_settings_that_a_reward_does_not_have(name, settings, message):
         find_reward(name, settings)
 
 
+@pytest.mark.parametrize("parameters", ["completion, answer", "prompts, answer", "answer"])
+def test_a_reward_function_without_completions_is_not_taken_for_a_function_that_makes_one(
+    parameters, tmp_path, monkeypatch
+):
+    module = f"rewards_without_completions_{len(parameters)}"
+    (tmp_path / f"{module}.py").write_text(f"def f({parameters}):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        find_reward(f"{module}.f")
+    assert str(caught.value).endswith(
+        "a reward function takes `completions`, a list, and each column as a list; this one takes "
+        f"{parameters.split(', ')}."
+    )
+
+
 def test_settings_of_rewards_that_are_not_used():
     for wrong in ({"numeric_reward": {}}, "rel_tol", ["accuracy_reward"]):
         with pytest.raises(ValueError, match="`reward_settings` must be settings of functions in `reward_funcs`"):
@@ -335,3 +351,13 @@ def test_env_names_the_versions(capsys):
     assert main(["env"]) == 0
     shown = capsys.readouterr().out
     assert f"sapo_trl version: {sapo_trl.__version__}" in shown and f"PyTorch version: {torch.__version__}" in shown
+
+
+def test_the_help_of_eval_is_as_wide_as_the_terminal(monkeypatch):
+    texts = {}
+    for columns, longest in (("80", 80), ("200", 110), ("20", 60)):
+        monkeypatch.setenv("COLUMNS", columns)
+        options = evaluation_help().partition("--config FILE")[2]
+        assert longest - 10 < max(map(len, options.splitlines())) <= longest
+        texts[longest] = options.split()
+    assert texts[80] == texts[110] == texts[60]

@@ -124,6 +124,13 @@ def test_a_file_for_gpus_is_tried_on_the_cpu_and_shows_what_decides(gpu_file, ca
     assert "accuracy_reward 0" in rewards and "format_reward 0" in rewards and "together 0" in rewards
 
 
+@pytest.mark.parametrize("options", [["--dry_run"], ["--use_cpu", "--bf16", "false", "--use_vllm", "false"]])
+def test_the_settings_of_a_file_that_a_preset_replaces_are_named(options, gpu_file, capsys):
+    main(["train", "--config", str(gpu_file), "--preset", "ppo", "--model_name_or_path", "/nowhere/model", *options])
+    changes = f"lam: 0.9 → {PRESETS['ppo'].settings['lam']}, preset: vc_ppo → ppo"
+    assert capsys.readouterr().out.startswith(f"From the file, replaced by the preset: {changes}\n")
+
+
 def test_a_model_that_cannot_be_loaded_is_one_line_after_the_settings(gpu_file, capsys):
     missing = str(gpu_file.parent / "no_model")
     assert main(["train", "--config", str(gpu_file), "--model_name_or_path", missing, "--dry_run"]) == 2

@@ -59,6 +59,23 @@ def test_a_preset_leaves_the_sizes_of_the_files_critic_out(tmp_path):
     assert (config.critic, config.critic_layers, config.critic_reads) == ("none", None, None)
 
 
+def test_a_line_names_the_settings_of_the_file_that_a_preset_changes(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "preset: vc_ppo\ncritic: ladder\nlam: 0.5\ngamma: 1\nlearning_rate: 2e-6\ncritic_learning_rate: 7e-6\n"
+        f"critic_layers: 3\nbeta: 1e-3\noutput_dir: {tmp_path}\n"
+    )
+    arguments = ["--config", str(path), *CPU]
+    assert parse(*arguments).lost_line() is None
+    # `gamma` and `beta` stay as they are, `lam` is the command line's, and the learning rates are the run's.
+    assert parse(*arguments, "--preset", "sapo_newline", "--lam", "0.7").lost_line() == (
+        "From the file, replaced by the preset: preset: vc_ppo → sapo_newline, critic: ladder → separate, "
+        "critic_layers: 3 → null"
+    )
+    # This preset has a critic's learning rate of its own.
+    assert "critic_learning_rate: 7e-6 → 5e-06" in parse(*arguments, "--preset", "sao").lost_line()
+
+
 def test_single_settings_come_before_the_preset(newline_file):
     config = config_of("--config", newline_file, "--preset", "vc_ppo", "--lam", "0.7", "--learning_rate", "5e-7", *CPU)
     assert (config.lam, config.learning_rate, config.critic_lam) == (0.7, 5e-7, 1.0)

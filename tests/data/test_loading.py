@@ -283,6 +283,20 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"slice 'train\[:2\]' cannot be streamed"):
             load_prompts(arguments(tmp_path, streaming=True), "train[:2]")
 
+    def test_two_files_that_differ_only_in_their_endings(self, tmp_path):
+        (tmp_path / "train.csv").write_text("problem,answer\n1 + 1?,2\n")
+        (tmp_path / "test.csv").write_text("problem,answer\n2 + 2?,4\n")
+        assert load_rows(str(tmp_path))[0]["problem"] == ["1 + 1?"]
+        write_lines(tmp_path / "train.jsonl", [{"problem": "3 + 3?", "answer": "6"}])
+        with pytest.raises(ValueError, match=r"has both 'train\.csv' and 'train\.jsonl' in it.*remove one"):
+            load_rows(str(tmp_path))
+        assert load_rows(str(tmp_path / "train.jsonl"))[0]["answer"] == ["6"]
+        # A card says which file is read.
+        (tmp_path / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.jsonl\n---\n"
+        )
+        assert load_rows(str(tmp_path))[0]["answer"] == ["6"]
+
     def test_what_is_not_there_or_of_another_kind(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
             load_rows(str(tmp_path / "nothing"))

@@ -545,6 +545,12 @@ class TestCommand:
         assert "8 x 80 GiB, sharding zero3; 4 x 4 x 8 responses per optimizer step" in output
         assert "Borderline: 70.1 of 80 GiB" in output
 
+    @pytest.mark.parametrize(("memory", "expected"), [("75", 0), ("65", 1)])
+    def test_borderline_above_the_memory_probably_does_not_fit(self, memory, expected):
+        code, output = run_command("--config", self.FILE, "--gpu_memory_gib", memory)
+        assert code == expected and "Borderline: " in output and f" of {memory} GiB." in output
+        assert ("It probably does not fit." in output) == bool(expected)
+
     def test_says_what_would_help(self):
         code, output = run_command("--config", self.FILE, "--sharding", "zero2")
         assert code == 1
