@@ -196,7 +196,7 @@ def padding(rows: Found, report: dict[str, Any]) -> list[str]:
 
 
 def other(rows: Found, report: dict[str, Any]) -> list[str]:
-    """The numbers at the top of each result, without knowing what they mean."""
+    """The numbers at the top of each result, of any kind of row."""
     cells = []
     for row, found in rows:
         numbers = [

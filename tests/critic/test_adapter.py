@@ -299,7 +299,8 @@ class TestSaving:
         expected = parameters_by_owner(saved)["default"]
         assert any(tensor.abs().max() > 0 for name, tensor in expected.items() if "lora_B" in name)  # new ones are 0
         torch.testing.assert_close(parameters_by_owner(policy)["default"], expected, rtol=0, atol=0)
-        assert all(p.requires_grad for n, p in policy.named_parameters() if ".default." in n)
+        trained = [p.requires_grad for n, p in policy.named_parameters() if ".default." in n]
+        assert trained and all(trained)
 
     @TEXT_FAMILY
     def test_resume_equals_an_uninterrupted_run(self, family, tmp_path):

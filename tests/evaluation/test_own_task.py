@@ -36,7 +36,7 @@ def metrics(folder):
 def brevity(completions, tag, log_metric, **kwargs):
     """A reward with a column of the data: 0.5 for rows that are tagged, else None."""
     log_metric("brevity", 1.0)
-    assert all(completion[0]["role"] == "assistant" for completion in completions)
+    assert completions and all(completion[0]["role"] == "assistant" for completion in completions)
     return [0.5 if each == "even" else None for each in tag]
 
 
